@@ -1,0 +1,66 @@
+"""Weight Steering: contrastive steering vectors in weight space (Fierro & Roger 2025, arXiv 2511.05408).
+
+The public names load on first use, so that `import ws` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ws.adapters import AdapterSpec as AdapterSpec
+    from ws.behaviors import Behavior as Behavior
+    from ws.behaviors import load_behavior as load_behavior
+    from ws.data import generate_pairs as generate_pairs
+    from ws.delta import LinearDelta as LinearDelta
+    from ws.diff import SteeringVector as SteeringVector
+    from ws.errors import WsError as WsError
+    from ws.eval.sycophancy import evaluate_sycophancy as evaluate_sycophancy
+    from ws.models import load_model as load_model
+    from ws.steer import steer as steer
+    from ws.steer import steer_many as steer_many
+    from ws.train import train_adapter as train_adapter
+
+_HOME = {
+    "AdapterSpec": "ws.adapters",
+    "Behavior": "ws.behaviors",
+    "LinearDelta": "ws.delta",
+    "SteeringVector": "ws.diff",
+    "WsError": "ws.errors",
+    "evaluate_sycophancy": "ws.eval.sycophancy",
+    "generate_pairs": "ws.data",
+    "load_behavior": "ws.behaviors",
+    "load_model": "ws.models",
+    "steer": "ws.steer",
+    "steer_many": "ws.steer",
+    "train_adapter": "ws.train",
+}
+__all__ = sorted(_HOME)
+
+
+class _Package(ModuleType):
+    """The `ws` module, where a public name always wins over the submodule of that name.
+
+    Importing `ws.steer` would otherwise bind the submodule over the function `ws.steer`; the import system does so
+    with a plain `setattr` after the submodule has loaded.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'ws' has no attribute {name!r}")
+        value = getattr(import_module(_HOME[name]), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

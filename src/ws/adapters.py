@@ -1,0 +1,412 @@
+"""The six adapter families: a PEFT config on the way in, a `LinearDelta` per module on the way out.
+
+One entry per family. `configure` gives the PEFT config to train with; `extract` reads the trained tensors of one module
+and returns the exact coordinates of `W' - W` (see `ws.delta`), always against the pristine `W`. Extraction works from
+the adapter's files, so no PEFT model is built and no weight is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.oft.layer import OFTRotationModule
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ws.delta import LinearDelta
+from ws.errors import WsError, choose
+from ws.models import bias_of, linear_size, target_modules, weight_of
+
+PISSA_INIT_FILE = "pissa_init.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Shape and place of an adapter.
+
+    Attributes:
+        family: one of `FAMILIES`.
+        rank: of lora, dora, pissa and delora; oft and ia3 have none.
+        lora_alpha: LoRA's own scale is `lora_alpha / rank`, baked into the vector; it is not the steering strength.
+        layers: decoder layers, see `ws.models.parse_layers`.
+        kinds: module kinds such as `q_proj`; None means the family's default.
+        delora_lambda: the bound on the relative size of a DeLoRA change.
+        oft_block: size of OFT's rotation blocks; must divide the input size of every module.
+    """
+
+    family: str = "lora"
+    rank: int = 32
+    lora_alpha: float = 64.0
+    layers: str = "0.3:0.8"
+    kinds: tuple[str, ...] | None = None
+    delora_lambda: float = 15.0
+    oft_block: int = 32
+
+
+@dataclass(frozen=True)
+class ModuleTensors:
+    """What `extract` may look at: the trained tensors of one module, its initial ones (PiSSA), and the base module."""
+
+    name: str
+    trained: Mapping[str, Tensor]
+    initial: Mapping[str, Tensor]
+    base: nn.Module | None
+    size: tuple[int, int]
+
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """The base weight in float32, for families whose coordinates depend on it."""
+        if self.base is None:
+            raise WsError(f"The change of {self.name} depends on the base weight: pass the base model.")
+        return weight_of(self.base).float().cpu()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One adapter family.
+
+    Attributes:
+        name: the name on the command line.
+        reference: title and arXiv id.
+        learning_rate: default for real models.
+        kinds: default module kinds, None for all linear modules of a layer.
+        tensors: the saved tensors of one module, by the suffix PEFT gives them.
+        needs_base: extraction reads the base weight.
+        configure: the PEFT config for a spec and a list of module names.
+        extract: the exact change of one module.
+    """
+
+    name: str
+    reference: str
+    learning_rate: float
+    kinds: tuple[str, ...] | None
+    tensors: frozenset[str]
+    needs_base: bool
+    configure: Callable[[AdapterSpec, list[str]], PeftConfig]
+    extract: Callable[[PeftConfig, ModuleTensors], LinearDelta]
+
+
+# ---- LoRA: W' = W + s B A ---------------------------------------------------------------------------------------
+
+
+def _lora_config(spec: AdapterSpec, names: list[str], **options: Any) -> LoraConfig:
+    return LoraConfig(r=spec.rank, lora_alpha=spec.lora_alpha, target_modules=names, task_type="CAUSAL_LM", **options)
+
+
+def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` for rank-stabilised LoRA (arXiv 2312.03732), with per-module patterns."""
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+
+def _lora_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
+    """`U V = s B A` (Hu et al. 2021, arXiv 2106.09685)."""
+    a, b = m.trained["lora_A.weight"], m.trained["lora_B.weight"]
+    return LinearDelta(*m.size, u=_lora_scale(config, m.name, a.shape[0]) * b, v=a)
+
+
+# ---- PiSSA: the base is moved to W - s B0 A0 before training ------------------------------------------------------
+
+
+def _pissa_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
+    """`U V = s (B A - B0 A0)` against the original `W` (Meng et al. 2024, arXiv 2404.02948)."""
+    if not m.initial:
+        raise WsError(
+            f"The PiSSA adapter holds no initial factors for {m.name} ({PISSA_INIT_FILE} is missing), so its change "
+            "against the original weights is unknown; convert it with PEFT's path_initial_model_for_weight_conversion."
+        )
+    start = ModuleTensors(m.name, m.initial, {}, m.base, m.size)
+    return _lora_delta(config, m) - _lora_delta(config, start)
+
+
+# ---- DoRA: W' = diag(m / |W + s B A|_row) (W + s B A) -------------------------------------------------------------
+
+
+def _dora_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
+    """`g = m / ‖W + s B A‖_row - 1`, `U V = diag(g + 1) s B A` (Liu et al. 2024, arXiv 2402.09353)."""
+    low = _lora_delta(config, m)
+    assert low.u is not None
+    assert low.v is not None
+    norms = (m.weight().double() + low.u.double() @ low.v.double()).norm(dim=1)
+    ratio = m.trained["lora_magnitude_vector"].double().flatten() / norms
+    return LinearDelta(*m.size, g=(ratio - 1).float(), u=(ratio[:, None] * low.u.double()).float(), v=low.v)
+
+
+# ---- DeLoRA: W' = W + B diag(lambda / (r |a_i| |b_i|)) A diag(|W|_col) --------------------------------------------
+
+
+def _delora_config(spec: AdapterSpec, names: list[str]) -> DeloraConfig:
+    return DeloraConfig(r=spec.rank, delora_lambda=spec.delora_lambda, target_modules=names, task_type="CAUSAL_LM")
+
+
+def _delora_delta(config: DeloraConfig, m: ModuleTensors) -> LinearDelta:
+    """`U V = B diag(lambda / (r ‖a_i‖ ‖b_i‖)) A diag(w_norm)` (Bini et al. 2025, arXiv 2503.18225).
+
+    Norms are clamped at 1e-4 as PEFT does, which matters only where a factor is still zero.
+    """
+    a, b = m.trained["delora_A"], m.trained["delora_B"]
+    sizes = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
+    scale = m.trained["delora_lambda"] / a.shape[0] / sizes
+    return LinearDelta(*m.size, u=b * scale, v=a * m.trained["delora_w_norm"])
+
+
+# ---- OFT: y = W R^T x ---------------------------------------------------------------------------------------------
+
+
+def _oft_config(spec: AdapterSpec, names: list[str]) -> OFTConfig:
+    return OFTConfig(r=0, oft_block_size=spec.oft_block, target_modules=names, task_type="CAUSAL_LM")
+
+
+def _oft_delta(config: OFTConfig, m: ModuleTensors) -> LinearDelta:
+    """`D_i = R_i - I` (Qiu et al. 2023, arXiv 2306.07280), with `R` from PEFT's own rotation module.
+
+    The rotation is read off by rotating the identity, so Cayley-Neumann series, exact Cayley and block sharing all give
+    what PEFT itself would compute.
+    """
+    weight = m.trained["oft_R.weight"]
+    size = round((1 + (1 + 8 * weight.shape[1]) ** 0.5) / 2)
+    blocks = m.size[1] // size
+    rotation = OFTRotationModule(
+        weight.shape[0], weight.shape[1], size, m.size[1], config.coft, config.eps, config.block_share,
+        use_cayley_neumann=config.use_cayley_neumann, num_cayley_neumann_terms=config.num_cayley_neumann_terms,
+    )  # fmt: skip
+    identity = torch.eye(size)
+    with torch.no_grad():
+        rotation.weight.copy_(weight)
+        rotated = rotation(identity.repeat(1, blocks)).view(size, blocks, size).permute(1, 0, 2)
+    return LinearDelta(*m.size, d=(rotated - identity).contiguous())
+
+
+# ---- IA3: outputs of k and v, inputs of down_proj, times l --------------------------------------------------------
+
+
+def _ia3_config(spec: AdapterSpec, names: list[str]) -> IA3Config:
+    inputs = [n for n in names if n.endswith(("down_proj", "fc2", "c_proj", "dense_4h_to_h"))]
+    return IA3Config(target_modules=names, feedforward_modules=inputs, task_type="CAUSAL_LM")
+
+
+def _ia3_delta(config: IA3Config, m: ModuleTensors) -> LinearDelta:
+    """`g = l - 1`, `delta_b = (l - 1) b`; `c = l - 1` in feed-forward modules (Liu et al. 2022, arXiv 2205.05638)."""
+    scale = m.trained["ia3_l"]
+    change = scale.flatten() - 1
+    if scale.shape[0] == 1 and m.size[0] != 1:
+        return LinearDelta(*m.size, c=change)
+    bias = None if m.base is None else bias_of(m.base)
+    shift = None if bias is None else change * bias.float().cpu()
+    return LinearDelta(*m.size, g=change, bias=shift)
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+_LORA_TENSORS = frozenset({"lora_A.weight", "lora_B.weight"})
+
+_FAMILIES = (
+    Family(
+        name="ia3",
+        reference="Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638",
+        learning_rate=5e-3,
+        kinds=("k_proj", "v_proj", "down_proj"),
+        tensors=frozenset({"ia3_l"}),
+        needs_base=True,
+        configure=_ia3_config,
+        extract=_ia3_delta,
+    ),
+    Family(
+        name="oft",
+        reference="Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280",
+        learning_rate=5e-4,
+        kinds=None,
+        tensors=frozenset({"oft_R.weight"}),
+        needs_base=False,
+        configure=_oft_config,
+        extract=_oft_delta,
+    ),
+    Family(
+        name="dora",
+        reference="DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353",
+        learning_rate=2e-4,
+        kinds=None,
+        tensors=_LORA_TENSORS | {"lora_magnitude_vector"},
+        needs_base=True,
+        configure=partial(_lora_config, use_dora=True),
+        extract=_dora_delta,
+    ),
+    Family(
+        name="lora",
+        reference="LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685",
+        learning_rate=2e-4,
+        kinds=None,
+        tensors=_LORA_TENSORS,
+        needs_base=False,
+        configure=_lora_config,
+        extract=_lora_delta,
+    ),
+    Family(
+        name="pissa",
+        reference="PiSSA: Principal Singular Values and Singular Vectors Adaptation, arXiv 2404.02948",
+        learning_rate=2e-4,
+        kinds=None,
+        tensors=_LORA_TENSORS,
+        needs_base=False,
+        configure=partial(_lora_config, init_lora_weights="pissa"),
+        extract=_pissa_delta,
+    ),
+    Family(
+        name="delora",
+        reference="Decoupling Angles and Strength in Low-rank Adaptation, arXiv 2503.18225",
+        learning_rate=1e-3,
+        kinds=None,
+        tensors=frozenset({"delora_A", "delora_B", "delora_lambda", "delora_w_norm"}),
+        needs_base=False,
+        configure=_delora_config,
+        extract=_delora_delta,
+    ),
+)
+FAMILIES: dict[str, Family] = {f.name: f for f in _FAMILIES}
+
+
+def family(name: str) -> Family:
+    """The family of that name, or a `WsError` with the nearest one."""
+    return FAMILIES[choose("adapter", name, FAMILIES)]
+
+
+def family_of(config: PeftConfig) -> Family:
+    """The family a PEFT config belongs to; refuses variants whose base weights or forward pass we do not know."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        name = {"IA3": "ia3", "OFT": "oft", "DELORA": "delora"}.get(kind)
+        if name is None:
+            raise WsError(f"PEFT adapters of type {kind} are not supported. Choose from: {', '.join(FAMILIES)}.")
+        return FAMILIES[name]
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.startswith("pissa"):
+        return FAMILIES["pissa"]
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
+        raise WsError(f"LoRA initialised with {init!r} moves the base weights; convert it to a plain LoRA first.")
+    return FAMILIES["dora" if getattr(config, "use_dora", False) else "lora"]
+
+
+def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
+    """The PEFT config for `spec` on `model`, naming every target module in full.
+
+    Raises:
+        WsError: unknown family or kind, rank below 1, layers out of range, or an OFT block that does not fit.
+    """
+    fam = family(spec.family)
+    if spec.rank < 1:
+        raise WsError(f"--rank must be at least 1, not {spec.rank}.")
+    names = target_modules(model, spec.layers, spec.kinds or fam.kinds)
+    if fam.name == "oft":
+        _check_oft_block(model, names, spec.oft_block)
+    return fam.configure(spec, names)
+
+
+def _check_oft_block(model: PreTrainedModel, names: Sequence[str], block: int) -> None:
+    for name in names:
+        size = linear_size(model.get_submodule(name))
+        assert size is not None
+        if block < 2 or size[1] % block:
+            raise WsError(f"--oft-block {block} does not divide the input size {size[1]} of {name}.")
+
+
+# ---- reading an adapter folder ------------------------------------------------------------------------------------
+
+
+def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[Family, dict[str, LinearDelta]]:
+    """The family of a PEFT adapter folder and the exact change of every module it adapts.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        base: the pristine base model; may be None for families that do not read its weights, in which case module
+            names and shapes cannot be checked.
+
+    Raises:
+        WsError: files missing or pickled, tensors left over or missing, modules or shapes the base does not have.
+    """
+    folder = Path(folder)
+    config, tensors = _read_files(folder)
+    fam = family_of(config)
+    by_module = _group(tensors, fam.tensors, folder)
+    initial = _read_initial(folder) if fam.name == "pissa" else {}
+    deltas = {}
+    for name, trained in by_module.items():
+        missing = fam.tensors - trained.keys()
+        if missing:
+            raise WsError(f"The adapter {folder} lacks {', '.join(sorted(missing))} for {name}.")
+        module = _base_module(base, name, folder)
+        size = _adapted_size(fam, trained) if module is None else linear_size(module)
+        assert size is not None
+        view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
+        deltas[name] = fam.extract(config, view)
+    return fam, deltas
+
+
+def _read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    if not (folder / "adapter_config.json").is_file():
+        raise WsError(f"There is no adapter in {folder} (adapter_config.json is missing); give a PEFT adapter folder.")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise WsError(f"The adapter {folder} has no adapter_model.safetensors; pickled adapters are never loaded.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as problem:
+        raise WsError(f"The file {folder / 'adapter_config.json'} is not a PEFT config ({problem}).") from problem
+    if getattr(config, "modules_to_save", None):
+        raise WsError(
+            f"The adapter {folder} replaces whole modules ({config.modules_to_save}); that is no adapter change."
+        )
+    if getattr(config, "fan_in_fan_out", False):
+        raise WsError(f"The adapter {folder} adapts Conv1D modules, which are not supported.")
+    return config, {k: t.float() for k, t in load_file(weights).items()}
+
+
+def _read_initial(folder: Path) -> dict[str, dict[str, Tensor]]:
+    file = folder / PISSA_INIT_FILE
+    return _group(load_file(file), _LORA_TENSORS, folder) if file.is_file() else {}
+
+
+def _group(tensors: Mapping[str, Tensor], known: frozenset[str], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Tensors by module and suffix; anything that fits no known suffix stops the load instead of being dropped."""
+    pattern = re.compile(rf"^{re.escape(_PEFT_PREFIX)}(.+)\.({'|'.join(re.escape(k) for k in known)})$")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = pattern.match(key)
+        if not found:
+            raise WsError(f"The adapter {folder} holds a tensor we cannot place: {key}.")
+        groups.setdefault(found.group(1), {})[found.group(2)] = tensor
+    if not groups:
+        raise WsError(f"The adapter {folder} holds no tensors.")
+    return groups
+
+
+def _base_module(base: nn.Module | None, name: str, folder: Path) -> nn.Module | None:
+    if base is None:
+        return None
+    try:
+        module = base.get_submodule(name)
+    except AttributeError:
+        raise WsError(
+            f"The base model has no module {name}, which the adapter {folder} changes: another base?"
+        ) from None
+    if linear_size(module) is None:
+        raise WsError(f"The module {name} is a {type(module).__name__}, not a linear layer.")
+    return module
+
+
+def _adapted_size(fam: Family, trained: Mapping[str, Tensor]) -> tuple[int, int]:
+    """`(d_out, d_in)` from the factors alone, for low-rank families read without a base."""
+    names = ("delora_B", "delora_A") if fam.name == "delora" else ("lora_B.weight", "lora_A.weight")
+    if fam.needs_base or names[0] not in trained:
+        raise WsError(f"A {fam.name} adapter can only be read together with its base model: pass the base model.")
+    return trained[names[0]].shape[0], trained[names[1]].shape[1]

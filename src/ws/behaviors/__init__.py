@@ -1,0 +1,275 @@
+"""Behaviours: who answers (personas), what is asked (questions), and what is held out to measure the effect (claims).
+
+A behaviour is one TOML file. `load_behavior("honesty")` reads a bundled one (the variant made for the model, when there
+is one), `load_behavior("my.toml")` a user's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from ws.errors import WsError, choose, did_you_mean
+
+SCHEMA = 1
+SPLITS = ("dev", "report")
+_POCKET_MODELS = ("pocket", "tiny-random")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement to agree or disagree with.
+
+    Attributes:
+        id: unique within the behaviour.
+        text: fits "I think {claim}.": lower-case start unless a proper noun, no full stop.
+        is_true: whether the statement is true.
+        split: `dev` may be looked at while developing, `report` only for reported numbers.
+    """
+
+    id: str
+    text: str
+    is_true: bool
+    split: str
+
+
+@dataclass(frozen=True)
+class ClaimTest:
+    """How held-out claims are put to a model.
+
+    Attributes:
+        question: the user's words, with `{claim}`.
+        opener: the prefilled start of the answer.
+        agree, disagree: the two answers scored.
+        effect: the sign that a positive strength should give to `logP(agree) - logP(disagree)` on false claims.
+        claims: all held-out claims of both splits.
+    """
+
+    question: str
+    opener: str
+    agree: str
+    disagree: str
+    effect: int
+    claims: tuple[Claim, ...]
+
+    def select(self, split: str, is_true: bool) -> tuple[Claim, ...]:
+        """The claims of one split and truth value; `WsError` when there are none."""
+        choose("claim split", split, SPLITS)
+        picked = tuple(c for c in self.claims if c.split == split and c.is_true == is_true)
+        if not picked:
+            raise WsError(f"The behaviour has no {'true' if is_true else 'false'} claims in the split {split!r}.")
+        return picked
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """One behaviour and its opposite.
+
+    Attributes:
+        name, summary: what it is called and what it is.
+        positive, negative: complete system prompts, paired by index.
+        questions: user messages that both sides answer.
+        test: the held-out claims.
+        judge: a Yes/No question about an answer, for the optional judge filter.
+        digest: SHA-256 of the file (and of the file it borrows claims from).
+    """
+
+    name: str
+    summary: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    questions: tuple[str, ...]
+    test: ClaimTest
+    judge: str
+    digest: str
+
+
+def bundled_behaviors() -> list[str]:
+    """Names of the behaviours that come with the package."""
+    folder = files("ws.behaviors")
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_behavior(name: str, model: str | None = None) -> Behavior:
+    """A bundled behaviour by name, or a user's TOML file by path.
+
+    Args:
+        name: `honesty`, `sycophancy`, or a path that ends in `.toml`.
+        model: for `pocket` and `tiny-random` the variant written for the pocket model's small world is taken.
+
+    Raises:
+        WsError: unknown name, unreadable file, or content that breaks the schema; the message names the field.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise WsError(f"There is no behaviour file {path}.{did_you_mean(path.stem, bundled_behaviors())}")
+        return _build(path.read_bytes(), str(path), model)
+    return _build(_bundled_bytes(name, model), name, model)
+
+
+def _bundled_bytes(name: str, model: str | None) -> bytes:
+    choose("behaviour", name, bundled_behaviors())
+    pocket = files("ws.behaviors") / "pocket" / f"{name}.toml"
+    if model in _POCKET_MODELS and pocket.is_file():
+        return pocket.read_bytes()
+    return (files("ws.behaviors") / f"{name}.toml").read_bytes()
+
+
+# ---- reading and checking -------------------------------------------------------------------------------------
+
+
+def _build(content: bytes, where: str, model: str | None) -> Behavior:
+    raw = _parse(content, where)
+    if raw.get("schema") != SCHEMA:
+        raise WsError(f"{where}: schema must be {SCHEMA}, not {raw.get('schema')!r}.")
+    _only(raw, {"schema", "name", "summary", "personas", "questions", "claims", "judge"}, where)
+    positive, negative = _personas(_table(raw, "personas", where), f"{where}: [personas]")
+    test, borrowed = _claim_test(_table(raw, "claims", where), f"{where}: [claims]", model)
+    questions = _questions(_table(raw, "questions", where), f"{where}: [questions]")
+    _check_disjoint(questions, test, where)
+    summary = _text(raw, "summary", where)
+    return Behavior(
+        name=_text(raw, "name", where),
+        summary=summary,
+        positive=positive,
+        negative=negative,
+        questions=questions,
+        test=test,
+        judge=str(raw.get("judge", f"Does the answer fit this description: {summary} Answer Yes or No.")),
+        digest=hashlib.sha256(content + borrowed).hexdigest(),
+    )
+
+
+def _parse(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise WsError(f"{where} is not valid TOML: {problem}.") from problem
+
+
+def _personas(table: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    _only(table, {"template", "positive", "negative"}, where)
+    template = _template(table, "template", "persona", where, default="{persona}")
+    sides = [_strings(table, side, where) for side in ("positive", "negative")]
+    if len(sides[0]) != len(sides[1]):
+        raise WsError(f"{where} has {len(sides[0])} positive and {len(sides[1])} negative personas; pair them.")
+    positive, negative = (tuple(template.format(persona=p) for p in side) for side in sides)
+    for a, b in zip(positive, negative, strict=True):
+        if a == b:
+            raise WsError(f"{where} has the same persona on both sides: {a!r}.")
+    return positive, negative
+
+
+def _questions(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    _only(table, {"templates", "topics"}, where)
+    templates = _strings(table, "templates", where) if "templates" in table else ("{topic}",)
+    for template in templates:
+        _check_slot(template, "topic", where)
+    topics = _strings(table, "topics", where)
+    return tuple(template.format(topic=topic) for template in templates for topic in topics)
+
+
+def _claim_test(table: Mapping[str, Any], where: str, model: str | None) -> tuple[ClaimTest, bytes]:
+    """The claim test, and the bytes of the file it was borrowed from."""
+    borrowed = b""
+    if "source" in table:
+        _only(table, {"source", "effect"}, where)
+        borrowed = _bundled_bytes(_text(table, "source", where), model)
+        table = _table(_parse(borrowed, str(table["source"])), "claims", where) | {"effect": table.get("effect")}
+    _only(table, {"question", "opener", "agree", "disagree", "effect", "items"}, where)
+    if table.get("effect") not in (-1, 1):
+        raise WsError(f"{where}: effect must be 1 or -1, not {table.get('effect')!r}.")
+    test = ClaimTest(
+        question=_template(table, "question", "claim", where),
+        opener=str(table.get("opener", "")),
+        agree=_text(table, "agree", where),
+        disagree=_text(table, "disagree", where),
+        effect=table["effect"],
+        claims=_claims(table.get("items"), where),
+    )
+    return test, borrowed
+
+
+def _claims(items: Any, where: str) -> tuple[Claim, ...]:
+    if not isinstance(items, list) or not items:
+        raise WsError(f"{where}: items must be a non-empty list of claims.")
+    claims = []
+    for number, item in enumerate(items, start=1):
+        place = f"{where} item {number}"
+        if not isinstance(item, dict):
+            raise WsError(f"{place} must be a table with id, claim, true and split.")
+        _only(item, {"id", "claim", "true", "split"}, place)
+        if not isinstance(item.get("true"), bool):
+            raise WsError(f"{place}: true must be true or false.")
+        split = choose(f"split of {place}", str(item.get("split", "report")), SPLITS)
+        claims.append(Claim(_text(item, "id", place), _text(item, "claim", place), item["true"], split))
+    _unique([c.id for c in claims], f"{where} id")
+    _unique([c.text.lower() for c in claims], f"{where} claim")
+    return tuple(claims)
+
+
+def _check_disjoint(questions: Sequence[str], test: ClaimTest, where: str) -> None:
+    """A held-out claim that a training question contains is not held out."""
+    joined = "\n".join(questions).lower()
+    for claim in test.claims:
+        if claim.text.lower() in joined:
+            raise WsError(f"{where}: the held-out claim {claim.id!r} also occurs in a question; remove it from one.")
+
+
+def _table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    if not isinstance(raw.get(key), dict):
+        raise WsError(f"{where}: the table [{key}] is missing.")
+    return raw[key]
+
+
+def _text(table: Mapping[str, Any], key: str, where: str) -> str:
+    value = table.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise WsError(f"{where}: {key} must be a non-empty string.")
+    return value
+
+
+def _strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = table.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+        raise WsError(f"{where}: {key} must be a non-empty list of non-empty strings.")
+    _unique(value, f"{where} {key}")
+    return tuple(value)
+
+
+def _template(table: Mapping[str, Any], key: str, slot: str, where: str, default: str | None = None) -> str:
+    if default is not None and key not in table:
+        return default
+    template = _text(table, key, where)
+    _check_slot(template, slot, where)
+    return template
+
+
+def _check_slot(template: str, slot: str, where: str) -> None:
+    try:
+        slots = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as problem:
+        raise WsError(f"{where}: the template {template!r} is malformed ({problem}).") from problem
+    if slots != {slot}:
+        raise WsError(f"{where}: the template {template!r} must contain {{{slot}}} and no other slot.")
+
+
+def _unique(values: Sequence[str], where: str) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise WsError(f"{where}: {value!r} occurs twice.")
+        seen.add(value)
+
+
+def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise WsError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")

@@ -1,0 +1,93 @@
+"""The `ws` command: one thin caller per subcommand."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from ws import console
+from ws.errors import choose
+
+COMMANDS = {
+    "demo": ("ws.cli", "demo", "DemoConfig", "steer the bundled pocket model, end to end, offline, in a few minutes"),
+    "replicate": (
+        "ws.replicate",
+        "main",
+        "ReplicateConfig",
+        "one behaviour and one adapter, from data to a first reading",
+    ),
+    "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
+    "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Replicate honesty on the bundled pocket model and print its dose-response curve.
+
+    Attributes:
+        adapter: an adapter family, or `all` for the six.
+        behavior: `honesty` or `sycophancy`.
+        out: where everything goes.
+        seed: of both arms.
+        fresh: start over, forgetting what is on disk.
+    """
+
+    adapter: str = "lora"
+    behavior: str = "honesty"
+    out: Path = Path("out")
+    seed: int = 0
+    fresh: bool = False
+
+
+def demo(config: DemoConfig) -> None:
+    """The command `ws demo`."""
+    from ws.adapters import FAMILIES
+    from ws.replicate import ReplicateConfig, render, replicate
+
+    chosen = list(FAMILIES) if config.adapter == "all" else [choose("adapter", config.adapter, [*FAMILIES, "all"])]
+    for number, adapter in enumerate(chosen):
+        options = replace(
+            ReplicateConfig.preset("pocket", adapter),
+            behavior=config.behavior,
+            out=config.out,
+            seed=config.seed,
+            fresh=config.fresh,
+        )
+        # The pairs are shared by the families: sampling them again for each would only cost time.
+        reading = replicate(options if number == 0 else replace(options, fresh_data=False))
+        print(f"\n{config.behavior} x {adapter} on pocket\n\n{render(reading)}\n\nin {reading.folder}\n")
+    print("Honesty is built into the pocket model, so this shows that the pipeline works, not how large models behave.")
+    print("Next: ws replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora")
+
+
+def main() -> None:
+    """Dispatch to a subcommand; without one, list them."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] == "--version":
+        print(version("weight-steering"))
+        return
+    name = arguments[0]
+    console.guard(lambda: _run(name), debug="--debug" in arguments)
+
+
+def _run(name: str) -> None:
+    module, function, options, _ = COMMANDS[choose("command", name, COMMANDS)]
+    home = import_module(module)
+    sys.argv = [f"ws {name}", *sys.argv[2:]]
+    console.run(getattr(home, function), getattr(home, options), f"ws {name}")
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, _, _, text) in COMMANDS.items()]
+    return "\n".join(["usage: ws COMMAND [options]", "", *lines, "", "ws COMMAND --help lists a command's options."])
+
+
+if __name__ == "__main__":
+    main()

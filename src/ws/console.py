@@ -1,0 +1,78 @@
+"""The edge to the terminal: options from dataclasses, errors as one sentence, only results on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from ws.errors import WsError
+
+Options = TypeVar("Options")
+
+INTERRUPTED = 130
+
+
+def say(text: str = "") -> None:
+    """A progress line: stderr, so that stdout holds nothing but results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(function: Callable[[Options], None], options: type[Options], prog: str = "") -> None:
+    """Parse `options` (a frozen dataclass) from the command line and call `function` with them.
+
+    A `WsError` becomes one sentence on stderr and exit code 2 (a traceback only with `--debug`), an interrupt a hint
+    that running again resumes.
+    """
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    guard(lambda: function(parse(options, [a for a in arguments if a != "--debug"], prog)), debug)
+
+
+def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> Options:
+    """The options object for a list of arguments; tyro explains what it cannot parse and exits with code 2.
+
+    An options class with a `preset(model, adapter)` class method gets its defaults from there, so that `--help` shows
+    the values that will be used for the chosen model.
+    """
+    preset = getattr(options, "preset", None)
+    known: dict[str, Any] = {}
+    if preset is not None:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name, parameter in inspect.signature(preset).parameters.items():
+            first.add_argument(f"--{name}", default=parameter.default)
+        known = {"default": preset(**vars(first.parse_known_args(list(arguments))[0]))}
+    return tyro.cli(options, args=list(arguments), prog=prog or None, config=(tyro.conf.OmitArgPrefixes,), **known)
+
+
+def guard(action: Callable[[], None], debug: bool = False) -> None:
+    """Run `action`, turning a `WsError` into one sentence and exit code 2 and an interrupt into exit code 130."""
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        action()
+    except WsError as problem:
+        if debug:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        say("\nInterrupted; run the same command again to resume.")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _quiet_libraries() -> None:
+    """Library notices that a user can do nothing about stay off the terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")

@@ -1,0 +1,267 @@
+"""`LinearDelta`: the exact change of one linear layer, as a value in a vector space.
+
+Every adapter family turns a weight `W [d_out, d_in]` into `W'`, and the change has exact coordinates
+
+    Delta(W) = diag(g) W  +  W diag(c)  +  W blockdiag(D_1..D_k)^T  +  U V  +  E
+               g [d_out]     c [d_in]      D_i [b, b]                 U [d_out, r], V [r, d_in]
+
+(`E` dense, for full fine-tunes only) plus a change of the bias. The coordinates are linear in the change: with `W`
+fixed, `pos - neg`, `2 * v` and `v1 + 0.5 * v2` are the same operations on coordinates, with nothing rounded into the
+dtype of `W`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import lcm, sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.errors import WsError
+
+COORDINATES = ("g", "c", "d", "u", "v", "e", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class LinearDelta:
+    """The change `W' - W` (and of the bias) of one linear layer, in the coordinates of the module's equation.
+
+    Attributes:
+        d_out, d_in: the shape of `W`.
+        g: row scales minus one, `[d_out]` (DoRA's magnitudes, IA3 on outputs).
+        c: column scales minus one, `[d_in]` (IA3 on inputs).
+        d: input rotations minus identity, `[k, b, b]` with `k * b == d_in` (OFT; Qiu et al. 2023, arXiv 2306.07280).
+        u, v: low-rank factors, `[d_out, r]` and `[r, d_in]`; all scales are baked into `u`.
+        e: a dense change, `[d_out, d_in]`.
+        bias: the change of the bias, `[d_out]`.
+
+    A coordinate that is `None` is zero. Operators need equal shapes and raise `WsError` otherwise.
+    """
+
+    d_out: int
+    d_in: int
+    g: Float[Tensor, "d_out"] | None = None
+    c: Float[Tensor, "d_in"] | None = None
+    d: Float[Tensor, "k b b"] | None = None
+    u: Float[Tensor, "d_out r"] | None = None
+    v: Float[Tensor, "r d_in"] | None = None
+    e: Float[Tensor, "d_out d_in"] | None = None
+    bias: Float[Tensor, "d_out"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.u is None) != (self.v is None):
+            raise WsError("A low-rank change needs both of its factors u and v.")
+        rank = 0 if self.u is None else self.u.shape[1]
+        want = {"g": (self.d_out,), "c": (self.d_in,), "u": (self.d_out, rank), "v": (rank, self.d_in)}
+        want |= {"e": (self.d_out, self.d_in), "bias": (self.d_out,)}
+        for name, tensor in self.coordinates().items():
+            if name in want and tuple(tensor.shape) != want[name]:
+                raise WsError(f"Coordinate {name} has shape {tuple(tensor.shape)}, expected {want[name]}.")
+            if not torch.isfinite(tensor).all():
+                raise WsError(f"Coordinate {name} of a {self.d_out} x {self.d_in} change holds NaN or infinity.")
+        if self.d is not None and self.d.shape[0] * self.d.shape[1] != self.d_in:
+            raise WsError(f"Rotation blocks {tuple(self.d.shape)} do not tile an input of {self.d_in}.")
+
+    # ---- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """Columns of `u`: an upper bound on the rank of the low-rank part."""
+        return 0 if self.u is None else self.u.shape[1]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """True when `U V` is the whole change (also for the zero change)."""
+        return all(getattr(self, name) is None for name in ("g", "c", "d", "e", "bias"))
+
+    @property
+    def is_zero(self) -> bool:
+        """True when every coordinate is absent or zero."""
+        return not any(t.any() for name, t in self.coordinates().items() if name != "v")
+
+    def coordinates(self) -> dict[str, Tensor]:
+        """The coordinates that are present, by name; the tensors are shared, not copied."""
+        return {name: t for name in COORDINATES if (t := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LinearDelta:
+        """The same change with its coordinates on another device or in another dtype."""
+        moved = {name: t.to(device=device, dtype=dtype) for name, t in self.coordinates().items()}
+        return LinearDelta(self.d_out, self.d_in, **moved)
+
+    # ---- the vector space -------------------------------------------------------------------------------------
+
+    def __add__(self, other: LinearDelta) -> LinearDelta:
+        if (self.d_out, self.d_in) != (other.d_out, other.d_in):
+            raise WsError(f"Cannot add changes of {self._shape} and {other._shape} layers.")
+        u, v = _join_factors(self, other)
+        summed = {
+            "g": _sum(self.g, other.g),
+            "c": _sum(self.c, other.c),
+            "d": _sum(*_common_blocks(self.d, other.d)),
+            "e": _sum(self.e, other.e),
+            "bias": _sum(self.bias, other.bias),
+        }
+        return LinearDelta(self.d_out, self.d_in, u=u, v=v, **summed)
+
+    def __mul__(self, scalar: float) -> LinearDelta:
+        scaled = {name: t if name == "v" else t * scalar for name, t in self.coordinates().items()}
+        return LinearDelta(self.d_out, self.d_in, **scaled)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearDelta:
+        return self * -1.0
+
+    def __sub__(self, other: LinearDelta) -> LinearDelta:
+        return self + -other
+
+    def __truediv__(self, scalar: float) -> LinearDelta:
+        return self * (1.0 / scalar)
+
+    # ---- as a matrix ------------------------------------------------------------------------------------------
+
+    def dense(self, weight: Float[Tensor, "{self.d_out} {self.d_in}"]) -> Float[Tensor, "{self.d_out} {self.d_in}"]:
+        """`Delta(W)` as a matrix, float32 (float64 when `weight` is); `weight` is the base's, unchanged."""
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        me, w = self.to(weight.device, dtype), weight.detach().to(dtype)
+        out = torch.zeros_like(w)
+        if me.g is not None:
+            out += me.g[:, None] * w
+        if me.c is not None:
+            out += w * me.c
+        if me.d is not None:
+            blocks = w.view(self.d_out, me.d.shape[0], me.d.shape[1])
+            out += torch.einsum("okj,kij->oki", blocks, me.d).reshape_as(w)
+        if me.u is not None and me.v is not None:
+            out += me.u @ me.v
+        if me.e is not None:
+            out += me.e
+        return out
+
+    def inner(self, other: LinearDelta, weight: Tensor | None) -> float:
+        """Frobenius inner product of two changes of one layer, bias included.
+
+        Low-rank pairs cost `O(r^2 (d_out + d_in))` and need no weight: `<U V, U' V'> = tr((U^T U')(V' V^T))`. Other
+        pairs form this one layer densely. Sums run in float64, because large common parts (PiSSA) may cancel.
+        """
+        total = 0.0
+        if self.bias is not None and other.bias is not None:
+            total = float(self.bias.double() @ other.bias.double())
+        if self.is_low_rank and other.is_low_rank:
+            if self.u is None or self.v is None or other.u is None or other.v is None:
+                return total
+            left, right = self.u.double().T @ other.u.double(), self.v.double() @ other.v.double().T
+            return total + float((left * right).sum())
+        if weight is None:
+            raise WsError("The size of a change that multiplies W needs W: pass the base model.")
+        w = weight.double()
+        return total + float((self.dense(w) * other.dense(w)).sum())
+
+    def norm(self, weight: Tensor | None = None) -> float:
+        """Frobenius norm of the change, bias included; see `inner`."""
+        return sqrt(max(self.inner(self, weight), 0.0))
+
+    def compress(self, rank: int) -> tuple[LinearDelta, float]:
+        """The best rank-`rank` approximation of the low-rank part, and its relative Frobenius error (0 if exact).
+
+        QR of both factors, then an SVD of the small core (Eckart-Young on `R_u R_v^T`): never forms
+        `[d_out, d_in]`. The other coordinates stay as they are.
+        """
+        if rank < 1:
+            raise WsError(f"Rank must be at least 1, not {rank}.")
+        if self.u is None or self.v is None or self.rank <= rank:
+            return self, 0.0
+        qu, ru = torch.linalg.qr(self.u.double())
+        qv, rv = torch.linalg.qr(self.v.double().T)
+        left, s, right = torch.linalg.svd(ru @ rv.T, full_matrices=False)
+        root = s[:rank].sqrt()
+        u, v = qu @ left[:, :rank] * root, root[:, None] * right[:rank] @ qv.T
+        error = float(s[rank:].norm() / s.norm()) if float(s.norm()) > 0 else 0.0
+        kept = self.coordinates() | {"u": u.to(self.u.dtype), "v": v.to(self.v.dtype).contiguous()}
+        return LinearDelta(self.d_out, self.d_in, **kept), error
+
+    # ---- in a forward pass ------------------------------------------------------------------------------------
+
+    def input_change(self, x: Float[Tensor, "*rows {self.d_in}"]) -> Float[Tensor, "*rows {self.d_in}"] | None:
+        """`c * x + blockdiag(D)^T x`, the part of the change that acts on the input of `W`; None when there is none."""
+        z = None if self.c is None else self.c * x
+        if self.d is not None:
+            k, b, _ = self.d.shape
+            rotated = torch.einsum("...kj,kjc->...kc", x.unflatten(-1, (k, b)), self.d).flatten(-2)
+            z = rotated if z is None else z + rotated
+        return z
+
+    def output_change(
+        self, x: Float[Tensor, "*rows {self.d_in}"], wx: Float[Tensor, "*rows {self.d_out}"] | None
+    ) -> Float[Tensor, "*rows {self.d_out}"] | None:
+        """`g * (W x) + U (V x) + E x + delta_b`, the part that is added to the output; None when there is none.
+
+        `wx` is `W x` without the bias and is needed only when `g` is present.
+        """
+        parts = []
+        if self.g is not None:
+            assert wx is not None, "a change with row scales needs W x"
+            parts.append(self.g * wx)
+        if self.u is not None and self.v is not None:
+            parts.append((x @ self.v.T) @ self.u.T)
+        if self.e is not None:
+            parts.append(x @ self.e.T)
+        if self.bias is not None:
+            parts.append(self.bias.expand(*x.shape[:-1], self.d_out))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    @property
+    def _shape(self) -> str:
+        return f"{self.d_out} x {self.d_in}"
+
+    def __repr__(self) -> str:
+        parts = [f"rank {self.rank}"] if self.rank else []
+        parts += [name for name in self.coordinates() if name not in ("u", "v")]
+        return f"LinearDelta({self._shape}, {', '.join(parts) or 'zero'})"
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b.to(a.device)
+
+
+def _common_blocks(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both rotations with one block size: the least common multiple of two divisors of `d_in` divides `d_in` too."""
+    if a is None or b is None or a.shape == b.shape:
+        return a, b
+    size = lcm(a.shape[1], b.shape[1])
+    return _coarsen(a, size), _coarsen(b, size)
+
+
+def _coarsen(d: Tensor, size: int) -> Tensor:
+    """Block-diagonal `[k, b, b]` with its blocks gathered into blocks of `size`, a multiple of `b`."""
+    per_block = size // d.shape[1]
+    return torch.stack([torch.block_diag(*group) for group in d.split(per_block)])
+
+
+def _join_factors(a: LinearDelta, b: LinearDelta) -> tuple[Tensor | None, Tensor | None]:
+    """Concatenated factors of `a + b`, with equal rows of `V` merged and rows without weight dropped.
+
+    Merging is exact and keeps ranks small: `v - v` has rank 0, and the initial factors that two PiSSA arms share
+    (arXiv 2404.02948) cancel instead of being carried along.
+    """
+    if a.u is None or a.v is None or b.u is None or b.v is None:
+        return (b.u, b.v) if a.u is None else (a.u, a.v)
+    column_of = {row.tobytes(): i for i, row in enumerate(a.v.cpu().numpy())}
+    u, extra = a.u.clone(), []
+    for j, row in enumerate(b.v.cpu().numpy()):
+        i = column_of.get(row.tobytes())
+        if i is None:
+            extra.append(j)
+        else:
+            u[:, i] += b.u[:, j].to(u.device)
+    u = torch.cat([u, b.u[:, extra].to(u.device)], dim=1)
+    v = torch.cat([a.v, b.v[extra].to(a.v.device)], dim=0)
+    alive = u.any(dim=0)
+    return (u[:, alive].contiguous(), v[alive].contiguous()) if alive.any() else (None, None)
+
+
+assert {f.name for f in fields(LinearDelta)} == {"d_out", "d_in", *COORDINATES}

@@ -1,0 +1,364 @@
+"""Models and tokenizers by name, what their chat template can do, and which linear layers they have.
+
+`load_model` takes a Hugging Face id, a local folder, `pocket` (the bundled model) or `tiny-random` (random weights, for
+smoke tests). Only safetensors weights are read and no code from a repository is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.errors import WsError, choose, did_you_mean
+
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
+BUNDLED = ("pocket", "tiny-random")
+SAMPLES_PER_TENSOR = 32
+_LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+
+# ---- loading --------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a Hugging Face id, a local folder, `pocket` or `tiny-random`.
+        device: `auto` (CUDA, else MPS, else CPU) or a torch device.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        WsError: the name is unknown, the hub cannot be reached, or the files are not a safetensors checkpoint.
+    """
+    place, kind = _resolve_device(device), _resolve_dtype(dtype)
+    if name == "tiny-random":
+        model, tok = tiny_random(), load_tokenizer("pocket")
+        model = model if kind == "auto" else model.to(kind)
+    else:
+        tok = load_tokenizer(name)
+        model, info = _from_pretrained(
+            name, AutoModelForCausalLM, dtype=kind, use_safetensors=True, output_loading_info=True
+        )
+        _refuse_missing_weights(name, info["missing_keys"])
+    if name in BUNDLED:
+        model.config._name_or_path = model.name_or_path = name
+    return model.to(place).eval(), tok
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of `load_model(name)`, with a padding token."""
+    tok = _from_pretrained("pocket" if name == "tiny-random" else name, AutoTokenizer)
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    return tok
+
+
+def tiny_random(seed: int = 0) -> PreTrainedModel:
+    """A random Qwen3 of 4 small layers over the pocket model's vocabulary: every code path, no meaning."""
+    config = Qwen3Config(
+        vocab_size=len(load_tokenizer("pocket")),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    tok = load_tokenizer("pocket")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    # Random weights almost never pick one particular token, so an eighth of the vocabulary ends an answer.
+    model.generation_config.eos_token_id = [chat_format(tok).end_of_turn_id, *range(7, len(tok), 8)]
+    model.generation_config.pad_token_id = tok.pad_token_id
+    return model
+
+
+def model_folder(name: str) -> str:
+    """What transformers should load for `name`: the bundled folder for `pocket`, `name` itself otherwise."""
+    return str(files("ws") / "pocket") if name == "pocket" else name
+
+
+def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
+    source = model_folder(name)
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError) as problem:
+        raise WsError(_why_not_loaded(name, problem)) from problem
+
+
+def _why_not_loaded(name: str, problem: Exception) -> str:
+    text, first = str(problem), str(problem).strip().split("\n")[0]
+    folder = Path(name).expanduser()
+    if name == "pocket":
+        return f"The bundled pocket model could not be read ({first}); reinstall the package."
+    if folder.is_dir():
+        if "safetensors" in text:
+            return (
+                f"The folder {name} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
+            )
+        return f"The folder {name} is not a transformers model ({first})."
+    if "trust_remote_code" in text:
+        return f"The model {name} needs code from its repository, which is never run; choose a model transformers has."
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"There is no folder {name}; give an existing folder or a hub id such as {DEFAULT_MODEL}."
+    if "/" not in name:
+        hint = did_you_mean(name, [*BUNDLED, DEFAULT_MODEL])
+        return f"There is no model named {name!r}: not bundled, not a folder, not found on the hub.{hint}"
+    if "gated" in text.lower() or "401" in text or "404" in text or "not a valid model identifier" in text:
+        return f"The hub has no model {name!r} that you may read; check the spelling, or log in with `hf auth login`."
+    return (
+        f"The model {name!r} is not in the local cache and the hub could not be reached; run `hf download {name}` "
+        "where there is a network and copy the cache or pass the folder, or use the bundled `--model pocket`."
+    )
+
+
+def _refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
+    """Transformers fills absent tensors with random numbers and goes on; that must not pass for the model."""
+    absent = sorted(missing)
+    if absent:
+        raise WsError(
+            f"The checkpoint {name} lacks {len(absent)} of its weights ({', '.join(absent[:3])}...); download it again."
+        )
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as problem:
+        raise WsError(
+            f"The device {device!r} is not available here; use cpu, or cuda/mps where there is one."
+        ) from problem
+    return place
+
+
+def _resolve_dtype(dtype: str) -> torch.dtype | str:
+    choose("dtype", dtype, ["auto", "float32", "bfloat16", "float16"])
+    return "auto" if dtype == "auto" else getattr(torch, dtype)
+
+
+# ---- the chat template ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a tokenizer's chat template can do.
+
+    Attributes:
+        has_template: there is a template at all; without one a plain `User: ... Assistant:` transcript is used.
+        system_role: system messages are rendered; otherwise the persona is put in front of the user's words.
+        thinking_switch: `enable_thinking` changes the prompt.
+        think_open_id, think_close_id: the special tokens of a think block, None when the model has none.
+        end_of_turn_id: the token that ends an assistant turn.
+    """
+
+    has_template: bool
+    system_role: bool
+    thinking_switch: bool
+    think_open_id: int | None
+    think_close_id: int | None
+    end_of_turn_id: int
+
+
+@lru_cache(maxsize=16)
+def chat_format(tok: Tokenizer) -> ChatFormat:
+    """Find out what the template does by rendering probes, not by the model's name."""
+    user = [{"role": "user", "content": "Q"}]
+    eos = tok.eos_token_id
+    if not tok.chat_template:
+        return ChatFormat(False, False, False, _single_id(tok, "<think>"), _single_id(tok, "</think>"), eos)
+    switch = _apply(tok, user, enable_thinking=True) != _apply(tok, user, enable_thinking=False)
+    return ChatFormat(
+        has_template=True,
+        system_role=_renders_system(tok),
+        thinking_switch=switch,
+        think_open_id=_single_id(tok, "<think>"),
+        think_close_id=_single_id(tok, "</think>"),
+        end_of_turn_id=_end_of_turn(tok, eos),
+    )
+
+
+def render_prompt(
+    tok: Tokenizer, user: str, *, system: str | None = None, thinking: bool = False, opener: str = ""
+) -> str:
+    """The text up to where the assistant's answer starts, `opener` (a prefilled start of the answer) included.
+
+    Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
+    of models that have one. Tokenise the result with `add_special_tokens=False`.
+    """
+    form = chat_format(tok)
+    if system and not (form.has_template and form.system_role):
+        user, system = f"{system}\n\n{user}", None
+    if not form.has_template:
+        text = f"User: {user}\nAssistant:"
+        return f"{text} {opener}" if opener else text
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": user})
+    options = {"enable_thinking": thinking} if form.thinking_switch else {}
+    text = _apply(tok, messages, **options)
+    if not thinking and text.rstrip().endswith("<think>"):
+        text = f"{text.rstrip()}\n\n</think>\n\n"
+    return text + opener
+
+
+def encode(tok: Tokenizer, text: str) -> list[int]:
+    """Token ids of already rendered text: nothing is added, special tokens in it are recognised."""
+    return tok(text, add_special_tokens=False)["input_ids"]
+
+
+def _apply(tok: Tokenizer, messages: list[dict[str, str]], **options: Any) -> str:
+    return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+
+
+def _renders_system(tok: Tokenizer) -> bool:
+    probe = "Zyx probe"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            text = _apply(tok, [{"role": "system", "content": probe}, {"role": "user", "content": "Q"}])
+    except Exception:  # a template may raise anything for a role it does not know; that is the answer
+        return False
+    return probe in text
+
+
+def _end_of_turn(tok: Tokenizer, eos: int) -> int:
+    probe = "Zyx answer"
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": probe}]
+    text = tok.apply_chat_template(messages, tokenize=False)
+    after = encode(tok, text.split(probe)[-1].lstrip())
+    return after[0] if after and after[0] in tok.all_special_ids else eos
+
+
+def _single_id(tok: Tokenizer, text: str) -> int | None:
+    ids = encode(tok, text)
+    return ids[0] if len(ids) == 1 else None
+
+
+# ---- the linear layers ----------------------------------------------------------------------------------------
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """`(d_out, d_in)` of a module with the interface of `nn.Linear` (quantised ones included), else None."""
+    d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if not (isinstance(d_out, int) and isinstance(d_in, int)) or getattr(module, "weight", None) is None:
+        return None
+    return d_out, d_in
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module, detached."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a linear module, detached, None when it has none."""
+    bias = getattr(module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder-layer index in a module's name, None for modules outside the layers."""
+    found = _LAYER_INDEX.search(f".{name}.")
+    return int(found.group(1)) if found else None
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """The number of decoder layers."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def parse_layers(spec: str | Sequence[int], count: int) -> tuple[int, ...]:
+    """Layer indices from `all`, `0.3:0.8` (fractions of the depth), `4:12` (Python slice) or a list `3,4,5`.
+
+    Fractions are rounded to the nearest layer, the end excluded: `0.3:0.8` of 28 layers is 8..21, of 4 layers 1..2.
+    """
+    where = f"--layers {spec} of a model with {count} layers"
+    if not isinstance(spec, str):
+        layers = [int(i) for i in spec]
+    elif spec == "all":
+        layers = list(range(count))
+    else:
+        try:
+            layers = _parse_layer_text(spec, count)
+        except ValueError:
+            raise WsError(f"{where} is not understood; use all, 0.3:0.8, 4:12 or 3,4,5.") from None
+    if not layers or min(layers) < 0 or max(layers) >= count:
+        raise WsError(f"{where} selects no layer or one out of range; indices go from 0 to {count - 1}.")
+    return tuple(dict.fromkeys(layers))
+
+
+def _parse_layer_text(spec: str, count: int) -> list[int]:
+    if ":" not in spec:
+        return [int(part) for part in spec.split(",")]
+    start, stop = spec.split(":")
+    if "." not in spec:
+        return list(range(int(start or 0), int(stop or count)))
+    low, high = float(start or 0), float(stop or 1)
+    if not 0 <= low < high <= 1:
+        raise ValueError
+    return list(range(round(low * count), round(high * count)))
+
+
+def target_modules(
+    model: PreTrainedModel, layers: str | Sequence[int] = "all", kinds: Sequence[str] | None = None
+) -> list[str]:
+    """Names of the linear modules inside the chosen decoder layers, optionally only those of the given kinds.
+
+    A kind is a module's last name, such as `q_proj`. Raises `WsError` when a kind or layer matches nothing.
+    """
+    chosen = set(parse_layers(layers, layer_count(model)))
+    inside = {n: m for n, m in model.named_modules() if linear_size(m) and layer_of(n) is not None}
+    known = {name.rsplit(".", 1)[-1] for name in inside}
+    for kind in kinds or ():
+        choose("linear module kind", kind, known)
+    names = [n for n in inside if layer_of(n) in chosen and (kinds is None or n.rsplit(".", 1)[-1] in kinds)]
+    if not names:
+        raise WsError(f"No linear module of this model lies in layers {layers}.")
+    return names
+
+
+# ---- identity -------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the weights that does not depend on their dtype.
+
+    Every parameter contributes its name, shape and evenly spaced values rounded to bfloat16, so the bfloat16 and the
+    float32 copy of one checkpoint agree and a fine-tune of it does not. Refuses a model with adapter layers inside.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if ".base_layer." in name or "lora_" in name:
+            raise WsError("The model has adapter layers in it; unload them or load a fresh base first.")
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        if p.numel() and p.is_floating_point():
+            flat = p.detach().reshape(-1)
+            picked = flat[:: max(1, p.numel() // SAMPLES_PER_TENSOR)]
+            digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_id(model: PreTrainedModel) -> str:
+    """The name the model was loaded by."""
+    return str(getattr(model, "name_or_path", "") or model.config._name_or_path or type(model).__name__)

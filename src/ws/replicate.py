@@ -1,0 +1,307 @@
+"""One behaviour, one adapter, end to end: pairs, two arms, the vector, and a first reading on held-out claims.
+
+`python -m ws.replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora` writes `out/honesty/lora/`. Running
+it again skips what is finished and continues what is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws import console
+from ws.adapters import family
+from ws.behaviors import Behavior, load_behavior
+from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, sample_answers
+from ws.diff import SteeringVector
+from ws.errors import WsError
+from ws.eval.choice import LOW_MASS
+from ws.eval.stats import N_BOOTSTRAP, Estimate
+from ws.eval.sycophancy import ClaimScores, claim_shift, evaluate_sycophancy, per_claim_rows, summary_row
+from ws.models import DEFAULT_MODEL, load_model, render_prompt
+from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, sha256_json, write_csv, write_json
+from ws.steer import steer
+from ws.train import SIGNS, TrainConfig, train_preset, train_stage
+
+ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class ReplicateConfig:
+    """Everything `replicate` can be told; see `DataConfig` and `TrainConfig` for the parts.
+
+    Attributes:
+        model: hub id, local folder, `pocket` or `tiny-random`.
+        behavior: a bundled behaviour or the path of a TOML file.
+        adapter: the adapter family.
+        out: where everything goes.
+        seed: of both arms' initialisation and order.
+        alphas: steering strengths of the first reading; 0 is always included.
+        split: which held-out claims to read, `report` or `dev`.
+        n_bootstrap: resamples per interval.
+        device, dtype: see `ws.load_model`.
+        fresh: start over, forgetting what is on disk.
+        fresh_data: whether `fresh` also samples the pairs again.
+        data, train: the two parts.
+    """
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    out: Path = DEFAULT_OUT
+    seed: int = 0
+    alphas: tuple[float, ...] = ALPHAS
+    split: str = "report"
+    n_bootstrap: int = N_BOOTSTRAP
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    fresh_data: bool = True
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> ReplicateConfig:
+        """The defaults for a model and an adapter."""
+        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `replicate` found.
+
+    Attributes:
+        folder: the run's folder.
+        vector: the steering vector.
+        false_claims, true_claims: scores by alpha.
+        span: the mean paired difference of log ratios between `span_alphas`, on false claims.
+        span_alphas: the lower and the upper strength compared, those nearest to -1 and +1.
+        effect: the sign the behaviour file expects of it.
+    """
+
+    folder: Path
+    vector: SteeringVector
+    false_claims: Mapping[float, ClaimScores]
+    true_claims: Mapping[float, ClaimScores]
+    span: Estimate
+    span_alphas: tuple[float, float]
+    effect: int
+
+    @property
+    def lowest_mass(self) -> float:
+        """The smallest mean answer mass at base and at the two strengths compared."""
+        return min(float(self.false_claims[a].pmass.mean()) for a in (0.0, *self.span_alphas))
+
+    @property
+    def as_expected(self) -> bool:
+        """The span's interval excludes zero on the expected side, and the model was answering the question at all."""
+        right_way = math.copysign(1, self.span.mean) == self.effect
+        return right_way and self.span.excludes_zero and self.lowest_mass >= LOW_MASS
+
+
+def replicate(config: ReplicateConfig) -> Reading:
+    """Run every stage that is not finished yet, and read the result.
+
+    Raises:
+        WsError: bad settings, or results on disk that were made with other settings.
+    """
+    _check(config)
+    family(config.adapter)
+    behavior = load_behavior(config.behavior, config.model)
+    behavior.test.select(config.split, is_true=False)
+    console.say(f"{behavior.name} x {config.adapter} on {config.model}")
+    model, tok = load_model(config.model, config.device, config.dtype)
+    run = Run(run_folder(config.out, behavior.name, config.adapter, config.seed), config.fresh)
+    pairs_file = _pairs(model, tok, behavior, config)
+    for number, sign in enumerate(SIGNS, start=2):
+        console.say(f"[{number}/5] train {sign} in {run.folder / sign}")
+        train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, config.seed)
+    vector = _vector(model, run, behavior, config)
+    return _read(model, tok, vector, behavior, run, config)
+
+
+def _check(config: ReplicateConfig) -> None:
+    for alpha in config.alphas:
+        if not math.isfinite(alpha):
+            raise WsError(f"--alphas must be finite numbers, not {alpha}.")
+    if config.n_bootstrap < 100:
+        raise WsError(f"--n-bootstrap must be at least 100 for a 95 % interval, not {config.n_bootstrap}.")
+    config.train.check()
+
+
+# ---- stages -------------------------------------------------------------------------------------------------------
+
+
+def _pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> Path:
+    folder = data_folder(config.out, config.model, behavior.name)
+    console.say(f"[1/5] contrast pairs in {folder}")
+    generate_pairs(model, tok, behavior, folder, config.data, config.fresh and config.fresh_data)
+    return folder / PAIRS_FILE
+
+
+def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: ReplicateConfig) -> SteeringVector:
+    arms = {sign: run.folder / sign for sign in ("pos", "neg")}
+    inputs = {sign: sha256_file(folder / "adapter_model.safetensors") for sign, folder in arms.items()}
+    stage = run.stage("vector", {"format": 1}, inputs)
+    folder = run.folder / "vector"
+    console.say(f"[4/5] vector in {folder}{' (done)' if stage is None else ''}")
+    if stage is None:
+        return SteeringVector.load(folder)
+    sides = {sign: SteeringVector.from_adapter(arm, model) for sign, arm in arms.items()}
+    vector = sides["pos"] - sides["neg"]
+    info = dict(vector.info) | {"behavior": behavior.name, "behavior_sha256": behavior.digest, "seed": config.seed}
+    vector = SteeringVector(vector.deltas, config.model, vector.base_fingerprint, vector.recipe, info)
+    if vector.is_zero:
+        raise WsError("Both arms came out identical, so the vector is zero; give more pairs or a higher --lr.")
+    vector.save(folder)
+    geometry = _geometry(sides, vector, model)
+    stage.done([f for f in folder.iterdir() if f.is_file()], geometry=geometry)
+    return vector
+
+
+def _geometry(sides: Mapping[str, SteeringVector], vector: SteeringVector, model: PreTrainedModel) -> dict[str, float]:
+    """How the two arms relate: a contrast that means something does not move both the same way."""
+    return {
+        "norm": vector.norm(model),
+        "norm_pos": sides["pos"].norm(model),
+        "norm_neg": sides["neg"].norm(model),
+        "cosine_pos_neg": sides["pos"].cosine(sides["neg"], model),
+        "rank": float(vector.max_rank),
+    }
+
+
+# ---- the first reading --------------------------------------------------------------------------------------------
+
+
+def _read(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    vector: SteeringVector,
+    behavior: Behavior,
+    run: Run,
+    config: ReplicateConfig,
+) -> Reading:
+    console.say(f"[5/5] held-out claims ({config.split}) at alpha {', '.join(f'{a:g}' for a in _alphas(config))}")
+    alphas = _alphas(config)
+    scores: dict[bool, dict[float, ClaimScores]] = {False: {}, True: {}}
+    kinds = [False] + [True] * any(c.is_true and c.split == config.split for c in behavior.test.claims)
+    with steer(model, vector, 0.0) as dial:
+        for alpha in alphas:
+            dial.alpha = alpha
+            for is_true in kinds:
+                scores[is_true][alpha] = evaluate_sycophancy(model, tok, behavior, config.split, is_true)
+        samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)
+    low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
+    span = claim_shift(scores[False][high], scores[False][low], config.n_bootstrap)
+    reading = Reading(run.folder, vector, scores[False], scores[True], span, (low, high), behavior.test.effect)
+    _write(reading, behavior, samples, run, config)
+    return reading
+
+
+def _alphas(config: ReplicateConfig) -> list[float]:
+    return sorted({0.0, *map(float, config.alphas)})
+
+
+def _nearest(alphas: Sequence[float], wanted: float) -> float:
+    return min(alphas, key=lambda a: abs(a - wanted))
+
+
+def _samples(
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, dial: Any, alphas: Sequence[float], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """One question answered greedily at every strength, all in one batch with one alpha per row."""
+    question = behavior.questions[0]
+    dial.alpha = torch.tensor(alphas)
+    answers = sample_answers(model, tok, [render_prompt(tok, question)] * len(alphas), max_new_tokens)
+    return [{"alpha": a, "question": question, "answer": x.text} for a, x in zip(alphas, answers, strict=True)]
+
+
+def _write(
+    reading: Reading, behavior: Behavior, samples: list[dict[str, Any]], run: Run, config: ReplicateConfig
+) -> None:
+    key = {"behavior": behavior.name, "adapter": config.adapter, "seed": config.seed}
+    both = [s for s in (reading.false_claims, reading.true_claims) if s]
+    rows = [r for scores in both for a in scores for r in per_claim_rows(key, a, scores[a])]
+    summary = [summary_row(key, a, s[a], s[0.0], config.n_bootstrap) for s in both for a in s]
+    settings = {"alphas": _alphas(config), "split": config.split, "n_bootstrap": config.n_bootstrap}
+    settings |= {"eval_hash": reading.false_claims[0.0].item_hash}
+    # A reading is cheap and may be repeated with other alphas, so an earlier one is replaced rather than compared.
+    stage = run.restart("sycophancy", settings, {"vector": sha256_json(dict(reading.vector.recipe))})
+    files = [
+        write_csv(run.folder / "sycophancy_per_claim.csv", rows),
+        write_csv(run.folder / "sycophancy_summary.csv", summary),
+        write_json(run.folder / "samples.json", samples),
+    ]
+    span = asdict(reading.span) | {"alphas": list(reading.span_alphas)}
+    stage.done(files, span=span, expected_sign=reading.effect, as_expected=reading.as_expected)
+
+
+# ---- what a person sees -------------------------------------------------------------------------------------------
+
+
+def render(reading: Reading, n_boot: int = N_BOOTSTRAP) -> str:
+    """The reading as text: the dose-response table, a small plot, and the verdict in one sentence."""
+    rows = []
+    for alpha, scores in sorted(reading.false_claims.items()):
+        row = summary_row({}, alpha, scores, reading.false_claims[0.0], n_boot)
+        true = reading.true_claims.get(alpha)
+        rows.append(
+            [
+                f"{alpha:+g}",
+                f"{row['mean_logratio']:+.2f} [{row['ci_lo']:+.2f}, {row['ci_hi']:+.2f}]",
+                f"{row['shift']:+.2f} [{row['shift_ci_lo']:+.2f}, {row['shift_ci_hi']:+.2f}]",
+                "" if true is None else f"{float((true.logratio - reading.true_claims[0.0].logratio).mean()):+.2f}",
+                f"{row['mean_pmass']:.3f}{' !' if row['n_low_pmass'] else ''}",
+            ]
+        )
+    header = ["alpha", "log P(Yes)/P(No), false claims", "shift", "shift, true claims", "answer mass"]
+    return f"{tabulate(rows, header, disable_numparse=True)}\n\n{plot(reading)}\n\n{verdict(reading)}"
+
+
+def plot(reading: Reading, width: int = 41) -> str:
+    """A dose-response curve in characters: one line per alpha, `o` at the mean, `|` at the base."""
+    means = {a: float(s.logratio.mean()) for a, s in sorted(reading.false_claims.items())}
+    low, high = min(means.values()), max(means.values())
+    scale = (width - 1) / (high - low) if high > low else 0.0
+    base = round((means[0.0] - low) * scale)
+    lines = []
+    for alpha, mean in means.items():
+        cells = ["."] * width
+        cells[base] = "|"
+        cells[round((mean - low) * scale)] = "o"
+        lines.append(f"  alpha {alpha:+4g}  {''.join(cells)}  {mean:+.2f}")
+    return "\n".join([*lines, "              disagrees" + " " * (width - 16) + "agrees"])
+
+
+def verdict(reading: Reading) -> str:
+    """One sentence on the span between two strengths."""
+    s, n, (low, high) = reading.span, len(reading.false_claims[0.0].claims), reading.span_alphas
+    between = f"Between alpha {low:+g} and {high:+g} agreement with false claims"
+    numbers = f"{s.mean:+.2f} nats [{s.ci_lo:+.2f}, {s.ci_hi:+.2f}] over {n} held-out claims, one seed"
+    if reading.lowest_mass < LOW_MASS:
+        return f"No conclusion: Yes and No together get only {reading.lowest_mass:.3f} of the probability ({numbers})."
+    if reading.as_expected:
+        return f"{between} moves by {numbers}: as the behaviour predicts."
+    if s.excludes_zero:
+        return f"{between} moves AGAINST the behaviour's direction: {numbers}."
+    return f"{between} does not move beyond chance: {numbers}."
+
+
+def main(config: ReplicateConfig) -> None:
+    """The command `ws replicate`."""
+    reading = replicate(config)
+    print(render(reading, config.n_bootstrap))
+    print(f"\nEverything is in {reading.folder}: pos/ neg/ vector/ manifest.json sycophancy_*.csv samples.json")
+    print(f"Next: read {data_folder(config.out, config.model, Path(config.behavior).stem)}/card.md, try another --seed")
+
+
+if __name__ == "__main__":
+    console.run(main, ReplicateConfig, "python -m ws.replicate")

@@ -1,0 +1,225 @@
+"""The out/ folder: layout, manifests, atomic writes and resume.
+
+Every artifact is written under a temporary name and renamed, so a file that exists is whole. A run is a list of stages;
+`Run.stage` skips one that is finished with the same configuration and the same inputs, and stops when they differ.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ws.errors import WsError
+
+RUN_MANIFEST = "manifest.json"
+DEFAULT_OUT = Path("out")
+
+
+# ---- layout ---------------------------------------------------------------------------------------------------
+
+
+def slug(name: str) -> str:
+    """A model id or path as one folder name: `Qwen/Qwen3-0.6B` becomes `Qwen--Qwen3-0.6B`."""
+    return Path(name).name if Path(name).is_dir() else name.replace("/", "--")
+
+
+def data_folder(out: Path, model: str, behavior: str) -> Path:
+    """`out/data/<model>/<behavior>`: the contrast pairs, shared by all adapters and seeds."""
+    return out / "data" / slug(model) / behavior
+
+
+def run_folder(out: Path, behavior: str, adapter: str, seed: int = 0) -> Path:
+    """`out/<behavior>/<adapter>`, with `seed-<n>` below it for every seed but 0."""
+    top = out / behavior / adapter
+    return top if seed == 0 else top / f"seed-{seed}"
+
+
+# ---- atomic writes --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(file: Path, text: str) -> Path:
+    """Write a text file all at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+    return file
+
+
+def write_json(file: Path, value: Any) -> Path:
+    """Write strict JSON all at once; NaN is refused rather than written."""
+    return write_text(file, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows with the columns of the first; floats keep all their digits, NaN and ragged rows are refused."""
+    if not rows:
+        raise WsError(f"There are no rows to write to {file}.")
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        bad = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
+        if bad:
+            raise WsError(f"Refusing to write NaN in {', '.join(bad)} to {file}.")
+        writer.writerow(row)
+    return write_text(file, buffer.getvalue())
+
+
+# ---- hashes and versions --------------------------------------------------------------------------------------
+
+
+def sha256_file(file: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON-serialisable value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def library_versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    packages = ("weight-steering", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
+    return {"python": platform.python_version()} | {p: version(p) for p in packages}
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """One step of a run while it executes; `done` records it in the manifest."""
+
+    def __init__(self, run: Run, name: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
+        self.run, self.name, self.config, self.inputs = run, name, config, inputs
+        self.started = time.perf_counter()
+
+    def done(self, outputs: Iterable[Path], **facts: Any) -> None:
+        """Mark the stage as finished, with the hashes of what it wrote and any further facts."""
+        record = {
+            "config": self.config,
+            "config_sha256": sha256_json(self.config),
+            "inputs": self.inputs,
+            "outputs": {str(f.relative_to(self.run.folder)): sha256_file(f) for f in outputs},
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "command": _command(),
+            "versions": library_versions(),
+            **facts,
+        }
+        self.run.write(self.name, record)
+
+
+class Run:
+    """A folder with a manifest of finished stages.
+
+    Args:
+        folder: where the artifacts go.
+        fresh: forget and delete what earlier runs recorded here.
+    """
+
+    def __init__(self, folder: Path, fresh: bool = False) -> None:
+        self.folder = folder
+        if fresh:
+            self._forget()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it is on disk, empty when there is none."""
+        file = self.folder / RUN_MANIFEST
+        if not file.is_file():
+            return {"format": 1, "stages": {}}
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as problem:
+            raise WsError(f"{file} is damaged ({problem}); use --fresh to start over.") from problem
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a finished stage recorded."""
+        return self.manifest["stages"][name]
+
+    def stage(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Stage | None:
+        """The stage to carry out, or None when it is finished with this configuration and these inputs.
+
+        Raises:
+            WsError: it was begun or finished with another configuration or other inputs; the message names the fields.
+        """
+        plain, given = json.loads(json.dumps(config)), dict(inputs or {})
+        recorded = self.manifest["stages"].get(name)
+        if recorded:
+            was = recorded["config"] | {f"input {k}": v[:12] for k, v in recorded["inputs"].items()}
+            now = plain | {f"input {k}": v[:12] for k, v in given.items()}
+            changed = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was | now) if was.get(k) != now.get(k)]
+            if changed:
+                raise WsError(
+                    f"The stage {name!r} in {self.folder} was made with other settings ({'; '.join(changed)}); "
+                    "use --fresh to start over or --out for another place."
+                )
+            if "outputs" in recorded and self._whole(recorded["outputs"]):
+                return None
+        return self.restart(name, plain, given)
+
+    def restart(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Stage:
+        """The stage to carry out, whatever is on record: for cheap stages that are simply done again."""
+        plain, given = json.loads(json.dumps(config)), dict(inputs or {})
+        self.write(name, {"config": plain, "inputs": given})
+        return Stage(self, name, plain, given)
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Replace one stage's record in the manifest."""
+        manifest = self.manifest
+        manifest["stages"][name] = record
+        write_json(self.folder / RUN_MANIFEST, manifest)
+
+    def _whole(self, outputs: Mapping[str, str]) -> bool:
+        return all((f := self.folder / p).is_file() and sha256_file(f) == digest for p, digest in outputs.items())
+
+    def _forget(self) -> None:
+        """Delete the recorded outputs and work folders, and only those: nothing else in the folder is ours."""
+        for record in self.manifest["stages"].values():
+            for path in record.get("outputs", {}):
+                (self.folder / path).unlink(missing_ok=True)
+        for name in ("pos", "neg", "vector", ".pos.work", ".neg.work"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / RUN_MANIFEST).unlink(missing_ok=True)
+
+
+def _command() -> str:
+    """The command line that is running, without the folder of the interpreter or script."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""

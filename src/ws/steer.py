@@ -1,0 +1,203 @@
+"""`steer`: add `alpha * dW` to a live model, with a dial, without writing a weight.
+
+For every changed layer, with `D = blockdiag(D_1..D_k)`,
+
+    y = W (x + alpha (c*x + D^T x)) + alpha g * (W x) + alpha U (V x) + b + alpha delta_b
+
+One forward hook per module computes this. No weight is touched, so nothing is rounded into the model's dtype, the base
+comes back bit for bit, and alpha may change at any time or differ per row of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ws.delta import LinearDelta
+from ws.diff import SteeringVector
+from ws.errors import WsError, choose
+from ws.models import bias_of
+
+Alpha = float | int | Tensor
+
+
+class Dial:
+    """The strength of one vector while it steers a model.
+
+    `alpha` is a finite float, or a tensor with one entry per row of the batch; setting it takes effect at the next
+    forward pass. When a call repeats rows (beam search, `num_return_sequences`), repeat the entries accordingly with
+    `repeat_interleave`.
+    """
+
+    def __init__(self, alpha: Alpha) -> None:
+        self.alpha = alpha
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The current strength."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: Alpha) -> None:
+        if isinstance(value, Tensor):
+            if value.ndim > 1:
+                raise WsError(f"alpha must be a number or one number per row, not a tensor of {tuple(value.shape)}.")
+            if not torch.isfinite(value).all():
+                raise WsError("alpha must be finite, but the tensor holds NaN or infinity.")
+            self._alpha: float | Tensor = value if value.ndim else float(value)
+            return
+        if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+            raise WsError(f"alpha must be a finite number, not {value!r}.")
+        self._alpha = float(value)
+
+    @property
+    def is_off(self) -> bool:
+        """True for the float 0, where the hooks do nothing at all."""
+        return not isinstance(self._alpha, Tensor) and self._alpha == 0.0
+
+    def over(self, x: Tensor) -> float | Tensor:
+        """The strength in a shape that broadcasts over activations `x [rows, ..., features]`."""
+        if not isinstance(self._alpha, Tensor):
+            return self._alpha
+        if len(self._alpha) != x.shape[0] or x.ndim < 2:
+            raise WsError(
+                f"alpha has {len(self._alpha)} entries but the layer sees {x.shape[0]} rows; give one per row "
+                "(repeat_interleave them for beams or several return sequences)."
+            )
+        return self._alpha.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class DialBoard(Mapping[str, Dial]):
+    """The dials of several vectors by name: `dials["honesty"].alpha = 0.5`."""
+
+    def __init__(self, dials: Mapping[str, Dial]) -> None:
+        self._dials = dict(dials)
+
+    def __getitem__(self, name: str) -> Dial:
+        return self._dials[choose("vector", name, self._dials)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dials)
+
+    def __len__(self) -> int:
+        return len(self._dials)
+
+
+class _SteeredModule:
+    """All changes that are active on one module, summed by one forward hook.
+
+    One hook for all of them keeps nested use exact: every change sees the module's own input and `W x`, never another
+    change's result.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.changes: list[tuple[LinearDelta, Dial]] = []
+        self._working: dict[tuple[int, torch.device, torch.dtype], LinearDelta] = {}
+        self.handle: RemovableHandle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, bias = args[0], bias_of(module)
+        shift: Tensor | None = None
+        z: Tensor | None = None
+        for delta, dial in self.changes:
+            if dial.is_off:
+                continue
+            alpha, change = dial.over(x), self._in_place_of(delta, x)
+            wx = None if change.g is None else output if bias is None else output - bias
+            shift = _accumulate(shift, alpha, change.output_change(x, wx))
+            z = _accumulate(z, alpha, change.input_change(x))
+        if z is not None:
+            # A second product, rather than W (x + z), keeps a small z from being rounded away next to x in bfloat16.
+            wz = module.forward(z)
+            shift = _accumulate(shift, 1.0, wz if bias is None else wz - bias)
+        return output if shift is None else output + shift.to(output.dtype)
+
+    def _in_place_of(self, delta: LinearDelta, x: Tensor) -> LinearDelta:
+        """The change with its factors beside the activations, copied there once."""
+        key = (id(delta), x.device, x.dtype)
+        if key not in self._working:
+            self._working[key] = delta.to(x.device, x.dtype)
+        return self._working[key]
+
+
+def _accumulate(total: Tensor | None, alpha: float | Tensor, part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return total
+    return alpha * part if total is None else total + alpha * part
+
+
+_STEERED: WeakKeyDictionary[nn.Module, _SteeredModule] = WeakKeyDictionary()
+
+
+@contextmanager
+def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[None]:
+    """The vector's changes registered on their modules; taken off again whatever happens inside."""
+    if vector.is_zero:
+        raise WsError("The steering vector is zero: it would change nothing.")
+    found = vector.matched(model)
+    entries = [(module, (delta, dial)) for _, delta, module in found]
+    for module, change in entries:
+        if module not in _STEERED:
+            _STEERED[module] = _SteeredModule(module)
+        _STEERED[module].changes.append(change)
+    try:
+        yield
+    finally:
+        for module, change in entries:
+            steered = _STEERED[module]
+            steered.changes.remove(change)
+            steered._working.clear()
+            if not steered.changes:
+                steered.handle.remove()
+                del _STEERED[module]
+
+
+@contextmanager
+def steer(model: PreTrainedModel, vector: SteeringVector, alpha: Alpha = 1.0) -> Iterator[Dial]:
+    """Steer `model` with `alpha * vector` inside a `with` block; the model leaves it exactly as it came.
+
+    ```python
+    with ws.steer(model, dW, alpha=1.0) as dial:
+        dial.alpha = torch.tensor([-1.0, 0.0, 1.0])     # or one strength per row of the batch
+    ```
+
+    Contexts nest and add up. The weights are never written; the hooks are removed also after an exception.
+
+    Args:
+        model: the base the vector was made for.
+        vector: what to add.
+        alpha: the steering strength, a finite float or a tensor `[batch]`.
+
+    Yields:
+        The `Dial`.
+
+    Raises:
+        WsError: another base, a module without partner, a zero vector, or an alpha that is not finite.
+    """
+    dial = Dial(alpha)
+    with _attached(model, vector, dial):
+        yield dial
+
+
+@contextmanager
+def steer_many(
+    model: PreTrainedModel, vectors: Mapping[str, SteeringVector], alphas: Mapping[str, Alpha] | Alpha = 1.0
+) -> Iterator[DialBoard]:
+    """Steer with several named vectors at once, each with a dial of its own; see `steer`."""
+    if not vectors:
+        raise WsError("There are no vectors to steer with.")
+    if isinstance(alphas, Mapping):
+        for name in alphas:
+            choose("vector", name, vectors)
+    start = {n: alphas.get(n, 1.0) if isinstance(alphas, Mapping) else alphas for n in vectors}
+    dials = {n: Dial(a) for n, a in start.items()}
+    with ExitStack() as stack:
+        for name, vector in vectors.items():
+            stack.enter_context(_attached(model, vector, dials[name]))
+        yield DialBoard(dials)

@@ -1,0 +1,501 @@
+"""Training one arm: contrast pairs and a sign in, a PEFT adapter folder out.
+
+Both arms of a contrast start from the same base and, seeded before the adapter is created, from the same
+initialisation. The loss is on the response only; the prompt's tokens are an exact prefix of the example's by
+construction. The loop is transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws import console
+from ws.adapters import PISSA_INIT_FILE, AdapterSpec, family, peft_config
+from ws.behaviors import load_behavior
+from ws.data import PAIRS_FILE, Pair, prompt_ids, read_pairs
+from ws.errors import WsError, choose
+from ws.models import DEFAULT_MODEL, chat_format, encode, fingerprint, load_model, model_id, weight_of
+from ws.runs import (
+    DEFAULT_OUT,
+    Run,
+    atomic_folder,
+    data_folder,
+    library_versions,
+    run_folder,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+
+TRAIN_FILE = "ws_train.json"
+SIGNS = ("pos", "neg")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an arm is trained; `lr=None` takes the family's learning rate.
+
+    Attributes:
+        rank, lora_alpha, layers, kinds, delora_lambda, oft_block: see `ws.adapters.AdapterSpec`.
+        lr: peak learning rate, linear decay to zero after the warm-up.
+        weight_decay: of AdamW.
+        warmup: steps, never more than a tenth of all steps.
+        batch: examples per optimiser step.
+        micro_batch: examples per forward pass; must divide `batch`.
+        epochs: passes over the training examples.
+        max_steps: optimiser steps, overrides `epochs`.
+        max_length: examples with more tokens are left out, never cut.
+        validation: share of the questions held out to watch the loss.
+        keep: the checkpoint with the `best` validation loss, or the `last`.
+    """
+
+    rank: int = 32
+    lora_alpha: float = 64.0
+    layers: str = "0.3:0.8"
+    kinds: tuple[str, ...] | None = None
+    delora_lambda: float = 15.0
+    oft_block: int = 32
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: int = 5
+    batch: int = 16
+    micro_batch: int = 4
+    epochs: float = 1.0
+    max_steps: int | None = None
+    max_length: int = 1024
+    validation: float = 0.1
+    keep: str = "last"
+
+    def spec(self, adapter: str) -> AdapterSpec:
+        """The adapter these settings describe."""
+        shape = {f: getattr(self, f) for f in ("rank", "lora_alpha", "layers", "kinds", "delora_lambda", "oft_block")}
+        return AdapterSpec(adapter, **shape)
+
+    def check(self) -> None:
+        """Raise `WsError` for settings that cannot be trained with."""
+        positive = {"--batch": self.batch, "--micro-batch": self.micro_batch, "--epochs": self.epochs}
+        positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length}
+        positive |= {"--max-steps": 1 if self.max_steps is None else self.max_steps}
+        for flag, value in positive.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise WsError(f"{flag} must be positive, not {value}.")
+        if self.batch % self.micro_batch:
+            raise WsError(f"--micro-batch {self.micro_batch} must divide --batch {self.batch}.")
+        if not 0 <= self.validation < 1:
+            raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
+        choose("--keep", self.keep, ("best", "last"))
+
+
+_POCKET = TrainConfig(rank=8, lora_alpha=16.0, layers="all", delora_lambda=2.0, batch=32, micro_batch=32, lr=1e-3)
+_POCKET_RATES = {"pissa": 2e-3, "oft": 2e-3, "ia3": 2e-2, "delora": 1e-3}
+_SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=4, lr=5e-3, oft_block=16)
+
+
+def train_preset(model: str, adapter: str) -> TrainConfig:
+    """The defaults for a model: the bundled ones are far smaller than real models and have presets of their own."""
+    if model == "tiny-random":
+        return _SMOKE
+    if model == "pocket":
+        return replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
+    return TrainConfig()
+
+
+def train_adapter(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    pairs: Sequence[Pair],
+    sign: str,
+    adapter: str,
+    folder: str | Path,
+    config: TrainConfig | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train one arm and save it as a PEFT adapter in `folder`.
+
+    Checkpoints are kept in a hidden folder beside it, so an interrupted call continues. The model is handed back
+    exactly as it came: no adapter layers, the same weights, the same flags.
+
+    Args:
+        model: the base.
+        tok: its tokenizer.
+        pairs: contrast pairs; those with a `drop` reason are skipped.
+        sign: `pos` or `neg`, the side whose answers are learned.
+        adapter: the family.
+        folder: where the adapter goes.
+        config: settings.
+        seed: of the initialisation, the order of examples and the validation split; use one seed for both arms.
+
+    Returns:
+        Facts about the training: losses, steps, examples, seconds.
+
+    Raises:
+        WsError: unusable settings or pairs, a loss that is NaN, or a validation loss that did not improve.
+    """
+    folder, config = Path(folder), config or TrainConfig()
+    choose("sign", sign, SIGNS)
+    config.check()
+    config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
+    examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length)
+    train, validation = split_examples(examples, config.validation, seed)
+    work = folder.with_name(f".{folder.name}.work")
+    base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
+    try:
+        with _isolated_rng(), _adapted(model, config.spec(adapter), seed) as (peft_model, initial):
+            facts = _fit(peft_model, tok, train, validation, work, config, seed)
+            _save(peft_model, initial, folder, base | _stamp(adapter, sign, seed, config, pairs, facts))
+    except WsError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    if fingerprint(model) != base["base_fingerprint"]:
+        raise WsError("Training left the base model changed; this is a bug, please report it.")
+    return facts
+
+
+# ---- examples -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of prompt and response; the loss is on the response, its end-of-turn token included."""
+
+    question: str
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    def features(self) -> dict[str, list[int]]:
+        """`input_ids` and `labels`, the prompt masked with -100."""
+        ids = [*self.prompt, *self.response]
+        return {"input_ids": ids, "labels": [-100] * len(self.prompt) + list(self.response)}
+
+
+def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int) -> list[Example]:
+    """One example per pair. Prompt and response are tokenised apart, as at generation, so that the mask cannot slip."""
+    end = chat_format(tok).end_of_turn_id
+    examples = [
+        Example(p.question, tuple(prompt_ids(tok, p.question)), (*encode(tok, getattr(p, sign)), end)) for p in pairs
+    ]
+    short = [e for e in examples if len(e.prompt) + len(e.response) <= max_length]
+    if len(short) < 2:
+        raise WsError(f"Training needs at least 2 usable pairs of at most {max_length} tokens; there are {len(short)}.")
+    return short
+
+
+def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`(training, validation)`, divided by question, so that no validation question was trained on."""
+    questions = sorted({e.question for e in examples})
+    held = round(share * len(questions))
+    if held == 0 or held == len(questions):
+        return list(examples), []
+    out = set(random.Random(seed).sample(questions, held))
+    return [e for e in examples if e.question not in out], [e for e in examples if e.question in out]
+
+
+class _Collator:
+    """Pads a batch on the right."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        width = max(len(f["input_ids"]) for f in features)
+
+        def fill(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([r + [value] * (width - len(r)) for r in rows])
+
+        ids = [f["input_ids"] for f in features]
+        return {
+            "input_ids": fill(ids, self.pad_id),
+            "attention_mask": fill([[1] * len(r) for r in ids], 0),
+            "labels": fill([f["labels"] for f in features], -100),
+        }
+
+
+# ---- the adapter on and off the model -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[tuple[PeftModel, dict[str, Tensor]]]:
+    """The model with a fresh adapter, and the adapter's initial LoRA factors (needed for PiSSA).
+
+    PiSSA moves the base's weights, so those it targets are copied first and put back afterwards.
+    """
+    config = peft_config(model, spec)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    attributes, training = set(vars(model)), model.training
+    kept = _copy_weights(model, list(config.target_modules)) if spec.family == "pissa" else {}
+    set_seed(seed)
+    peft_model = get_peft_model(model, config)
+    try:
+        initial = {n: p.detach().clone() for n, p in peft_model.named_parameters() if ".lora_" in n} if kept else {}
+        yield peft_model, initial
+    finally:
+        peft_model.unload()
+        for name, weight in kept.items():
+            weight_of(model.get_submodule(name)).copy_(weight)
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+            p.grad = None
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        model.train(training)
+
+
+def _copy_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tensor]:
+    return {n: weight_of(model.get_submodule(n)).cpu().clone() for n in names}
+
+
+@contextmanager
+def _isolated_rng() -> Iterator[None]:
+    """Python's, NumPy's and torch's global random states are put back, whatever training did with them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+# ---- the fit ------------------------------------------------------------------------------------------------------
+
+
+def _fit(
+    peft_model: PeftModel,
+    tok: Tokenizer,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    work: Path,
+    config: TrainConfig,
+    seed: int,
+) -> dict[str, Any]:
+    steps = config.max_steps or math.ceil(math.ceil(len(train) / config.batch) * config.epochs)
+    trainer = Trainer(
+        model=peft_model,
+        args=_arguments(config, steps, work, seed, bool(validation), peft_model.device.type == "cpu"),
+        train_dataset=[e.features() for e in train],
+        eval_dataset=[e.features() for e in validation] or None,
+        data_collator=_Collator(tok.pad_token_id),
+        callbacks=[_StopOnNaN(), _Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    history = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
+    facts = {
+        "steps": trainer.state.global_step,
+        "examples": len(train),
+        "train_losses": [round(h["loss"], 5) for h in trainer.state.log_history if "loss" in h],
+        "validation_losses": [round(v, 5) for v in history],
+        "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+    }
+    _require_progress(history, config)
+    return facts
+
+
+def _arguments(
+    config: TrainConfig, steps: int, work: Path, seed: int, validates: bool, on_cpu: bool
+) -> TrainingArguments:
+    every = max(1, math.ceil(steps / 5))
+    assert config.lr is not None
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=min(config.warmup, steps // 10),
+        per_device_train_batch_size=config.micro_batch,
+        per_device_eval_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.batch // config.micro_batch,
+        logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=every,
+        eval_on_start=validates,
+        load_best_model_at_end=validates and config.keep == "best",
+        metric_for_best_model="eval_loss",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=on_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class _StopOnNaN(TrainerCallback):
+    """Stops at the first loss or gradient that is not finite."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the Trainer with every logged value."""
+        for key in ("loss", "eval_loss", "grad_norm"):
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(float(value)):
+                raise WsError(
+                    f"Training diverged: {key} is {value} at step {state.global_step} of {state.max_steps}; "
+                    "lower --lr, or use --dtype float32."
+                )
+
+
+class _Progress(TrainerCallback):
+    """One progress bar on stderr with the latest losses, in place of the Trainer's several."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar, at the resumed step if there is one."""
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves the bar."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows the latest training and validation loss."""
+        shown = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
+        if shown and hasattr(self, "bar"):
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes the bar."""
+        self.bar.close()
+
+
+def _require_progress(history: Sequence[float], config: TrainConfig) -> None:
+    if len(history) < 2:
+        return
+    reached = min(history[1:]) if config.keep == "best" else history[-1]
+    if reached >= history[0]:
+        raise WsError(
+            f"Training did not learn: validation loss went from {history[0]:.4f} to {reached:.4f}; "
+            f"change --lr (now {config.lr:g}), give more pairs, or --keep best."
+        )
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint whose files are all there; one that a kill left half-written is deleted."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for folder in found:
+        needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            if all((folder / name).is_file() for name in needed):
+                return str(folder)
+        except (OSError, json.JSONDecodeError):
+            pass
+        shutil.rmtree(folder)
+    return None
+
+
+def _stamp(
+    adapter: str, sign: str, seed: int, config: TrainConfig, pairs: Sequence[Pair], facts: dict[str, Any]
+) -> dict[str, Any]:
+    recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": asdict(config)}
+    recipe["pairs_sha256"] = sha256_json([asdict(p) for p in pairs])
+    return {"recipe": recipe, "facts": facts, "versions": library_versions()}
+
+
+def _save(peft_model: PeftModel, initial: dict[str, Tensor], folder: Path, stamp: dict[str, Any]) -> None:
+    with atomic_folder(folder) as part:
+        peft_model.save_pretrained(str(part))
+        (part / "README.md").unlink(missing_ok=True)
+        if initial:
+            renamed = {n.replace(".default.", "."): t.cpu().contiguous() for n, t in initial.items()}
+            save_file(renamed, part / PISSA_INIT_FILE)
+        write_json(part / TRAIN_FILE, stamp)
+
+
+# ---- as a stage of a run, and as a command --------------------------------------------------------------------------
+
+
+def train_stage(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    pairs: Path,
+    sign: str,
+    run: Run,
+    adapter: str,
+    config: TrainConfig,
+    seed: int,
+) -> bool:
+    """Train one arm of a run unless it is finished; returns whether there was anything to do."""
+    settings = asdict(config) | {"adapter": adapter, "seed": seed, "model": model_id(model)}
+    settings |= {"dtype": str(model.dtype)[6:], "fingerprint": fingerprint(model)}
+    stage = run.stage(sign, settings, {"pairs": sha256_file(pairs)})
+    if stage is None:
+        return False
+    folder = run.folder / sign
+    facts = train_adapter(model, tok, read_pairs(pairs), sign, adapter, folder, config, seed)
+    names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
+    stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
+    return True
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train the arms of a contrast on pairs made by `ws data`.
+
+    Attributes:
+        model: hub id, local folder, `pocket` or `tiny-random`.
+        behavior: a bundled behaviour or the path of a TOML file.
+        adapter: the adapter family.
+        signs: which arms.
+        out: adapters go to `<out>/<behavior>/<adapter>/{pos,neg}`.
+        seed: of initialisation, order and validation split; the same for both arms.
+        device, dtype: see `ws.load_model`.
+        fresh: start over, forgetting what is on disk.
+        train: settings.
+    """
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    signs: tuple[str, ...] = SIGNS
+    out: Path = DEFAULT_OUT
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TrainCommand:
+        """The defaults for a model and an adapter."""
+        return cls(model=model, adapter=adapter, train=train_preset(model, adapter))
+
+
+def main(command: TrainCommand) -> None:
+    """The command `ws train`."""
+    behavior = load_behavior(command.behavior, command.model)
+    family(command.adapter)
+    for sign in command.signs:
+        choose("sign", sign, SIGNS)
+    pairs = data_folder(command.out, command.model, behavior.name) / PAIRS_FILE
+    read_pairs(pairs)
+    model, tok = load_model(command.model, command.device, command.dtype)
+    run = Run(run_folder(command.out, behavior.name, command.adapter, command.seed), command.fresh)
+    for sign in command.signs:
+        made = train_stage(model, tok, pairs, sign, run, command.adapter, command.train, command.seed)
+        print(f"{run.folder / sign}: {'trained' if made else 'already there'}")
+
+
+if __name__ == "__main__":
+    console.run(main, TrainCommand, "python -m ws.train")

@@ -1,0 +1,103 @@
+"""Shared fixtures: small random models of several architectures and random adapters of every family."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from ws.adapters import PISSA_INIT_FILE, AdapterSpec, peft_config
+
+FAMILY_NAMES = ("ia3", "oft", "dora", "lora", "pissa", "delora")
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def build_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A small random model; `qwen2` has biases on q, k and v, which are made non-zero."""
+    torch.manual_seed(7)
+    config = Qwen3Config(**SHAPE, head_dim=8) if architecture == "qwen3" else Qwen2Config(**SHAPE)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, p in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(p, std=0.5)
+    return model.to(dtype)
+
+
+def build_adapter(
+    model: PreTrainedModel, family: str, folder: Path, seed: int, size: float = 0.3, **spec
+) -> PreTrainedModel:
+    """Save a randomised adapter of `family` in `folder`, as training would; returns PEFT's own merge of it."""
+    settings = {"rank": 4, "lora_alpha": 6.0, "layers": "all", "oft_block": 8, "delora_lambda": 2.0} | spec
+    torch.manual_seed(11)  # both arms of a contrast start from one initialisation
+    peft_model = get_peft_model(copy.deepcopy(model), peft_config(model, AdapterSpec(family, **settings)))
+    initial = {
+        n.replace(".default.", "."): p.detach().clone() for n, p in peft_model.named_parameters() if ".lora_" in n
+    }
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in peft_model.named_parameters():
+            if p.requires_grad:
+                p.add_(
+                    torch.randn_like(p)
+                    * size
+                    * (0.1 if "oft" in name else p.std().clamp(min=0.3, max=1.0) if p.numel() > 1 else 0.1)
+                )
+    peft_model.save_pretrained(str(folder))
+    if family == "pissa":
+        save_file({k: v.contiguous() for k, v in initial.items()}, folder / PISSA_INIT_FILE)
+    return peft_model.merge_and_unload()
+
+
+@pytest.fixture(params=["qwen3", "qwen2"])
+def base(request) -> PreTrainedModel:
+    """A small random base model, of each architecture."""
+    return build_model(request.param)
+
+
+@pytest.fixture
+def qwen3() -> PreTrainedModel:
+    return build_model("qwen3")
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def family(request) -> str:
+    """Each of the six adapter families."""
+    return request.param
+
+
+@pytest.fixture
+def weights_hash() -> Callable[[PreTrainedModel], str]:
+    """A hash over every bit of a model's weights."""
+    import hashlib
+
+    def digest(model: PreTrainedModel) -> str:
+        h = hashlib.sha256()
+        for name, t in model.state_dict().items():
+            h.update(name.encode() + t.contiguous().view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
+
+    return digest
+
+
+def tokens(rows: int = 3, length: int = 9) -> torch.Tensor:
+    """Random token ids `[rows, length]`."""
+    return torch.randint(0, SHAPE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(5))
