@@ -78,6 +78,14 @@ def qwen3() -> PreTrainedModel:
     return build_model("qwen3")
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """The `tiny-random` model and its tokenizer."""
+    import ws
+
+    return ws.load_model("tiny-random", device="cpu")
+
+
 @pytest.fixture(params=FAMILY_NAMES)
 def family(request) -> str:
     """Each of the six adapter families."""

@@ -214,7 +214,7 @@ _LORA_TENSORS = frozenset({"lora_A.weight", "lora_B.weight"})
 _FAMILIES = (
     Family(
         name="ia3",
-        reference="Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638",
+        reference="IA3: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than ICL, arXiv 2205.05638",
         learning_rate=5e-3,
         kinds=("k_proj", "v_proj", "down_proj"),
         tensors=frozenset({"ia3_l"}),

@@ -8,6 +8,9 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+import tyro
+from tabulate import tabulate
+
 from ws import console
 from ws.errors import choose
 
@@ -21,6 +24,7 @@ COMMANDS = {
     ),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
+    "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
 }
 
 
@@ -62,6 +66,42 @@ def demo(config: DemoConfig) -> None:
         print(f"\n{config.behavior} x {adapter} on pocket\n\n{render(reading)}\n\nin {reading.folder}\n")
     print("Honesty is built into the pocket model, so this shows that the pipeline works, not how large models behave.")
     print("Next: ws replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what a saved vector is, and whether it fits a model.
+
+    Attributes:
+        vector: a vector's folder, or somebody's PEFT LoRA folder.
+        model: a model to check it against.
+    """
+
+    vector: tyro.conf.Positional[Path]
+    model: str | None = None
+
+
+def inspect(config: InspectConfig) -> None:
+    """The command `ws inspect`."""
+    from ws.diff import SteeringVector
+    from ws.models import load_model
+
+    vector = SteeringVector.load(config.vector)
+    facts = {
+        "base": f"{vector.base_id} ({vector.base_fingerprint or 'fingerprint unknown'})",
+        **{k: v for k, v in vector.info.items() if not k.endswith("sha256")},
+        "modules": len(vector.deltas),
+        "parameters stored": sum(t.numel() for d in vector.deltas.values() for t in d.coordinates().values()),
+        "largest rank": vector.max_rank,
+        "loads as a PEFT LoRA": "yes" if vector.is_low_rank else "no",
+    }
+    if config.model:
+        model, _ = load_model(config.model, device="cpu")
+        vector.matched(model)
+        facts |= {f"fits {config.model}": "yes", "norm": f"{vector.norm(model):.4g}"}
+    elif vector.is_low_rank:
+        facts["norm"] = f"{vector.norm():.4g}"
+    print(tabulate(facts.items(), tablefmt="plain", disable_numparse=True))
 
 
 def main() -> None:

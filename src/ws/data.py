@@ -132,9 +132,9 @@ def generate_pairs(
     pairs = _sample_all(model, tok, behavior, jobs, config, folder / _PARTIAL_FILE)
     card = data_card(pairs)
     if not card["kept"]:
-        raise WsError(
-            f"None of the {len(pairs)} sampled pairs is usable: {card['dropped']}; see {folder / _PARTIAL_FILE}."
-        )
+        run.drop("pairs")
+        rejected = (folder / _PARTIAL_FILE).replace(folder / "rejected.jsonl")
+        raise WsError(f"None of the {len(pairs)} sampled pairs is usable: {card['dropped']}; read {rejected}.")
     (folder / _PARTIAL_FILE).replace(folder / PAIRS_FILE)
     write_json(folder / "card.json", card)
     write_text(folder / "card.md", render_card(behavior, card))

@@ -105,7 +105,7 @@ class LinearDelta:
         }
         return LinearDelta(self.d_out, self.d_in, u=u, v=v, **summed)
 
-    def __mul__(self, scalar: float) -> LinearDelta:
+    def __mul__(self, scalar: float | int) -> LinearDelta:
         scaled = {name: t if name == "v" else t * scalar for name, t in self.coordinates().items()}
         return LinearDelta(self.d_out, self.d_in, **scaled)
 
@@ -117,7 +117,7 @@ class LinearDelta:
     def __sub__(self, other: LinearDelta) -> LinearDelta:
         return self + -other
 
-    def __truediv__(self, scalar: float) -> LinearDelta:
+    def __truediv__(self, scalar: float | int) -> LinearDelta:
         return self * (1.0 / scalar)
 
     # ---- as a matrix ------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class SteeringVector:
         mark = self.base_fingerprint or other.base_fingerprint
         return SteeringVector(joined, self.base_id, mark, recipe, shared)
 
-    def __mul__(self, scalar: float) -> SteeringVector:
+    def __mul__(self, scalar: float | int) -> SteeringVector:
         if not math.isfinite(scalar):
             raise WsError(f"A steering vector cannot be multiplied by {scalar}.")
         recipe = {"op": "*", "scalar": float(scalar), "of": self.recipe}
@@ -114,7 +114,7 @@ class SteeringVector:
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self + -other
 
-    def __truediv__(self, scalar: float) -> SteeringVector:
+    def __truediv__(self, scalar: float | int) -> SteeringVector:
         if scalar == 0:
             raise WsError("A steering vector cannot be divided by zero.")
         return self * (1.0 / scalar)
@@ -227,7 +227,7 @@ class SteeringVector:
         return found
 
     @torch.no_grad()
-    def merge_into(self, model: nn.Module, alpha: float = 1.0) -> float:
+    def merge_into(self, model: nn.Module, alpha: float | int = 1.0) -> float:
         """Write `W + alpha dW` into `model`, in float32 and cast to each weight's dtype.
 
         Returns:
@@ -244,7 +244,7 @@ class SteeringVector:
             for parameter, change in ((weight, delta.dense(weight)), (bias, delta.bias)):
                 if parameter is None or change is None:
                     continue
-                step, before = alpha * change.to(parameter.device), parameter.float()
+                step, before = alpha * change.to(parameter.device), parameter.to(torch.float32, copy=True)
                 parameter.copy_(before + step)
                 lost += float((parameter.float() - before - step).double().square().sum())
                 wanted += float(step.double().square().sum())

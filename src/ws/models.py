@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -98,7 +99,7 @@ def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
     source = model_folder(name)
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise WsError(_why_not_loaded(name, problem)) from problem
 
 
@@ -108,10 +109,12 @@ def _why_not_loaded(name: str, problem: Exception) -> str:
     if name == "pocket":
         return f"The bundled pocket model could not be read ({first}); reinstall the package."
     if folder.is_dir():
-        if "safetensors" in text:
+        if not list(folder.glob("*.safetensors")) and "safetensors" in text:
             return (
                 f"The folder {name} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
             )
+        if isinstance(problem, SafetensorError):
+            return f"The weights in the folder {name} are damaged ({first}); download them again."
         return f"The folder {name} is not a transformers model ({first})."
     if "trust_remote_code" in text:
         return f"The model {name} needs code from its repository, which is never run; choose a model transformers has."
@@ -177,6 +180,14 @@ class ChatFormat:
     think_open_id: int | None
     think_close_id: int | None
     end_of_turn_id: int
+
+    def describe(self) -> str:
+        """One line for a person: what the template lacks is what a run works around."""
+        if not self.has_template:
+            return "no chat template: a plain transcript is used"
+        system = "a system role" if self.system_role else "no system role (personas go into the user turn)"
+        think = "a thinking switch (off)" if self.thinking_switch else "no thinking switch"
+        return f"chat template with {system} and {think}"
 
 
 @lru_cache(maxsize=16)

@@ -26,7 +26,7 @@ from ws.errors import WsError
 from ws.eval.choice import LOW_MASS
 from ws.eval.stats import N_BOOTSTRAP, Estimate
 from ws.eval.sycophancy import ClaimScores, claim_shift, evaluate_sycophancy, per_claim_rows, summary_row
-from ws.models import DEFAULT_MODEL, load_model, render_prompt
+from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt
 from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, sha256_json, write_csv, write_json
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
@@ -119,6 +119,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     behavior.test.select(config.split, is_true=False)
     console.say(f"{behavior.name} x {config.adapter} on {config.model}")
     model, tok = load_model(config.model, config.device, config.dtype)
+    console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
     run = Run(run_folder(config.out, behavior.name, config.adapter, config.seed), config.fresh)
     pairs_file = _pairs(model, tok, behavior, config)
     for number, sign in enumerate(SIGNS, start=2):

@@ -55,13 +55,13 @@ def run_folder(out: Path, behavior: str, adapter: str, seed: int = 0) -> Path:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     part.mkdir()
     try:
         yield part
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
             part.rename(folder)
             shutil.rmtree(old)
@@ -201,6 +201,12 @@ class Run:
         self.write(name, {"config": plain, "inputs": given})
         return Stage(self, name, plain, given)
 
+    def drop(self, name: str) -> None:
+        """Forget one stage, so that it may be tried again with other settings."""
+        manifest = self.manifest
+        if manifest["stages"].pop(name, None):
+            write_json(self.folder / RUN_MANIFEST, manifest)
+
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Replace one stage's record in the manifest."""
         manifest = self.manifest
@@ -212,7 +218,11 @@ class Run:
 
     def _forget(self) -> None:
         """Delete the recorded outputs and work folders, and only those: nothing else in the folder is ours."""
-        for record in self.manifest["stages"].values():
+        try:
+            stages = self.manifest["stages"]
+        except WsError:  # a damaged manifest is the very thing --fresh is the way out of
+            stages = {}
+        for record in stages.values():
             for path in record.get("outputs", {}):
                 (self.folder / path).unlink(missing_ok=True)
         for name in ("pos", "neg", "vector", ".pos.work", ".neg.work"):

@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector
@@ -159,7 +158,7 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
 
 
 @contextmanager
-def steer(model: PreTrainedModel, vector: SteeringVector, alpha: Alpha = 1.0) -> Iterator[Dial]:
+def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Iterator[Dial]:
     """Steer `model` with `alpha * vector` inside a `with` block; the model leaves it exactly as it came.
 
     ```python
@@ -187,7 +186,7 @@ def steer(model: PreTrainedModel, vector: SteeringVector, alpha: Alpha = 1.0) ->
 
 @contextmanager
 def steer_many(
-    model: PreTrainedModel, vectors: Mapping[str, SteeringVector], alphas: Mapping[str, Alpha] | Alpha = 1.0
+    model: nn.Module, vectors: Mapping[str, SteeringVector], alphas: Mapping[str, Alpha] | Alpha = 1.0
 ) -> Iterator[DialBoard]:
     """Steer with several named vectors at once, each with a dial of its own; see `steer`."""
     if not vectors:

@@ -7,6 +7,7 @@ is one), `load_behavior("my.toml")` a user's own.
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,9 +135,11 @@ def _build(content: bytes, where: str, model: str | None) -> Behavior:
     test, borrowed = _claim_test(_table(raw, "claims", where), f"{where}: [claims]", model)
     questions = _questions(_table(raw, "questions", where), f"{where}: [questions]")
     _check_disjoint(questions, test, where)
-    summary = _text(raw, "summary", where)
+    summary, own_name = _text(raw, "summary", where), _text(raw, "name", where)
+    if not re.fullmatch(r"[\w-][\w.-]*", own_name):
+        raise WsError(f"{where}: the name {own_name!r} names a folder; use letters, digits, dots, - and _ only.")
     return Behavior(
-        name=_text(raw, "name", where),
+        name=own_name,
         summary=summary,
         positive=positive,
         negative=negative,

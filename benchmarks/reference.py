@@ -1,0 +1,45 @@
+"""The usual procedure, written plainly: merge each arm into a checkpoint in the model's dtype and subtract.
+
+This is what task-vector code in the wild does; it is kept here as the fair opponent of the exact form.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def merged_state(base: PreTrainedModel, adapter: Path) -> dict[str, Tensor]:
+    """The weights of the base with an adapter merged in, in the base's dtype."""
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(adapter))
+    return model.merge_and_unload().state_dict()
+
+
+def merge_and_subtract(base: PreTrainedModel, pos: Path, neg: Path) -> dict[str, Tensor]:
+    """Dense `theta_pos - theta_neg` of every tensor, from two rounded checkpoints."""
+    a, b = merged_state(base, pos), merged_state(base, neg)
+    return {name: a[name] - b[name] for name in a}
+
+
+@torch.no_grad()
+def add_dense(model: PreTrainedModel, delta: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Add `alpha * delta` to the model's weights in place; returns clones of the touched weights, to restore them."""
+    saved = {}
+    for name, p in model.named_parameters():
+        if name in delta and delta[name].any():
+            saved[name] = p.detach().clone()
+            p.add_(alpha * delta[name].to(p.dtype))
+    return saved
+
+
+@torch.no_grad()
+def restore(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
+    """Put cloned weights back."""
+    for name, p in model.named_parameters():
+        if name in saved:
+            p.copy_(saved[name])

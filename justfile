@@ -1,0 +1,28 @@
+# Recipes are thin: each is one command you could type. `just --list` shows them.
+
+# the whole path on random weights, six families, with shape and type checks (about a minute)
+smoke:
+    uv run pytest tests/test_smoke.py
+
+# honesty on the bundled model, offline: `just demo`, `just demo --adapter all`
+demo *args:
+    uv run ws demo {{args}}
+
+# the test suite; `just test -m slow` for the slow ones
+test *args:
+    uv run pytest {{args}}
+
+# style, types and the import contract
+lint:
+    uv run ruff check .
+    uv run ruff format --check .
+    uv run mypy
+    uv run lint-imports
+
+# one benchmark: `just bench vector`, `just bench pocket_effects`
+bench name *args:
+    uv run python -m benchmarks.{{name}} {{args}}
+
+# train the bundled model again (about half an hour on two cores)
+build-pocket *args:
+    uv run python tools/build_pocket.py {{args}}

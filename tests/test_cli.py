@@ -1,0 +1,205 @@
+"""The command line: bad input is one sentence and exit code 2, and a killed run resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ws
+from ws.console import parse
+from ws.delta import LinearDelta
+from ws.diff import vector_digest
+from ws.models import DEFAULT_MODEL
+from ws.replicate import ReplicateConfig
+
+TINY = ["--model", "tiny-random", "--split", "dev"]
+
+
+def run_ws(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "ws.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+BAD_INPUT = {
+    "unknown command": (["replcate"], "Did you mean 'replicate'"),
+    "unknown model": (["replicate", "--model", "poket"], "Did you mean 'pocket'"),
+    "unknown adapter": (["replicate", *TINY, "--adapter", "delra"], "Did you mean 'delora'"),
+    "unknown behaviour": (["replicate", *TINY, "--behavior", "honsty"], "Did you mean 'honesty'"),
+    "empty pool": (["replicate", *TINY, "--behavior", "empty.toml"], "topics must be a non-empty list"),
+    "no topics": (["replicate", *TINY, "--n-topics", "0"], "--n-topics 0 is out of range"),
+    "rank 0": (["replicate", *TINY, "--rank", "0"], "--rank must be at least 1"),
+    "layers out of range": (["replicate", *TINY, "--layers", "3:9"], "out of range"),
+    "alpha NaN": (["replicate", *TINY, "--alphas", "nan"], "--alphas must be finite"),
+    "unknown split": (["replicate", *TINY[:2], "--split", "deev"], "Did you mean 'dev'"),
+    "half-written folder": (["train", *TINY[:2]], "no contrast pairs"),
+    "unknown demo adapter": (["demo", "--adapter", "loora"], "Did you mean 'lora'"),
+    "vector gone": (["inspect", "nowhere"], "no folder nowhere"),
+    "vector half-written": (["inspect", "torn"], "ws.json is missing"),
+    "vector of another base": (["inspect", "vector", "--model", "tiny-random"], "weights differ"),
+    "too few resamples": (["replicate", *TINY, "--n-bootstrap", "3"], "--n-bootstrap must be at least 100"),
+}
+EMPTY_POOL = """schema = 1
+name = "empty"
+summary = "Nothing."
+[personas]
+positive = ["a"]
+negative = ["b"]
+[questions]
+topics = []
+[claims]
+source = "sycophancy"
+effect = -1
+"""
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, case, monkeypatch, capsys):
+    arguments, message = BAD_INPUT[case]
+    (tmp_path / "empty.toml").write_text(EMPTY_POOL)
+    (tmp_path / "torn").mkdir()
+    foreign = LinearDelta(2, 2, g=torch.ones(2))
+    ws.SteeringVector({"model.layers.0.mlp.up_proj": foreign}, "someone/else", "0123").save(tmp_path / "vector")
+    files = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ws", *arguments])
+    from ws.cli import main
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert set(tmp_path.rglob("*.safetensors")) <= files, "nothing was trained"
+
+
+def test_no_traceback_unless_asked_for(tmp_path):
+    plain = run_ws("replicate", "--model", "poket", cwd=tmp_path)
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert "Traceback" not in plain.stderr
+    debug = run_ws("replicate", "--model", "poket", "--debug", cwd=tmp_path)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+
+
+def test_a_misspelt_option_is_explained_with_exit_code_2(tmp_path):
+    done = run_ws("replicate", "--modl", "pocket", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--modl" in done.stderr + done.stdout
+
+
+def test_help_lists_every_command_and_its_presets(tmp_path):
+    listing = run_ws("--help", cwd=tmp_path).stdout
+    assert all(name in listing for name in ("demo", "replicate", "data", "train"))
+    assert run_ws("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
+    options = run_ws("replicate", "--model", "pocket", "--help", cwd=tmp_path).stdout
+    assert "--rank" in options
+    assert "(default: 8)" in options
+
+
+def test_inspect_says_what_a_vector_is(tmp_path, monkeypatch, capsys):
+    from ws.cli import InspectConfig, inspect
+
+    factors = LinearDelta(2, 2, u=torch.ones(2, 1), v=torch.ones(1, 2))
+    vector = ws.SteeringVector({"model.layers.0.mlp.up_proj": factors}, "someone/else", "0123", {}, {"behavior": "wit"})
+    inspect(InspectConfig(vector.save(tmp_path / "v")))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "base someone/else (0123) behavior wit modules 1" in said
+    assert "largest rank 1 loads as a PEFT LoRA yes norm 2" in said
+
+
+def test_options_start_from_the_models_preset():
+    assert parse(ReplicateConfig, []).model == DEFAULT_MODEL
+    assert parse(ReplicateConfig, []).train.rank == 32
+    pocket = parse(ReplicateConfig, ["--model", "pocket", "--adapter", "ia3", "--lr", "0.5", "--alphas", "-1", "1"])
+    assert (pocket.train.rank, pocket.train.lr, pocket.alphas) == (8, 0.5, (-1.0, 1.0))
+
+
+LONG = ["replicate", *TINY, "--n-topics", "40", "--data-batch", "4", "--max-steps", "30", "--batch", "4"]
+LONG += ["--micro-batch", "2", "--out", "out"]
+
+
+def kill_when(path: str, cwd: Path) -> None:
+    """Start the long run and kill it without warning as soon as something matches `path`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ws.cli", *LONG], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not any(f.stat().st_size for f in cwd.glob(path)) and process.poll() is None:
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.005)
+    assert process.poll() is None, f"the run ended before {path} appeared"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_vector(tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    assert run_ws(*LONG, cwd=whole).returncode == 0
+    kill_when("out/data/tiny-random/honesty/pairs.partial.jsonl", torn)
+    kill_when("out/honesty/lora/.pos.work/checkpoint-*/trainer_state.json", torn)
+    kill_when("out/honesty/lora/.neg.work/checkpoint-*/adapter_model.safetensors", torn)
+    assert run_ws(*LONG, cwd=torn).returncode == 0
+    vector = torn / "out/honesty/lora/vector"
+    vector.rename(vector.with_name(".vector.part"))  # as a kill in the middle of writing the vector leaves it
+    (vector.with_name(".vector.part") / "ws.json").unlink()
+    done = run_ws(*LONG, cwd=torn)
+    assert done.returncode == 0, done.stderr
+    assert "No conclusion" in done.stdout
+    digests = {vector_digest(ws.SteeringVector.load(f / "out/honesty/lora/vector")) for f in (whole, torn)}
+    assert len(digests) == 1
+    tables = {(f / "out/honesty/lora/sycophancy_per_claim.csv").read_text() for f in (whole, torn)}
+    assert len(tables) == 1
+    assert not list((torn / "out/honesty/lora").glob(".*")), "no work folder stays behind"
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ws.cli", *LONG],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not any(tmp_path.glob("out/data/*/*/pairs.partial.jsonl")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_local_folder_goes_the_way_of_a_hub_id(tmp_path):
+    """Real-model defaults (not the presets of the bundled models) and the real behaviour, on a folder of that shape."""
+    from dataclasses import replace
+
+    from ws.models import load_tokenizer, tiny_random
+    from ws.replicate import render, replicate
+
+    tiny_random().save_pretrained(tmp_path / "model")
+    load_tokenizer("pocket").save_pretrained(tmp_path / "model")
+    config = ReplicateConfig.preset(str(tmp_path / "model"), "dora")
+    assert config.train.lr is None
+    config = replace(config, out=tmp_path / "out", alphas=(0.0, 2.0), train=replace(config.train, lr=1e-2, batch=4))
+    config = replace(config, data=replace(config.data, n_topics=16, n_samples=1))
+    reading = replicate(config)
+    assert len(reading.false_claims[0.0].claims) == 12
+    assert {n.split(".")[2] for n in reading.vector.deltas} == {"1", "2"}, "layers 30 to 80 %"
+    assert reading.vector.max_rank == 2 * 32
+    assert (tmp_path / "out/data/model/honesty/pairs.jsonl").is_file()
+    assert "claims" in render(reading)

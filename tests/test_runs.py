@@ -1,0 +1,94 @@
+"""Manifests, atomic writes and resume."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import ws
+from ws.runs import Run, atomic_folder, data_folder, run_folder, slug, write_csv, write_json, write_text
+
+
+def finish(folder, config, inputs=None):
+    stage = Run(folder).stage("s", config, inputs)
+    assert stage is not None
+    stage.done([write_text(folder / "a.txt", "x")], note=1)
+
+
+def test_layout(tmp_path):
+    assert slug("Qwen/Qwen3-0.6B") == "Qwen--Qwen3-0.6B"
+    assert data_folder(tmp_path, "pocket", "honesty") == tmp_path / "data" / "pocket" / "honesty"
+    assert run_folder(tmp_path, "honesty", "lora") == tmp_path / "honesty" / "lora"
+    assert run_folder(tmp_path, "honesty", "lora", 2) == tmp_path / "honesty" / "lora" / "seed-2"
+
+
+def test_a_finished_stage_is_skipped_and_an_unfinished_one_is_not(tmp_path):
+    assert Run(tmp_path).stage("s", {"a": 1}) is not None
+    finish(tmp_path, {"a": 1})
+    assert Run(tmp_path).stage("s", {"a": 1}) is None
+    assert Run(tmp_path).facts("s")["note"] == 1
+
+
+def test_a_changed_setting_or_input_stops_with_its_name(tmp_path):
+    finish(tmp_path, {"rank": 8, "lr": 0.1}, {"pairs": "aaaa"})
+    with pytest.raises(ws.WsError, match=r"rank: 8 -> 16\); use --fresh"):
+        Run(tmp_path).stage("s", {"rank": 16, "lr": 0.1}, {"pairs": "aaaa"})
+    with pytest.raises(ws.WsError, match="input pairs"):
+        Run(tmp_path).stage("s", {"rank": 8, "lr": 0.1}, {"pairs": "bbbb"})
+
+
+@pytest.mark.parametrize("damage", ["delete", "alter"])
+def test_lost_or_altered_outputs_are_made_again(tmp_path, damage):
+    finish(tmp_path, {"a": 1})
+    (tmp_path / "a.txt").unlink() if damage == "delete" else (tmp_path / "a.txt").write_text("y")
+    assert Run(tmp_path).stage("s", {"a": 1}) is not None
+
+
+def test_fresh_forgets_what_was_recorded_and_nothing_else(tmp_path):
+    finish(tmp_path, {"a": 1})
+    (tmp_path / "mine.txt").write_text("keep")
+    run = Run(tmp_path, fresh=True)
+    assert not (tmp_path / "a.txt").exists()
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+    assert run.stage("s", {"a": 2}) is not None
+
+
+def test_a_damaged_manifest_is_explained(tmp_path):
+    finish(tmp_path, {"a": 1})
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ws.WsError, match="damaged"):
+        Run(tmp_path).stage("s", {"a": 1})
+    with pytest.raises(ws.WsError, match="damaged"):
+        Run(tmp_path).facts("s")
+    assert Run(tmp_path, fresh=True).stage("s", {"a": 1}) is not None
+
+
+def test_atomic_folders_appear_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "f") as part:
+        (part / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path / "f") as part:
+        (part / "whole").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_nan_is_never_written(tmp_path):
+    with pytest.raises(ws.WsError, match="NaN in b"):
+        write_csv(tmp_path / "t.csv", [{"a": 1.0, "b": float("nan")}])
+    with pytest.raises(ws.WsError, match="no rows"):
+        write_csv(tmp_path / "t.csv", [])
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "t.json", {"a": float("nan")})
+    with pytest.raises(ValueError, match="fields"):
+        write_csv(tmp_path / "t.csv", [{"a": 1}, {"b": 2}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_manifests_hold_versions_and_no_absolute_path(tmp_path):
+    finish(tmp_path, {"a": 1})
+    record = json.loads((tmp_path / "manifest.json").read_text())["stages"]["s"]
+    assert {"torch", "transformers", "peft", "python"} <= set(record["versions"])
+    assert len(record["config_sha256"]) == 64
+    assert str(tmp_path) not in json.dumps(record["outputs"])

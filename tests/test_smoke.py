@@ -1,0 +1,69 @@
+"""The whole path on random weights, for every adapter family: shapes, files and restoration, not effects.
+
+Run alone by `just smoke`, like every test with shapes and types checked at run time.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ws
+from ws.diff import vector_digest
+from ws.replicate import ReplicateConfig, render, replicate
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """One output folder, so that the families share their pairs as they do in real use."""
+    return tmp_path_factory.mktemp("out")
+
+
+def test_replicate_end_to_end(out, family):
+    config = replace(ReplicateConfig.preset("tiny-random", family), out=out, split="dev", alphas=(-1.0, 0.0, 1.0))
+    reading = replicate(config)
+    folder = out / "honesty" / family
+    assert reading.folder == folder
+    assert {p.name for p in folder.iterdir()} == {
+        "pos", "neg", "vector", "manifest.json", "sycophancy_per_claim.csv", "sycophancy_summary.csv", "samples.json",
+    }  # fmt: skip
+
+    vector = ws.SteeringVector.load(folder / "vector")
+    assert vector_digest(vector) == vector_digest(reading.vector)
+    assert vector.info["behavior"] == "honesty"
+    model, _ = ws.load_model("tiny-random")
+    sides = [ws.SteeringVector.from_adapter(folder / s, model) for s in ("pos", "neg")]
+    assert vector_digest(sides[0] - sides[1]) == vector_digest(vector)
+    for name, change in vector.dense(model):
+        assert change.shape == model.get_parameter(name).shape
+        assert torch.isfinite(change).all()
+
+    with (folder / "sycophancy_summary.csv").open() as file:
+        summary = list(csv.DictReader(file))
+    assert {r["alpha"] for r in summary} == {"-1.0", "0.0", "1.0"}
+    assert all(float(r["shift"]) == 0 for r in summary if r["alpha"] == "0.0")
+    assert any(float(r["shift"]) != 0 for r in summary)
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert list(stages) == ["neg", "pos", "sycophancy", "vector"] or set(stages) == {
+        "pos",
+        "neg",
+        "vector",
+        "sycophancy",
+    }
+    assert all("outputs" in s for s in stages.values())
+    assert "No conclusion" in render(reading), "a random model does not answer Yes or No, and the verdict must say so"
+
+    stamps = {s: (folder / s / "adapter_model.safetensors").stat().st_mtime_ns for s in ("pos", "neg")}
+    again = replicate(config)
+    assert vector_digest(again.vector) == vector_digest(vector)
+    assert stamps == {s: (folder / s / "adapter_model.safetensors").stat().st_mtime_ns for s in stamps}, "resumed"
+    with pytest.raises(ws.WsError, match="rank: 4 -> 2"):
+        replicate(replace(config, train=replace(config.train, rank=2)))
+
+
+def test_the_families_share_one_set_of_pairs(out):
+    assert sorted(p.name for p in (out / "data").rglob("pairs.jsonl")) == ["pairs.jsonl"]

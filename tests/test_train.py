@@ -1,0 +1,229 @@
+"""Training an arm: the loss mask, the shared start, resuming, and handing the base back untouched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ws
+from ws.data import Pair
+from ws.models import chat_format, encode, render_prompt
+from ws.runs import sha256_file
+from ws.train import (
+    TrainConfig,
+    _adapted,
+    _Collator,
+    _last_whole_checkpoint,
+    _require_progress,
+    build_examples,
+    split_examples,
+    train_adapter,
+    train_preset,
+)
+
+PAIRS = [
+    Pair(f"q{i}", f"What color is number {i}?", f"It is red, {i} times.", f"It is blue and {i}.", 6, 6)
+    for i in range(24)
+]
+QUICK = replace(train_preset("tiny-random", "lora"), max_steps=6, batch=4, micro_batch=2)
+
+
+@pytest.fixture
+def fresh_tiny():
+    return ws.load_model("tiny-random", device="cpu")
+
+
+def test_the_prompt_is_an_exact_prefix_and_only_the_response_is_learned(tiny):
+    _, tok = tiny
+    example = build_examples(tok, PAIRS, "pos", 512)[3]
+    features = example.features()
+    prompt = encode(tok, render_prompt(tok, PAIRS[3].question))
+    assert features["input_ids"][: len(prompt)] == prompt
+    assert features["labels"][: len(prompt)] == [-100] * len(prompt)
+    learned = [t for t in features["labels"] if t != -100]
+    assert tok.decode(learned[:-1]) == PAIRS[3].pos
+    assert learned[-1] == chat_format(tok).end_of_turn_id
+    assert features["input_ids"][len(prompt) :] == learned
+
+
+def test_the_response_does_not_repeat_the_think_block(tiny):
+    _, tok = tiny
+    example = build_examples(tok, PAIRS, "neg", 512)[0]
+    whole = tok.decode([*example.prompt, *example.response])
+    assert whole.count("<think>") == whole.count("</think>") == 1
+    assert "<think>" not in tok.decode(example.response)
+
+
+def test_padding_is_masked():
+    batch = _Collator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+
+
+def test_long_examples_are_left_out_never_cut(tiny):
+    _, tok = tiny
+    long = replace(PAIRS[0], pos="red " * 300)
+    assert len(build_examples(tok, [*PAIRS, long], "pos", 200)) == len(PAIRS)
+    with pytest.raises(ws.WsError, match="at least 2 usable pairs"):
+        build_examples(tok, PAIRS, "pos", 5)
+
+
+def test_validation_questions_are_never_trained_on(tiny):
+    _, tok = tiny
+    examples = build_examples(tok, PAIRS * 2, "pos", 512)
+    train, held = split_examples(examples, 0.25, seed=0)
+    assert {e.question for e in train}.isdisjoint(e.question for e in held)
+    assert len(held) == 12
+    assert split_examples(examples, 0.25, seed=0) == (train, held)
+    assert split_examples(examples, 0.0, seed=0) == (examples, [])
+
+
+def test_training_learns_and_hands_the_base_back(fresh_tiny, family, tmp_path, weights_hash):
+    model, tok = fresh_tiny
+    before, flags, attributes = weights_hash(model), [p.requires_grad for p in model.parameters()], set(vars(model))
+    state = torch.random.get_rng_state()
+    config = replace(train_preset("tiny-random", family), max_steps=6)
+    facts = train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "pos", config)
+    assert facts["validation_losses"][-1] < facts["validation_losses"][0]
+    assert weights_hash(model) == before
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert set(vars(model)) == attributes
+    assert not model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not list(tmp_path.glob(".*")), "the work folder is gone"
+    vector = ws.SteeringVector.from_adapter(tmp_path / "pos", model)
+    assert vector.norm(model) > 0
+    assert vector.recipe["config"]["max_steps"] == 6
+
+
+def test_every_family_trains_on_a_bfloat16_base(family, tmp_path):
+    """Adapters stay in float32 beside bfloat16 weights, as they do on a GPU."""
+    model, tok = ws.load_model("tiny-random", device="cpu", dtype="bfloat16")
+    facts = train_adapter(model, tok, PAIRS, "neg", family, tmp_path / "neg", train_preset("tiny-random", family))
+    assert facts["validation_losses"][-1] < facts["validation_losses"][0]
+    assert model.dtype == torch.bfloat16
+    vector = ws.SteeringVector.from_adapter(tmp_path / "neg", model)
+    with torch.no_grad(), ws.steer(model, vector, 2.0):
+        assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_both_arms_start_from_the_same_initialisation(fresh_tiny, family):
+    model, _ = fresh_tiny
+    spec = train_preset("tiny-random", family).spec(family)
+    starts = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        with _adapted(model, spec, seed=5) as (peft_model, _):
+            starts.append({n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad})
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(p, starts[1][n]) for n, p in starts[0].items())
+
+
+def test_training_is_reproducible_and_depends_on_the_seed(fresh_tiny, tmp_path):
+    model, tok = fresh_tiny
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_adapter(model, tok, PAIRS, "neg", "lora", tmp_path / name, QUICK, seed)
+    digest = {n: sha256_file(tmp_path / n / "adapter_model.safetensors") for n in "abc"}
+    assert digest["a"] == digest["b"] != digest["c"]
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, keep):
+    model, tok = fresh_tiny
+    config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep)
+    train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "whole", config)
+    work, saved = tmp_path / ".cut.work", tmp_path / "saved"
+
+    def die(*args, **kwargs):
+        shutil.copytree(work, saved)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.train._require_progress", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
+    newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (newest / "trainer_state.json").write_text("{")  # as a kill in the middle of writing it leaves it
+    earlier = _last_whole_checkpoint(work)
+    assert earlier is not None
+    assert not newest.exists()
+    train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
+    model, tok = fresh_tiny
+    handle = model.lm_head.register_forward_hook(lambda m, a, out: out * float("nan") if m.training else out)
+    try:
+        with pytest.raises(ws.WsError, match="diverged.*lower --lr"):
+            train_adapter(model, tok, PAIRS, "pos", "lora", tmp_path / "pos", QUICK)
+    finally:
+        handle.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("keep", "validation"), [("last", [3.0, 2.5, 3.1]), ("best", [3.0, 3.2, 3.1])])
+def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
+    config, rising, falling = TrainConfig(lr=1e-3, keep=keep), [2.0, 2.1, 2.2], [2.2, 2.1, 2.0]
+    with pytest.raises(ws.WsError, match=r"did not learn: .* 2.0000 to 2.2000 .* 3.0000 to 3.1000; change --lr"):
+        _require_progress(rising, validation, config)
+    _require_progress(falling, validation, config)
+    _require_progress(rising, [3.0, 2.0, 2.9], config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "--rank must be at least 1"),
+        ({"layers": "7:9"}, "out of range"),
+        ({"kinds": ("q_prj",)}, "Did you mean 'q_proj'"),
+        ({"micro_batch": 3}, "must divide"),
+        ({"lr": -1.0}, "--lr must be positive"),
+        ({"lr": float("nan")}, "--lr must be positive"),
+        ({"validation": 1.0}, "--validation"),
+        ({"keep": "bst"}, "Did you mean 'best'"),
+        ({"max_steps": 0}, "--max-steps"),
+    ],
+)
+def test_impossible_settings_are_explained(fresh_tiny, tmp_path, change, message):
+    with pytest.raises(ws.WsError, match=message):
+        train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", replace(QUICK, **change))
+
+
+def test_oft_blocks_must_fit(fresh_tiny, tmp_path):
+    with pytest.raises(ws.WsError, match="--oft-block 7 does not divide"):
+        train_adapter(*fresh_tiny, PAIRS, "pos", "oft", tmp_path / "pos", replace(QUICK, oft_block=7))
+
+
+def test_the_warm_up_is_never_more_than_a_tenth():
+    from ws.train import _arguments
+
+    config = TrainConfig(lr=1e-4)
+    for steps, want in ((8, 0), (20, 2), (50, 5), (500, 5)):
+        assert _arguments(config, steps, __import__("pathlib").Path("x"), 0, True, True).warmup_steps == want
+
+
+def test_defaults_are_the_documented_ones():
+    c = TrainConfig()
+    assert (c.rank, c.lora_alpha, c.weight_decay, c.warmup, c.batch, c.epochs, c.layers) == (
+        32, 64.0, 0.01, 5, 16, 1.0, "0.3:0.8",
+    )  # fmt: skip
+    assert ws.adapters.FAMILIES["lora"].learning_rate == 2e-4
+
+
+def test_the_stamp_names_the_base_and_another_base_is_refused(fresh_tiny, tmp_path):
+    model, tok = fresh_tiny
+    train_adapter(model, tok, PAIRS, "pos", "lora", tmp_path / "pos", QUICK)
+    stamp = json.loads((tmp_path / "pos" / "ws_train.json").read_text())
+    assert stamp["base_id"] == "tiny-random"
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 1.1
+    with pytest.raises(ws.WsError, match="trained on tiny-random"):
+        ws.SteeringVector.from_adapter(tmp_path / "pos", model)
