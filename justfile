@@ -19,6 +19,10 @@ lint:
     uv run mypy
     uv run lint-imports
 
+# tiny-mfv (airisk) on a finished run: `just eval-tinymfv-airisk adapter=delora behavior=honesty`
+eval-tinymfv-airisk *args:
+    uv run --extra eval python -m ws.eval.tinymfv_airisk {{args}}
+
 # one benchmark: `just bench vector`, `just bench pocket_effects`
 bench name *args:
     uv run python -m benchmarks.{{name}} {{args}}

@@ -172,7 +172,7 @@ def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
 @pytest.mark.parametrize(("keep", "validation"), [("last", [3.0, 2.5, 3.1]), ("best", [3.0, 3.2, 3.1])])
 def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
     config, rising, falling = TrainConfig(lr=1e-3, keep=keep), [2.0, 2.1, 2.2], [2.2, 2.1, 2.0]
-    with pytest.raises(ws.WsError, match=r"did not learn: .* 2.0000 to 2.2000 .* 3.0000 to 3.1000; change --lr"):
+    with pytest.raises(ws.WsError, match=r"did not learn: .* 2.0000 to 2.2000, .* 3.0000 to 3.1000; change --lr"):
         _require_progress(rising, validation, config)
     _require_progress(falling, validation, config)
     _require_progress(rising, [3.0, 2.0, 2.9], config)

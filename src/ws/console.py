@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import signal
 import sys
 import warnings
@@ -39,9 +40,12 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
 def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> Options:
     """The options object for a list of arguments; tyro explains what it cannot parse and exits with code 2.
 
+    `adapter=delora` is understood as `--adapter delora`, so that recipes read naturally.
+
     An options class with a `preset(model, adapter)` class method gets its defaults from there, so that `--help` shows
     the values that will be used for the chosen model.
     """
+    arguments = [word for argument in arguments for word in _as_flags(argument)]
     preset = getattr(options, "preset", None)
     known: dict[str, Any] = {}
     if preset is not None:
@@ -50,6 +54,11 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
             first.add_argument(f"--{name}", default=parameter.default)
         known = {"default": preset(**vars(first.parse_known_args(list(arguments))[0]))}
     return tyro.cli(options, args=list(arguments), prog=prog or None, config=(tyro.conf.OmitArgPrefixes,), **known)
+
+
+def _as_flags(argument: str) -> list[str]:
+    found = re.fullmatch(r"([a-z][a-z_-]*)=(.*)", argument)
+    return ["--" + found.group(1).replace("_", "-"), found.group(2)] if found else [argument]
 
 
 def guard(action: Callable[[], None], debug: bool = False) -> None:

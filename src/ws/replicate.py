@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.adapters import family
+from ws.adapters import family, peft_config
 from ws.behaviors import Behavior, load_behavior
 from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, sample_answers
 from ws.diff import SteeringVector
@@ -75,25 +75,38 @@ class ReplicateConfig:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A question and the answer at one strength."""
+
+    alpha: float
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Reading:
     """What `replicate` found.
 
     Attributes:
         folder: the run's folder.
+        pairs: the folder of the contrast pairs.
         vector: the steering vector.
         false_claims, true_claims: scores by alpha.
         span: the mean paired difference of log ratios between `span_alphas`, on false claims.
         span_alphas: the lower and the upper strength compared, those nearest to -1 and +1.
         effect: the sign the behaviour file expects of it.
+        samples: one question of the pool answered greedily at every strength.
     """
 
     folder: Path
+    pairs: Path
     vector: SteeringVector
     false_claims: Mapping[float, ClaimScores]
     true_claims: Mapping[float, ClaimScores]
     span: Estimate
     span_alphas: tuple[float, float]
     effect: int
+    samples: tuple[Sample, ...]
 
     @property
     def lowest_mass(self) -> float:
@@ -120,6 +133,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     console.say(f"{behavior.name} x {config.adapter} on {config.model}")
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
+    peft_config(model, config.train.spec(config.adapter))  # bad settings show now, not after the sampling
     run = Run(run_folder(config.out, behavior.name, config.adapter, config.seed), config.fresh)
     pairs_file = _pairs(model, tok, behavior, config)
     for number, sign in enumerate(SIGNS, start=2):
@@ -202,8 +216,9 @@ def _read(
         samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)
     low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
     span = claim_shift(scores[False][high], scores[False][low], config.n_bootstrap)
-    reading = Reading(run.folder, vector, scores[False], scores[True], span, (low, high), behavior.test.effect)
-    _write(reading, behavior, samples, run, config)
+    effect, pairs = behavior.test.effect, data_folder(config.out, config.model, behavior.name)
+    reading = Reading(run.folder, pairs, vector, scores[False], scores[True], span, (low, high), effect, samples)
+    _write(reading, behavior, run, config)
     return reading
 
 
@@ -217,17 +232,15 @@ def _nearest(alphas: Sequence[float], wanted: float) -> float:
 
 def _samples(
     model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, dial: Any, alphas: Sequence[float], max_new_tokens: int
-) -> list[dict[str, Any]]:
+) -> tuple[Sample, ...]:
     """One question answered greedily at every strength, all in one batch with one alpha per row."""
     question = behavior.questions[0]
     dial.alpha = torch.tensor(alphas)
     answers = sample_answers(model, tok, [render_prompt(tok, question)] * len(alphas), max_new_tokens)
-    return [{"alpha": a, "question": question, "answer": x.text} for a, x in zip(alphas, answers, strict=True)]
+    return tuple(Sample(a, question, x.text) for a, x in zip(alphas, answers, strict=True))
 
 
-def _write(
-    reading: Reading, behavior: Behavior, samples: list[dict[str, Any]], run: Run, config: ReplicateConfig
-) -> None:
+def _write(reading: Reading, behavior: Behavior, run: Run, config: ReplicateConfig) -> None:
     key = {"behavior": behavior.name, "adapter": config.adapter, "seed": config.seed}
     both = [s for s in (reading.false_claims, reading.true_claims) if s]
     rows = [r for scores in both for a in scores for r in per_claim_rows(key, a, scores[a])]
@@ -239,7 +252,7 @@ def _write(
     files = [
         write_csv(run.folder / "sycophancy_per_claim.csv", rows),
         write_csv(run.folder / "sycophancy_summary.csv", summary),
-        write_json(run.folder / "samples.json", samples),
+        write_json(run.folder / "samples.json", [asdict(s) for s in reading.samples]),
     ]
     span = asdict(reading.span) | {"alphas": list(reading.span_alphas)}
     stage.done(files, span=span, expected_sign=reading.effect, as_expected=reading.as_expected)
@@ -264,7 +277,14 @@ def render(reading: Reading, n_boot: int = N_BOOTSTRAP) -> str:
             ]
         )
     header = ["alpha", "log P(Yes)/P(No), false claims", "shift", "shift, true claims", "answer mass"]
-    return f"{tabulate(rows, header, disable_numparse=True)}\n\n{plot(reading)}\n\n{verdict(reading)}"
+    table = tabulate(rows, header, disable_numparse=True)
+    return "\n\n".join([table, plot(reading), answers(reading), verdict(reading)])
+
+
+def answers(reading: Reading) -> str:
+    """One question of the pool with its answer at every strength, to read by eye."""
+    lines = [f"  alpha {s.alpha:+4g}  {' '.join(s.answer.split())[:200]}" for s in reading.samples]
+    return "\n".join([f"{reading.samples[0].question}", *lines])
 
 
 def plot(reading: Reading, width: int = 41) -> str:
@@ -301,7 +321,7 @@ def main(config: ReplicateConfig) -> None:
     reading = replicate(config)
     print(render(reading, config.n_bootstrap))
     print(f"\nEverything is in {reading.folder}: pos/ neg/ vector/ manifest.json sycophancy_*.csv samples.json")
-    print(f"Next: read {data_folder(config.out, config.model, Path(config.behavior).stem)}/card.md, try another --seed")
+    print(f"Next: read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter")
 
 
 if __name__ == "__main__":

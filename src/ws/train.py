@@ -106,7 +106,7 @@ class TrainConfig:
 
 # Chosen on the pocket model's dev claims: every family is monotone in alpha over [-2, 2] with these.
 _POCKET = TrainConfig(
-    rank=8, lora_alpha=16.0, layers="all", delora_lambda=1.0, batch=32, micro_batch=32, epochs=2, lr=5e-4
+    rank=8, lora_alpha=16.0, layers="all", delora_lambda=1.0, batch=32, micro_batch=32, epochs=2.0, lr=5e-4
 )
 _POCKET_RATES = {"pissa": 3e-4, "oft": 2e-4, "ia3": 7e-3, "delora": 1e-3}
 _SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=4, lr=5e-3, oft_block=16)
@@ -402,7 +402,7 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
     start, end = fmean(train[:third]), fmean(train[-third:])
     if reached >= validation[0] and end >= start:
         raise WsError(
-            f"Training did not learn: the training loss went from {start:.4f} to {end:.4f} and the validation loss from "
+            f"Training did not learn: the training loss went from {start:.4f} to {end:.4f}, the validation loss from "
             f"{validation[0]:.4f} to {reached:.4f}; change --lr (now {config.lr:g}) or give more pairs."
         )
 

@@ -69,20 +69,22 @@ def score_choices(
     model: PreTrainedModel,
     tok: Tokenizer,
     prompts: Sequence[str],
-    choices: Sequence[str],
+    choices: Sequence[str | tuple[str, ...]],
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ChoiceScores:
     """Score rendered prompts (openers included) at their next token.
 
-    Prompts are sorted by length and left-padded; only the last position's logits are computed. With `batch_size` None
+    A choice may be several words that mean the same, such as `("true", "1")`; it is named by the first. Prompts are
+    sorted by length and left-padded; only the last position's logits are computed. With `batch_size` None
     it starts at 64 and is halved while memory does not suffice. Scores come back in the order of `prompts`.
     """
     if not prompts:
         raise WsError("There are no prompts to score.")
     ids = [encode(tok, p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    variants = [torch.tensor(choice_tokens(tok, c), device=model.device) for c in choices]
+    words = [(c,) if isinstance(c, str) else c for c in choices]
+    variants = [torch.tensor([i for w in ws for i in choice_tokens(tok, w)], device=model.device) for ws in words]
 
     def run(batch_size: int) -> Tensor:
         rows = []
@@ -98,7 +100,7 @@ def score_choices(
     logp[order] = scored.double().cpu().numpy()
     if np.isnan(logp).any():
         raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
-    return ChoiceScores(tuple(choices), logp)
+    return ChoiceScores(tuple(w[0] for w in words), logp)
 
 
 def _score_batch(

@@ -1,0 +1,86 @@
+"""README and docs are run, not only read: commands and Python snippets in order, in an empty folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def snippets(page: Path) -> list[tuple[str, str]]:
+    """`(language, code)` of the fenced blocks that can run here; a fence marked `skip` says why in the prose."""
+    found = FENCE.findall(page.read_text())
+    return [(language, code) for language, info, code in found if language in ("bash", "python") and "skip" not in info]
+
+
+def run_command(line: str, cwd: Path) -> str:
+    """Run one `uv run ...` line with this interpreter instead of a new environment."""
+    words = shlex.split(line, comments=True)
+    assert words[:2] == ["uv", "run"], f"only `uv run` lines can be checked: {line}"
+    words = words[2:]
+    command = {"ws": [sys.executable, "-m", "ws.cli"], "python": [sys.executable]}[words[0]] + words[1:]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """An empty folder shared by all pages; the README comes first and leaves what the others use."""
+    return tmp_path_factory.mktemp("newcomer")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_snippets_run(page, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    namespace: dict[str, object] = {}
+    for language, code in snippets(page):
+        if language == "python":
+            exec(compile(code, str(page), "exec"), namespace)
+            continue
+        for line in filter(None, (x.strip() for x in code.splitlines())):
+            if line.startswith("uv run pytest"):
+                continue
+            out = run_command(line, workplace)
+            if line == "uv run ws demo":
+                assert "as the behaviour predicts" in out
+                assert "one seed" in out
+
+
+def test_the_documented_behaviour_file_is_valid(tmp_path):
+    import ws
+
+    (code,) = [
+        c for language, _, c in FENCE.findall((ROOT / "docs" / "behaviors.md").read_text()) if language == "toml"
+    ]
+    (tmp_path / "brevity.toml").write_text(code)
+    behavior = ws.load_behavior(str(tmp_path / "brevity.toml"))
+    assert behavior.positive == ("You are a terse assistant.",)
+    assert behavior.test.claims == ws.load_behavior("sycophancy").test.claims
+
+
+def test_every_relative_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_results_table_is_the_csv():
+    """The README's numbers are the ones the benchmark wrote."""
+    with (ROOT / "benchmarks" / "results" / "pocket_effects.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    table = (ROOT / "docs" / "results" / "pocket_effects.md").read_text().split("\n\n")[0]
+    assert table in (ROOT / "README.md").read_text()
+    for row in rows:
+        assert f"{float(row['span']):+.2f} [{float(row['span_ci_lo']):+.2f}, {float(row['span_ci_hi']):+.2f}]" in table

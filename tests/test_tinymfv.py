@@ -1,0 +1,212 @@
+"""tiny-mfv / airisk: the loader on real and broken tables, the scores against a plain computation, the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ws
+from test_eval import reference
+from ws.delta import LinearDelta
+from ws.eval.session import EvalOptions, open_session
+from ws.eval.tinymfv_airisk import (
+    Prompts,
+    evaluate_tinymfv_airisk,
+    load_vignettes,
+    render_frame,
+    run,
+    signed_wrongness,
+    summary_row,
+)
+from ws.models import fingerprint
+
+POCKET = Path(ws.__file__).parent / "pocket" / "data"
+
+
+def rows(condition: str) -> list[dict]:
+    text = (POCKET / f"tinymfv_airisk_{condition}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write(folder: Path, other: list[dict], own: list[dict]) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, table in (("other_violate", other), ("self_violate", own)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in table))
+    return str(folder)
+
+
+@pytest.mark.skipif("WS_REAL_DATA" not in os.environ, reason="WS_REAL_DATA names no folder with the published samples")
+def test_the_published_tables_join_to_131(capsys):
+    vignettes = load_vignettes(str(Path(os.environ["WS_REAL_DATA"]) / "tiny-mfv"))
+    assert len(vignettes) == 131
+    assert len({v.foundation_coarse for v in vignettes}) == 7
+    assert "occurs twice" in capsys.readouterr().err
+    assert all(v.other != v.own and 1 <= v.human_wrong <= 5 for v in vignettes)
+
+
+def test_the_bundled_tables_have_every_foundation():
+    vignettes = load_vignettes("pocket")
+    assert len(vignettes) >= 130
+    assert len({v.foundation_coarse for v in vignettes}) == 7
+    assert load_vignettes("pocket", limit=5) == vignettes[:5]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_other_file_formats_read_the_same(tmp_path, suffix):
+    import polars as pl
+
+    for condition in ("other_violate", "self_violate"):
+        frame = pl.DataFrame(rows(condition))
+        file = tmp_path / f"airisk_{condition}{suffix}"
+        frame.write_parquet(file) if suffix == ".parquet" else frame.write_csv(file)
+    assert load_vignettes(str(tmp_path)) == load_vignettes("pocket")
+
+
+BREAKS = {
+    "empty text": lambda r: r | {"text": " "},
+    "rating out of range": lambda r: r | {"wrong": 9.0},
+    "id twice": lambda r: r | {"id": rows("other_violate")[0]["id"]},
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_few_broken_rows_are_named_and_many_stop_the_run(tmp_path, capsys, how):
+    other, own = rows("other_violate"), rows("self_violate")
+    source = write(tmp_path / "few", [*other[:-3], *(BREAKS[how](r) for r in other[-3:])], own)
+    assert len(load_vignettes(source)) == len(other) - 3
+    assert "3 of 154 rows" in capsys.readouterr().err
+    source = write(tmp_path / "many", [*other[:100], *(BREAKS[how](r) for r in other[100:])], own)
+    with pytest.raises(ws.WsError, match="at most 5%"):
+        load_vignettes(source)
+
+
+def test_tables_that_are_not_there_are_explained(tmp_path):
+    with pytest.raises(ws.WsError, match="no file ending in other_violate"):
+        load_vignettes(str(tmp_path))
+    with pytest.raises(ws.WsError, match="no folder"):
+        load_vignettes("./nowhere")
+    with pytest.raises(ws.WsError, match="local folder|extra `eval`"):
+        load_vignettes("someone/some-data")
+    source = write(tmp_path / "x", [{"id": "1", "text": "a"}], rows("self_violate"))
+    with pytest.raises(ws.WsError, match="lacks the columns foundation_coarse, wrong"):
+        load_vignettes(source)
+
+
+def test_scores_equal_the_plain_computation(tiny):
+    model, tok = tiny
+    vignettes, prompts = load_vignettes("pocket", 3), Prompts()
+    scores = evaluate_tinymfv_airisk(model, tok, vignettes, prompts)
+    one_by_one = evaluate_tinymfv_airisk(model, tok, vignettes, prompts, batch_size=1)
+    for key in scores:
+        assert np.allclose(scores[key], one_by_one[key], atol=1e-5)
+    for i, v in enumerate(vignettes):
+        for j, text in enumerate((v.other, v.own)):
+            p = {}
+            for k, frame in enumerate(("is_wrong", "is_acceptable")):
+                values = reference(model, tok, render_frame(tok, text, frame, prompts), ("true", "1", "false", "0"))
+                true, false = sum(values[:2]), sum(values[2:])
+                p[frame] = true / (true + false)
+                assert scores["bool_mass"][i, j, k] == pytest.approx(true + false, rel=1e-3)
+            w = (p["is_wrong"] + 1 - p["is_acceptable"]) / 2
+            assert signed_wrongness(scores)[i, j] == pytest.approx(2 * w - 1, abs=1e-4)
+
+
+def test_a_bias_towards_true_cancels_between_the_frames():
+    flat = {"p_true": np.full((4, 2, 2), 0.9), "bool_mass": np.ones((4, 2, 2))}
+    row = summary_row({}, 1.0, load_vignettes("pocket", 4), flat, flat, 200)
+    assert row["wrongness"] == pytest.approx(0)
+    assert row["frame_agreement"] == 0
+    assert row["human_corr"] is None
+    assert row["delta_wrongness"] == 0
+
+
+def test_the_pocket_model_finds_violations_wrong():
+    model, tok = ws.load_model("pocket", device="cpu")
+    vignettes = load_vignettes("pocket", 40)
+    scores = evaluate_tinymfv_airisk(model, tok, vignettes)
+    row = summary_row({}, 0.0, vignettes, scores, scores, 200)
+    assert row["wrongness_ci_lo"] > 0.2
+    assert min(row["bool_mass_other"], row["bool_mass_self"]) > 0.99
+    assert row["frame_agreement"] > 0.9
+
+
+@pytest.fixture
+def finished_run(tiny, tmp_path):
+    """A run folder with a small random vector, as `replicate` leaves it."""
+    model, _ = tiny
+    torch.manual_seed(0)
+    delta = LinearDelta(96, 64, u=torch.randn(96, 2) * 0.3, v=torch.randn(2, 64))
+    vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
+    for adapter in ("lora", "oft"):
+        vector.save(tmp_path / "honesty" / adapter / "vector")
+    return EvalOptions(out=tmp_path, dataset="pocket", limit=6, n_bootstrap=200, device="cpu")
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_the_command_writes_the_documented_tables(finished_run, monkeypatch):
+    text = run(open_session(finished_run))
+    assert "Worked example" in text
+    folder = finished_run.out / "honesty" / "lora"
+    frames, vignettes, foundations, summary = (
+        read(folder / f"tinymfv_airisk_{n}.csv") for n in ("per_frame", "per_vignette", "foundations", "summary")
+    )
+    assert len(frames) == 3 * 6 * 4
+    assert len(vignettes) == 3 * 6
+    start = ["behavior", "adapter", "seed", "alpha"]
+    assert list(frames[0])[:10] == [
+        *start, "id", "foundation_coarse", "condition", "frame", "p_true", "bool_mass",
+    ]  # fmt: skip
+    assert list(vignettes[0])[4:10] == [
+        "id", "foundation_coarse", "human_wrong", "s_other_violate", "s_self_violate", "gap",
+    ]  # fmt: skip
+    assert list(foundations[0])[4:9] == ["foundation_coarse", "n", "s_other_violate", "s_self_violate", "gap"]
+    assert [r["alpha"] for r in summary] == ["-1.0", "0.0", "1.0"]
+    assert float(summary[1]["delta_wrongness"]) == 0 != float(summary[2]["delta_wrongness"])
+
+    calls = []
+    original = evaluate_tinymfv_airisk
+    monkeypatch.setattr("ws.eval.tinymfv_airisk.evaluate_tinymfv_airisk", lambda *a: calls.append(1) or original(*a))
+    run(open_session(replace(finished_run, adapter="oft")))
+    assert len(calls) == 2, "the base is computed once per model and evaluation"
+    assert read(folder.parent / "oft" / "tinymfv_airisk_summary.csv")[1]["wrongness"] == summary[1]["wrongness"]
+    run(open_session(replace(finished_run, limit=5)))
+    assert len(calls) == 5, "other items are another evaluation"
+
+
+def test_prompts_can_be_replaced_word_for_word(tmp_path, tiny):
+    _, tok = tiny
+    file = tmp_path / "p.toml"
+    file.write_text('is_wrong = "Judge: {text}"\nopener_is_wrong = "Verdict: "\n')
+    prompts = Prompts.load(file)
+    text = render_frame(tok, "An act.", "is_wrong", prompts)
+    assert "Judge: An act." in text
+    assert text.endswith("Verdict: ")
+    assert prompts.is_acceptable == Prompts().is_acceptable
+    for content, message in (('is_wrng = "{text}"', "Did you mean 'is_wrong'"), ('is_wrong = "x"', "must contain")):
+        file.write_text(content)
+        with pytest.raises(ws.WsError, match=message):
+            Prompts.load(file)
+
+
+def test_a_run_without_a_vector_is_explained(tmp_path):
+    with pytest.raises(ws.WsError, match="make it with `python -m ws.replicate"):
+        open_session(EvalOptions(out=tmp_path))
+
+
+def test_recipe_style_arguments_are_flags():
+    from ws.console import parse
+
+    options = parse(EvalOptions, ["adapter=delora", "behavior=honesty", "n_bootstrap=300", "--alphas", "-2", "2"])
+    assert (options.adapter, options.behavior, options.n_bootstrap) == ("delora", "honesty", 300)
+    assert options.alphas == (-2.0, 2.0)
