@@ -19,6 +19,10 @@ lint:
     uv run mypy
     uv run lint-imports
 
+# adapters x seeds x evaluations: `just sweep --model pocket --seeds 0 1 2`
+sweep *args:
+    uv run --extra eval python -m ws.run_sweep {{args}}
+
 # tiny-mfv (airisk) on a finished run: `just eval-tinymfv-airisk adapter=delora behavior=honesty`
 eval-tinymfv-airisk *args:
     uv run --extra eval python -m ws.eval.tinymfv_airisk {{args}}

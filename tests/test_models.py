@@ -120,6 +120,28 @@ def test_unknown_models_are_explained(name, message):
         ws.load_model(name)
 
 
+def test_without_a_network_the_answer_comes_at_once(monkeypatch):
+    import ws.models as models
+
+    asked = []
+
+    def unreachable(address, timeout):
+        asked.append(address)
+        raise OSError("no route")
+
+    models._hub_is_out_of_reach.cache_clear()
+    monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "getproxies", dict)
+    monkeypatch.setattr(models.socket, "create_connection", unreachable)
+    try:
+        with pytest.raises(ws.WsError, match="hub could not be reached"):
+            ws.load_model("someone/some-model-that-is-not-cached")
+    finally:
+        models._hub_is_out_of_reach.cache_clear()
+    assert len(asked) == 1
+    assert asked[0][1] == 443
+
+
 def test_folders_that_are_no_safetensors_model_are_explained(tmp_path, tok):
     with pytest.raises(ws.WsError, match="not a transformers model"):
         ws.load_model(str(tmp_path))

@@ -145,7 +145,7 @@ def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ws.train._require_progress", die)
+        patch.setattr("ws.train._save", die)
         with pytest.raises(KeyboardInterrupt):
             train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
     newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
@@ -167,6 +167,15 @@ def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
     finally:
         handle.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_too_small_a_validation_set_judges_nothing(fresh_tiny, tmp_path, monkeypatch):
+    judged = []
+    monkeypatch.setattr("ws.train._require_progress", lambda *a: judged.append(1))
+    train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "few", QUICK)
+    assert not judged
+    train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "many", replace(QUICK, validation=0.4))
+    assert judged
 
 
 @pytest.mark.parametrize(("keep", "validation"), [("last", [3.0, 2.5, 3.1]), ("best", [3.0, 3.2, 3.1])])

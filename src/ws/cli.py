@@ -22,6 +22,7 @@ COMMANDS = {
         "ReplicateConfig",
         "one behaviour and one adapter, from data to a first reading",
     ),
+    "sweep": ("ws.run_sweep", "main", "SweepConfig", "adapters x seeds x evaluations on one set of pairs"),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
     "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),

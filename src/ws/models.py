@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
@@ -97,10 +101,27 @@ def model_folder(name: str) -> str:
 
 def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
     source = model_folder(name)
+    local = Path(source).is_dir() or _hub_is_out_of_reach()
     try:
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
+        return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise WsError(_why_not_loaded(name, problem)) from problem
+
+
+@lru_cache(maxsize=1)
+def _hub_is_out_of_reach() -> bool:
+    """One short probe: without it every file request retries for half a minute before it gives up.
+
+    Behind a proxy nothing can be told from here, so the hub is taken to be there.
+    """
+    if hub.HF_HUB_OFFLINE or getproxies():
+        return bool(hub.HF_HUB_OFFLINE)
+    address = urlsplit(hub.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return True
+    return False
 
 
 def _why_not_loaded(name: str, problem: Exception) -> str:

@@ -100,6 +100,14 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return write_text(file, buffer.getvalue())
 
 
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """The rows of a table written by `write_csv`, as text; `WsError` when it is not there."""
+    if not file.is_file():
+        raise WsError(f"The table {file} is missing; run its evaluation again.")
+    with file.open(encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
 # ---- hashes and versions --------------------------------------------------------------------------------------
 
 
@@ -194,6 +202,14 @@ class Run:
             if "outputs" in recorded and self._whole(recorded["outputs"]):
                 return None
         return self.restart(name, plain, given)
+
+    def refresh(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage | None:
+        """The stage to carry out unless exactly this is finished; other settings on disk are simply replaced."""
+        recorded = self.manifest["stages"].get(name, {})
+        same = recorded.get("config") == json.loads(json.dumps(config)) and recorded.get("inputs") == dict(inputs)
+        if same and "outputs" in recorded and self._whole(recorded["outputs"]):
+            return None
+        return self.restart(name, config, inputs)
 
     def restart(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Stage:
         """The stage to carry out, whatever is on record: for cheap stages that are simply done again."""

@@ -47,6 +47,7 @@ from ws.runs import (
 
 TRAIN_FILE = "ws_train.json"
 SIGNS = ("pos", "neg")
+MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,13 @@ _POCKET = TrainConfig(
     rank=8, lora_alpha=16.0, layers="all", delora_lambda=1.0, batch=32, micro_batch=32, epochs=2.0, lr=5e-4
 )
 _POCKET_RATES = {"pissa": 3e-4, "oft": 2e-4, "ia3": 7e-3, "delora": 1e-3}
-_SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=4, lr=5e-3, oft_block=16)
+_SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=6, lr=5e-3, oft_block=16)
 
 
 def train_preset(model: str, adapter: str) -> TrainConfig:
     """The defaults for a model: the bundled ones are far smaller than real models and have presets of their own."""
     if model == "tiny-random":
-        return _SMOKE
+        return replace(_SMOKE, lr=2e-2) if adapter == "ia3" else _SMOKE
     if model == "pocket":
         return replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
     return TrainConfig()
@@ -315,7 +316,8 @@ def _fit(
         "validation_losses": [round(v, 5) for v in losses["eval_loss"]],
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
     }
-    _require_progress(losses["loss"], losses["eval_loss"], config)
+    if len(validation) >= MIN_VALIDATION:
+        _require_progress(losses["loss"], losses["eval_loss"], config)
     return facts
 
 
@@ -395,8 +397,6 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
     One of them is enough: a side that the base already speaks has little left to learn on fresh questions, and a small
     validation set may rise by chance.
     """
-    if len(validation) < 2 or len(train) < 2:
-        return
     reached = min(validation[1:]) if config.keep == "best" else validation[-1]
     third = max(1, len(train) // 3)
     start, end = fmean(train[:third]), fmean(train[-third:])

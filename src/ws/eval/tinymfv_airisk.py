@@ -31,7 +31,7 @@ from ws.eval.session import EvalOptions, Scores, Session, open_session
 from ws.eval.stats import Estimate, estimate_mean
 from ws.eval.tables import Row, read_rows, tolerate
 from ws.models import BUNDLED, render_prompt
-from ws.runs import sha256_json, write_csv
+from ws.runs import read_csv, sha256_json, write_csv
 
 NAME, VERSION = "tinymfv_airisk", 1
 HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
@@ -251,41 +251,53 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def run(session: Session) -> str:
-    """Evaluate a session's vector, write the four tables, and return the text to print."""
-    options = session.options
-    bundled = session.model.name_or_path in BUNDLED
-    source = options.dataset or ("pocket" if bundled else HUB_ID)
+    """Evaluate a session's vector unless exactly that is done, write the four tables, and return the text to print."""
+    options, folder = session.options, session.run.folder
+    source = options.dataset or ("pocket" if session.model.name_or_path in BUNDLED else HUB_ID)
     vignettes, prompts = load_vignettes(source, options.limit), Prompts.load(options.prompts)
     item_hash = sha256_json([VERSION, asdict(prompts), [asdict(v) for v in vignettes]])[:12]
-    scores = session.over_alphas(
-        NAME,
-        item_hash,
-        lambda: evaluate_tinymfv_airisk(session.model, session.tok, vignettes, prompts, options.batch_size),
-    )
     identity = {"eval": NAME, "eval_version": VERSION, "eval_hash": item_hash, "dataset": source}
+    settings = {"alphas": session.alphas, "n_bootstrap": options.n_bootstrap, **identity}
+    stage = session.run.refresh(NAME, settings, {"vector": sha256_json(dict(session.vector.recipe))})
+    if stage is not None:
+        scores = session.over_alphas(
+            NAME,
+            item_hash,
+            lambda: evaluate_tinymfv_airisk(session.model, session.tok, vignettes, prompts, options.batch_size),
+        )
+        tables = _tables(session, vignettes, scores)
+        files = [write_csv(folder / f"{NAME}_{n}.csv", [r | identity for r in rows]) for n, rows in tables.items()]
+        stage.done(files, example=_example(session, vignettes[0], prompts, scores[0.0]))
+    example = session.run.facts(NAME)["example"]
+    return f"{example}\n\n{render(read_csv(folder / f'{NAME}_summary.csv'))}\n\nin {folder}"
+
+
+def _tables(
+    session: Session, vignettes: Sequence[Vignette], scores: Mapping[float, Scores]
+) -> dict[str, list[dict[str, Any]]]:
     tables: dict[str, list[dict[str, Any]]] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "summary")}
+    n_boot = session.options.n_bootstrap
     for alpha, s in scores.items():
         tables["per_frame"] += per_frame_rows(session.key, alpha, vignettes, s)
         tables["per_vignette"] += per_vignette_rows(session.key, alpha, vignettes, s)
         tables["foundations"] += foundation_rows(session.key, alpha, vignettes, s)
-        tables["summary"].append(summary_row(session.key, alpha, vignettes, s, scores[0.0], options.n_bootstrap))
-    settings = {"alphas": session.alphas, "n_bootstrap": options.n_bootstrap, **identity}
-    stage = session.run.restart(NAME, settings, {"vector": sha256_json(dict(session.vector.recipe))})
-    folder = session.run.folder
-    stage.done([write_csv(folder / f"{NAME}_{n}.csv", [r | identity for r in rows]) for n, rows in tables.items()])
-    return f"{_example(session, vignettes[0], prompts, scores[0.0])}\n\n{render(tables['summary'])}\n\nin {folder}"
+        tables["summary"].append(summary_row(session.key, alpha, vignettes, s, scores[0.0], n_boot))
+    return tables
 
 
 def render(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as a table for people."""
+    """The rows of the summary table, read from its file, as a table for people."""
+
+    def interval(r: Mapping[str, Any], name: str) -> str:
+        mean, low, high = (float(r[k]) for k in (name, f"{name}_ci_lo", f"{name}_ci_hi"))
+        return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
     rows = [
         [
-            f"{r['alpha']:+g}",
-            f"{r['wrongness']:+.3f} [{r['wrongness_ci_lo']:+.3f}, {r['wrongness_ci_hi']:+.3f}]",
-            f"{r['gap']:+.3f} [{r['gap_ci_lo']:+.3f}, {r['gap_ci_hi']:+.3f}]",
-            f"{r['delta_wrongness']:+.3f} [{r['delta_wrongness_ci_lo']:+.3f}, {r['delta_wrongness_ci_hi']:+.3f}]",
-            f"{min(r['bool_mass_other'], r['bool_mass_self']):.3f}{' !' if r['n_low_mass'] else ''}",
-            f"{r['frame_agreement']:.2f}",
+            f"{float(r['alpha']):+g}",
+            *(interval(r, name) for name in ("wrongness", "gap", "delta_wrongness")),
+            f"{min(float(r['bool_mass_other']), float(r['bool_mass_self'])):.3f}{' !' if int(r['n_low_mass']) else ''}",
+            f"{float(r['frame_agreement']):.2f}",
         ]
         for r in summary
     ]

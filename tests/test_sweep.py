@@ -1,0 +1,69 @@
+"""Sweeps: a failing cell loses nothing, a second run fills only what is missing, the summary covers what is on disk."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+import ws
+from ws.run_sweep import SweepConfig, main, run_sweep
+
+
+@pytest.fixture
+def config(tmp_path):
+    start = SweepConfig.preset("tiny-random")
+    train = replace(start.train, oft_block=7)  # divides no input, so that the oft cell fails
+    return replace(
+        start, out=tmp_path, adapters=("oft", "lora"), split="dev", n_bootstrap=100, train=train, device="cpu"
+    )
+
+
+def test_a_failing_cell_is_listed_and_the_next_run_fills_it(config, monkeypatch, capsys):
+    failed, fine = run_sweep(config)
+    assert "--oft-block 7" in failed.problem
+    assert "Traceback" in (failed.folder / "sweep.log").read_text()
+    assert fine.problem is None
+    with pytest.raises(ws.WsError, match=r"1 of 2 cells failed: oft seed 0 .*sweep.log"):
+        main(config)
+    assert "lora" in capsys.readouterr().out
+
+    stamp = (fine.folder / "pos" / "adapter_model.safetensors").stat().st_mtime_ns
+    per_frame = (fine.folder / "tinymfv_airisk_per_frame.csv").stat().st_mtime_ns
+    trained = []
+    from ws.train import train_adapter
+
+    monkeypatch.setattr("ws.train.train_adapter", lambda *a, **k: trained.append(a[4]) or train_adapter(*a, **k))
+    # oft_block is a setting of every cell, so the finished lora cell would object to another one; only oft is retried.
+    mended = replace(config, adapters=("oft",), train=replace(config.train, oft_block=16))
+    assert [c.problem for c in run_sweep(mended)] == [None]
+    assert trained == ["oft", "oft"]
+    assert not (failed.folder / "sweep.log").exists()
+
+    trained.clear()
+    assert run_sweep(replace(config, adapters=("lora",)))[0].problem is None
+    assert not trained
+    assert (fine.folder / "pos" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert (fine.folder / "tinymfv_airisk_per_frame.csv").stat().st_mtime_ns == per_frame, "nothing was scored again"
+
+
+def test_seeds_share_pairs_and_the_summary_has_one_row_per_cell_and_strength(config):
+    cells = run_sweep(replace(config, adapters=("lora", "ia3"), seeds=(0, 1)))
+    assert [c.problem for c in cells] == [None] * 4
+    assert len(list((config.out / "data").rglob("pairs.jsonl"))) == 1
+    assert len(list((config.out / "base").rglob("*.json"))) == 1, "the base is scored once for all cells"
+    with (config.out / "honesty" / "sweep_summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 3
+    assert list(rows[0])[:4] == ["behavior", "adapter", "seed", "alpha"]
+    assert {(r["adapter"], r["seed"]) for r in rows} == {("lora", "0"), ("ia3", "0"), ("lora", "1"), ("ia3", "1")}
+    assert all(float(r["sycophancy_shift"]) == float(r["tinymfv_airisk_delta_wrongness"]) == 0 for r in rows[1::3])
+    assert len({r["sycophancy_shift"] for r in rows[2::3]}) == 4, "every cell has a vector of its own"
+
+
+def test_mistakes_are_found_before_anything_runs(config):
+    for change, match in (({"adapters": ("loora",)}, "lora"), ({"evals": ("sycophanty",)}, "sycophancy")):
+        with pytest.raises(ws.WsError, match=f"Did you mean '{match}'"):
+            run_sweep(replace(config, **change))
+    assert not list(config.out.iterdir())
