@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -148,6 +148,12 @@ def test_no_usable_pair_stops_the_run_with_the_counts(tiny, tmp_path, behavior):
     with pytest.raises(ws.WsError, match=r"usable: \{'truncated'"):
         generate_pairs(*tiny, behavior, tmp_path, replace(SMALL, max_new_tokens=1))
     assert generate_pairs(*tiny, behavior, tmp_path, SMALL), "better settings need no --fresh"
+
+
+def test_answers_may_hold_any_character(tmp_path):
+    odd = Pair("a", "q", "one\u2028two\x85three\x0bfour", "five\r\nsix\nseven \U0001f600", 5, 6)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(asdict(odd), ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_pairs(tmp_path) == [odd]
 
 
 def test_files_that_are_no_pairs_are_explained(tmp_path):

@@ -148,7 +148,7 @@ def read_pairs(folder: str | Path) -> list[Pair]:
     if not file.is_file():
         raise WsError(f"There are no contrast pairs at {file}; make them with `python -m ws.data`.")
     pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         try:
             pairs.append(Pair(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as problem:
@@ -156,6 +156,11 @@ def read_pairs(folder: str | Path) -> list[Pair]:
     if not pairs:
         raise WsError(f"{file} holds no pairs.")
     return pairs
+
+
+def _lines(file: Path) -> list[str]:
+    """Whole lines, split at newlines only: answers may hold separators that `splitlines` would split at too."""
+    return file.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def _sample_all(
     batches = [list(b) for b in _batched(jobs, config.data_batch)]
     pairs = _resume(file, config.data_batch, len(jobs))
     finished = -(-len(pairs) // config.data_batch)
-    with tqdm(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar, file.open("a") as out:
+    with tqdm(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar, file.open("a", encoding="utf-8") as out:
         for number, batch in enumerate(batches[finished:], start=finished):
             made = _sample_batch(model, tok, behavior, batch, config, number)
             out.write("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in made))
@@ -262,10 +267,9 @@ def _resume(file: Path, batch: int, total: int) -> list[Pair]:
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
+    whole = _lines(file)
     kept = len(whole) if len(whole) == total else len(whole) // batch * batch
-    write_text(file, "".join(whole[:kept]))
+    write_text(file, "".join(f"{line}\n" for line in whole[:kept]))
     return read_pairs(file) if kept else []
 
 
