@@ -98,6 +98,19 @@ def test_merge_into_reports_what_the_cast_destroys(pair):
     assert a.merge_into(coarse, 0.001) > 0.3
 
 
+def test_a_tied_weight_is_steered_but_never_merged(tiny):
+    model, _ = tiny
+    size = model.lm_head.out_features
+    vector = ws.SteeringVector({"lm_head": ws.LinearDelta(size, 64, g=torch.ones(size))}, "tiny-random", None)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), ws.steer(model, vector, 1.0):
+        steered = model(ids).logits
+    with torch.no_grad():
+        assert torch.allclose(steered, 2 * model(ids).logits, atol=1e-4)
+    with pytest.raises(ws.WsError, match="shares its weight"):
+        vector.merge_into(model)
+
+
 def test_bfloat16_files_are_half_the_size_and_close(pair, tmp_path):
     _, a, _ = pair
     a.save(tmp_path / "exact")

@@ -246,7 +246,10 @@ def _sample_all(
     batches = [list(b) for b in _batched(jobs, config.data_batch)]
     pairs = _resume(file, config.data_batch, len(jobs))
     finished = -(-len(pairs) // config.data_batch)
-    with tqdm(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar, file.open("a", encoding="utf-8") as out:
+    with (
+        tqdm(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
+        file.open("a", encoding="utf-8") as out,
+    ):
         for number, batch in enumerate(batches[finished:], start=finished):
             made = _sample_batch(model, tok, behavior, batch, config, number)
             out.write("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in made))

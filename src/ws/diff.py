@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,8 +238,13 @@ class SteeringVector:
         if not math.isfinite(alpha):
             raise WsError(f"alpha must be finite, not {alpha}.")
         lost = wanted = 0.0
+        owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         for name, delta, module in self.matched(model):
             weight, bias = weight_of(module), bias_of(module)
+            if owners[id(module.weight)] > 1:
+                raise WsError(
+                    f"{name} shares its weight with another module (tied embeddings?); steer instead of merging."
+                )
             if delta.bias is not None and bias is None:
                 raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
             for parameter, change in ((weight, delta.dense(weight)), (bias, delta.bias)):
