@@ -30,10 +30,13 @@ def test_tools_are_content(check):
 
 
 def tracked(*suffixes: str) -> list[Path]:
-    """Files under version control with one of the suffixes, or all below the usual folders outside a checkout."""
+    """Files under version control with one of the suffixes; outside a checkout, those of the project's own folders."""
     git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = git.stdout.splitlines() if git.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.*")]
-    return [ROOT / n for n in names if n.endswith(suffixes) and (ROOT / n).is_file() and "out/" not in n]
+    if git.returncode == 0:
+        files = [ROOT / name for name in git.stdout.splitlines()]
+    else:
+        files = [p for folder in ("src", "tests", "tools", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.*")]
+    return [f for f in files if f.name.endswith(suffixes) and f.is_file()]
 
 
 def test_functions_fit_a_screen():
