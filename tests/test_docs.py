@@ -35,14 +35,14 @@ def run_command(line: str, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def newcomer(tmp_path_factory) -> Path:
     """An empty folder shared by all pages; the README comes first and leaves what the others use."""
     return tmp_path_factory.mktemp("newcomer")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_snippets_run(page, workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def test_snippets_run(page, newcomer, monkeypatch):
+    monkeypatch.chdir(newcomer)
     namespace: dict[str, object] = {}
     for language, code in snippets(page):
         if language == "python":
@@ -51,7 +51,7 @@ def test_snippets_run(page, workplace, monkeypatch):
         for line in filter(None, (x.strip() for x in code.splitlines())):
             if line.startswith("uv run pytest"):
                 continue
-            out = run_command(line, workplace)
+            out = run_command(line, newcomer)
             if line == "uv run ws demo":
                 assert "as the behaviour predicts" in out
                 assert "one seed" in out

@@ -15,7 +15,7 @@ import torch
 import ws
 from test_eval import reference
 from ws.delta import LinearDelta
-from ws.eval.session import EvalOptions, open_session
+from ws.eval.context import EvalOptions, open_context
 from ws.eval.tinymfv_airisk import (
     Prompts,
     evaluate_tinymfv_airisk,
@@ -155,7 +155,7 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def test_the_command_writes_the_documented_tables(finished_run, monkeypatch):
-    text = run(open_session(finished_run))
+    text = run(open_context(finished_run))
     assert "Worked example" in text
     folder = finished_run.out / "honesty" / "lora"
     frames, vignettes, foundations, summary = (
@@ -177,10 +177,10 @@ def test_the_command_writes_the_documented_tables(finished_run, monkeypatch):
     calls = []
     original = evaluate_tinymfv_airisk
     monkeypatch.setattr("ws.eval.tinymfv_airisk.evaluate_tinymfv_airisk", lambda *a: calls.append(1) or original(*a))
-    run(open_session(replace(finished_run, adapter="oft")))
+    run(open_context(replace(finished_run, adapter="oft")))
     assert len(calls) == 2, "the base is computed once per model and evaluation"
     assert read(folder.parent / "oft" / "tinymfv_airisk_summary.csv")[1]["wrongness"] == summary[1]["wrongness"]
-    run(open_session(replace(finished_run, limit=5)))
+    run(open_context(replace(finished_run, limit=5)))
     assert len(calls) == 5, "other items are another evaluation"
 
 
@@ -201,7 +201,7 @@ def test_prompts_can_be_replaced_word_for_word(tmp_path, tiny):
 
 def test_a_run_without_a_vector_is_explained(tmp_path):
     with pytest.raises(ws.WsError, match="make it with `python -m ws.replicate"):
-        open_session(EvalOptions(out=tmp_path))
+        open_context(EvalOptions(out=tmp_path))
 
 
 def test_recipe_style_arguments_are_flags():

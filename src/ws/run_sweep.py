@@ -24,7 +24,7 @@ from ws.behaviors import load_behavior
 from ws.data import DataConfig, data_preset
 from ws.errors import WsError, choose
 from ws.eval import tinymfv_airisk
-from ws.eval.session import EvalOptions, open_session
+from ws.eval.context import EvalOptions, open_context
 from ws.models import DEFAULT_MODEL
 from ws.replicate import ReplicateConfig, replicate, verdict
 from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_csv, write_text
@@ -121,7 +121,7 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, first
         reading = replicate(_replicate_config(config, adapter, seed, first))
         console.say(verdict(reading))
         if "tinymfv_airisk" in config.evals:
-            console.say(tinymfv_airisk.run(open_session(_eval_options(config, behavior, adapter, seed))))
+            console.say(tinymfv_airisk.run(open_context(_eval_options(config, behavior, adapter, seed))))
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.errors import WsError, did_you_mean
 from ws.eval.choice import LOW_MASS, score_choices
-from ws.eval.session import EvalOptions, Scores, Session, open_session
+from ws.eval.context import EvalContext, EvalOptions, Scores, open_context
 from ws.eval.stats import Estimate, estimate_mean
 from ws.eval.tables import Row, read_rows, tolerate
 from ws.models import BUNDLED, render_prompt
@@ -250,38 +250,38 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def run(session: Session) -> str:
-    """Evaluate a session's vector unless exactly that is done, write the four tables, and return the text to print."""
-    options, folder = session.options, session.run.folder
-    source = options.dataset or ("pocket" if session.model.name_or_path in BUNDLED else HUB_ID)
+def run(context: EvalContext) -> str:
+    """Evaluate a context's vector unless exactly that is done, write the four tables, and return the text to print."""
+    options, folder = context.options, context.run.folder
+    source = options.dataset or ("pocket" if context.model.name_or_path in BUNDLED else HUB_ID)
     vignettes, prompts = load_vignettes(source, options.limit), Prompts.load(options.prompts)
     item_hash = sha256_json([VERSION, asdict(prompts), [asdict(v) for v in vignettes]])[:12]
     identity = {"eval": NAME, "eval_version": VERSION, "eval_hash": item_hash, "dataset": source}
-    settings = {"alphas": session.alphas, "n_bootstrap": options.n_bootstrap, **identity}
-    stage = session.run.refresh(NAME, settings, {"vector": sha256_json(dict(session.vector.recipe))})
+    settings = {"alphas": context.alphas, "n_bootstrap": options.n_bootstrap, **identity}
+    stage = context.run.refresh(NAME, settings, {"vector": sha256_json(dict(context.vector.recipe))})
     if stage is not None:
-        scores = session.over_alphas(
+        scores = context.over_alphas(
             NAME,
             item_hash,
-            lambda: evaluate_tinymfv_airisk(session.model, session.tok, vignettes, prompts, options.batch_size),
+            lambda: evaluate_tinymfv_airisk(context.model, context.tok, vignettes, prompts, options.batch_size),
         )
-        tables = _tables(session, vignettes, scores)
+        tables = _tables(context, vignettes, scores)
         files = [write_csv(folder / f"{NAME}_{n}.csv", [r | identity for r in rows]) for n, rows in tables.items()]
-        stage.done(files, example=_example(session, vignettes[0], prompts, scores[0.0]))
-    example = session.run.facts(NAME)["example"]
+        stage.done(files, example=_example(context, vignettes[0], prompts, scores[0.0]))
+    example = context.run.facts(NAME)["example"]
     return f"{example}\n\n{render(read_csv(folder / f'{NAME}_summary.csv'))}\n\nin {folder}"
 
 
 def _tables(
-    session: Session, vignettes: Sequence[Vignette], scores: Mapping[float, Scores]
+    context: EvalContext, vignettes: Sequence[Vignette], scores: Mapping[float, Scores]
 ) -> dict[str, list[dict[str, Any]]]:
     tables: dict[str, list[dict[str, Any]]] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "summary")}
-    n_boot = session.options.n_bootstrap
+    n_boot = context.options.n_bootstrap
     for alpha, s in scores.items():
-        tables["per_frame"] += per_frame_rows(session.key, alpha, vignettes, s)
-        tables["per_vignette"] += per_vignette_rows(session.key, alpha, vignettes, s)
-        tables["foundations"] += foundation_rows(session.key, alpha, vignettes, s)
-        tables["summary"].append(summary_row(session.key, alpha, vignettes, s, scores[0.0], n_boot))
+        tables["per_frame"] += per_frame_rows(context.key, alpha, vignettes, s)
+        tables["per_vignette"] += per_vignette_rows(context.key, alpha, vignettes, s)
+        tables["foundations"] += foundation_rows(context.key, alpha, vignettes, s)
+        tables["summary"].append(summary_row(context.key, alpha, vignettes, s, scores[0.0], n_boot))
     return tables
 
 
@@ -305,16 +305,16 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(rows, header, disable_numparse=True)
 
 
-def _example(session: Session, vignette: Vignette, prompts: Prompts, scores: Scores) -> str:
+def _example(context: EvalContext, vignette: Vignette, prompts: Prompts, scores: Scores) -> str:
     """One worked example, to read by eye."""
-    text = render_frame(session.tok, vignette.other, FRAMES[0], prompts)
+    text = render_frame(context.tok, vignette.other, FRAMES[0], prompts)
     p, mass = scores["p_true"][0, 0, 0], scores["bool_mass"][0, 0, 0]
     return f"Worked example (base):\n{text}\n-> true {p:.3f}, false {1 - p:.3f}, of a boolean mass of {mass:.3f}"
 
 
 def main(options: EvalOptions) -> None:
     """The command `python -m ws.eval.tinymfv_airisk`."""
-    print(run(open_session(options)))
+    print(run(open_context(options)))
 
 
 if __name__ == "__main__":

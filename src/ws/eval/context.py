@@ -55,7 +55,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
-class Session:
+class EvalContext:
     """A loaded model with the vector to steer it and the folder its results go to."""
 
     options: EvalOptions
@@ -97,7 +97,7 @@ class Session:
         return scores
 
 
-def open_session(options: EvalOptions) -> Session:
+def open_context(options: EvalOptions) -> EvalContext:
     """Load what an evaluation needs; `WsError` when the run has no vector, or the vector is of another base."""
     folder = run_folder(options.out, options.behavior, options.adapter, options.seed)
     if not (folder / "vector").is_dir():
@@ -108,4 +108,4 @@ def open_session(options: EvalOptions) -> Session:
     vector = SteeringVector.load(folder / "vector")
     model, tok = load_model(options.model or vector.base_id, options.device, options.dtype)
     vector.matched(model)
-    return Session(options, model, tok, vector, Run(folder))
+    return EvalContext(options, model, tok, vector, Run(folder))
