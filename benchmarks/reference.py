@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,22 +23,3 @@ def merge_and_subtract(base: PreTrainedModel, pos: Path, neg: Path) -> dict[str,
     """Dense `theta_pos - theta_neg` of every tensor, from two rounded checkpoints."""
     a, b = merged_state(base, pos), merged_state(base, neg)
     return {name: a[name] - b[name] for name in a}
-
-
-@torch.no_grad()
-def add_dense(model: PreTrainedModel, delta: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Add `alpha * delta` to the model's weights in place; returns clones of the touched weights, to restore them."""
-    saved = {}
-    for name, p in model.named_parameters():
-        if name in delta and delta[name].any():
-            saved[name] = p.detach().clone()
-            p.add_(alpha * delta[name].to(p.dtype))
-    return saved
-
-
-@torch.no_grad()
-def restore(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
-    """Put cloned weights back."""
-    for name, p in model.named_parameters():
-        if name in saved:
-            p.copy_(saved[name])

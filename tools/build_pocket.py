@@ -2,7 +2,7 @@
 
     uv run python tools/build_pocket.py --seed 0 --out src/ws/pocket
 
-Training a seed takes about an hour on one core. The checkpoint stays in `--work`, so `--probe-only` can measure and
+A seed takes about half an hour on one core. The checkpoint stays in `--work`, so `--probe-only` can measure and
 package it again without training. `--corpus-only` writes a sample of the corpus and the data files, and prints the
 corpus hash.
 """
