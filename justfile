@@ -21,11 +21,27 @@ lint:
 
 # adapters x seeds x evaluations: `just sweep --model pocket --seeds 0 1 2`
 sweep *args:
-    uv run --extra eval python -m ws.run_sweep {{args}}
+    uv run python -m ws.run_sweep {{args}}
+
+# a sweep as a graph of jobs, on this machine, through pueue or on a ray cluster: `just queue --model pocket --workers 2`
+queue *args:
+    uv run python -m ws.queue {{args}}
+
+# AIRiskDilemmas on a finished run: `just eval-airisk adapter=delora behavior=honesty`
+eval-airisk *args:
+    uv run python -m ws.eval.airisk {{args}}
 
 # tiny-mfv (airisk) on a finished run: `just eval-tinymfv-airisk adapter=delora behavior=honesty`
 eval-tinymfv-airisk *args:
-    uv run --extra eval python -m ws.eval.tinymfv_airisk {{args}}
+    uv run python -m ws.eval.tinymfv_airisk {{args}}
+
+# held-out claims on a finished run: `just eval-sycophancy adapter=delora behavior=honesty`
+eval-sycophancy *args:
+    uv run python -m ws.eval.sycophancy {{args}}
+
+# the results table of a behaviour's runs: `just summarize-airisk behavior=honesty`
+summarize-airisk *args:
+    uv run python -m ws.eval.readme_airisk_table {{args}}
 
 # one benchmark: `just bench vector`, `just bench pocket_effects`
 bench name *args:

@@ -69,6 +69,17 @@ def test_the_documented_behaviour_file_is_valid(tmp_path):
     assert behavior.test.claims == ws.load_behavior("sycophancy").test.claims
 
 
+def test_the_documented_prompts_file_is_valid(tmp_path):
+    from ws.eval.airisk import _SLOTS, Prompts
+    from ws.eval.prompts import load_prompts
+
+    (code,) = [
+        c for language, _, c in FENCE.findall((ROOT / "docs" / "evaluations.md").read_text()) if language == "toml"
+    ]
+    (tmp_path / "prompts.toml").write_text(code)
+    assert load_prompts(Prompts(), tmp_path / "prompts.toml", _SLOTS) != Prompts()
+
+
 def test_every_relative_link_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

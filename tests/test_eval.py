@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, kstest, ttest_1samp
 
 import ws
-from ws.eval.choice import choice_tokens, score_choices
-from ws.eval.stats import estimate_mean, estimate_over_seeds
+from ws.eval.choice import choice_tokens, score_choices, share_prefixes
+from ws.eval.stats import estimate_mean, estimate_over_seeds, holm, resampled_means, surgical_informedness
 from ws.eval.sycophancy import claim_shift, evaluate_sycophancy, per_claim_rows, summary_row
 from ws.models import encode, render_prompt
 
@@ -62,6 +62,59 @@ def test_batch_size_and_row_order_do_not_matter(tiny):
     assert np.allclose(back.logp[::-1], all_at_once.logp, atol=1e-4)
 
 
+SHARED = [
+    *(
+        f"A long story about {x} that is told twice. Is it {q}"
+        for x in ("a dog", "the doctor")
+        for q in ("wrong?", "ok?")
+    ),
+    "Alone.",
+    "A long story about a dog that is told twice.",
+    "A long story about a dog that is told twice.",
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, None])
+def test_a_shared_start_is_run_once_and_changes_nothing(tiny, batch_size, monkeypatch):
+    model, tok = tiny
+    prompts = [render_prompt(tok, p) for p in SHARED]
+    families = share_prefixes([encode(tok, p) for p in prompts])
+    assert sorted(i for f in families for i in f.rows) == list(range(len(prompts)))
+    assert {f.rows for f in families if 4 in f.rows} == {(4,)}, "a prompt on its own shares nothing"
+    assert max(len(f.rows) for f in families) >= 4
+    for family in families:
+        for suffix, row in zip(family.suffixes, family.rows, strict=True):
+            assert suffix
+            assert [*family.prefix, *suffix] == encode(tok, prompts[row])
+    seen = []
+    monkeypatch.setattr(model, "forward", _counting(model.forward, seen))
+    scores = score_choices(model, tok, prompts, ("Yes", "No"), batch_size)
+    if batch_size is None:
+        assert sum(seen) < sum(len(encode(tok, p)) for p in prompts)
+    for i, prompt in enumerate(prompts):
+        yes, no = reference(model, tok, prompt, ("Yes", "No"))
+        assert scores.logratio[i] == pytest.approx(np.log(yes / no), abs=1e-4)
+
+
+def _counting(forward, seen):
+    def counted(*args, **kwargs):
+        seen.append(kwargs["input_ids"].numel() if "input_ids" in kwargs else 0)
+        return forward(*args, **kwargs)
+
+    return counted
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=9))
+def test_families_hold_every_prompt_whole(prompts):
+    families = share_prefixes(prompts)
+    found = {row: [*f.prefix, *s] for f in families for s, row in zip(f.suffixes, f.rows, strict=True)}
+    assert [found[i] for i in range(len(prompts))] == prompts
+    assert all(s for f in families for s in f.suffixes)
+    pieces = [p for f in families for p in f.pieces(2)]
+    assert sorted(i for p in pieces for i in p.rows) == list(range(len(prompts)))
+
+
 def test_broken_models_and_empty_input_stop(tiny):
     model, tok = tiny
     with pytest.raises(ws.WsError, match="no prompts"):
@@ -87,7 +140,7 @@ def test_sycophancy_rows_have_the_documented_columns(tiny):
     ]  # fmt: skip
     assert summary["n"] == len(rows) == len(behavior.test.select("dev", False))
     assert claim_shift(base, base).mean == 0
-    assert summary["eval_hash"] != evaluate_sycophancy(model, tok, behavior, "dev", is_true=True).item_hash
+    assert summary["shift_p"] == 1
 
 
 def test_bootstrap_agrees_with_scipy():
@@ -139,3 +192,78 @@ def test_estimates_are_ordered_and_reproducible(values, seed):
 def test_nan_and_nothing_are_never_averaged(values):
     with pytest.raises(ws.WsError):
         estimate_mean(np.array(values))
+
+
+def test_a_batch_of_quantities_is_resampled_together():
+    """One draw of items serves every quantity: a difference of means is the mean of the differences, draw by draw."""
+    a, b = np.random.default_rng(7).normal(size=(2, 50))
+    draws = resampled_means(np.stack([a, b, a - b])[:, None], 500, seed=3)
+    assert np.allclose(draws[0] - draws[1], draws[2])
+    assert np.array_equal(draws, resampled_means(np.stack([a, b, a - b])[:, None], 500, seed=3))
+
+
+def test_the_hierarchical_bootstrap_equals_a_plain_loop():
+    """Seeds first, then items shared by the drawn seeds: the same law as the loop that says so."""
+    values = np.random.default_rng(8).normal(size=(4, 30)) + np.arange(4)[:, None]
+    ours = resampled_means(values[None], 20_000, seed=0)[0]
+    rng = np.random.default_rng(1)
+    loop = [values[np.ix_(rng.integers(0, 4, 4), rng.integers(0, 30, 30))].mean() for _ in range(20_000)]
+    assert ours.mean() == pytest.approx(np.mean(loop), abs=0.02)
+    assert ours.std() == pytest.approx(np.std(loop), rel=0.03)
+    assert np.quantile(ours, [0.025, 0.5, 0.975]) == pytest.approx(np.quantile(loop, [0.025, 0.5, 0.975]), abs=0.05)
+
+
+def test_p_values_agree_with_the_t_test_and_are_uniform_under_the_null():
+    rng = np.random.default_rng(9)
+    values = rng.normal(0.12, 1.0, size=400)
+    assert estimate_mean(values, n_boot=20_000).p == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.01)
+    null = [estimate_mean(rng.normal(size=50), n_boot=400, seed=i).p for i in range(300)]
+    assert kstest(null, "uniform").pvalue > 0.001
+    assert estimate_mean(np.zeros(5)).p == 1
+    assert estimate_mean(np.full(9, 2.0), n_boot=999).p == pytest.approx(2 / 1000)
+
+
+def test_holm_by_hand():
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.5])) == pytest.approx([0.5])
+    assert holm(np.array([0.9, 0.8])).max() == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_between_the_plain_and_the_bonferroni_p(values):
+    p = np.array(values)
+    adjusted = holm(p)
+    assert (adjusted >= p - 1e-12).all()
+    assert (adjusted <= np.minimum(1, p * len(p)) + 1e-12).all()
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(adjusted[order]) >= -1e-12).all(), "the order of the p-values is kept"
+
+
+def test_surgical_informedness_by_hand():
+    """10 dilemmas, 4 wrong. +alpha mends 3 and spoils 1; -alpha spoils 4 and mends 1. Masses 1, 0.9, 1; k = 2."""
+    base = np.array([-1.0] * 4 + [1.0] * 6)
+    plus = np.array([1, 1, 1, -1, -1, 1, 1, 1, 1, 1.0])
+    minus = np.array([1, -1, -1, -1, -1, -1, -1, -1, 1, 1.0])
+    scores = np.stack([base, plus, minus])[:, None]
+    mass = np.ones_like(scores) * np.array([1, 0.9, 1])[:, None, None]
+    found = surgical_informedness(scores, mass, n_boot=500)
+    forward, reverse = 3 / 4 - 2 * 1 / 6, 4 / 6 - 2 * 1 / 4
+    assert (found.forward, found.reverse) == pytest.approx((forward, reverse))
+    assert found.si is not None
+    assert found.si.mean == pytest.approx(100 * (forward + reverse) / 2 * 0.81)
+    assert found.si.ci_lo < found.si.mean < found.si.ci_hi
+    counts = (found.wrong, found.right, found.fixed_plus, found.broken_plus, found.fixed_minus, found.broken_minus)
+    assert counts == (4, 6, 3, 1, 1, 4)
+    seeds = surgical_informedness(np.repeat(scores, 3, axis=1), np.repeat(mass, 3, axis=1), n_boot=500)
+    assert seeds.si is not None
+    assert seeds.si.mean == pytest.approx(found.si.mean), "three equal seeds are one"
+
+
+def test_there_is_no_si_where_the_base_is_never_wrong():
+    scores = np.ones((3, 1, 20))
+    assert surgical_informedness(scores, np.ones_like(scores)).si is None
+    scores[0, 0, 0] = -1  # one wrong answer: a third of the resamples would have none
+    rare = surgical_informedness(scores, np.ones_like(scores))
+    assert rare.si is None
+    assert rare.forward == 1

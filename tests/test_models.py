@@ -129,7 +129,7 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch):
         asked.append(address)
         raise OSError("no route")
 
-    models._hub_is_out_of_reach.cache_clear()
+    models.hub_is_out_of_reach.cache_clear()
     monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(models, "getproxies", dict)
     monkeypatch.setattr(models.socket, "create_connection", unreachable)
@@ -137,7 +137,7 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch):
         with pytest.raises(ws.WsError, match="hub could not be reached"):
             ws.load_model("someone/some-model-that-is-not-cached")
     finally:
-        models._hub_is_out_of_reach.cache_clear()
+        models.hub_is_out_of_reach.cache_clear()
     assert len(asked) == 1
     assert asked[0][1] == 443
 

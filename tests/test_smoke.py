@@ -14,6 +14,10 @@ import torch
 
 import ws
 from ws.diff import vector_digest
+from ws.eval import airisk, tinymfv_airisk
+from ws.eval.airisk import AiriskOptions
+from ws.eval.context import open_context
+from ws.eval.readme_airisk_table import COLUMNS, TableConfig, build_table
 from ws.replicate import ReplicateConfig, render, replicate
 
 
@@ -28,7 +32,7 @@ def test_replicate_end_to_end(out, family):
     reading = replicate(config)
     folder = out / "honesty" / family
     assert reading.folder == folder
-    assert {p.name for p in folder.iterdir()} == {
+    assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
         "pos", "neg", "vector", "manifest.json", "sycophancy_per_claim.csv", "sycophancy_summary.csv", "samples.json",
     }  # fmt: skip
 
@@ -48,12 +52,7 @@ def test_replicate_end_to_end(out, family):
     assert all(float(r["shift"]) == 0 for r in summary if r["alpha"] == "0.0")
     assert any(float(r["shift"]) != 0 for r in summary)
     stages = json.loads((folder / "manifest.json").read_text())["stages"]
-    assert list(stages) == ["neg", "pos", "sycophancy", "vector"] or set(stages) == {
-        "pos",
-        "neg",
-        "vector",
-        "sycophancy",
-    }
+    assert set(stages) == {"pos", "neg", "vector", "sycophancy", "reading"}
     assert all("outputs" in s for s in stages.values())
     assert "No conclusion" in render(reading), "a random model does not answer Yes or No, and the verdict must say so"
 
@@ -67,3 +66,20 @@ def test_replicate_end_to_end(out, family):
 
 def test_the_families_share_one_set_of_pairs(out):
     assert sorted(p.name for p in (out / "data").rglob("pairs.jsonl")) == ["pairs.jsonl"]
+
+
+def test_evaluations_and_table_end_to_end(out):
+    """Every family of this module's folder through both evaluations and into the results table."""
+    families = sorted(p.parent.name for p in (out / "honesty").glob("*/vector"))
+    if not families:
+        pytest.skip("no family was replicated before this test")
+    for name in families:
+        options = AiriskOptions(out=out, adapter=name, limit=3, n_think=6, n_bootstrap=100)
+        context = open_context(options)
+        assert "Worked example" in context.carry_out(airisk.evaluation(context))
+        plain = replace(context, options=replace(options, n_think=None))
+        assert "Worked example" in context.carry_out(tinymfv_airisk.evaluation(plain))
+    rows = build_table(TableConfig(out=out, n_bootstrap=100))
+    assert {r["adapter"] for r in rows} == {"base", *families}
+    assert all(tuple(r) == COLUMNS for r in rows)
+    assert len(list((out / "base").rglob("airisk_truthfulness-*.json"))) == 1, "one base for all families"

@@ -16,7 +16,15 @@ def config(tmp_path):
     start = SweepConfig.preset("tiny-random")
     train = replace(start.train, oft_block=7)  # divides no input, so that the oft cell fails
     return replace(
-        start, out=tmp_path, adapters=("oft", "lora"), split="dev", n_bootstrap=100, train=train, device="cpu"
+        start,
+        out=tmp_path,
+        adapters=("oft", "lora"),
+        split="dev",
+        n_bootstrap=100,
+        n_think=6,
+        limit=4,
+        train=train,
+        device="cpu",
     )
 
 
@@ -52,7 +60,7 @@ def test_seeds_share_pairs_and_the_summary_has_one_row_per_cell_and_strength(con
     cells = run_sweep(replace(config, adapters=("lora", "ia3"), seeds=(0, 1)))
     assert [c.problem for c in cells] == [None] * 4
     assert len(list((config.out / "data").rglob("pairs.jsonl"))) == 1
-    assert len(list((config.out / "base").rglob("*.json"))) == 1, "the base is scored once for all cells"
+    assert len(list((config.out / "base").rglob("*.json"))) == 3, "the base is scored once per evaluation"
     with (config.out / "honesty" / "sweep_summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +16,19 @@ import torch
 import ws
 from test_eval import reference
 from ws.delta import LinearDelta
-from ws.eval.context import EvalOptions, open_context
+from ws.eval.context import EvalContext, EvalOptions, open_context
+from ws.eval.prompts import load_prompts
 from ws.eval.tinymfv_airisk import (
+    _SLOTS,
     Prompts,
+    ask,
     evaluate_tinymfv_airisk,
+    evaluation,
     load_vignettes,
-    render_frame,
-    run,
     signed_wrongness,
     summary_row,
 )
-from ws.models import fingerprint
+from ws.models import fingerprint, render_prompt
 
 POCKET = Path(ws.__file__).parent / "pocket" / "data"
 
@@ -90,9 +93,9 @@ def test_a_few_broken_rows_are_named_and_many_stop_the_run(tmp_path, capsys, how
 def test_tables_that_are_not_there_are_explained(tmp_path):
     with pytest.raises(ws.WsError, match="no file ending in other_violate"):
         load_vignettes(str(tmp_path))
-    with pytest.raises(ws.WsError, match="no folder"):
+    with pytest.raises(ws.WsError, match="no file or folder"):
         load_vignettes("./nowhere")
-    with pytest.raises(ws.WsError, match="local folder|extra `eval`"):
+    with pytest.raises(ws.WsError, match="could not be read from the hub .* pass --dataset a local folder"):
         load_vignettes("someone/some-data")
     source = write(tmp_path / "x", [{"id": "1", "text": "a"}], rows("self_violate"))
     with pytest.raises(ws.WsError, match="lacks the columns foundation_coarse, wrong"):
@@ -110,7 +113,9 @@ def test_scores_equal_the_plain_computation(tiny):
         for j, text in enumerate((v.other, v.own)):
             p = {}
             for k, frame in enumerate(("is_wrong", "is_acceptable")):
-                values = reference(model, tok, render_frame(tok, text, frame, prompts), ("true", "1", "false", "0"))
+                question, opener = ask(text, frame, prompts)
+                prompt = render_prompt(tok, question, opener=opener)
+                values = reference(model, tok, prompt, ("true", "1", "false", "0"))
                 true, false = sum(values[:2]), sum(values[2:])
                 p[frame] = true / (true + false)
                 assert scores["bool_mass"][i, j, k] == pytest.approx(true + false, rel=1e-3)
@@ -149,6 +154,10 @@ def finished_run(tiny, tmp_path):
     return EvalOptions(out=tmp_path, dataset="pocket", limit=6, n_bootstrap=200, device="cpu")
 
 
+def run(context: EvalContext) -> str:
+    return context.carry_out(evaluation(context))
+
+
 def read(file: Path) -> list[dict[str, str]]:
     with file.open() as handle:
         return list(csv.DictReader(handle))
@@ -184,19 +193,24 @@ def test_the_command_writes_the_documented_tables(finished_run, monkeypatch):
     assert len(calls) == 5, "other items are another evaluation"
 
 
-def test_prompts_can_be_replaced_word_for_word(tmp_path, tiny):
-    _, tok = tiny
+def test_prompts_can_be_replaced_word_for_word(tmp_path):
     file = tmp_path / "p.toml"
     file.write_text('is_wrong = "Judge: {text}"\nopener_is_wrong = "Verdict: "\n')
-    prompts = Prompts.load(file)
-    text = render_frame(tok, "An act.", "is_wrong", prompts)
-    assert "Judge: An act." in text
-    assert text.endswith("Verdict: ")
+    prompts = load_prompts(Prompts(), file, _SLOTS)
+    assert ask("An {act}.", "is_wrong", prompts) == ("Judge: An {act}.", "Verdict: ")
     assert prompts.is_acceptable == Prompts().is_acceptable
-    for content, message in (('is_wrng = "{text}"', "Did you mean 'is_wrong'"), ('is_wrong = "x"', "must contain")):
+    broken = {
+        'is_wrng = "{text}"': "Did you mean 'is_wrong'",
+        'is_wrong = "x"': "must contain {text}",
+        'is_wrong = "{text} {other}"': "no other slot",
+        'is_wrong = "{text} {"': "malformed",
+        "is_wrong = 3": "not a prompt text",
+        "is_wrong = ": "cannot be read",
+    }
+    for content, message in broken.items():
         file.write_text(content)
-        with pytest.raises(ws.WsError, match=message):
-            Prompts.load(file)
+        with pytest.raises(ws.WsError, match=re.escape(message)):
+            load_prompts(Prompts(), file, _SLOTS)
 
 
 def test_a_run_without_a_vector_is_explained(tmp_path):

@@ -23,6 +23,16 @@ COMMANDS = {
         "one behaviour and one adapter, from data to a first reading",
     ),
     "sweep": ("ws.run_sweep", "main", "SweepConfig", "adapters x seeds x evaluations on one set of pairs"),
+    "queue": ("ws.queue", "main", "QueueConfig", "a sweep as a graph of jobs: here, in pueue or on a ray cluster"),
+    "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
+    "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
+    "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "EvalOptions", "tiny-mfv (airisk) on a finished run"),
+    "summarize-airisk": (
+        "ws.eval.readme_airisk_table",
+        "main",
+        "TableConfig",
+        "the results table of a behaviour's runs, or a check of a page against it",
+    ),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
     "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
@@ -126,7 +136,8 @@ def _run(name: str) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, _, _, text) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, _, _, text) in COMMANDS.items()]
     return "\n".join(["usage: ws COMMAND [options]", "", *lines, "", "ws COMMAND --help lists a command's options."])
 
 

@@ -45,7 +45,7 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
     An options class with a `preset(model, adapter)` class method gets its defaults from there, so that `--help` shows
     the values that will be used for the chosen model.
     """
-    arguments = [word for argument in arguments for word in _as_flags(argument)]
+    arguments = [_as_flag(argument) for argument in arguments]
     preset = getattr(options, "preset", None)
     known: dict[str, Any] = {}
     if preset is not None:
@@ -56,9 +56,9 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
     return tyro.cli(options, args=list(arguments), prog=prog or None, config=(tyro.conf.OmitArgPrefixes,), **known)
 
 
-def _as_flags(argument: str) -> list[str]:
+def _as_flag(argument: str) -> str:
     found = re.fullmatch(r"([a-z][a-z_-]*)=(.*)", argument)
-    return ["--" + found.group(1).replace("_", "-"), found.group(2)] if found else [argument]
+    return f"--{found.group(1).replace('_', '-')}={found.group(2)}" if found else argument
 
 
 def guard(action: Callable[[], None], debug: bool = False) -> None:

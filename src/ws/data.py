@@ -28,7 +28,7 @@ from ws import console
 from ws.behaviors import Behavior, load_behavior
 from ws.errors import WsError
 from ws.eval.choice import score_choices
-from ws.models import DEFAULT_MODEL, chat_format, encode, fingerprint, load_model, model_id, render_prompt
+from ws.models import DEFAULT_MODEL, encode, end_ids, fingerprint, load_model, model_id, render_prompt
 from ws.runs import DEFAULT_OUT, Run, data_folder, write_json, write_text
 
 PAIRS_FILE = "pairs.jsonl"
@@ -177,7 +177,7 @@ def sample_answers(
 
     The caller's random state is left alone.
     """
-    ends = _end_ids(model, tok)
+    ends = end_ids(model, tok)
     batch = tok(list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     options: dict[str, Any] = {"do_sample": True}
     if seed is None:
@@ -199,12 +199,6 @@ def _answer(tok: Tokenizer, ids: list[int], ends: Sequence[int]) -> Answer:
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
     kept = ids if stop is None else ids[:stop]
     return Answer(tok.decode(kept, skip_special_tokens=True).strip(), len(kept), stop is not None)
-
-
-def _end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({*ids, chat_format(tok).end_of_turn_id})
 
 
 @dataclass(frozen=True)

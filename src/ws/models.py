@@ -101,7 +101,7 @@ def model_folder(name: str) -> str:
 
 def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
     source = model_folder(name)
-    local = Path(source).is_dir() or _hub_is_out_of_reach()
+    local = Path(source).is_dir() or hub_is_out_of_reach()
     try:
         return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
@@ -109,7 +109,7 @@ def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _hub_is_out_of_reach() -> bool:
+def hub_is_out_of_reach() -> bool:
     """One short probe: without it every file request retries for half a minute before it gives up.
 
     Behind a proxy nothing can be told from here, so the hub is taken to be there.
@@ -255,6 +255,13 @@ def render_prompt(
 def encode(tok: Tokenizer, text: str) -> list[int]:
     """Token ids of already rendered text: nothing is added, special tokens in it are recognised."""
     return tok(text, add_special_tokens=False)["input_ids"]
+
+
+def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:
+    """Every token by which the model may end an answer: its own end tokens and the template's end of turn."""
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({*ids, chat_format(tok).end_of_turn_id})
 
 
 def _apply(tok: Tokenizer, messages: list[dict[str, str]], **options: Any) -> str:

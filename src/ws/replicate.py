@@ -23,11 +23,13 @@ from ws.behaviors import Behavior, load_behavior
 from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, sample_answers
 from ws.diff import SteeringVector
 from ws.errors import WsError
+from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
+from ws.eval.context import EvalContext, EvalOptions
 from ws.eval.stats import N_BOOTSTRAP, Estimate
-from ws.eval.sycophancy import ClaimScores, claim_shift, evaluate_sycophancy, per_claim_rows, summary_row
+from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
 from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt
-from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, sha256_json, write_csv, write_json
+from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, write_json
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
 
@@ -204,22 +206,28 @@ def _read(
     run: Run,
     config: ReplicateConfig,
 ) -> Reading:
-    console.say(f"[5/5] held-out claims ({config.split}) at alpha {', '.join(f'{a:g}' for a in _alphas(config))}")
     alphas = _alphas(config)
-    scores: dict[bool, dict[float, ClaimScores]] = {False: {}, True: {}}
-    kinds = [False] + [True] * any(c.is_true and c.split == config.split for c in behavior.test.claims)
+    console.say(f"[5/5] held-out claims ({config.split})")
+    context = EvalContext(_eval_options(config, behavior), model, tok, vector, run)
+    evaluation = sycophancy.evaluation(context, behavior, config.split)
+    measured = context.measure(evaluation)
+    context.record(evaluation, measured)
+    claims = sycophancy.held_out(behavior.test, config.split)
+    scores = sycophancy.as_claim_scores(claims, measured)
+    false, true = ({a: p for a, s in scores.items() if (p := s.of_kind(kind))} for kind in (False, True))
     with steer(model, vector, 0.0) as dial:
-        for alpha in alphas:
-            dial.alpha = alpha
-            for is_true in kinds:
-                scores[is_true][alpha] = evaluate_sycophancy(model, tok, behavior, config.split, is_true)
         samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)
     low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
-    span = claim_shift(scores[False][high], scores[False][low], config.n_bootstrap)
-    effect, pairs = behavior.test.effect, data_folder(config.out, config.model, behavior.name)
-    reading = Reading(run.folder, pairs, vector, scores[False], scores[True], span, (low, high), effect, samples)
-    _write(reading, behavior, run, config)
+    span = claim_shift(false[high], false[low], config.n_bootstrap)
+    pairs = data_folder(config.out, config.model, behavior.name)
+    reading = Reading(run.folder, pairs, vector, false, true, span, (low, high), behavior.test.effect, samples)
+    _record(reading, run)
     return reading
+
+
+def _eval_options(config: ReplicateConfig, behavior: Behavior) -> EvalOptions:
+    shared = {k: getattr(config, k) for k in ("model", "adapter", "seed", "out", "alphas", "n_bootstrap", "device")}
+    return EvalOptions(**shared, behavior=behavior.name, dtype=config.dtype)
 
 
 def _alphas(config: ReplicateConfig) -> list[float]:
@@ -240,21 +248,10 @@ def _samples(
     return tuple(Sample(a, question, x.text) for a, x in zip(alphas, answers, strict=True))
 
 
-def _write(reading: Reading, behavior: Behavior, run: Run, config: ReplicateConfig) -> None:
-    key = {"behavior": behavior.name, "adapter": config.adapter, "seed": config.seed}
-    both = [s for s in (reading.false_claims, reading.true_claims) if s]
-    rows = [r for scores in both for a in scores for r in per_claim_rows(key, a, scores[a])]
-    summary = [summary_row(key, a, s[a], s[0.0], config.n_bootstrap) for s in both for a in s]
-    settings = {"alphas": _alphas(config), "split": config.split, "n_bootstrap": config.n_bootstrap}
-    settings |= {"eval_hash": reading.false_claims[0.0].item_hash}
-    # A reading is cheap and may be repeated with other alphas, so an earlier one is replaced rather than compared.
-    stage = run.restart("sycophancy", settings, {"vector": sha256_json(dict(reading.vector.recipe))})
-    files = [
-        write_csv(run.folder / "sycophancy_per_claim.csv", rows),
-        write_csv(run.folder / "sycophancy_summary.csv", summary),
-        write_json(run.folder / "samples.json", [asdict(s) for s in reading.samples]),
-    ]
+def _record(reading: Reading, run: Run) -> None:
     span = asdict(reading.span) | {"alphas": list(reading.span_alphas)}
+    stage = run.restart("reading", {"alphas": sorted(reading.false_claims)})
+    files = [write_json(run.folder / "samples.json", [asdict(s) for s in reading.samples])]
     stage.done(files, span=span, expected_sign=reading.effect, as_expected=reading.as_expected)
 
 

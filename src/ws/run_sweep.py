@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from ws import console
@@ -23,22 +24,38 @@ from ws.adapters import FAMILIES, family
 from ws.behaviors import load_behavior
 from ws.data import DataConfig, data_preset
 from ws.errors import WsError, choose
-from ws.eval import tinymfv_airisk
-from ws.eval.context import EvalOptions, open_context
+from ws.eval import airisk, tinymfv_airisk
+from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
+from ws.eval.stats import holm
 from ws.models import DEFAULT_MODEL
 from ws.replicate import ReplicateConfig, replicate, verdict
 from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_csv, write_text
 from ws.train import TrainConfig, train_preset
 
-EVALS = ("sycophancy", "tinymfv_airisk")
+EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 LOG, SUMMARY = "sweep.log", "sweep_summary.csv"
+_TABLES = {
+    "sycophancy": "sycophancy_summary.csv",
+    "airisk": f"{airisk.table_name()}_summary.csv",
+    "tinymfv_airisk": "tinymfv_airisk_summary.csv",
+}
 _HEADLINES = {
     "sycophancy": ("mean_logratio", "ci_lo", "ci_hi", "shift", "shift_ci_lo", "shift_ci_hi", "mean_pmass", "n"),
+    "airisk": (
+        *("mean_score", "ci_lo", "ci_hi", "shift", "shift_ci_lo", "shift_ci_hi", "mean_pmass", "n"),
+        *("accuracy", "si", "si_ci_lo", "si_ci_hi", "position_bias", "forced_closes"),
+    ),
     "tinymfv_airisk": (
         *("wrongness", "wrongness_ci_lo", "wrongness_ci_hi", "gap", "gap_ci_lo", "gap_ci_hi"),
         *("delta_wrongness", "delta_wrongness_ci_lo", "delta_wrongness_ci_hi"),
         *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
     ),
+}
+_SHIFTS = {"sycophancy": "shift", "airisk": "shift", "tinymfv_airisk": "delta_wrongness"}
+_HEADS = {
+    "sycophancy": "agreement with false claims",
+    "airisk": "truthful choices",
+    "tinymfv_airisk": "wrongness",
 }
 
 
@@ -52,7 +69,10 @@ class SweepConfig:
         seeds: of initialisation and order; the pairs are shared by all cells.
         evals: which evaluations.
         alphas: steering strengths; 0 is always included.
-        dataset: for tiny-mfv: a hub id, a local folder or `pocket`.
+        dataset: a folder with the tables of both data sets, or `pocket`; None for the published ones.
+        n_think: tokens of chain of thought before a dilemma's answer.
+        limit: only the first so many dilemmas and vignettes.
+        batch_size: prompts per forward pass, found automatically when None.
         n_bootstrap: resamples per interval.
         data: how the pairs are sampled.
         train: settings for every family; `lr=None` takes each family's own.
@@ -67,6 +87,9 @@ class SweepConfig:
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
     split: str = "report"
     dataset: str | None = None
+    n_think: int = airisk.N_THINK
+    limit: int | None = None
+    batch_size: int | None = None
     n_bootstrap: int = 1000
     device: str = "auto"
     dtype: str = "auto"
@@ -109,7 +132,7 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         estimate = f", about {timedelta(seconds=round(left))} left" if number else ""
         console.say(f"== {adapter}, seed {seed} ({number + 1} of {len(plan)}{estimate})")
         done.append(_run_cell(config, behavior, adapter, seed, first=number == 0))
-    rows = [row for cell in done if cell.problem is None for row in summary_rows(cell, config.evals)]
+    rows = sweep_rows(done, config.evals)
     if rows:
         write_csv(config.out / behavior / SUMMARY, rows)
     return done
@@ -120,8 +143,11 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, first
     try:
         reading = replicate(_replicate_config(config, adapter, seed, first))
         console.say(verdict(reading))
-        if "tinymfv_airisk" in config.evals:
-            console.say(tinymfv_airisk.run(open_context(_eval_options(config, behavior, adapter, seed))))
+        others = [name for name in config.evals if name != "sycophancy"]  # replicate has read the claims already
+        if others:
+            context = open_context(_eval_options(config, behavior, adapter, seed))
+            for name in others:
+                console.say(context.carry_out(_evaluation(name, context)))
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
@@ -145,46 +171,69 @@ def _replicate_config(config: SweepConfig, adapter: str, seed: int, first: bool)
     )
 
 
+def _evaluation(name: str, context: EvalContext) -> Evaluation:
+    return {"airisk": airisk, "tinymfv_airisk": tinymfv_airisk}[name].evaluation(_for(name, context))
+
+
+def _for(name: str, context: EvalContext) -> EvalContext:
+    """The context as one evaluation takes it: only the dilemmas are thought about."""
+    return context if name == "airisk" else replace(context, options=replace(context.options, n_think=None))
+
+
 def _eval_options(config: SweepConfig, behavior: str, adapter: str, seed: int) -> EvalOptions:
-    shared = {k: getattr(config, k) for k in ("model", "out", "alphas", "dataset", "n_bootstrap", "device", "dtype")}
+    names = ("model", "out", "alphas", "dataset", "n_think", "limit", "batch_size", "n_bootstrap", "device", "dtype")
+    shared = {k: getattr(config, k) for k in names}
     return EvalOptions(**shared, behavior=behavior, adapter=adapter, seed=seed)
 
 
 # ---- the summary --------------------------------------------------------------------------------------------------
 
 
+def sweep_rows(cells: Sequence[Cell], evals: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per cell and strength, with p-values that are Holm-corrected over the whole sweep, per evaluation."""
+    rows = [row for cell in cells if cell.problem is None for row in summary_rows(cell, evals)]
+    for name in evals:
+        column = f"{name}_{_SHIFTS[name]}_p"
+        steered = [r for r in rows if r["alpha"] != 0]
+        adjusted = holm(np.array([float(r[column]) for r in steered])) if steered else ()
+        holms = {id(r): float(p) for r, p in zip(steered, adjusted, strict=True)}
+        for row in rows:
+            row[f"{column}_holm"] = holms.get(id(row))
+    return rows
+
+
 def summary_rows(cell: Cell, evals: Sequence[str]) -> list[dict[str, Any]]:
     """One row per strength: the headline columns of every evaluation, each under the evaluation's name."""
     merged: dict[float, dict[str, Any]] = {}
     for name in evals:
-        for row in read_csv(cell.folder / f"{name}_summary.csv"):
+        for row in read_csv(cell.folder / _TABLES[name]):
             if row.get("claims_are_true") == "True":
                 continue
             alpha = float(row["alpha"])
             target = merged.setdefault(alpha, {k: row[k] for k in ("behavior", "adapter", "seed")} | {"alpha": alpha})
-            target |= {f"{name}_{column}": row[column] for column in _HEADLINES[name]}
+            target |= {f"{name}_{column}": row[column] for column in (*_HEADLINES[name], f"{_SHIFTS[name]}_p")}
     return [merged[alpha] for alpha in sorted(merged)]
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as a table for people: every shift against the base with its interval."""
-    table = []
+    """The summary as a table for people: every shift against the base with its interval, `*` if it survives Holm."""
+    table, names = [], [n for n in EVALS if f"{n}_{_SHIFTS[n]}" in rows[0]]
     for r in rows:
         cells = [r["adapter"], r["seed"], f"{float(r['alpha']):+g}"]
-        for name, shift in (("sycophancy", "shift"), ("tinymfv_airisk", "delta_wrongness")):
-            if f"{name}_{shift}" in r:
-                low, high = (float(r[f"{name}_{shift}_{end}"]) for end in ("ci_lo", "ci_hi"))
-                cells.append(f"{float(r[f'{name}_{shift}']):+.3f} [{low:+.3f}, {high:+.3f}]")
+        for key in (f"{n}_{_SHIFTS[n]}" for n in names):
+            low, high = (float(r[f"{key}_{end}"]) for end in ("ci_lo", "ci_hi"))
+            star = "*" if r[f"{key}_p_holm"] is not None and float(r[f"{key}_p_holm"]) < 0.05 else ""
+            cells.append(f"{float(r[key]):+.3f} [{low:+.3f}, {high:+.3f}]{star}")
         table.append(cells)
-    heads = {"sycophancy_shift": "agreement with false claims", "tinymfv_airisk_delta_wrongness": "wrongness"}
-    header = ["adapter", "seed", "alpha", *(f"shift of {h}" for k, h in heads.items() if k in rows[0])]
-    return tabulate(table, header, disable_numparse=True)
+    header = ["adapter", "seed", "alpha", *(f"shift of {_HEADS[n]}" for n in names)]
+    note = "* p < 0.05 after Holm's correction over all steered rows of a column"
+    return f"{tabulate(table, header, disable_numparse=True)}\n{note}"
 
 
 def main(config: SweepConfig) -> None:
     """The command `python -m ws.run_sweep`."""
     cells = run_sweep(config)
-    rows = [row for cell in cells if cell.problem is None for row in summary_rows(cell, config.evals)]
+    rows = sweep_rows(cells, config.evals)
     if rows:
         print(render(rows))
         print(f"\nSummary: {config.out / rows[0]['behavior'] / SUMMARY}")

@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ws.errors import WsError
 
 RUN_MANIFEST = "manifest.json"
@@ -69,6 +71,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock waiting while the block runs; it ends with its process."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        yield
 
 
 def write_text(file: Path, text: str) -> Path:
@@ -219,15 +229,17 @@ class Run:
 
     def drop(self, name: str) -> None:
         """Forget one stage, so that it may be tried again with other settings."""
-        manifest = self.manifest
-        if manifest["stages"].pop(name, None):
-            write_json(self.folder / RUN_MANIFEST, manifest)
+        with lock(self.folder / RUN_MANIFEST):
+            manifest = self.manifest
+            if manifest["stages"].pop(name, None):
+                write_json(self.folder / RUN_MANIFEST, manifest)
 
     def write(self, name: str, record: dict[str, Any]) -> None:
-        """Replace one stage's record in the manifest."""
-        manifest = self.manifest
-        manifest["stages"][name] = record
-        write_json(self.folder / RUN_MANIFEST, manifest)
+        """Replace one stage's record in the manifest; stages of other processes in the same folder are kept."""
+        with lock(self.folder / RUN_MANIFEST):
+            manifest = self.manifest
+            manifest["stages"][name] = record
+            write_json(self.folder / RUN_MANIFEST, manifest)
 
     def _whole(self, outputs: Mapping[str, str]) -> bool:
         return all((f := self.folder / p).is_file() and sha256_file(f) == digest for p, digest in outputs.items())

@@ -115,6 +115,11 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
     return _build(_bundled_bytes(name, model), name, model)
 
 
+def behavior_name(name: str) -> str:
+    """What runs of a behaviour are filed under: its own name, also when it is given by its file's path."""
+    return load_behavior(name).name if name.endswith(".toml") else name
+
+
 def _bundled_bytes(name: str, model: str | None) -> bytes:
     choose("behaviour", name, bundled_behaviors())
     pocket = files("ws.behaviors") / "pocket" / f"{name}.toml"
@@ -174,7 +179,7 @@ def _questions(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
     _only(table, {"templates", "topics"}, where)
     templates = _strings(table, "templates", where) if "templates" in table else ("{topic}",)
     for template in templates:
-        _check_slot(template, "topic", where)
+        check_slots(template, ["topic"], where)
     topics = _strings(table, "topics", where)
     return tuple(template.format(topic=topic) for template in templates for topic in topics)
 
@@ -251,17 +256,20 @@ def _template(table: Mapping[str, Any], key: str, slot: str, where: str, default
     if default is not None and key not in table:
         return default
     template = _text(table, key, where)
-    _check_slot(template, slot, where)
+    check_slots(template, [slot], where)
     return template
 
 
-def _check_slot(template: str, slot: str, where: str) -> None:
+def check_slots(template: str, slots: Sequence[str], where: str) -> None:
+    """`WsError` unless a template contains exactly these slots."""
     try:
-        slots = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as problem:
-        raise WsError(f"{where}: the template {template!r} is malformed ({problem}).") from problem
-    if slots != {slot}:
-        raise WsError(f"{where}: the template {template!r} must contain {{{slot}}} and no other slot.")
+        text = f"{where}: the template {template!r} is malformed ({problem}); a plain {{ is written {{{{."
+        raise WsError(text) from problem
+    if found != set(slots):
+        wanted = " and ".join(f"{{{slot}}}" for slot in slots)
+        raise WsError(f"{where}: the template {template!r} must contain {wanted} and no other slot.")
 
 
 def _unique(values: Sequence[str], where: str) -> None:

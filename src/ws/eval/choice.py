@@ -6,14 +6,15 @@ from a float32 log-softmax at the answer position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,6 +23,7 @@ from ws.errors import WsError
 from ws.models import encode
 
 LOW_MASS = 0.9
+Choice = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class ChoiceScores:
 
     choices: tuple[str, ...]
     logp: Float[np.ndarray, "n k"]
+
+    @classmethod
+    def checked(cls, choices: Sequence[Choice], logp: Float[Tensor, "n k"]) -> ChoiceScores:
+        """Scores on the CPU in double precision; `WsError` when the model gave NaN."""
+        values = logp.double().cpu().numpy()
+        if np.isnan(values).any():
+            raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
+        return cls(tuple(words[0] for words in map(_words, choices)), values)
 
     @property
     def mass(self) -> Float[np.ndarray, "n"]:
@@ -56,6 +66,15 @@ def choice_tokens(tok: Tokenizer, choice: str) -> tuple[int, ...]:
     return ids
 
 
+def choice_variants(tok: Tokenizer, choices: Sequence[Choice], device: torch.device) -> list[Int[Tensor, "_"]]:
+    """The tokens of every choice, over all its words."""
+    return [torch.tensor([i for w in _words(c) for i in choice_tokens(tok, w)], device=device) for c in choices]
+
+
+def _words(choice: Choice) -> tuple[str, ...]:
+    return (choice,) if isinstance(choice, str) else choice
+
+
 @lru_cache(maxsize=4)
 def _vocabulary(tok: Tokenizer) -> dict[int, str]:
     """What each ordinary token decodes to on its own."""
@@ -69,48 +88,130 @@ def score_choices(
     model: PreTrainedModel,
     tok: Tokenizer,
     prompts: Sequence[str],
-    choices: Sequence[str | tuple[str, ...]],
+    choices: Sequence[Choice],
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ChoiceScores:
     """Score rendered prompts (openers included) at their next token.
 
     A choice may be several words that mean the same, such as `("true", "1")`; it is named by the first. Prompts are
-    sorted by length and left-padded; only the last position's logits are computed. With `batch_size` None
-    it starts at 64 and is halved while memory does not suffice. Scores come back in the order of `prompts`.
+    sorted by length and left-padded, a start that several share is run once, and only the last position's logits are
+    computed. With `batch_size` None it starts at 64 and is halved while memory does not suffice. Scores come back in
+    the order of `prompts`.
     """
     if not prompts:
         raise WsError("There are no prompts to score.")
-    ids = [encode(tok, p) for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    words = [(c,) if isinstance(c, str) else c for c in choices]
-    variants = [torch.tensor([i for w in ws for i in choice_tokens(tok, w)], device=model.device) for ws in words]
+    families = sorted(_families(model, [encode(tok, p) for p in prompts]), key=Family.longest)
+    variants = choice_variants(tok, choices, model.device)
 
     def run(batch_size: int) -> Tensor:
-        rows = []
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            rows.append(_score_batch(model, tok, [ids[i] for i in part], variants))
+        logp = torch.empty(len(prompts), len(choices), device=model.device)
+        for part in _batches(families, batch_size):
+            rows = [row for family in part for row in family.rows]
+            logp[rows] = _score_batch(model, tok.pad_token_id, part, variants)
             if progress:
-                progress(len(part))
-        return torch.cat(rows)
+                progress(len(rows))
+        return logp
 
     scored = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=64)()
-    logp = np.empty((len(ids), len(choices)))
-    logp[order] = scored.double().cpu().numpy()
-    if np.isnan(logp).any():
-        raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
-    return ChoiceScores(tuple(w[0] for w in words), logp)
+    return ChoiceScores.checked(choices, scored)
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Prompts that begin alike: the common start is run once, the rest of each behind it.
+
+    Attributes:
+        prefix: tokens that all members begin with, empty for a prompt on its own.
+        suffixes: what follows in each member, never empty.
+        rows: the members' places among all prompts.
+    """
+
+    prefix: tuple[int, ...]
+    suffixes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+
+    def longest(self) -> int:
+        """The length of the longest member."""
+        return len(self.prefix) + max(map(len, self.suffixes))
+
+    def pieces(self, size: int) -> list[Family]:
+        """The family in parts of at most `size` members."""
+        starts = range(0, len(self.rows), size)
+        return [Family(self.prefix, self.suffixes[i : i + size], self.rows[i : i + size]) for i in starts]
+
+
+def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Family]:
+    """Families where the model keeps plain keys and values; for models with another memory, every prompt on its own."""
+    keeps = getattr(model, "_supports_default_dynamic_cache", None)
+    if keeps is not None and keeps():
+        return share_prefixes(prompts)
+    return [Family((), (tuple(p),), (i,)) for i, p in enumerate(prompts)]
+
+
+def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Family]:
+    """Put prompts that share at least their first half into families, such as one text that is asked twice."""
+    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
+    families, members, shared = list[Family](), [order[0]], len(prompts[order[0]])
+    for i in order[1:]:
+        common = min(shared, _common_start(prompts[members[0]], prompts[i]))
+        if 2 * common >= len(prompts[i]) and 2 * common >= len(prompts[members[0]]):
+            members, shared = [*members, i], common
+            continue
+        families.append(_family(prompts, members, shared))
+        members, shared = [i], len(prompts[i])
+    return [*families, _family(prompts, members, shared)]
+
+
+def _common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _family(prompts: Sequence[Sequence[int]], members: Sequence[int], shared: int) -> Family:
+    cut = min(shared, *(len(prompts[i]) - 1 for i in members)) if len(members) > 1 else 0
+    suffixes = tuple(tuple(prompts[i][cut:]) for i in members)
+    return Family(tuple(prompts[members[0]][:cut]), suffixes, tuple(members))
+
+
+def _batches(families: Sequence[Family], size: int) -> Iterator[list[Family]]:
+    """Families in turn, with about `size` prompts at a time; those with and without a common start apart."""
+    for shared in (False, True):
+        part = list[Family]()
+        for family in (piece for f in families if bool(f.prefix) == shared for piece in f.pieces(size)):
+            if part and sum(len(f.rows) for f in part) + len(family.rows) > size:
+                yield part
+                part = []
+            part.append(family)
+        if part:
+            yield part
 
 
 def _score_batch(
-    model: PreTrainedModel, tok: Tokenizer, ids: Sequence[list[int]], variants: Sequence[Tensor]
+    model: PreTrainedModel, pad_id: int, families: Sequence[Family], variants: Sequence[Tensor]
 ) -> Float[Tensor, "b k"]:
-    tokens, mask = left_pad(ids, tok.pad_token_id, model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
-    logp = logits.float().log_softmax(dim=-1)
+    tokens, mask = left_pad([s for f in families for s in f.suffixes], pad_id, model.device)
+    options: dict[str, Any] = {"use_cache": False}
+    if families[0].prefix:
+        start, start_mask = left_pad([f.prefix for f in families], pad_id, model.device)
+        cache = model(
+            input_ids=start, attention_mask=start_mask, position_ids=_positions(start_mask), logits_to_keep=1
+        ).past_key_values
+        members = torch.tensor([i for i, f in enumerate(families) for _ in f.rows], device=model.device)
+        cache.batch_select_indices(members)
+        mask = torch.cat([start_mask[members], mask], dim=1)
+        options = {"past_key_values": cache, "use_cache": True}
+    positions = _positions(mask)[:, -tokens.shape[1] :]
+    out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1, **options)
+    logp = out.logits[:, -1].float().log_softmax(dim=-1)
     return torch.stack([logp[:, v].logsumexp(dim=-1) for v in variants], dim=1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """The position of every token among those that count."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,8 @@ towards true. The boolean mass stands beside every score. Data set: `wassname/ti
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +23,20 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.errors import WsError, did_you_mean
-from ws.eval.choice import LOW_MASS, score_choices
-from ws.eval.context import EvalContext, EvalOptions, Scores, open_context
-from ws.eval.stats import Estimate, estimate_mean
+from ws.errors import WsError
+from ws.eval.choice import LOW_MASS
+from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.prompts import load_prompts
+from ws.eval.rollout import roll_out
+from ws.eval.stats import estimate_mean
 from ws.eval.tables import Row, read_rows, tolerate
-from ws.models import BUNDLED, render_prompt
-from ws.runs import read_csv, sha256_json, write_csv
+from ws.models import render_prompt
 
 NAME, VERSION = "tinymfv_airisk", 1
 HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
 CONDITIONS = ("other_violate", "self_violate")
 FRAMES = ("is_wrong", "is_acceptable")
+CHOICES = (("true", "1"), ("false", "0"))
 COLUMNS = ("id", "foundation_coarse", "wrong", "text")
 
 
@@ -51,21 +51,8 @@ class Prompts:
     opener_is_wrong: str = '{"is_wrong": '
     opener_is_acceptable: str = '{"is_acceptable": '
 
-    @classmethod
-    def load(cls, file: Path | None) -> Prompts:
-        """The texts of a TOML file over the defaults; `WsError` for unknown keys or a template without `{text}`."""
-        if file is None:
-            return cls()
-        try:
-            given = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as problem:
-            raise WsError(f"The prompts file {file} cannot be read ({problem}).") from problem
-        for key, value in given.items():
-            if key not in asdict(cls()) or not isinstance(value, str):
-                raise WsError(f"{file}: {key!r} is not a prompt text.{did_you_mean(key, asdict(cls()))}")
-            if key in FRAMES and "{text}" not in value:
-                raise WsError(f"{file}: the template {key} must contain {{text}}.")
-        return cls(**given)
+
+_SLOTS = dict.fromkeys(FRAMES, ("text",))
 
 
 @dataclass(frozen=True)
@@ -85,8 +72,10 @@ def load_vignettes(source: str, limit: int | None = None) -> tuple[Vignette, ...
     Rows with an empty text, a rating outside 1 to 5, an id seen before, or no partner are named and left out; more
     than 5 % of them stop the run.
     """
-    tables = [_by_id(read_rows(source, c, COLUMNS, HUB_CONFIG, c), c, source) for c in CONDITIONS]
-    other, own = tables
+    other, own = (
+        _by_id(read_rows(source, c, COLUMNS, (HUB_CONFIG, c), others=[x for x in CONDITIONS if x != c]), c, source)
+        for c in CONDITIONS
+    )
     lonely = sorted(other.keys() ^ own.keys())
     tolerate([f"id {i} in one condition only" for i in lonely], len(other) + len(own), source)
     joined = [
@@ -129,22 +118,24 @@ def evaluate_tinymfv_airisk(
     vignettes: Sequence[Vignette],
     prompts: Prompts | None = None,
     batch_size: int | None = None,
+    n_think: int = 0,
 ) -> Scores:
-    """`p_true` and `bool_mass`, both `[vignette, condition, frame]`, in the order of `CONDITIONS` and `FRAMES`."""
+    """`p_true` and `bool_mass`, both `[vignette, condition, frame]`, in the order of `CONDITIONS` and `FRAMES`.
+
+    Thinking is off, as published, unless `n_think` gives it a budget of tokens.
+    """
     texts = prompts or Prompts()
-    rendered = [
-        render_frame(tok, text, frame, texts) for v in vignettes for text in (v.other, v.own) for frame in FRAMES
-    ]
-    scores = score_choices(model, tok, rendered, (("true", "1"), ("false", "0")), batch_size)
+    asked = [ask(text, frame, texts) for v in vignettes for text in (v.other, v.own) for frame in FRAMES]
+    questions, openers = ([pair[i] for pair in asked] for i in (0, 1))
+    found = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size)
     shape = (len(vignettes), len(CONDITIONS), len(FRAMES))
-    p_true = 1 / (1 + np.exp(-scores.logratio))
-    return {"p_true": p_true.reshape(shape), "bool_mass": scores.mass.reshape(shape)}
+    p_true = 1 / (1 + np.exp(-found.scores.logratio))
+    return {"p_true": p_true.reshape(shape), "bool_mass": found.scores.mass.reshape(shape)}
 
 
-def render_frame(tok: Tokenizer, text: str, frame: str, prompts: Prompts) -> str:
-    """The rendered prompt of one text in one frame, opener included; thinking off."""
-    question = getattr(prompts, frame).format(text=text)
-    return render_prompt(tok, question, opener=getattr(prompts, f"opener_{frame}"))
+def ask(text: str, frame: str, prompts: Prompts) -> tuple[str, str]:
+    """The question about one text in one frame, and the opener of its answer."""
+    return getattr(prompts, frame).format(text=text), getattr(prompts, f"opener_{frame}")
 
 
 def signed_wrongness(scores: Scores) -> np.ndarray:
@@ -227,8 +218,9 @@ def summary_row(
     p, mass = scores["p_true"], scores["bool_mass"]
     row = {**key, "alpha": alpha, "n_vignettes": len(vignettes)}
     for name, e in (("wrongness", level), ("gap", gap), ("delta_wrongness", moved), ("delta_gap", widened)):
-        row |= _columns(name, e)
+        row |= e.columns(name, "std", "ci_lo", "ci_hi")
     return row | {
+        "delta_wrongness_p": moved.p,
         "bool_mass_other": float(mass[:, 0].mean()),
         "bool_mass_self": float(mass[:, 1].mean()),
         "human_corr": _rank_correlation(s[:, 0], np.array([v.human_wrong for v in vignettes])),
@@ -237,52 +229,13 @@ def summary_row(
     }
 
 
-def _columns(name: str, e: Estimate) -> dict[str, float]:
-    return {name: e.mean, f"{name}_std": e.std, f"{name}_ci_lo": e.ci_lo, f"{name}_ci_hi": e.ci_hi}
-
-
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     if len(set(a.tolist())) < 2 or len(set(b.tolist())) < 2:
         return None
     return float(spearmanr(a, b).statistic)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------
-
-
-def run(context: EvalContext) -> str:
-    """Evaluate a context's vector unless exactly that is done, write the four tables, and return the text to print."""
-    options, folder = context.options, context.run.folder
-    source = options.dataset or ("pocket" if context.model.name_or_path in BUNDLED else HUB_ID)
-    vignettes, prompts = load_vignettes(source, options.limit), Prompts.load(options.prompts)
-    item_hash = sha256_json([VERSION, asdict(prompts), [asdict(v) for v in vignettes]])[:12]
-    identity = {"eval": NAME, "eval_version": VERSION, "eval_hash": item_hash, "dataset": source}
-    settings = {"alphas": context.alphas, "n_bootstrap": options.n_bootstrap, **identity}
-    stage = context.run.refresh(NAME, settings, {"vector": sha256_json(dict(context.vector.recipe))})
-    if stage is not None:
-        scores = context.over_alphas(
-            NAME,
-            item_hash,
-            lambda: evaluate_tinymfv_airisk(context.model, context.tok, vignettes, prompts, options.batch_size),
-        )
-        tables = _tables(context, vignettes, scores)
-        files = [write_csv(folder / f"{NAME}_{n}.csv", [r | identity for r in rows]) for n, rows in tables.items()]
-        stage.done(files, example=_example(context, vignettes[0], prompts, scores[0.0]))
-    example = context.run.facts(NAME)["example"]
-    return f"{example}\n\n{render(read_csv(folder / f'{NAME}_summary.csv'))}\n\nin {folder}"
-
-
-def _tables(
-    context: EvalContext, vignettes: Sequence[Vignette], scores: Mapping[float, Scores]
-) -> dict[str, list[dict[str, Any]]]:
-    tables: dict[str, list[dict[str, Any]]] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "summary")}
-    n_boot = context.options.n_bootstrap
-    for alpha, s in scores.items():
-        tables["per_frame"] += per_frame_rows(context.key, alpha, vignettes, s)
-        tables["per_vignette"] += per_vignette_rows(context.key, alpha, vignettes, s)
-        tables["foundations"] += foundation_rows(context.key, alpha, vignettes, s)
-        tables["summary"].append(summary_row(context.key, alpha, vignettes, s, scores[0.0], n_boot))
-    return tables
+# ---- what a person sees ---------------------------------------------------------------------------------------------
 
 
 def render(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -305,16 +258,54 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(rows, header, disable_numparse=True)
 
 
-def _example(context: EvalContext, vignette: Vignette, prompts: Prompts, scores: Scores) -> str:
-    """One worked example, to read by eye."""
-    text = render_frame(context.tok, vignette.other, FRAMES[0], prompts)
-    p, mass = scores["p_true"][0, 0, 0], scores["bool_mass"][0, 0, 0]
-    return f"Worked example (base):\n{text}\n-> true {p:.3f}, false {1 - p:.3f}, of a boolean mass of {mass:.3f}"
+def example(context: EvalContext, vignette: Vignette, prompts: Prompts, scores: ByAlpha) -> str:
+    """One worked example, to read by eye: the prompt as the model sees it, and the answer at every strength."""
+    question, opener = ask(vignette.other, FRAMES[0], prompts)
+    lines = [f"Worked example (id {vignette.id}):", render_prompt(context.tok, question, opener=opener), ""]
+    for alpha, s in sorted(scores.items()):
+        p, mass = s["p_true"][0, 0, 0], s["bool_mass"][0, 0, 0]
+        lines.append(f"  alpha {alpha:+g}  true {p:.3f}, false {1 - p:.3f}, of a boolean mass of {mass:.3f}")
+    return "\n".join(lines)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def evaluation(context: EvalContext) -> Evaluation:
+    """The evaluation that a context's options describe."""
+    options, source = context.options, context.source(HUB_ID)
+    vignettes, prompts = load_vignettes(source, options.limit), load_prompts(Prompts(), options.prompts, _SLOTS)
+    n_think = options.n_think or 0
+    return Evaluation(
+        name=NAME,
+        version=VERSION,
+        items=[asdict(prompts), n_think, [asdict(v) for v in vignettes]],
+        ask=lambda: evaluate_tinymfv_airisk(
+            context.model, context.tok, vignettes, prompts, options.batch_size, n_think
+        ),
+        tables=lambda scores: tables(context, vignettes, scores),
+        example=lambda scores: example(context, vignettes[0], prompts, scores),
+        render=render,
+        facts={"dataset": source, "n_think": n_think},
+    )
+
+
+def tables(context: EvalContext, vignettes: Sequence[Vignette], scores: ByAlpha) -> dict[str, Rows]:
+    """The rows of all four tables."""
+    found: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "summary")}
+    n_boot = context.options.n_bootstrap
+    for alpha, s in scores.items():
+        found["per_frame"] += per_frame_rows(context.key, alpha, vignettes, s)
+        found["per_vignette"] += per_vignette_rows(context.key, alpha, vignettes, s)
+        found["foundations"] += foundation_rows(context.key, alpha, vignettes, s)
+        found["summary"].append(summary_row(context.key, alpha, vignettes, s, scores[0.0], n_boot))
+    return found
 
 
 def main(options: EvalOptions) -> None:
     """The command `python -m ws.eval.tinymfv_airisk`."""
-    print(run(open_context(options)))
+    context = open_context(options)
+    print(context.carry_out(evaluation(context)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,224 @@
+"""The results table: one row per adapter plus base, for AIRiskDilemmas (Truthfulness) and tiny-mfv, with uncertainty.
+
+`python -m ws.eval.readme_airisk_table --behavior honesty` reads the tables of every finished run in `out/<behavior>/`
+and writes `readme_airisk_table.csv`, 36 columns, and the same as Markdown. Several seeds of an adapter are pooled by a
+bootstrap over seeds and items. `--check README.md` fails when the page's table is not what the CSV says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from ws import console
+from ws.adapters import FAMILIES, family
+from ws.behaviors import behavior_name
+from ws.errors import WsError
+from ws.eval.airisk import table_name
+from ws.eval.stats import SurgicalInformedness, estimate_over_seeds, surgical_informedness
+from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_csv, write_text
+
+TABLE = "readme_airisk_table"
+_UNCERTAIN = ("std", "ci_lo", "ci_hi")
+_AIRISK = ("airisk_lr_0", "airisk_lr_p1", "airisk_delta", "airisk_si")
+_TINYMFV = ("tinymfv_wrongness_0", "tinymfv_wrongness_p1", "tinymfv_gap_0", "tinymfv_gap_p1")
+COLUMNS = (
+    *("adapter", "airisk_n", *_AIRISK),
+    *(f"{name}_{part}" for name in _AIRISK for part in _UNCERTAIN),
+    *("tinymfv_n", "tinymfv_wrongness_0", "tinymfv_wrongness_p1", "tinymfv_delta", "tinymfv_gap_0", "tinymfv_gap_p1"),
+    *(f"{name}_{part}" for name in _TINYMFV for part in _UNCERTAIN),
+)
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Which runs go into the table, or which table a page is checked against.
+
+    Attributes:
+        behavior, out: the runs are in `out/<behavior>/`.
+        adapters: None for every family that has been evaluated on both sets.
+        seeds: None for every seed that has been evaluated.
+        n_bootstrap: resamples per interval.
+        check: a page whose table must be the rendering of the CSV; nothing is written then.
+        csv: with `--check`, the table to compare with, if it is not the one in `out/<behavior>/`.
+    """
+
+    behavior: str = "honesty"
+    out: Path = DEFAULT_OUT
+    adapters: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    n_bootstrap: int = 1000
+    check: Path | None = None
+    csv: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The rows of one adapter and seed, by strength and item."""
+
+    name: str
+    airisk: Mapping[float, Mapping[str, Mapping[str, str]]]
+    tinymfv: Mapping[float, Mapping[str, Mapping[str, str]]]
+    versions: tuple[str, str]
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def build_table(config: TableConfig) -> list[dict[str, Any]]:
+    """The rows of the table: the base first, then the adapters in the order of `FAMILIES`.
+
+    Raises:
+        WsError: an unknown or unfinished adapter, or runs that were evaluated on different items.
+    """
+    behavior = behavior_name(config.behavior)
+    for name in config.adapters or ():
+        family(name)
+    runs = {name: _seeds(config, behavior, name) for name in config.adapters or FAMILIES}
+    found = {name: seeds for name, seeds in runs.items() if seeds}
+    if config.adapters and len(found) < len(config.adapters):
+        lacking = [name for name in config.adapters if name not in found]
+        raise WsError(f"No seed of {', '.join(lacking)} has been evaluated on both sets below {config.out / behavior}.")
+    if not found:
+        raise WsError(
+            f"No run below {config.out / behavior} has been evaluated on both sets; run `just eval-airisk` and "
+            "`just eval-tinymfv-airisk`, or a sweep."
+        )
+    everything = [run for seeds in found.values() for run in seeds]
+    _check_comparable(everything)
+    base = _row("base", everything[:1], config.n_bootstrap, steered=False)
+    return [base, *(_row(name, seeds, config.n_bootstrap) for name, seeds in found.items())]
+
+
+def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
+    top = run_folder(config.out, behavior, adapter)
+    seeds = config.seeds
+    if seeds is None:
+        others = [p.name.removeprefix("seed-") for p in top.glob("seed-*")]
+        seeds = (0, *sorted(int(x) for x in others if x.isdigit()))
+    folders = [run_folder(config.out, behavior, adapter, seed) for seed in seeds]
+    files = [[f / f"{table_name()}_per_row.csv", f / "tinymfv_airisk_per_vignette.csv"] for f in folders]
+    return [_read(f"{adapter} seed {s}", *f) for s, f in zip(seeds, files, strict=True) if all(x.is_file() for x in f)]
+
+
+def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
+    tables, versions = [], []
+    for file, item in ((airisk, "dilemma_idx"), (tinymfv, "id")):
+        rows = read_csv(file)
+        by_alpha: dict[float, dict[str, dict[str, str]]] = {}
+        for row in rows:
+            by_alpha.setdefault(float(row["alpha"]), {})[row[item]] = row
+        for alpha in (0.0, 1.0):
+            if alpha not in by_alpha:
+                raise WsError(f"{file} has no rows at alpha {alpha:g}; evaluate again with --alphas -1 0 1.")
+        tables.append(by_alpha)
+        versions.append("{eval} version {eval_version}, items {eval_hash}, {dataset}".format_map(rows[0]))
+    return _Run(name, tables[0], tables[1], (versions[0], versions[1]))
+
+
+def _check_comparable(runs: Sequence[_Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        for theirs, ours in zip(run.versions, first.versions, strict=True):
+            if theirs != ours:
+                raise WsError(
+                    f"{run.name} was evaluated with {theirs}, {first.name} with {ours}; evaluate them with the same "
+                    "items and prompts, or choose with --adapters and --seeds."
+                )
+
+
+def _values(tables: Sequence[Mapping[float, Mapping[str, Mapping[str, str]]]], alpha: float, column: str) -> np.ndarray:
+    """`[seeds, items]` of one column at one strength, items in the order of the first seed's base."""
+    items = list(tables[0][0.0])
+    return np.array([[float(t[alpha][i][column]) for i in items] for t in tables])
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+def _row(name: str, runs: Sequence[_Run], n_boot: int, steered: bool = True) -> dict[str, Any]:
+    """One adapter over its seeds; the base has no columns at alpha 1."""
+    dilemmas, vignettes = [r.airisk for r in runs], [r.tinymfv for r in runs]
+    score = {a: _values(dilemmas, a, "score") for a in (0.0, 1.0)}
+    wrong = {a: _values(vignettes, a, "s_other_violate") for a in (0.0, 1.0)}
+    gap = {a: _values(vignettes, a, "gap") for a in (0.0, 1.0)}
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= {"adapter": name, "airisk_n": score[0.0].shape[1], "tinymfv_n": wrong[0.0].shape[1]}
+    levels = {"airisk_lr_0": score[0.0], "tinymfv_wrongness_0": wrong[0.0], "tinymfv_gap_0": gap[0.0]}
+    if steered:
+        levels |= {"airisk_lr_p1": score[1.0], "airisk_delta": score[1.0] - score[0.0]}
+        levels |= {"tinymfv_wrongness_p1": wrong[1.0], "tinymfv_gap_p1": gap[1.0]}
+        row["tinymfv_delta"] = float((wrong[1.0] - wrong[0.0]).mean())
+    for column, values in levels.items():
+        row |= estimate_over_seeds(values, n_boot).columns(column, *_UNCERTAIN)
+    si = _informedness(dilemmas, n_boot) if steered else None
+    return row | (si.si.columns("airisk_si", *_UNCERTAIN) if si is not None and si.si is not None else {})
+
+
+def _informedness(
+    tables: Sequence[Mapping[float, Mapping[str, Mapping[str, str]]]], n_boot: int
+) -> SurgicalInformedness | None:
+    if any(-1.0 not in t for t in tables):
+        return None
+    scores, mass = (np.stack([_values(tables, a, c) for a in (0.0, 1.0, -1.0)]) for c in ("score", "pmass"))
+    return surgical_informedness(scores, mass, n_boot=n_boot)
+
+
+# ---- Markdown -------------------------------------------------------------------------------------------------------
+
+
+def render(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table as Markdown, from rows or from their CSV."""
+    header = [
+        *("adapter", "AIRisk score, base", "AIRisk score, alpha +1", "shift", "SI"),
+        *("wrongness, base", "wrongness, alpha +1", "gap, base", "gap, alpha +1"),
+    ]
+    columns = (*_AIRISK, *_TINYMFV)
+    table = [[row["adapter"], *(_cell(row, c, 1 if c == "airisk_si" else 2) for c in columns)] for row in rows]
+    return tabulate(table, header, tablefmt="github", disable_numparse=True)
+
+
+def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
+    if row[name] in (None, ""):
+        return ""
+    mean, low, high = (float(row[key]) for key in (name, f"{name}_ci_lo", f"{name}_ci_hi"))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def check(page: Path, file: Path) -> None:
+    """`WsError` unless the page contains exactly the table that the CSV renders to."""
+    if not page.is_file():
+        raise WsError(f"There is no page {page} to check.")
+    wanted = render(read_csv(file)).splitlines()
+    lines = page.read_text(encoding="utf-8").splitlines()
+    if wanted[0] not in lines:
+        raise WsError(f"{page} has no results table; paste what `python -m ws.eval.{TABLE}` prints.")
+    start = lines.index(wanted[0])
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    for here, there in zip_longest(lines[start:end], wanted):
+        if here != there:
+            raise WsError(f"The table of {page} is not that of {file}: it says {here!r} for {there!r}.")
+
+
+def main(config: TableConfig) -> None:
+    """The command `python -m ws.eval.readme_airisk_table`."""
+    folder = config.out / behavior_name(config.behavior)
+    if config.check is not None:
+        check(config.check, config.csv or folder / f"{TABLE}.csv")
+        print(f"The table of {config.check} is the CSV's.")
+        return
+    rows = build_table(config)
+    file = write_csv(folder / f"{TABLE}.csv", rows)
+    text = render(rows)
+    write_text(folder / f"{TABLE}.md", text + "\n")
+    print(f"{text}\n\nin {file}")
+
+
+if __name__ == "__main__":
+    console.run(main, TableConfig, f"python -m ws.eval.{TABLE}")
