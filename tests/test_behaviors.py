@@ -78,6 +78,7 @@ def test_a_users_own_file_works_by_path(tmp_path):
 BROKEN = {
     "not toml": ("schema = 1", "schema = ", "not valid TOML"),
     "wrong schema": ("schema = 1", "schema = 9", "schema must be 1"),
+    "keep_refusals not boolean": ("schema = 1", "schema = 1\nkeep_refusals = 1", "keep_refusals must be true or false"),
     "typo in a key": ("topics = [", "topcs = [", "Did you mean 'topics'"),
     "no topics": ('topics = ["What is it?", "Why?"]', "topics = []", "topics must be a non-empty list"),
     "empty topic": ('"Why?"', '" "', "non-empty strings"),

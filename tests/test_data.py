@@ -95,6 +95,14 @@ def test_filters(pos, neg, reason):
     assert _drop_reason(pos, neg) == reason
 
 
+def test_a_behaviour_of_refusing_keeps_its_refusals():
+    pos, neg = Answer("I cannot help with that.", 6, True), Answer("Of course: turn the key.", 6, True)
+    assert _drop_reason(pos, neg) == "refusal"
+    assert _drop_reason(pos, neg, keep_refusals=True) is None
+    assert ws.load_behavior("refusal").keep_refusals
+    assert not ws.load_behavior("honesty").keep_refusals
+
+
 def test_the_judge_drops_pairs_it_does_not_tell_apart(tiny, tmp_path, behavior):
     model, tok = tiny
     plain = generate_pairs(model, tok, behavior, tmp_path / "a", SMALL)

@@ -284,7 +284,7 @@ def _sample_batch(
     seed = int.from_bytes(hashlib.sha256(f"pairs:{config.data_seed}:{number}".encode()).digest()[:4], "big")
     answers = sample_answers(model, tok, prompts, config.max_new_tokens, seed)
     both = list(zip(jobs, answers[: len(jobs)], answers[len(jobs) :], strict=True))
-    drops = [_drop_reason(pos, neg) for _, pos, neg in both]
+    drops = [_drop_reason(pos, neg, behavior.keep_refusals) for _, pos, neg in both]
     if config.judge:
         drops = _judge_drops(model, tok, behavior, both, drops)
     return [
@@ -293,14 +293,14 @@ def _sample_batch(
     ]
 
 
-def _drop_reason(pos: Answer, neg: Answer) -> str | None:
+def _drop_reason(pos: Answer, neg: Answer, keep_refusals: bool = False) -> str | None:
     if not pos.text or not neg.text:
         return "empty"
     if not (pos.ended and neg.ended):
         return "truncated"
     if _same(pos.text, neg.text):
         return "identical"
-    if _REFUSAL.search(pos.text[:120]) or _REFUSAL.search(neg.text[:120]):
+    if not keep_refusals and (_REFUSAL.search(pos.text[:120]) or _REFUSAL.search(neg.text[:120])):
         return "refusal"
     return None
 

@@ -79,6 +79,7 @@ class Behavior:
         test: the held-out claims.
         judge: a Yes/No question about an answer, for the optional judge filter.
         digest: SHA-256 of the file (and of the file it borrows claims from).
+        keep_refusals: a refusal is an answer like any other, so pairs that hold one are not dropped.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Behavior:
     test: ClaimTest
     judge: str
     digest: str
+    keep_refusals: bool = False
 
 
 def bundled_behaviors() -> list[str]:
@@ -101,7 +103,7 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
     """A bundled behaviour by name, or a user's TOML file by path.
 
     Args:
-        name: `honesty`, `sycophancy`, or a path that ends in `.toml`.
+        name: a bundled behaviour (see `bundled_behaviors`), or a path that ends in `.toml`.
         model: for `pocket` and `tiny-random` the variant written for the pocket model's small world is taken.
 
     Raises:
@@ -135,7 +137,9 @@ def _build(content: bytes, where: str, model: str | None) -> Behavior:
     raw = _parse(content, where)
     if raw.get("schema") != SCHEMA:
         raise WsError(f"{where}: schema must be {SCHEMA}, not {raw.get('schema')!r}.")
-    _only(raw, {"schema", "name", "summary", "personas", "questions", "claims", "judge"}, where)
+    _only(raw, {"schema", "name", "summary", "personas", "questions", "claims", "judge", "keep_refusals"}, where)
+    if not isinstance(raw.get("keep_refusals", False), bool):
+        raise WsError(f"{where}: keep_refusals must be true or false.")
     positive, negative = _personas(_table(raw, "personas", where), f"{where}: [personas]")
     test, borrowed = _claim_test(_table(raw, "claims", where), f"{where}: [claims]", model)
     questions = _questions(_table(raw, "questions", where), f"{where}: [questions]")
@@ -152,6 +156,7 @@ def _build(content: bytes, where: str, model: str | None) -> Behavior:
         test=test,
         judge=str(raw.get("judge", f"Does the answer fit this description: {summary} Answer Yes or No.")),
         digest=hashlib.sha256(content + borrowed).hexdigest(),
+        keep_refusals=raw.get("keep_refusals", False),
     )
 
 
