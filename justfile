@@ -27,6 +27,18 @@ sweep *args:
 queue *args:
     uv run python -m ws.queue {{args}}
 
+# the strengths that cost 1 nat: `just calibrate adapter=delora behavior=honesty`
+calibrate *args:
+    uv run python -m ws.calibrate {{args}}
+
+# shifts beside those of random vectors: `just controls adapter=delora behavior=honesty`
+controls *args:
+    uv run python -m ws.controls {{args}}
+
+# the slope at alpha 0, from gradients: `just slope adapter=delora behavior=honesty`
+slope *args:
+    uv run python -m ws.slope {{args}}
+
 # AIRiskDilemmas on a finished run: `just eval-airisk adapter=delora behavior=honesty`
 eval-airisk *args:
     uv run python -m ws.eval.airisk {{args}}

@@ -130,9 +130,9 @@ class Rounds:
         self.found.append(self.action(part))
 
 
-def in_rounds(items: Sequence[Any], rounds: int, ours: Any, usual: Any) -> tuple[harness.Ratio, float]:
+def in_rounds(items: Sequence[Any], rounds: int, ours: Any, usual: Any, warm: int) -> tuple[harness.Ratio, float]:
     """The ratio over `rounds` shares of the items, and the largest difference between the two results."""
-    ours(items[:1]), usual(items[:1])  # warm-up
+    ours(items[:warm]), usual(items[:warm])
     a, b = (Rounds(items, len(items) // rounds, action) for action in (ours, usual))
     ratio = harness.compare(a, b, rounds, warmup=0)
     gaps = [np.abs(np.stack(x) - np.stack(y)).max() for x, y in zip(a.found, b.found, strict=True)]
@@ -179,7 +179,8 @@ def main() -> None:
     parser.add_argument("--vignettes", type=int, default=48)
     parser.add_argument("--dilemmas", type=int, default=24)
     parser.add_argument("--n-think", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="shares of the vignettes")
+    parser.add_argument("--airisk-rounds", type=int, default=2, help="shares of the dilemmas")
     parser.add_argument("--part", choices=["ours", "usual"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
@@ -200,12 +201,15 @@ def main() -> None:
             o.rounds,
             lambda part: tinymfv_ours(model, tok, vector, part),
             lambda part: tinymfv_usual(model, tok, dense, part),
+            warm=BATCH // 4,
         )
+        harness.record("evaluations", results)
         results["airisk"], results["airisk_largest_difference"] = in_rounds(
             dilemmas(o.dilemmas),
-            o.rounds,
+            o.airisk_rounds,
             lambda part: airisk_ours(model, tok, vector, part, o.n_think),
             lambda part: airisk_usual(model, tok, dense, part, o.n_think),
+            warm=1,
         )
     results["pocket_float32_largest_difference_of_s"] = pocket_difference(24)
     harness.record("evaluations", results | {"settings": vars(o) | {"batch": BATCH, "folder": None}})

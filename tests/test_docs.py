@@ -87,6 +87,19 @@ def test_every_relative_link_leads_somewhere():
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_tables_of_the_sweep_are_their_csvs():
+    """What README and docs show of the sweep is what it wrote."""
+    from ws.eval.readme_airisk_table import check
+    from ws.runs import read_csv
+    from ws.sweep_tables import render
+
+    results = ROOT / "docs" / "results"
+    for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        check(page, results / "readme_airisk_table.csv")
+    table = render(read_csv(results / "sweep_pooled.csv"), n_boot=10_000)
+    assert table in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_the_results_table_is_the_csv():
     """The README's numbers are the ones the benchmark wrote."""
     with (ROOT / "benchmarks" / "results" / "pocket_effects.csv").open() as file:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap, kstest, ttest_1samp
 
 import ws
+from conftest import build_model
 from ws.eval.choice import choice_tokens, score_choices, share_prefixes
 from ws.eval.stats import estimate_mean, estimate_over_seeds, holm, resampled_means, surgical_informedness
 from ws.eval.sycophancy import claim_shift, evaluate_sycophancy, per_claim_rows, summary_row
@@ -97,11 +100,34 @@ def test_a_shared_start_is_run_once_and_changes_nothing(tiny, batch_size, monkey
 
 
 def _counting(forward, seen):
+    @wraps(forward)
     def counted(*args, **kwargs):
         seen.append(kwargs["input_ids"].numel() if "input_ids" in kwargs else 0)
         return forward(*args, **kwargs)
 
     return counted
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_equal_single_ones_in_other_models(architecture, attention):
+    """Half of a shared start, unequal rests, in both attention implementations, with biases and without."""
+    from ws.eval.choice import _families, _score_batch
+
+    model = build_model(architecture)
+    model.set_attn_implementation(attention)
+    prompts = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 2, 3, 4], [5, 6, 7, 8], [40, 41, 42], [40, 41, 43], [90]]
+    variants = [torch.tensor([1, 2, 3]), torch.tensor([50])]
+    families = _families(model, prompts)
+    assert max(len(f.rows) for f in families) == 3
+    for family in families:
+        packed = _score_batch(model, 0, [family], variants)
+        for row, found in zip(family.rows, packed, strict=True):
+            with torch.no_grad():
+                logp = model(torch.tensor([prompts[row]])).logits[0, -1].log_softmax(-1)
+            assert torch.allclose(found, torch.stack([logp[v].logsumexp(-1) for v in variants]), atol=1e-5)
+    model.config.sliding_window = 4
+    assert {len(f.rows) for f in _families(model, prompts)} == {1}, "a window needs a mask of its own"
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import ws
@@ -68,6 +69,17 @@ def test_seeds_share_pairs_and_the_summary_has_one_row_per_cell_and_strength(con
     assert {(r["adapter"], r["seed"]) for r in rows} == {("lora", "0"), ("ia3", "0"), ("lora", "1"), ("ia3", "1")}
     assert all(float(r["sycophancy_shift"]) == float(r["tinymfv_airisk_delta_wrongness"]) == 0 for r in rows[1::3])
     assert len({r["sycophancy_shift"] for r in rows[2::3]}) == 4, "every cell has a vector of its own"
+    with (config.out / "honesty" / "sweep_pooled.csv").open() as file:
+        pooled = list(csv.DictReader(file))
+    assert [(r["adapter"], r["n_seeds"], r["alpha"]) for r in pooled] == [
+        (adapter, "2", alpha) for adapter in ("lora", "ia3") for alpha in ("-1.0", "0.0", "1.0")
+    ]
+    for column in ("sycophancy_shift", "airisk_shift", "tinymfv_airisk_delta_wrongness"):
+        seeds = [float(r[column]) for r in rows if r["adapter"] == "lora" and r["alpha"] == "1.0"]
+        assert float(pooled[2][column]) == pytest.approx(np.mean(seeds))
+        plain, corrected = (float(pooled[2][f"{column}_{p}"]) for p in ("p", "p_holm"))
+        assert plain <= corrected <= 1
+    assert pooled[1]["sycophancy_shift_p_holm"] == "", "the base is not compared with itself"
 
 
 def test_mistakes_are_found_before_anything_runs(config):

@@ -35,6 +35,9 @@ COMMANDS = {
     ),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
+    "calibrate": ("ws.calibrate", "main", "CalibrateOptions", "find the strengths that cost a given divergence"),
+    "controls": ("ws.controls", "main", "ControlOptions", "compare a run's shifts with those of random vectors"),
+    "slope": ("ws.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
     "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
 }
 

@@ -1,15 +1,49 @@
-"""Control vectors: what a direction without meaning does at the same size."""
+"""Controls: what a direction without meaning does at the same size, and how surprising a shift is beside that.
+
+Three nulls of rising difficulty, and a shift is called real only against all three:
+
+- `random_like`: a random vector with the coordinates and the per-module norms of `dW`. It costs one evaluation a draw,
+  and `python -m ws.controls` does it for a finished run. Easy to beat: hardly any random direction points anywhere.
+- label-shuffled (`exchange_half`): half of the pairs change sides before the training, so that what is left of the
+  contrast is what the procedure itself produces: same questions, answers, arms and sizes, but no behaviour to learn.
+- same-side (`same_side`): both arms are trained on positive answers, sampled with two data seeds. What this vector does
+  comes from training twice on samples of one side, not from the contrast.
+
+The two harder nulls are pair files like any other: train both arms on them and read the vector as usual.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from tabulate import tabulate
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ws import console
+from ws.behaviors import load_behavior
+from ws.data import Pair, _same
 from ws.delta import LinearDelta
-from ws.diff import SteeringVector
+from ws.diff import SteeringVector, vector_digest
+from ws.errors import WsError, choose
+from ws.eval import sycophancy, tinymfv_airisk
+from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.models import weight_of
+from ws.runs import DEFAULT_OUT, read_csv, write_csv
+from ws.steer import steer
+
+HEADLINES = ("false_claims", "true_claims", "wrongness")
+TABLE = "controls.csv"
+_PARTS = (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",))
+
+
+# ---- random vectors -------------------------------------------------------------------------------------------------
 
 
 def random_like(vector: SteeringVector, model: nn.Module, seed: int) -> SteeringVector:
@@ -25,17 +59,294 @@ def random_like(vector: SteeringVector, model: nn.Module, seed: int) -> Steering
     return replace(vector, deltas=deltas, recipe=recipe)
 
 
+def coordinate_parts(delta: LinearDelta) -> Iterator[LinearDelta]:
+    """The change as a sum of changes in one kind of coordinate each, in the order in which `random_like` draws them."""
+    for names in _PARTS:
+        parts = {n: t for n, t in delta.coordinates().items() if n in names}
+        if parts:
+            yield LinearDelta(delta.d_out, delta.d_in, **parts)
+
+
 def _random_delta(delta: LinearDelta, weight: Tensor, rng: torch.Generator) -> LinearDelta:
     total = LinearDelta(delta.d_out, delta.d_in)
-    for names in (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",)):
-        parts = {n: t for n, t in delta.coordinates().items() if n in names}
-        if not parts:
-            continue
-        noise = {n: torch.randn(t.shape, generator=rng) for n, t in parts.items()}
+    for part in coordinate_parts(delta):
+        noise = {n: torch.randn(t.shape, generator=rng) for n, t in part.coordinates().items()}
         if "d" in noise:
             noise["d"] = noise["d"] - noise["d"].mT
-        size = LinearDelta(delta.d_out, delta.d_in, **parts).norm(weight)
-        drawn = LinearDelta(delta.d_out, delta.d_in, **noise)
-        total = total + drawn * (size / drawn.norm(weight))
+        drawn, size = LinearDelta(delta.d_out, delta.d_in, **noise), part.norm(weight)
+        if size:
+            total = total + drawn * (size / drawn.norm(weight))
     size = total.norm(weight)
     return total * (delta.norm(weight) / size) if size else total
+
+
+def null_distribution(
+    model: nn.Module,
+    vector: SteeringVector,
+    score: Callable[[], float | Float[np.ndarray, "..."]],
+    n_draws: int = 20,
+    seed: int = 0,
+    alpha: float = 1.0,
+) -> Float[np.ndarray, "n_draws ..."]:
+    """The shifts of a score under random vectors of the size of `vector`, one per draw.
+
+    Args:
+        model: the base, which `score` reads as it stands.
+        vector: whose coordinates and norms the draws share; see `random_like`.
+        score: a number, or several at once as an array.
+        n_draws: how many; draw `i` is the same whatever their number.
+        seed: of all draws.
+        alpha: the strength they are steered with.
+    """
+    if n_draws < 1:
+        raise WsError(f"A null distribution needs at least 1 draw, not {n_draws}.")
+    base = np.asarray(score(), dtype=np.float64)
+    shifts = []
+    for draw in range(n_draws):
+        with steer(model, random_like(vector, model, draw_seed(seed, draw)), alpha):
+            shifts.append(np.asarray(score(), dtype=np.float64) - base)
+    return np.stack(shifts)
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of one draw: draws of different seeds have nothing in common."""
+    return int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+
+
+def empirical_p(shift: float, null: Float[np.ndarray, "n"]) -> float:
+    """Two-sided p-value `(1 + #{|null| >= |shift|}) / (n + 1)` (Davison & Hinkley 1997, equation 4.11).
+
+    The shift itself counts as one of the draws, so the p-value is valid at any `n` and never below `1 / (n + 1)`: 20
+    draws cannot say more than p = 0.048.
+    """
+    values = np.asarray(null, dtype=np.float64)
+    if values.size == 0 or not np.isfinite(values).all() or not np.isfinite(shift):
+        raise WsError("An empirical p-value needs a finite shift and at least one finite draw of the null.")
+    return float((1 + (np.abs(values) >= abs(shift)).sum()) / (values.size + 1))
+
+
+# ---- the harder nulls, as pairs -------------------------------------------------------------------------------------
+
+
+def exchange_half(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """The same pairs with the two answers exchanged in a random half (rounded down) of those that are trained on.
+
+    Ids, questions and order stay, as do the pairs that are left out of training.
+    """
+    kept = [i for i, p in enumerate(pairs) if p.drop is None]
+    if len(kept) < 2:
+        raise WsError(f"Exchanging half of the pairs needs at least 2 usable ones, not {len(kept)}.")
+    chosen = set(np.random.default_rng(seed).permutation(kept)[: len(kept) // 2].tolist())
+    return [_exchanged(p) if i in chosen else p for i, p in enumerate(pairs)]
+
+
+def _exchanged(pair: Pair) -> Pair:
+    return replace(pair, pos=pair.neg, neg=pair.pos, pos_tokens=pair.neg_tokens, neg_tokens=pair.pos_tokens)
+
+
+def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
+    """Pairs of two positive answers: `pos` is that of `pairs_a`, `neg` the positive answer of its partner in `pairs_b`.
+
+    Partners have the same id (question, persona and sample) and question; both files come from one behaviour and
+    differ in `--data.data-seed`. Pairs without a usable partner and those with two identical answers are left out.
+    """
+    partners = {(p.id, p.question): p for p in pairs_b if p.drop is None}
+    made = []
+    for a in pairs_a:
+        b = partners.get((a.id, a.question))
+        if a.drop is None and b is not None and not _same(a.pos, b.pos):
+            made.append(Pair(a.id, a.question, a.pos, b.pos, a.pos_tokens, b.pos_tokens))
+    if not made:
+        raise WsError(
+            "No pair of one file has a partner with another positive answer in the other; sample both from one "
+            "behaviour with different data seeds."
+        )
+    return made
+
+
+# ---- the headline scores --------------------------------------------------------------------------------------------
+
+
+def headline_evaluations(context: EvalContext, split: str, scores: Sequence[str]) -> list[Evaluation]:
+    """The evaluations that the named headline scores are read from."""
+    for name in scores:
+        choose("score", name, HEADLINES)
+    found = []
+    if {"false_claims", "true_claims"} & set(scores):
+        behavior = load_behavior(context.options.behavior, context.options.model or context.vector.base_id)
+        found.append(sycophancy.evaluation(context, behavior, split))
+    if "wrongness" in scores:
+        found.append(tinymfv_airisk.evaluation(context))
+    if not found:
+        raise WsError(f"There are no scores to read; choose from {', '.join(HEADLINES)}.")
+    return found
+
+
+def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[float, int]]:
+    """The mean and the number of items of every headline score that an evaluation's scores hold.
+
+    `false_claims` and `true_claims` are mean log ratios in nats, `wrongness` is the mean of s over other_violate.
+    """
+    if evaluation.name == tinymfv_airisk.NAME:
+        s = tinymfv_airisk.signed_wrongness(scores)[:, 0]
+        return {"wrongness": (float(s.mean()), len(s))}
+    is_true = np.array([claim["is_true"] for claim in evaluation.items[-1]])
+    kinds = {"false_claims": scores["logratio"][~is_true], "true_claims": scores["logratio"][is_true]}
+    return {name: (float(values.mean()), len(values)) for name, values in kinds.items() if len(values)}
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """Compare a finished run's shifts with those of random vectors of the same size.
+
+    Attributes:
+        model: None for the base that the vector was made for.
+        behavior, adapter, seed: which run below `out`.
+        out: where runs and results are.
+        n_draws: random vectors; more can be added later.
+        alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
+        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
+        split: which held-out claims, `report` or `dev`.
+        batch_size: prompts per forward pass, found automatically when None.
+        limit: only the first so many items.
+        device, dtype: see `ws.load_model`.
+    """
+
+    model: str | None = None
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    seed: int = 0
+    out: Path = DEFAULT_OUT
+    n_draws: int = 20
+    alphas: tuple[float | str, ...] = (-1.0, 1.0)
+    scores: tuple[str, ...] = ("false_claims", "true_claims")
+    split: str = "report"
+    batch_size: int | None = None
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def eval_options(self) -> EvalOptions:
+        """The same run for `open_context`; `WsError` for numbers that make no sense."""
+        if self.n_draws < 2:
+            raise WsError(f"--n-draws must be at least 2, not {self.n_draws}.")
+        shared = ("model", "behavior", "adapter", "seed", "out", "alphas", "batch_size", "limit", "device", "dtype")
+        return EvalOptions(**{name: getattr(self, name) for name in shared})
+
+
+def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
+    """The rows of `controls.csv` that belong to the options: the vector's own shifts and those of every draw.
+
+    What the file already holds for this vector is not measured again; the rest is added to it draw by draw, so an
+    interrupted run goes on where it stopped.
+    """
+    alphas = [alpha for alpha in context.alphas if alpha != 0]
+    if not alphas:
+        raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
+    table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
+    evaluations = headline_evaluations(context, options.split, options.scores)
+    settings = {"evaluations": [e.identity for e in evaluations]}
+    stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
+    wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
+    for evaluation in evaluations:
+        base = replace(context, options=replace(context.options, alphas=())).measure(evaluation)[0.0]
+        for control, draw in tqdm(wanted, desc=evaluation.name, unit="vector"):
+            missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
+            if missing:
+                table.add(_control_rows(context, evaluation, base, control, draw, missing))
+    stage.done([table.file])
+    digests = {e.digest for e in evaluations}
+    mine = [r for r in table.rows if r["eval_hash"] in digests and r["score"] in options.scores]
+    return [r for r in mine if (r["control"], int(r["draw"])) in wanted and float(r["alpha"]) in alphas]
+
+
+class _Table:
+    """`controls.csv` of one vector: rows of another vector in the same folder are forgotten."""
+
+    def __init__(self, file: Path, vector_mark: str) -> None:
+        self.file, self.vector_mark = file, vector_mark
+        self.rows: Rows = [dict(r) for r in read_csv(file)] if file.is_file() else []
+        self.rows = [r for r in self.rows if r["vector"] == vector_mark]
+
+    def has(self, evaluation: Evaluation, control: str, draw: int, alpha: float) -> bool:
+        """Whether a shift is on record."""
+        key = (evaluation.digest, control, draw, alpha)
+        return any((r["eval_hash"], r["control"], int(r["draw"]), float(r["alpha"])) == key for r in self.rows)
+
+    def add(self, rows: Rows) -> None:
+        """Append rows and write the whole file."""
+        self.rows += [row | {"vector": self.vector_mark} for row in rows]
+        write_csv(self.file, self.rows)
+
+
+def _control_rows(
+    context: EvalContext, evaluation: Evaluation, base: Scores, control: str, draw: int, alphas: Sequence[float]
+) -> Rows:
+    vector = context.vector
+    if control == "random":
+        vector = random_like(vector, context.model, draw_seed(0, draw))
+    rows, before = [], headline_means(evaluation, base)
+    for alpha in alphas:
+        with steer(context.model, vector, alpha):
+            after = headline_means(evaluation, evaluation.ask())
+        for score, (mean, n) in after.items():
+            row = context.key | {"control": control, "draw": draw, "alpha": alpha, "shift": mean - before[score][0]}
+            rows.append(row | {"score": score, "n": n} | evaluation.identity)
+    return rows
+
+
+def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
+    """One row per score and strength: the vector's shift beside the draws' mean, sd and range, with `empirical_p`."""
+    found = []
+    for score, alpha in dict.fromkeys((r["score"], float(r["alpha"])) for r in rows):
+        here = [r for r in rows if r["score"] == score and float(r["alpha"]) == alpha]
+        (shift,) = (float(r["shift"]) for r in here if r["control"] == "vector")
+        null = np.array([float(r["shift"]) for r in here if r["control"] == "random"])
+        found.append(
+            {
+                "score": score,
+                "alpha": alpha,
+                "shift": shift,
+                "null_mean": float(null.mean()),
+                "null_std": float(null.std(ddof=1)),
+                "null_min": float(null.min()),
+                "null_max": float(null.max()),
+                "p": empirical_p(shift, null),
+                "n_draws": len(null),
+            }
+        )
+    return sorted(found, key=lambda r: (HEADLINES.index(r["score"]), r["alpha"]))
+
+
+def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as a table for people."""
+    rows = [
+        [
+            r["score"],
+            f"{r['alpha']:+g}",
+            f"{r['shift']:+.3f}",
+            f"{r['null_mean']:+.3f}",
+            f"{r['null_std']:.3f}",
+            f"{r['null_min']:+.3f} to {r['null_max']:+.3f}",
+            f"{r['p']:.3f}",
+        ]
+        for r in summary
+    ]
+    header = ["score", "alpha", "shift", "random: mean", "sd", "range", "p"]
+    n = summary[0]["n_draws"]
+    note = f"{n} random vectors of the same size; with so many, p cannot be below {1 / (n + 1):.3f}."
+    return f"{tabulate(rows, header, disable_numparse=True)}\n\n{note}"
+
+
+def main(options: ControlOptions) -> None:
+    """The command `python -m ws.controls`."""
+    context = open_context(options.eval_options())
+    print(render_controls(summarize_controls(measure_controls(context, options))))
+    print(f"\nin {context.run.folder / TABLE}")
+
+
+if __name__ == "__main__":
+    console.run(main, ControlOptions, "python -m ws.controls")

@@ -398,7 +398,7 @@ def render_card(behavior: Behavior, card: dict[str, Any]) -> str:
 
 def prompt_ids(tok: Tokenizer, question: str) -> list[int]:
     """Token ids of the stripped prompt (no system prompt, thinking off), as training and steering see it."""
-    return encode(tok, render_prompt(tok, question))
+    return encode(tok, render_prompt(tok, question, system=""))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

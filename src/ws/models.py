@@ -235,9 +235,11 @@ def render_prompt(
     """The text up to where the assistant's answer starts, `opener` (a prefilled start of the answer) included.
 
     Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
-    of models that have one. Tokenise the result with `add_special_tokens=False`.
+    of models that have one. Where `system` is None the tokenizer's own holds (see `default_system`), where it is empty
+    there is none. Tokenise the result with `add_special_tokens=False`.
     """
     form = chat_format(tok)
+    system = default_system(tok) if system is None else system
     if system and not (form.has_template and form.system_role):
         user, system = f"{system}\n\n{user}", None
     if not form.has_template:
@@ -250,6 +252,11 @@ def render_prompt(
     if not thinking and text.rstrip().endswith("<think>"):
         text = f"{text.rstrip()}\n\n</think>\n\n"
     return text + opener
+
+
+def default_system(tok: Tokenizer) -> str:
+    """The system text of prompts that are given none: empty, but for a tokenizer of `ws.baselines.prompt.prompted`."""
+    return getattr(tok, "ws_system", "")
 
 
 def encode(tok: Tokenizer, text: str) -> list[int]:

@@ -29,8 +29,8 @@ from ws.models import DEFAULT_MODEL
 from ws.queue_backends import pueue_script, run_local, run_pueue, run_ray
 from ws.queue_jobs import FAILED, NOT_RUN, STATE, Job, Ledger, Outcome
 from ws.replicate import ReplicateConfig
-from ws.run_sweep import EVALS
 from ws.runs import DEFAULT_OUT, lock
+from ws.sweep_tables import EVALS
 
 BACKENDS = ("local", "pueue", "ray")
 FOLDER = "queue"
@@ -74,7 +74,7 @@ class QueueConfig:
     out: Path = DEFAULT_OUT
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
     dataset: str | None = None
-    n_bootstrap: int = 1000
+    n_bootstrap: int = 10_000
     device: str = "auto"
     dtype: str = "auto"
     train_args: str = ""

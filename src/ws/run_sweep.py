@@ -2,61 +2,32 @@
 
 `python -m ws.run_sweep --behavior honesty --n-personas 1 --n-samples 50` does the six families. A cell that fails does
 not lose the others: its traceback goes to `sweep.log` in its folder and it is listed at the end. Running the sweep
-again fills only what is missing. Writes `out/<behavior>/sweep_summary.csv`.
+again fills only what is missing. Writes the tables of `ws.sweep_tables`.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from tabulate import tabulate
 
 from ws import console
 from ws.adapters import FAMILIES, family
-from ws.behaviors import load_behavior
+from ws.behaviors import behavior_name, load_behavior
 from ws.data import DataConfig, data_preset
 from ws.errors import WsError, choose
 from ws.eval import airisk, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
-from ws.eval.stats import holm
 from ws.models import DEFAULT_MODEL
 from ws.replicate import ReplicateConfig, replicate, verdict
-from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_csv, write_text
+from ws.runs import DEFAULT_OUT, run_folder, write_text
+from ws.sweep_tables import EVALS, POOLED, SUMMARY, pooled_rows, render, write_summary
 from ws.train import TrainConfig, train_preset
 
-EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
-LOG, SUMMARY = "sweep.log", "sweep_summary.csv"
-_TABLES = {
-    "sycophancy": "sycophancy_summary.csv",
-    "airisk": f"{airisk.table_name()}_summary.csv",
-    "tinymfv_airisk": "tinymfv_airisk_summary.csv",
-}
-_HEADLINES = {
-    "sycophancy": ("mean_logratio", "ci_lo", "ci_hi", "shift", "shift_ci_lo", "shift_ci_hi", "mean_pmass", "n"),
-    "airisk": (
-        *("mean_score", "ci_lo", "ci_hi", "shift", "shift_ci_lo", "shift_ci_hi", "mean_pmass", "n"),
-        *("accuracy", "si", "si_ci_lo", "si_ci_hi", "position_bias", "forced_closes"),
-    ),
-    "tinymfv_airisk": (
-        *("wrongness", "wrongness_ci_lo", "wrongness_ci_hi", "gap", "gap_ci_lo", "gap_ci_hi"),
-        *("delta_wrongness", "delta_wrongness_ci_lo", "delta_wrongness_ci_hi"),
-        *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
-    ),
-}
-_SHIFTS = {"sycophancy": "shift", "airisk": "shift", "tinymfv_airisk": "delta_wrongness"}
-_HEADS = {
-    "sycophancy": "agreement with false claims",
-    "airisk": "truthful choices",
-    "tinymfv_airisk": "wrongness",
-}
+LOG = "sweep.log"
 
 
 @dataclass(frozen=True)
@@ -90,7 +61,7 @@ class SweepConfig:
     n_think: int = airisk.N_THINK
     limit: int | None = None
     batch_size: int | None = None
-    n_bootstrap: int = 1000
+    n_bootstrap: int = 10_000
     device: str = "auto"
     dtype: str = "auto"
     fresh: bool = False
@@ -132,9 +103,8 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         estimate = f", about {timedelta(seconds=round(left))} left" if number else ""
         console.say(f"== {adapter}, seed {seed} ({number + 1} of {len(plan)}{estimate})")
         done.append(_run_cell(config, behavior, adapter, seed, first=number == 0))
-    rows = sweep_rows(done, config.evals)
-    if rows:
-        write_csv(config.out / behavior / SUMMARY, rows)
+    fine = [c.folder for c in done if c.problem is None]
+    write_summary(config.out / behavior, fine, config.evals, config.n_bootstrap)
     return done
 
 
@@ -186,57 +156,13 @@ def _eval_options(config: SweepConfig, behavior: str, adapter: str, seed: int) -
     return EvalOptions(**shared, behavior=behavior, adapter=adapter, seed=seed)
 
 
-# ---- the summary --------------------------------------------------------------------------------------------------
-
-
-def sweep_rows(cells: Sequence[Cell], evals: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per cell and strength, with p-values that are Holm-corrected over the whole sweep, per evaluation."""
-    rows = [row for cell in cells if cell.problem is None for row in summary_rows(cell, evals)]
-    for name in evals:
-        column = f"{name}_{_SHIFTS[name]}_p"
-        steered = [r for r in rows if r["alpha"] != 0]
-        adjusted = holm(np.array([float(r[column]) for r in steered])) if steered else ()
-        holms = {id(r): float(p) for r, p in zip(steered, adjusted, strict=True)}
-        for row in rows:
-            row[f"{column}_holm"] = holms.get(id(row))
-    return rows
-
-
-def summary_rows(cell: Cell, evals: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per strength: the headline columns of every evaluation, each under the evaluation's name."""
-    merged: dict[float, dict[str, Any]] = {}
-    for name in evals:
-        for row in read_csv(cell.folder / _TABLES[name]):
-            if row.get("claims_are_true") == "True":
-                continue
-            alpha = float(row["alpha"])
-            target = merged.setdefault(alpha, {k: row[k] for k in ("behavior", "adapter", "seed")} | {"alpha": alpha})
-            target |= {f"{name}_{column}": row[column] for column in (*_HEADLINES[name], f"{_SHIFTS[name]}_p")}
-    return [merged[alpha] for alpha in sorted(merged)]
-
-
-def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as a table for people: every shift against the base with its interval, `*` if it survives Holm."""
-    table, names = [], [n for n in EVALS if f"{n}_{_SHIFTS[n]}" in rows[0]]
-    for r in rows:
-        cells = [r["adapter"], r["seed"], f"{float(r['alpha']):+g}"]
-        for key in (f"{n}_{_SHIFTS[n]}" for n in names):
-            low, high = (float(r[f"{key}_{end}"]) for end in ("ci_lo", "ci_hi"))
-            star = "*" if r[f"{key}_p_holm"] is not None and float(r[f"{key}_p_holm"]) < 0.05 else ""
-            cells.append(f"{float(r[key]):+.3f} [{low:+.3f}, {high:+.3f}]{star}")
-        table.append(cells)
-    header = ["adapter", "seed", "alpha", *(f"shift of {_HEADS[n]}" for n in names)]
-    note = "* p < 0.05 after Holm's correction over all steered rows of a column"
-    return f"{tabulate(table, header, disable_numparse=True)}\n{note}"
-
-
 def main(config: SweepConfig) -> None:
     """The command `python -m ws.run_sweep`."""
     cells = run_sweep(config)
-    rows = sweep_rows(cells, config.evals)
-    if rows:
-        print(render(rows))
-        print(f"\nSummary: {config.out / rows[0]['behavior'] / SUMMARY}")
+    fine = [c.folder for c in cells if c.problem is None]
+    if fine:
+        print(render(pooled_rows(fine, config.evals, config.n_bootstrap), config.n_bootstrap))
+        print(f"\nTables: {config.out / behavior_name(config.behavior)}/{{{SUMMARY},{POOLED}}}")
     failed = [c for c in cells if c.problem]
     if failed:
         listing = "; ".join(f"{c.adapter} seed {c.seed} ({c.problem}; {c.folder / LOG})" for c in failed)

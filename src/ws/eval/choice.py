@@ -6,10 +6,10 @@ from a float32 log-softmax at the answer position.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ def score_choices(
 
 @dataclass(frozen=True)
 class Family:
-    """Prompts that begin alike: the common start is run once, the rest of each behind it.
+    """Prompts that begin alike: the common start goes through the model once, in one row with what follows in each.
 
     Attributes:
         prefix: tokens that all members begin with, empty for a prompt on its own.
@@ -139,17 +139,26 @@ class Family:
         return len(self.prefix) + max(map(len, self.suffixes))
 
     def pieces(self, size: int) -> list[Family]:
-        """The family in parts of at most `size` members."""
-        starts = range(0, len(self.rows), size)
-        return [Family(self.prefix, self.suffixes[i : i + size], self.rows[i : i + size]) for i in starts]
+        """The family in parts of at most `size` members; a member on its own has nothing to share."""
+        parts = [(self.suffixes[i : i + size], self.rows[i : i + size]) for i in range(0, len(self.rows), size)]
+        return [
+            Family(self.prefix, suffixes, rows) if len(rows) > 1 else Family((), (self.prefix + suffixes[0],), rows)
+            for suffixes, rows in parts
+        ]
 
 
 def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Family]:
-    """Families where the model keeps plain keys and values; for models with another memory, every prompt on its own."""
-    keeps = getattr(model, "_supports_default_dynamic_cache", None)
-    if keeps is not None and keeps():
-        return share_prefixes(prompts)
-    return [Family((), (tuple(p),), (i,)) for i, p in enumerate(prompts)]
+    """Families where the model takes a mask of our own in every layer; elsewhere every prompt stands alone."""
+    return share_prefixes(prompts) if _takes_masks(model) else [_family(prompts, [i], 0) for i in range(len(prompts))]
+
+
+def _takes_masks(model: PreTrainedModel) -> bool:
+    """Attention over everything before a token, in an implementation that takes a mask per query and key."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    known = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
+    return plain and known and config._attn_implementation in ("sdpa", "eager")
 
 
 def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Family]:
@@ -177,36 +186,49 @@ def _family(prompts: Sequence[Sequence[int]], members: Sequence[int], shared: in
 
 
 def _batches(families: Sequence[Family], size: int) -> Iterator[list[Family]]:
-    """Families in turn, with about `size` prompts at a time; those with and without a common start apart."""
-    for shared in (False, True):
-        part = list[Family]()
-        for family in (piece for f in families if bool(f.prefix) == shared for piece in f.pieces(size)):
-            if part and sum(len(f.rows) for f in part) + len(family.rows) > size:
-                yield part
-                part = []
-            part.append(family)
-        if part:
-            yield part
+    """Families of one size at a time, with at most `size` prompts."""
+    pieces = [piece for family in families for piece in family.pieces(size)]
+    for members in sorted({len(p.rows) for p in pieces}):
+        alike, step = [p for p in pieces if len(p.rows) == members], max(1, size // members)
+        yield from (alike[start : start + step] for start in range(0, len(alike), step))
 
 
 def _score_batch(
     model: PreTrainedModel, pad_id: int, families: Sequence[Family], variants: Sequence[Tensor]
-) -> Float[Tensor, "b k"]:
-    tokens, mask = left_pad([s for f in families for s in f.suffixes], pad_id, model.device)
-    options: dict[str, Any] = {"use_cache": False}
-    if families[0].prefix:
-        start, start_mask = left_pad([f.prefix for f in families], pad_id, model.device)
-        cache = model(
-            input_ids=start, attention_mask=start_mask, position_ids=_positions(start_mask), logits_to_keep=1
-        ).past_key_values
-        members = torch.tensor([i for i, f in enumerate(families) for _ in f.rows], device=model.device)
-        cache.batch_select_indices(members)
-        mask = torch.cat([start_mask[members], mask], dim=1)
-        options = {"past_key_values": cache, "use_cache": True}
-    positions = _positions(mask)[:, -tokens.shape[1] :]
-    out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1, **options)
-    logp = out.logits[:, -1].float().log_softmax(dim=-1)
+) -> Float[Tensor, "rows k"]:
+    """Log-probabilities of the choices for every member of every family, in one forward pass."""
+    parts = [left_pad([f.suffixes[m] for f in families], pad_id, model.device) for m in range(len(families[0].rows))]
+    if not families[0].prefix:
+        ((tokens, mask),) = parts
+        positions, keep = _positions(mask), torch.tensor([tokens.shape[1] - 1], device=model.device)
+    else:
+        start = left_pad([f.prefix for f in families], pad_id, model.device)
+        tokens, positions, mask, keep = _packed(start, parts, model.dtype)
+    out = model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
+    ).logits.flatten(0, 1)
+    logp = out.float().log_softmax(dim=-1)
     return torch.stack([logp[:, v].logsumexp(dim=-1) for v in variants], dim=1)
+
+
+def _packed(
+    start: tuple[Tensor, Tensor], parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Float[Tensor, "b 1 width width"], Tensor]:
+    """`(tokens, positions, mask, ends)` of rows that hold a start and, one behind the other, what follows it.
+
+    The mask (0 where a token may look, the lowest number elsewhere) shows every part the start and itself, and nothing
+    of the other parts; positions go on from the start in each. `ends` are the columns of the parts' last tokens.
+    """
+    tokens, real = (torch.cat([start[i], *(part[i] for part in parts)], dim=1) for i in (0, 1))
+    widths = [start[0].shape[1], *(part[0].shape[1] for part in parts)]
+    number = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(tokens.device)
+    column = torch.arange(len(number), device=tokens.device)
+    visible = (column[None] <= column[:, None]) & ((number[None] == 0) | (number[None] == number[:, None]))
+    allowed = visible[None] & real.bool()[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    length = start[1].sum(dim=1, keepdim=True)
+    positions = torch.cat([_positions(start[1]), *(length + _positions(part[1]) for part in parts)], dim=1)
+    return tokens, positions, mask[:, None], torch.tensor(widths, device=tokens.device).cumsum(0)[1:] - 1
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import behavior_name
+from ws.calibrate import calibration_of, parse_alphas
 from ws.console import say
 from ws.diff import SteeringVector
 from ws.errors import WsError
-from ws.models import BUNDLED, fingerprint, load_model
-from ws.runs import DEFAULT_OUT, Run, lock, read_csv, run_folder, sha256_json, slug, write_csv, write_json
+from ws.finished import open_run
+from ws.models import BUNDLED, fingerprint
+from ws.runs import DEFAULT_OUT, Run, lock, read_csv, sha256_json, slug, write_csv, write_json
 from ws.steer import steer
 
 Scores = Mapping[str, np.ndarray]
@@ -33,7 +35,8 @@ class EvalOptions:
         model: None for the base that the vector was made for.
         behavior, adapter, seed: which run below `out`.
         out: where runs and results are.
-        alphas: steering strengths; 0, the base, is always included.
+        alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, and `calibrated` for
+            -1u and +1u, where the vector is calibrated (`ws calibrate`).
         batch_size: prompts per forward pass, found automatically when None.
         n_think: tokens of guided chain of thought before the answer; None for the evaluation's own number.
         limit: only the first so many items.
@@ -49,13 +52,13 @@ class EvalOptions:
     adapter: str = "lora"
     seed: int = 0
     out: Path = DEFAULT_OUT
-    alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    alphas: tuple[float | str, ...] = (-1.0, 0.0, 1.0)
     batch_size: int | None = None
     n_think: int | None = None
     limit: int | None = None
     dataset: str | None = None
     prompts: Path | None = None
-    n_bootstrap: int = 1000
+    n_bootstrap: int = 10_000
     device: str = "auto"
     dtype: str = "auto"
 
@@ -70,7 +73,7 @@ class EvalOptions:
             if value is not None and value < least:
                 raise WsError(f"{flag} must be at least {least}, not {value}.")
         for alpha in self.alphas:
-            if not np.isfinite(alpha):
+            if not isinstance(alpha, str) and not np.isfinite(alpha):
                 raise WsError(f"--alphas must be finite numbers, not {alpha}.")
 
 
@@ -187,14 +190,8 @@ class EvalContext:
 def open_context(options: EvalOptions) -> EvalContext:
     """Load what an evaluation needs; `WsError` when the run has no vector, or the vector is of another base."""
     options.check()
-    folder = run_folder(options.out, behavior_name(options.behavior), options.adapter, options.seed)
-    if not (folder / "vector").is_dir():
-        seed = f" --seed {options.seed}" if options.seed else ""
-        raise WsError(
-            f"There is no vector in {folder}; make it with `python -m ws.replicate --behavior {options.behavior} "
-            f"--adapter {options.adapter}{seed}`."
-        )
-    vector = SteeringVector.load(folder / "vector")
-    model, tok = load_model(options.model or vector.base_id, options.device, options.dtype)
-    vector.matched(model)
-    return EvalContext(options, model, tok, vector, Run(folder))
+    o = options
+    opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.dtype)
+    in_units = any(isinstance(alpha, str) for alpha in o.alphas)
+    alphas = parse_alphas(o.alphas, calibration_of(opened) if in_units else None)
+    return EvalContext(replace(o, alphas=alphas), opened.model, opened.tok, opened.vector, opened.run)

@@ -53,7 +53,7 @@ class TableConfig:
     out: Path = DEFAULT_OUT
     adapters: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
-    n_bootstrap: int = 1000
+    n_bootstrap: int = 10_000
     check: Path | None = None
     csv: Path | None = None
 

@@ -29,7 +29,7 @@ from ws.models import chat_format, encode, end_ids, render_prompt
 
 START_BATCH = 32
 # Greedy, and nothing of the model's own sampling advice may touch the scores that are read; hooks are not compiled.
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "do_sample": False,
     "temperature": None,
     "top_p": None,
@@ -239,12 +239,12 @@ def _think_and_answer(
         max_new_tokens=n_think + tail,
         eos_token_id=end,
         pad_token_id=tok.pad_token_id,
-        **_PLAIN,
-        **_cache(model, ids.shape[1] + n_think + tail),
+        **PLAIN,
+        **fixed_cache(model, ids.shape[1] + n_think + tail),
     )
 
 
-def _cache(model: PreTrainedModel, length: int) -> dict[str, Any]:
+def fixed_cache(model: PreTrainedModel, length: int) -> dict[str, Any]:
     """Keys and values for the whole length at once, where the model takes them so.
 
     A cache that grows is copied whole at every token, which costs more than the token itself on a CPU.

@@ -28,7 +28,7 @@ class Estimate:
             bootstrap standard error.
         ci_lo, ci_hi: the percentile-bootstrap interval, 95 % unless told otherwise.
         n: the number of items.
-        p: two-sided p-value of the mean being zero, from the same resamples; never below 2 / (resamples + 1).
+        p: two-sided p-value of the mean being zero, from the same resamples; see `least_p`.
     """
 
     mean: float
@@ -100,7 +100,12 @@ def estimate_over_seeds(
 def _summary(value: float, std: float, draws: np.ndarray, level: float, n: int) -> Estimate:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    return Estimate(value, std, float(low), float(high), n, min(1.0, 2 * (tail + 1) / (len(draws) + 1)))
+    return Estimate(value, std, float(low), float(high), n, min(1.0, (tail + 1) * least_p(len(draws))))
+
+
+def least_p(n_boot: int) -> float:
+    """The smallest p-value that so many resamples can give: `2 / (n_boot + 1)`."""
+    return 2 / (n_boot + 1)
 
 
 def _std(items: np.ndarray) -> float:

@@ -1,0 +1,28 @@
+"""The prompted baseline: a persona as system prompt at inference, and no change of the model at all."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.errors import WsError
+
+
+def prompted(tok: Tokenizer, system: str) -> Tokenizer:
+    """A copy of a tokenizer whose prompts open with `system`, so that an evaluation need not know about it.
+
+    Every prompt that `ws.models.render_prompt` renders with it, and that is not given a system text of its own, reads
+    as with `system=system`: templates without a system role get it in front of the user's words. Contrast pairs are
+    unaffected, since their personas are given, and so are training examples, which have none by definition.
+
+    The copy shares nothing with `tok`, which stays as it is; a copy of the copy keeps the system text.
+
+    Raises:
+        WsError: `system` is empty.
+    """
+    if not system.strip():
+        raise WsError("The system prompt of a prompted baseline must not be empty.")
+    copied = copy.deepcopy(tok)
+    copied.ws_system = system
+    return copied

@@ -1,0 +1,57 @@
+"""A finished run: the vector that a run has made, with the model it steers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.behaviors import behavior_name
+from ws.diff import SteeringVector
+from ws.errors import WsError
+from ws.models import load_model
+from ws.runs import Run, run_folder
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has a vector, loaded.
+
+    Attributes:
+        run: its folder, with `vector/` in it.
+        vector: what steers.
+        model, tok: the model that the vector fits.
+    """
+
+    run: Run
+    vector: SteeringVector
+    model: PreTrainedModel
+    tok: Tokenizer
+
+    @property
+    def vector_folder(self) -> Path:
+        """Where the vector is."""
+        return self.run.folder / "vector"
+
+
+def open_run(
+    out: Path, behavior: str, adapter: str, seed: int, model: str | None, device: str = "auto", dtype: str = "auto"
+) -> FinishedRun:
+    """Load the vector of a run and its model, by default the base that the vector was made for.
+
+    Raises:
+        WsError: the run has no vector, or the vector is of another base.
+    """
+    run = Run(run_folder(out, behavior_name(behavior), adapter, seed))
+    if not (run.folder / "vector").is_dir():
+        flag = f" --seed {seed}" if seed else ""
+        raise WsError(
+            f"There is no vector in {run.folder}; make it with `python -m ws.replicate --behavior {behavior} "
+            f"--adapter {adapter}{flag}`."
+        )
+    vector = SteeringVector.load(run.folder / "vector")
+    loaded, tok = load_model(model or vector.base_id, device, dtype)
+    vector.matched(loaded)
+    return FinishedRun(run, vector, loaded, tok)
