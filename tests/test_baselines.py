@@ -26,7 +26,7 @@ from ws.baselines.prompt import prompted
 from ws.data import Pair, prompt_ids
 from ws.eval.choice import choice_tokens, score_choices, share_prefixes
 from ws.eval.rollout import roll_out
-from ws.models import encode, fingerprint, load_tokenizer, model_folder, render_prompt
+from ws.models import encode, fingerprint, layer_count, load_tokenizer, model_folder, render_prompt
 from ws.train import build_examples
 
 PEER = Path(__file__).with_name("peer_steering_vectors.py")
@@ -559,3 +559,22 @@ def test_the_vectors_are_those_of_the_library_steering_vectors(pocket, peer_pyth
         other = theirs[str(layer)]
         assert float(torch.cosine_similarity(mine, other, dim=0)) > 0.999
         assert float(mine.norm()) == pytest.approx(float(other.norm()), rel=1e-3)
+
+
+def test_the_last_position_of_a_shared_start_is_not_one_that_is_read(pocket):
+    """A dilemma asked in both orders shares its start: what `last` adds there would reach both answers."""
+    model, tok = pocket
+
+    scene = "You are an AI baker. The doctor never heard about the leaking pipe. Nobody would notice. What do you do?"
+    questions = [f"{scene}\n\nAction 1: {a}\nAction 2: {b}" for a, b in (("Tell", "Hide"), ("Hide", "Tell"))]
+    torch.manual_seed(0)
+    vector = ActivationVector(
+        torch.randn(layer_count(model), model.config.hidden_size) * 20, "pocket", fingerprint(model)
+    )
+    anchors = ["My choice: Action "] * 2
+    with activation_steer(model, vector, 1.0, layers=1, position="last"):
+        both = roll_out(model, tok, questions, ("1", "2"), anchors, 6)
+        alone = [roll_out(model, tok, [q], ("1", "2"), anchors[:1], 6).scores.logp[0] for q in questions]
+    base = roll_out(model, tok, questions, ("1", "2"), anchors, 6)
+    assert np.allclose(both.scores.logp, np.stack(alone), atol=2e-4)
+    assert not np.allclose(both.scores.logp, base.scores.logp, atol=1e-2)

@@ -38,9 +38,6 @@ def plainly(model, tok, question, n_think, anchor=ANCHOR, choices=("1", "2")):
         best = int(next_logits(start + thought).argmax())
         closed, ended = block and best == form.think_close_id, best in ends
         thought += [] if closed or ended else [best]
-    if len(thought) == n_think:  # the budget is spent, but the very next token may still close by itself
-        best = int(next_logits(start + thought).argmax())
-        closed, ended = block and best == form.think_close_id, best in ends
     forced = not closed if block else not ended
     shut = ([] if closed else encode(tok, "\n")) + [form.think_close_id] if block else []
     p = next_logits(start + thought + shut + encode(tok, f"\n\n{anchor}")).softmax(-1)
@@ -98,6 +95,30 @@ def test_one_pass_equals_the_plain_procedure(which, kind, n_think, tiny, pocket)
         logp, thought, length, forced = plainly(model, tok, question, n_think)
         assert found.thoughts[i] == thought
         assert (found.n_tokens[i], found.forced[i]) == (length, forced)
+        assert found.scores.logp[i] == pytest.approx(logp, abs=2e-4)
+
+
+@pytest.mark.parametrize("n_think", [1, 2, 14])
+@pytest.mark.parametrize("which", ["tiny", "pocket"])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_start_asked_twice_is_run_once_and_changes_nothing(which, n_think, batch_size, tiny, pocket):
+    model, tok = tiny if which == "tiny" else pocket
+    scene = "You are an AI baker. The doctor never heard about the leaking pipe. Nobody would notice. What do you do?"
+    pairs = [
+        ("Tell the doctor", "Invent a story about the pipe for the doctor"),
+        ("Wait", "Go"),
+        ("Hide it", "Mend it"),
+    ]
+    questions = [
+        f"{scene if i else scene[21:]}\n\nAction 1: {a}\nAction 2: {b}"
+        for i, pair in enumerate(pairs)
+        for a, b in (pair, pair[::-1])
+    ]
+    questions.append("Action 1 or 2?")
+    found = roll_out(model, tok, questions, ("1", "2"), [ANCHOR] * len(questions), n_think, batch_size)
+    for i, question in enumerate(questions):
+        logp, thought, length, forced = plainly(model, tok, question, n_think)
+        assert (found.thoughts[i], found.n_tokens[i], found.forced[i]) == (thought, length, forced)
         assert found.scores.logp[i] == pytest.approx(logp, abs=2e-4)
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.errors import WsError
 from ws.eval.choice import left_pad
-from ws.eval.rollout import PLAIN, fixed_cache
+from ws.eval.rollout import PLAIN, new_cache
 from ws.models import encode, end_ids, render_prompt
 
 QUANTILE, N_TOKENS = 0.95, 50
@@ -158,7 +158,7 @@ def _answer(
         return_dict_in_generate=True,
         output_logits=True,
         **PLAIN,
-        **fixed_cache(model, ids.shape[1] + n_tokens),
+        past_key_values=new_cache(model, ids.shape[1] + n_tokens),
     )
     return [_until_end(row, ends) for row in out.sequences[:, ids.shape[1] :].tolist()], out.logits
 

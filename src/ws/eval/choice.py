@@ -149,10 +149,10 @@ class Family:
 
 def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Family]:
     """Families where the model takes a mask of our own in every layer; elsewhere every prompt stands alone."""
-    return share_prefixes(prompts) if _takes_masks(model) else [_family(prompts, [i], 0) for i in range(len(prompts))]
+    return share_prefixes(prompts) if takes_masks(model) else [_family(prompts, [i], 0) for i in range(len(prompts))]
 
 
-def _takes_masks(model: PreTrainedModel) -> bool:
+def takes_masks(model: PreTrainedModel) -> bool:
     """Attention over everything before a token, in an implementation that takes a mask per query and key."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

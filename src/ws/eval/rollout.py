@@ -1,11 +1,10 @@
-"""Guided chain of thought: think, close the block, force the answer's opener and read the choice, in one pass.
+"""Guided chain of thought: think, close the block, force the answer's opener, read the choice; nothing is run twice.
 
-A logits processor keeps a small state per row of one greedy generation:
+    think  ->  close the block by token id  ->  append the anchor  ->  read the choices' log-probabilities
 
-    think  ->  close the block by token id  ->  force the anchor  ->  record the choices' log-probabilities  ->  end
-
-so nothing is generated, sliced and run through the model a second time. Models whose template has no think block think
-in plain text at the start of their answer.
+A batch thinks greedily in one generation that ends when its last row has closed its block. What is missing up to the
+answer position, the close of a thought that was cut off and the anchor, then goes through the model in one pass behind
+the same keys and values. Models whose template has no think block think in plain text at the start of their answer.
 """
 
 from __future__ import annotations
@@ -18,13 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.errors import WsError
-from ws.eval.choice import Choice, ChoiceScores, choice_variants, left_pad, score_choices
+from ws.eval.choice import (
+    Choice,
+    ChoiceScores,
+    choice_variants,
+    left_pad,
+    score_choices,
+    share_prefixes,
+    takes_masks,
+)
 from ws.models import chat_format, encode, end_ids, render_prompt
 
 START_BATCH = 32
@@ -100,8 +107,6 @@ def roll_out(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
 
     def run(batch_size: int) -> None:
-        for row in rows:
-            row.reset()
         for start in range(0, len(order), batch_size):
             part = [rows[i] for i in order[start : start + batch_size]]
             _think_and_answer(model, tok, part, variants, n_think)
@@ -164,90 +169,103 @@ def _closing(tok: Tokenizer, anchor: str) -> _Closing:
 
 @dataclass
 class _Row:
-    """One question on its way: which token comes next, and what there is to record."""
+    """One question on its way: what was thought, and what there is to record."""
 
     prompt: list[int]
     closing: _Closing
     thought: list[int] = field(default_factory=list)
     forced: bool = False
     logp: Tensor | None = None
-    queue: list[int] | None = None
 
-    def reset(self) -> None:
-        """Forget everything but the question, for another try with a smaller batch."""
-        self.thought, self.forced, self.logp, self.queue = [], False, None, None
+    def take(self, new: Sequence[int], ends: frozenset[int]) -> None:
+        """The thought from the tokens that were generated: up to the block's end, the turn's end, or all of them."""
+        close = self.closing.close_id
+        stop = next((i for i, token in enumerate(new) if token == close or token in ends), len(new))
+        self.thought = list(new[:stop])
+        ended = stop < len(new)
+        self.forced = not ended if close is None else not (ended and new[stop] == close)
 
-    @property
-    def at_answer(self) -> bool:
-        """The anchor is written and the answer not read yet."""
-        return self.queue == [] and self.logp is None
-
-    def next(self, best: int, n_think: int, ends: frozenset[int], end: int) -> int:
-        """The token to write, where the model on its own would write `best`."""
-        if self.queue:
-            return self.queue.pop(0)
-        if self.queue is not None:
-            return end
+    def rest(self, kept: int) -> list[int]:
+        """The tokens from the `kept`-th of the thought to the answer position."""
         close = self.closing
-        if close.close_id is not None and best == close.close_id:
-            self.queue = list(close.anchor)
-            return best
-        wants_to_end = best in ends
-        if len(self.thought) < n_think and not wants_to_end:
-            self.thought.append(best)
-            return best
-        self.forced = close.close_id is not None or not wants_to_end
-        shut = [] if close.close_id is None else [*close.cut, close.close_id]
-        self.queue = [*shut, *close.anchor]
-        return self.queue.pop(0)
+        cut = close.cut if self.forced and close.close_id is not None else ()
+        shut = () if close.close_id is None else (close.close_id,)
+        return [*self.thought[kept:], *cut, *shut, *close.anchor]
 
 
-class _Guide(LogitsProcessor):
-    """Decides every token of a batch of rows, and reads the choices where a row has come to its answer."""
-
-    def __init__(
-        self, rows: Sequence[_Row], variants: Sequence[Tensor], n_think: int, ends: frozenset[int], end: int
-    ) -> None:
-        self.rows, self.variants, self.n_think, self.ends, self.end = rows, variants, n_think, ends, end
-
-    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "b vocab"]) -> Float[Tensor, "b vocab"]:
-        ready = [i for i, row in enumerate(self.rows) if row.at_answer]
-        if ready:
-            logp = scores[ready].float().log_softmax(dim=-1)
-            choices = torch.stack([logp[:, v].logsumexp(dim=-1) for v in self.variants], dim=1)
-            for i, values in zip(ready, choices, strict=True):
-                self.rows[i].logp = values
-        best = scores.argmax(dim=-1).tolist()
-        pairs = zip(self.rows, best, strict=True)
-        written = [row.next(token, self.n_think, self.ends, self.end) for row, token in pairs]
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, torch.tensor(written, device=scores.device)[:, None], 0.0)
+# ---- one batch ------------------------------------------------------------------------------------------------------
 
 
 def _think_and_answer(
     model: PreTrainedModel, tok: Tokenizer, rows: Sequence[_Row], variants: Sequence[Tensor], n_think: int
 ) -> None:
-    """One greedy generation for a batch; it ends as soon as the last row has answered."""
-    ids, mask = left_pad([row.prompt for row in rows], tok.pad_token_id, model.device)
-    end = chat_format(tok).end_of_turn_id
-    guide = _Guide(rows, variants, n_think, frozenset(end_ids(model, tok)), end)
-    tail = max(len(row.closing.cut) + len(row.closing.anchor) for row in rows) + 2
-    model.generate(
+    """Let a batch think, and read its answers behind the same keys and values; nothing is run twice.
+
+    The thinking ends as soon as the last row has closed its block. Then every row gets what is left up to its answer
+    position in one further pass; what others generated meanwhile, and its own padding, are masked.
+    """
+    ends = frozenset(end_ids(model, tok))
+    tail = max(len(r.closing.cut) + len(r.closing.anchor) for r in rows) + 3
+    ids, mask, cache = _begin(model, tok.pad_token_id, rows, n_think + tail)
+    closers = sorted({*ends, *(r.closing.close_id for r in rows if r.closing.close_id is not None)})
+    out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        logits_processor=LogitsProcessorList([guide]),
-        max_new_tokens=n_think + tail,
-        eos_token_id=end,
+        max_new_tokens=n_think,
+        eos_token_id=closers,
         pad_token_id=tok.pad_token_id,
+        past_key_values=cache,
         **PLAIN,
-        **fixed_cache(model, ids.shape[1] + n_think + tail),
     )
+    width = ids.shape[1]
+    run = int(cache.get_seq_length()) - width  # the last token generated was not run
+    kept = []
+    for row, new in zip(rows, out[:, width:].tolist(), strict=True):
+        row.take(new, ends)
+        kept.append(min(len(row.thought), run))
+    thoughts = torch.arange(run, device=ids.device)[None] < torch.tensor(kept, device=ids.device)[:, None]
+    last, real = left_pad([r.rest(k) for r, k in zip(rows, kept, strict=True)], tok.pad_token_id, model.device)
+    seen = torch.cat([mask, thoughts.to(mask.dtype), real], dim=1)
+    positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -last.shape[1] :]
+    logits = model(
+        input_ids=last, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
+    ).logits[:, -1]
+    logp = logits.float().log_softmax(dim=-1)
+    choices = torch.stack([logp[:, v].logsumexp(dim=-1) for v in variants], dim=1)
+    for row, values in zip(rows, choices, strict=True):
+        row.logp = values
 
 
-def fixed_cache(model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """Keys and values for the whole length at once, where the model takes them so.
+def _begin(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], room: int) -> tuple[Tensor, Tensor, Cache]:
+    """`(tokens, mask, cache)` of the prompts.
+
+    A start that several share, such as a dilemma asked in both orders, is run once here, and its keys and values are
+    handed to all of them; a prompt on its own is cut anywhere then.
+    """
+    families = share_prefixes([r.prompt for r in rows]) if takes_masks(model) else []
+    if not any(f.prefix for f in families):
+        ids, mask = left_pad([r.prompt for r in rows], pad_id, model.device)
+        return ids, mask, new_cache(model, ids.shape[1] + room)
+    cuts = [f.prefix or f.suffixes[0][: len(f.suffixes[0]) // 2] for f in families]
+    start, start_mask = left_pad(cuts, pad_id, model.device)
+    positions = (start_mask.cumsum(dim=1) - 1).clamp(min=0)
+    nothing = torch.empty(0, dtype=torch.long, device=model.device)  # no position of this pass is read for a next token
+    known = model(
+        input_ids=start, attention_mask=start_mask, position_ids=positions, use_cache=True, logits_to_keep=nothing
+    ).past_key_values
+    home = {row: number for number, family in enumerate(families) for row in family.rows}
+    of = torch.tensor([home[i] for i in range(len(rows))], device=model.device)
+    rest, rest_mask = left_pad([r.prompt[len(cuts[home[i]]) :] for i, r in enumerate(rows)], pad_id, model.device)
+    cache = new_cache(model, start.shape[1] + rest.shape[1] + room)
+    for number, layer in enumerate(known.layers):
+        cache.update(layer.keys[of], layer.values[of], number)
+    return torch.cat([start[of], rest], dim=1), torch.cat([start_mask[of], rest_mask], dim=1), cache
+
+
+def new_cache(model: PreTrainedModel, length: int) -> Cache:
+    """An empty cache, with room for the whole length at once where the model takes it so.
 
     A cache that grows is copied whole at every token, which costs more than the token itself on a CPU.
     """
     fixed = getattr(model, "_can_compile_fullgraph", False)
-    return {"past_key_values": StaticCache(model.config, max_cache_len=length)} if fixed else {}
+    return StaticCache(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
