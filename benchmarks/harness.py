@@ -90,10 +90,13 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def record(name: str, results: dict[str, Any]) -> Path:
-    """Write `benchmarks/results/<name>.json` with the date, the machine, versions and the command; print it too."""
+def record(name: str, results: dict[str, Any], module: str | None = None) -> Path:
+    """Write `benchmarks/results/<name>.json` with the date, the machine, versions and the command; print it too.
+
+    `module` is the benchmark's, where it is not `name`.
+    """
     plain = {k: asdict(v) if isinstance(v, (Ratio, Process)) else v for k, v in results.items()}
-    command = " ".join(["uv run python -m", f"benchmarks.{name}", *sys.argv[1:]])
+    command = " ".join(["uv run python -m", f"benchmarks.{module or name}", *sys.argv[1:]])
     about = {"date": date.today().isoformat(), "machine": machine(), "versions": library_versions(), "command": command}
     print(json.dumps(plain, indent=2))
     return write_json(RESULTS / f"{name}.json", about | {"results": plain})
