@@ -199,18 +199,16 @@ def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[fl
 
 
 @dataclass(frozen=True)
-class ControlOptions:
-    """Compare a finished run's shifts with those of random vectors of the same size.
+class HeadlineOptions:
+    """A finished run, and which headline scores of it are looked at.
 
     Attributes:
         model: None for the base that the vector was made for.
         behavior, adapter, seed: which run below `out`.
         out: where runs and results are.
-        n_draws: random vectors; more can be added later.
-        alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
         scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
         split: which held-out claims, `report` or `dev`.
-        batch_size: prompts per forward pass, found automatically when None.
+        batch_size: prompts at a time, found automatically when None.
         limit: only the first so many items.
         device, dtype: see `ws.load_model`.
     """
@@ -220,21 +218,37 @@ class ControlOptions:
     adapter: str = "lora"
     seed: int = 0
     out: Path = DEFAULT_OUT
-    n_draws: int = 20
-    alphas: tuple[float | str, ...] = (-1.0, 1.0)
-    scores: tuple[str, ...] = ("false_claims", "true_claims")
+    scores: tuple[str, ...] = HEADLINES
     split: str = "report"
     batch_size: int | None = None
     limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"
 
-    def eval_options(self) -> EvalOptions:
-        """The same run for `open_context`; `WsError` for numbers that make no sense."""
+    def eval_options(self, alphas: tuple[float | str, ...] = ()) -> EvalOptions:
+        """The same run for `open_context`, at these strengths and the base."""
+        shared = ("model", "behavior", "adapter", "seed", "out", "batch_size", "limit", "device", "dtype")
+        return EvalOptions(**{name: getattr(self, name) for name in shared}, alphas=alphas)
+
+
+@dataclass(frozen=True)
+class ControlOptions(HeadlineOptions):
+    """Compare a finished run's shifts with those of random vectors of the same size.
+
+    Attributes:
+        n_draws: random vectors; more can be added later.
+        alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
+        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
+    """
+
+    n_draws: int = 20
+    alphas: tuple[float | str, ...] = (-1.0, 1.0)
+    scores: tuple[str, ...] = ("false_claims", "true_claims")
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense."""
         if self.n_draws < 2:
             raise WsError(f"--n-draws must be at least 2, not {self.n_draws}.")
-        shared = ("model", "behavior", "adapter", "seed", "out", "alphas", "batch_size", "limit", "device", "dtype")
-        return EvalOptions(**{name: getattr(self, name) for name in shared})
 
 
 def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
@@ -343,7 +357,8 @@ def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def main(options: ControlOptions) -> None:
     """The command `python -m ws.controls`."""
-    context = open_context(options.eval_options())
+    options.check()
+    context = open_context(options.eval_options(options.alphas))
     print(render_controls(summarize_controls(measure_controls(context, options))))
     print(f"\nin {context.run.folder / TABLE}")
 

@@ -23,8 +23,8 @@ from ws.eval import airisk, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
 from ws.models import DEFAULT_MODEL
 from ws.replicate import ReplicateConfig, replicate, verdict
-from ws.runs import DEFAULT_OUT, run_folder, write_text
-from ws.sweep_tables import EVALS, POOLED, SUMMARY, pooled_rows, render, write_summary
+from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_text
+from ws.sweep_tables import EVALS, POOLED, SUMMARY, render, write_summary
 from ws.train import TrainConfig, train_preset
 
 LOG = "sweep.log"
@@ -159,10 +159,10 @@ def _eval_options(config: SweepConfig, behavior: str, adapter: str, seed: int) -
 def main(config: SweepConfig) -> None:
     """The command `python -m ws.run_sweep`."""
     cells = run_sweep(config)
-    fine = [c.folder for c in cells if c.problem is None]
-    if fine:
-        print(render(pooled_rows(fine, config.evals, config.n_bootstrap), config.n_bootstrap))
-        print(f"\nTables: {config.out / behavior_name(config.behavior)}/{{{SUMMARY},{POOLED}}}")
+    if any(c.problem is None for c in cells):
+        folder = config.out / behavior_name(config.behavior)
+        print(render(read_csv(folder / POOLED), config.n_bootstrap))
+        print(f"\nTables: {folder}/{{{SUMMARY},{POOLED}}}")
     failed = [c for c in cells if c.problem]
     if failed:
         listing = "; ".join(f"{c.adapter} seed {c.seed} ({c.problem}; {c.folder / LOG})" for c in failed)

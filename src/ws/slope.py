@@ -39,7 +39,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,16 +54,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import Claim
-from ws.controls import HEADLINES, coordinate_parts, headline_evaluations
+from ws.controls import HeadlineOptions, coordinate_parts, headline_evaluations
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.eval import sycophancy, tinymfv_airisk
 from ws.eval.choice import Choice, _batches, _families, _score_batch, choice_variants
-from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, open_context
+from ws.eval.context import EvalContext, Evaluation, Rows, open_context
 from ws.eval.tinymfv_airisk import Vignette
 from ws.models import encode, layer_of, render_prompt, weight_of
-from ws.runs import DEFAULT_OUT, read_csv, write_csv
+from ws.runs import read_csv, write_csv
 
 START_BATCH = 32
 # Bytes of float32 gradients that are held at once; a vector that needs more is done in several passes.
@@ -440,36 +439,8 @@ def _ratio_variance(a: Float[Tensor, "n"], weights: Float[Tensor, "n"]) -> float
 
 
 @dataclass(frozen=True)
-class SlopeOptions:
-    """The slopes of a finished run's vector.
-
-    Attributes:
-        model: None for the base that the vector was made for.
-        behavior, adapter, seed: which run below `out`.
-        out: where runs and results are.
-        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
-        split: which held-out claims, `report` or `dev`.
-        batch_size: prompts at a time, found automatically when None.
-        limit: only the first so many items.
-        device, dtype: see `ws.load_model`.
-    """
-
-    model: str | None = None
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
-    scores: tuple[str, ...] = HEADLINES
-    split: str = "report"
-    batch_size: int | None = None
-    limit: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def eval_options(self) -> EvalOptions:
-        """The same run for `open_context`."""
-        shared = ("model", "behavior", "adapter", "seed", "out", "batch_size", "limit", "device", "dtype")
-        return EvalOptions(**{name: getattr(self, name) for name in shared}, alphas=())
+class SlopeOptions(HeadlineOptions):
+    """The slopes of a finished run's vector."""
 
 
 def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str]) -> list[MeanScore]:
