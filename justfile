@@ -35,6 +35,30 @@ calibrate *args:
 controls *args:
     uv run python -m ws.controls {{args}}
 
+# every way of steering at the same cost: `just compare behavior=honesty`
+compare *args:
+    uv run python -m ws.compare {{args}}
+
+# what else could have made a shift: `just confounds adapter=delora behavior=honesty`
+confounds *args:
+    uv run python -m ws.eval.confounds {{args}}
+
+# where a vector lies in the base's weights: `just subspace adapter=delora behavior=honesty`
+subspace *args:
+    uv run python -m ws.subspace {{args}}
+
+# how far a fine-tune has moved along known vectors: `just monitor ADAPTER --library VECTOR --controls BENIGN...`
+monitor *args:
+    uv run python -m ws.monitor {{args}}
+
+# vectors added up: `just compose "honesty*1.0 + sycophancy*-0.5" --report`
+compose expression *args:
+    uv run python -m ws.compose "{{expression}}" {{args}}
+
+# a smaller vector: `just trim adapter=lora --rank 4`
+trim *args:
+    uv run python -m ws.trim {{args}}
+
 # the slope at alpha 0, from gradients: `just slope adapter=delora behavior=honesty`
 slope *args:
     uv run python -m ws.slope {{args}}
@@ -50,6 +74,10 @@ eval-tinymfv-airisk *args:
 # held-out claims on a finished run: `just eval-sycophancy adapter=delora behavior=honesty`
 eval-sycophancy *args:
     uv run python -m ws.eval.sycophancy {{args}}
+
+# what steering costs on neutral text: `just eval-capability adapter=delora behavior=honesty`
+eval-capability *args:
+    uv run python -m ws.eval.capability {{args}}
 
 # the results table of a behaviour's runs: `just summarize-airisk behavior=honesty`
 summarize-airisk *args:

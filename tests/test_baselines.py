@@ -447,7 +447,7 @@ def test_layers_may_be_compared_at_equal_norms(pocket, honesty):
     assert [s.layer for s in choice.scores] == [0, 1, 2]
     assert [s.norm for s in choice.scores] == pytest.approx([0.5] * 3)
     assert choice.scores[0].alpha == pytest.approx(0.5 / uneven.norms[0])
-    with pytest.raises(ws.WsError, match="breaks the answers at every layer"):
+    with pytest.raises(ws.WsError, match="breaks the answers at each of the"):
         choose_layer(model, tok, vector, honesty, norm=1e4, layers=[3], batch_size=64)
     with pytest.raises(ws.WsError, match="zero at layers 3"):
         choose_layer(model, tok, uneven, honesty, layers="3")

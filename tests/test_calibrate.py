@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -16,17 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ws
-import ws.calibrate as module
 import ws.divergence as measuring
 from ws import console
 from ws.behaviors import load_behavior
-from ws.calibrate import (
-    CalibrateOptions,
+from ws.calibrate import CalibrateOptions
+from ws.calibration import (
     Calibration,
     CalibrationConfig,
     SideCalibration,
     calibrate,
-    calibration_of,
     load_calibration,
     parse_alpha,
     parse_alphas,
@@ -38,11 +37,13 @@ from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.divergence import Divergence, divergence, prompt_divergence, token_kl
 from ws.finished import open_run
+from ws.interventions import intervention
 from ws.models import encode, end_ids, fingerprint, render_prompt
 from ws.runs import Run, read_csv, sha256_file
 from ws.steer import _STEERED
 
 SMALL = CalibrationConfig(n_prompts=6, n_tokens=24)
+module = importlib.import_module("ws.calibrate")  # the attribute of that name is the public function
 QUESTIONS = load_behavior("honesty", "pocket").questions[::98]
 
 
@@ -512,6 +513,31 @@ def test_foreign_and_damaged_calibrations_are_refused(tmp_path):
             load_calibration(tmp_path, "vector")
 
 
+# ---- calibrated units on a live model -------------------------------------------------------------------------------
+
+
+def test_a_vector_that_was_calibrated_takes_units_and_no_other_does(tmp_path, pocket, vector):
+    folder = vector.save(tmp_path / "vector")
+    store_calibration(folder, replace(KNOWN, subject=vector_digest(vector)))
+    known = ws.SteeringVector.load(folder)
+    assert known.strength("+1u") == KNOWN.alpha(1)
+    assert known.strength("-0.5u") == KNOWN.alpha(-0.5)
+    assert known.strength("1.5") == 1.5
+    with ws.steer(pocket[0], known, alpha="+1u") as dial:
+        assert dial.alpha == KNOWN.alpha(1)
+        dial.alpha = "-1u"
+        assert dial.alpha == KNOWN.alpha(-1)
+        with pytest.raises(ws.WsError, match="not understood"):
+            dial.alpha = "loud"
+        assert dial.alpha == KNOWN.alpha(-1)
+    for other in (2 * known, known.compress(rank=1), vector):
+        with pytest.raises(ws.WsError, match="no calibration; run `ws calibrate` first"):
+            other.strength("+1u")
+    store_calibration(folder, replace(HALF, subject=vector_digest(vector)))
+    with pytest.raises(ws.WsError, match="did not converge"):
+        ws.SteeringVector.load(folder).strength("-1u")
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +562,7 @@ def test_the_command_stores_tabulates_and_resumes(tmp_path, run, vector, capsys,
     printed = capsys.readouterr()
     rows = read_csv(run.folder / "calibration.csv")
     columns = "behavior,adapter,seed,sign,alpha,divergence,target,converged,audit,n_prompts,n_positions,reason"
+    columns += ",intervention"
     assert ",".join(rows[0]) == columns
     assert [(r["sign"], r["converged"]) for r in rows] == [("+", "True"), ("-", "True")]
     stored = load_calibration(folder, vector_digest(vector))
@@ -550,7 +577,8 @@ def test_the_command_stores_tabulates_and_resumes(tmp_path, run, vector, capsys,
     assert run.stage("vector", {"format": 1}) is None
     assert vector_digest(ws.SteeringVector.load(folder)) == vector_digest(vector)
     opened = open_run(tmp_path, "honesty", "lora", 0, None, "cpu", "auto")
-    assert calibration_of(opened) == stored
+    weight = intervention("weight", opened, load_behavior("honesty", "pocket"))
+    assert weight.calibration(opened.model) == stored
 
     def never(*args, **kwargs):
         raise AssertionError("measured again")
@@ -602,7 +630,8 @@ def test_what_is_missing_is_named(tmp_path, run):
         module.main(options(tmp_path, model="tiny-random"))
     store_calibration(run.folder / "vector", KNOWN)
     with pytest.raises(ws.WsError, match="another vector"):
-        calibration_of(open_run(tmp_path, "honesty", "lora", 0, None, "cpu", "auto"))
+        opened = open_run(tmp_path, "honesty", "lora", 0, None, "cpu", "auto")
+        intervention("weight", opened, load_behavior("honesty", "pocket")).calibration(opened.model)
 
 
 def test_the_command_line_exits_with_two_and_one_sentence(tmp_path, monkeypatch, capsys):

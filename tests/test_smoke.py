@@ -34,6 +34,7 @@ def test_replicate_end_to_end(out, family):
     assert reading.folder == folder
     assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
         "pos", "neg", "vector", "manifest.json", "sycophancy_per_claim.csv", "sycophancy_summary.csv", "samples.json",
+        "scores",
     }  # fmt: skip
 
     vector = ws.SteeringVector.load(folder / "vector")

@@ -179,7 +179,13 @@ def test_the_command_writes_the_documented_tables(finished_run, monkeypatch):
     assert list(vignettes[0])[4:10] == [
         "id", "foundation_coarse", "human_wrong", "s_other_violate", "s_self_violate", "gap",
     ]  # fmt: skip
-    assert list(foundations[0])[4:9] == ["foundation_coarse", "n", "s_other_violate", "s_self_violate", "gap"]
+    shift = [f"shift_other_violate{part}" for part in ("", "_ci_lo", "_ci_hi", "_p", "_p_holm")]
+    assert list(foundations[0])[4:14] == [
+        "foundation_coarse", "n", "s_other_violate", "s_self_violate", "gap", *shift,
+    ]  # fmt: skip
+    axes = read(folder / "tinymfv_airisk_axes.csv")
+    assert list(axes[0])[:12] == [*start, "axis", "n_plus", "n_minus", *shift]
+    assert "Shift of logit(wrongness)" in text
     assert [r["alpha"] for r in summary] == ["-1.0", "0.0", "1.0"]
     assert float(summary[1]["delta_wrongness"]) == 0 != float(summary[2]["delta_wrongness"])
 

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from ws.adapters import AdapterSpec as AdapterSpec
     from ws.behaviors import Behavior as Behavior
     from ws.behaviors import load_behavior as load_behavior
+    from ws.calibration import calibrate as calibrate
     from ws.data import generate_pairs as generate_pairs
     from ws.delta import LinearDelta as LinearDelta
     from ws.diff import SteeringVector as SteeringVector
     from ws.errors import WsError as WsError
     from ws.eval.sycophancy import evaluate_sycophancy as evaluate_sycophancy
     from ws.models import load_model as load_model
+    from ws.monitor import Monitor as Monitor
+    from ws.monitor import MonitorCallback as MonitorCallback
     from ws.steer import steer as steer
     from ws.steer import steer_many as steer_many
     from ws.train import train_adapter as train_adapter
@@ -28,8 +31,11 @@ _HOME = {
     "AdapterSpec": "ws.adapters",
     "Behavior": "ws.behaviors",
     "LinearDelta": "ws.delta",
+    "Monitor": "ws.monitor",
+    "MonitorCallback": "ws.monitor",
     "SteeringVector": "ws.diff",
     "WsError": "ws.errors",
+    "calibrate": "ws.calibration",
     "evaluate_sycophancy": "ws.eval.sycophancy",
     "generate_pairs": "ws.data",
     "load_behavior": "ws.behaviors",

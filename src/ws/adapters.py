@@ -337,7 +337,7 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[Family, di
     folder = Path(folder)
     config, tensors = _read_files(folder)
     fam = family_of(config)
-    by_module = _group(tensors, fam.tensors, folder)
+    by_module = group_tensors(tensors, fam.tensors, folder)
     initial = _read_initial(folder) if fam.name == "pissa" else {}
     deltas = {}
     for name, trained in by_module.items():
@@ -373,10 +373,10 @@ def _read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
 
 def _read_initial(folder: Path) -> dict[str, dict[str, Tensor]]:
     file = folder / PISSA_INIT_FILE
-    return _group(load_file(file), _LORA_TENSORS, folder) if file.is_file() else {}
+    return group_tensors(load_file(file), _LORA_TENSORS, folder) if file.is_file() else {}
 
 
-def _group(tensors: Mapping[str, Tensor], known: frozenset[str], folder: Path) -> dict[str, dict[str, Tensor]]:
+def group_tensors(tensors: Mapping[str, Tensor], known: frozenset[str], folder: Path) -> dict[str, dict[str, Tensor]]:
     """Tensors by module and suffix; anything that fits no known suffix stops the load instead of being dropped."""
     pattern = re.compile(rf"^{re.escape(_PEFT_PREFIX)}(.+)\.({'|'.join(re.escape(k) for k in known)})$")
     groups: dict[str, dict[str, Tensor]] = {}

@@ -1,495 +1,31 @@
-"""Calibration: the strength at which steering costs a given divergence from the base model.
-
-`alpha = 1` means something else for every vector, so vectors are compared at strengths that change the model's own
-answers equally much. Let `y` be the greedy answer of the model steered with strength `alpha` to a prompt `x`. Then
-
-    KL(x, t) = sum_v p_steered(v | x, y_<t) (log p_steered(v | x, y_<t) - log p_base(v | x, y_<t))       in nats
-    D(alpha) = the 95th percentile of KL(x, t) over all prompts x and positions t of their answers
-
-and the calibrated strength of a sign solves `D(alpha) = 1 nat`. Matching interventions by their KL divergence from the
-base rather than by their coefficients is common practice, and the KL-calibrated unit follows steering-lite; a high
-percentile, because steering changes a few tokens of an answer a lot and most of them hardly at all.
-
-`D` need be neither monotone nor continuous, since greedy answers jump. A strength therefore counts as calibrated only
-when the divergence measured at it lies within the tolerance of the target; otherwise it is refused wherever it is used.
-"""
+"""The command that finds the strength at which an intervention costs a given divergence; see `ws.calibration`."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.optimize import brentq
 from tabulate import tabulate
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import behavior_name, load_behavior
-from ws.diff import vector_digest
-from ws.divergence import N_TOKENS, QUANTILE, Divergence, divergence
-from ws.errors import WsError
+from ws.calibration import (
+    Calibration,
+    CalibrationConfig,
+    SideCalibration,
+    calibrate,
+    prompts_hash,
+    split_questions,
+    store_calibration,
+)
+from ws.divergence import N_TOKENS
+from ws.errors import WsError, choose
 from ws.finished import FinishedRun, open_run
+from ws.interventions import INTERVENTIONS, WEIGHT, Intervention, divergence_of, intervention
 from ws.models import fingerprint, render_prompt
-from ws.runs import DEFAULT_OUT, Stage, sha256_json, write_csv, write_json
-from ws.steer import steer
-
-FORMAT, CALIBRATION = 1, "calibration.json"
-LEAST, MOST = 1e-4, 1e4
-# Below the rounding of a KL in float32; keeps the logarithm of a divergence of zero finite.
-_FLOOR = 1e-8
-# Relative width of a bracket of strengths: the search ends at the first, and calls what it sees a jump from the second.
-_NARROW, _JUMP = 1e-3, 2e-2
-
-Steerable = Callable[[float], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """What is measured, and what counts as calibrated.
-
-    Attributes:
-        n_prompts: questions of the behaviour, evenly spread over its pool; as many others audit the result.
-        n_tokens: at most so many tokens of each answer.
-        target: the divergence to reach, in nats.
-        quantile: of the per-token divergences over all positions.
-        tolerance: relative; the divergence at a calibrated strength is within it of the target.
-        max_evaluations: measurements per sign; with the one of the audit ten by default.
-        batch_size: answers at a time; None starts at what memory is budgeted for and halves while it does not suffice.
-    """
-
-    n_prompts: int = 50
-    n_tokens: int = N_TOKENS
-    target: float = 1.0
-    quantile: float = QUANTILE
-    tolerance: float = 0.05
-    max_evaluations: int = 9
-    batch_size: int | None = None
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense, before anything is loaded."""
-        for flag, count, least in (
-            ("--n-prompts", self.n_prompts, 1),
-            ("--n-tokens", self.n_tokens, 1),
-            ("--batch-size", self.batch_size, 1),
-            ("max_evaluations", self.max_evaluations, 2),
-        ):
-            if count is not None and count < least:
-                raise WsError(f"{flag} must be at least {least}, not {count}.")
-        if not (math.isfinite(self.target) and self.target > 0):
-            raise WsError(f"--target must be a positive number of nats, not {self.target}.")
-        for name, share in (("quantile", self.quantile), ("tolerance", self.tolerance)):
-            if not 0 < share < 1:
-                raise WsError(f"{name} must lie between 0 and 1, not {share}.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the result depends on; the batch size is not part of it."""
-        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
-
-
-# ---- the solver -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Where a divergence comes nearest to its target.
-
-    Attributes:
-        alpha: the strength, with its sign.
-        divergence: measured at it.
-        converged: whether that is within the tolerance of the target.
-        reason: why it is not; empty when it is.
-        evaluations: every `(alpha, divergence)` measured, in order.
-    """
-
-    alpha: float
-    divergence: float
-    converged: bool
-    reason: str
-    evaluations: tuple[tuple[float, float], ...]
-
-
-class _Search:
-    """`log(D / target)` as a function of `log |alpha|`, with a memory, and zero all over the tolerance.
-
-    That zero is what makes a bracketing solver stop as soon as a measurement is near enough.
-    """
-
-    def __init__(self, measure: Callable[[float], float], sign: int, config: CalibrationConfig) -> None:
-        self.measure, self.sign, self.config = measure, sign, config
-        self.seen: dict[float, float] = {}
-
-    def __call__(self, log_size: float) -> float:
-        if log_size not in self.seen:
-            value = self.measure(self.alpha(log_size))
-            if not math.isfinite(value):
-                raise WsError(
-                    f"The divergence at alpha {self.alpha(log_size):.5g} is {value}; the model is broken there."
-                )
-            self.seen[log_size] = value
-        value = self.seen[log_size]
-        return 0.0 if self.near(value) else math.log(max(value, _FLOOR) / self.config.target)
-
-    def alpha(self, log_size: float) -> float:
-        return self.sign * math.exp(log_size)
-
-    def near(self, value: float) -> bool:
-        return abs(value - self.config.target) <= self.config.tolerance * self.config.target
-
-    @property
-    def left(self) -> int:
-        return self.config.max_evaluations - len(self.seen)
-
-
-def solve(measure: Callable[[float], float], sign: int, config: CalibrationConfig, start: float = 1.0) -> Solution:
-    """The strength of one sign at which `measure` gives the target, by Brent's method on logarithms.
-
-    A bracket is found by at least doubling or halving the size from `start`, within `LEAST` and `MOST`.
-
-    Args:
-        measure: the divergence at a strength.
-        sign: +1 or -1.
-        config: target, tolerance and number of measurements.
-        start: the size of the first guess.
-    """
-    search = _Search(measure, sign, config)
-    ends = _bracket(search, math.log(min(max(start, LEAST), MOST)))
-    if ends and search.left > 0:
-        brentq(search, *ends, xtol=_NARROW, maxiter=search.left, disp=False)
-    best = min(search.seen, key=lambda x: abs(search.seen[x] - config.target))
-    value = search.seen[best]
-    reason = "" if search.near(value) else _why_not(search)
-    evaluations = tuple((search.alpha(x), d) for x, d in search.seen.items())
-    return Solution(search.alpha(best), value, not reason, reason, evaluations)
-
-
-def _bracket(search: _Search, here: float) -> tuple[float, float] | None:
-    """Two log sizes with the target between their divergences; None when it is hit, out of reach or takes too long."""
-    value = search(here)
-    while value and search.left > 0:
-        # A divergence grows with the square of a small strength, so half its logarithm is the way to go.
-        step = min(max(abs(value) / 2, math.log(2)), math.log(32))
-        there = min(max(here - math.copysign(step, value), math.log(LEAST)), math.log(MOST))
-        if there == here:
-            return None
-        next_value = search(there)
-        if next_value * value < 0:
-            return here, there
-        here, value = there, next_value
-    return None
-
-
-def _why_not(search: _Search) -> str:
-    """Why a search failed, from what it saw: the narrowest step across the target, or the end it came to."""
-    target, sizes = search.config.target, sorted(search.seen)
-    goal = f"{target:g} nat{'' if target == 1 else 's'}"
-    steps = [(a, b) for a, b in pairwise(sizes) if search(a) * search(b) < 0]
-    if steps:
-        low, high = min(steps, key=lambda step: step[1] - step[0])
-        verb = "jumps" if high - low < _JUMP else "goes"
-        below, above = (f"{search.seen[x]:.3g} at alpha {search.alpha(x):.5g}" for x in (low, high))
-        tried = f"{len(sizes)} measurements found nothing near enough to {goal}"
-        return f"D {verb} from {below} to {above}, and {tried}"
-    weak = search(sizes[0]) < 0
-    last = sizes[-1] if weak else sizes[0]
-    seen = f"D is {search.seen[last]:.3g} at alpha {search.alpha(last):.5g}"
-    if last in (math.log(LEAST), math.log(MOST)):
-        bound = f"no strength up to {MOST:g} reaches" if weak else f"every strength from {LEAST:g} on is above"
-        return f"{bound} {goal} ({seen})"
-    return f"{len(sizes)} measurements did not get as far as {goal} ({seen})"
-
-
-# ---- a calibration --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SideCalibration:
-    """What was found for one sign.
-
-    Attributes:
-        alpha: the strength, with its sign; where `converged` is False merely the nearest one seen.
-        divergence: measured at it, in nats.
-        converged: whether that is within the tolerance of the target.
-        reason: why it is not; empty when it is.
-        audit: the divergence at `alpha` on other prompts; None when there are none or it did not converge.
-        evaluations: every `(alpha, divergence)` measured, in order.
-        n_positions: the positions that `divergence` is a quantile of.
-    """
-
-    alpha: float
-    divergence: float
-    converged: bool
-    reason: str
-    audit: float | None
-    evaluations: tuple[tuple[float, float], ...]
-    n_positions: int
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The calibrated strengths of both signs.
-
-    Attributes:
-        positive, negative: the two sides.
-        config: how they were found.
-        prompts: hash of the prompts, those of the audit included.
-        model: fingerprint of the base model.
-        subject: what steers: the digest of the vector, or another name that changes when it does.
-    """
-
-    positive: SideCalibration
-    negative: SideCalibration
-    config: CalibrationConfig
-    prompts: str
-    model: str
-    subject: str
-
-    def side(self, sign: float | int) -> SideCalibration:
-        """The side of a sign."""
-        return self.negative if sign < 0 else self.positive
-
-    def alpha(self, units: float | int) -> float:
-        """So many calibrated units as a strength: `+1` is the positive strength, `-0.5` half of the negative one.
-
-        Raises:
-            WsError: units that are not finite, or of a side whose calibration did not converge.
-        """
-        if not math.isfinite(units):
-            raise WsError(f"Calibrated units must be a finite number, not {units}.")
-        if units == 0:
-            return 0.0
-        side = self.side(units)
-        if not side.converged:
-            raise WsError(
-                f"{units:+g}u is not available, because the calibration of this sign did not converge: {side.reason}; "
-                "give the strength as a number, or calibrate again with another --target or more --n-prompts."
-            )
-        return abs(units) * side.alpha
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Calibration:
-        """The calibration that `to_dict` described; `WsError` when these are not its values."""
-        try:
-            if values["format"] != FORMAT:
-                raise WsError(f"The calibration has format {values['format']}; this version reads {FORMAT}.")
-            return cls(
-                positive=_side_from(values["positive"]),
-                negative=_side_from(values["negative"]),
-                config=CalibrationConfig(**values["config"]),
-                prompts=str(values["prompts"]),
-                model=str(values["model"]),
-                subject=str(values["subject"]),
-            )
-        except (KeyError, TypeError, ValueError) as problem:
-            raise WsError(f"The calibration is damaged ({problem!r}); calibrate again.") from problem
-
-
-def _side_from(values: Any) -> SideCalibration:
-    return SideCalibration(
-        alpha=float(values["alpha"]),
-        divergence=float(values["divergence"]),
-        converged=values["converged"] is True,
-        reason=str(values["reason"]),
-        audit=None if values["audit"] is None else float(values["audit"]),
-        evaluations=tuple((float(alpha), float(d)) for alpha, d in values["evaluations"]),
-        n_positions=int(values["n_positions"]),
-    )
-
-
-def calibrate(
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    steerable: Steerable,
-    questions: Sequence[str],
-    audit: Sequence[str] = (),
-    config: CalibrationConfig | None = None,
-    subject: str = "",
-    start: float = 1.0,
-    report: Callable[[str], None] | None = None,
-) -> Calibration:
-    """Find the strengths at which steering costs the target divergence, for each sign.
-
-    ```python
-    found = calibrate(model, tok, lambda alpha: ws.steer(model, dW, alpha), questions)
-    with ws.steer(model, dW, found.alpha(+1)): ...
-    ```
-
-    Args:
-        steerable: makes the context in which the model is steered with a strength: a weight vector, an activation
-            vector, anything with a dial.
-        questions: the user turns to calibrate on, all of them.
-        audit: other user turns, to measure the strengths found again.
-        subject: see `Calibration`.
-        start: the size of the first guess.
-        report: gets a line for every measurement.
-
-    Raises:
-        WsError: no questions, questions that are also in the audit, or a model that gives NaN.
-    """
-    settings = config or CalibrationConfig()
-    if set(questions) & set(audit):
-        raise WsError("The audit must not repeat questions that the calibration uses.")
-    prompts, others = ([render_prompt(tok, q) for q in part] for part in (questions, audit))
-    meter = _Meter(model, tok, steerable, settings, report)
-    positive = _calibrate_side(meter, 1, prompts, others, start)
-    begin = abs(positive.alpha) if positive.converged else start
-    negative = _calibrate_side(meter, -1, prompts, others, begin)
-    return Calibration(positive, negative, settings, _prompts_hash(prompts, others), fingerprint(model), subject)
-
-
-class _Meter:
-    """Measures `D(alpha)` and tells how long that takes."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tok: Tokenizer,
-        steerable: Steerable,
-        config: CalibrationConfig,
-        report: Callable[[str], None] | None,
-    ) -> None:
-        self.model, self.tok, self.steerable, self.config, self.report = model, tok, steerable, config, report
-
-    def __call__(self, prompts: Sequence[str], alpha: float, left: int | None = None) -> Divergence:
-        """The divergences at one strength; `left` further measurements may follow, None for those of an audit."""
-        started = time.perf_counter()
-        try:
-            found = self._divergence(prompts, alpha)
-        except WsError as problem:
-            raise WsError(f"At alpha {alpha:+.5g}: {problem}") from problem
-        seconds = time.perf_counter() - started
-        if self.report:
-            more = "audit on other prompts" if left is None else f"at most {left} more, {left * seconds:.0f} s"
-            self.report(f"  alpha {alpha:+.5g}: {found.at(self.config.quantile):.4g} nats ({seconds:.1f} s; {more})")
-        return found
-
-    def _divergence(self, prompts: Sequence[str], alpha: float) -> Divergence:
-        condition = partial(self.steerable, alpha)
-        return divergence(self.model, self.tok, prompts, condition, self.config.n_tokens, self.config.batch_size)
-
-
-def _calibrate_side(
-    meter: _Meter, sign: int, prompts: Sequence[str], others: Sequence[str], start: float
-) -> SideCalibration:
-    config, positions = meter.config, dict[float, int]()
-
-    def measure(alpha: float) -> float:
-        found = meter(prompts, alpha, config.max_evaluations - len(positions) - 1)
-        positions[alpha] = found.n_positions
-        return found.at(config.quantile)
-
-    found = solve(measure, sign, config, start)
-    audit = meter(others, found.alpha).at(config.quantile) if found.converged and others else None
-    return SideCalibration(**vars(found), audit=audit, n_positions=positions[found.alpha])
-
-
-def _prompts_hash(prompts: Sequence[str], others: Sequence[str]) -> str:
-    return sha256_json([list(prompts), list(others)])
-
-
-def split_questions(questions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`n` questions evenly spread over the pool to calibrate on, and up to `n` of the others for the audit."""
-    if not 1 <= n <= len(questions):
-        half = max(1, len(questions) // 2)
-        raise WsError(
-            f"--n-prompts {n} is out of range; this behaviour has {len(questions)} questions (give {half}, and the "
-            "others audit the result)."
-        )
-    chosen = _evenly(questions, n)
-    others = [q for q in questions if q not in set(chosen)]
-    return tuple(chosen), tuple(_evenly(others, min(n, len(others))))
-
-
-def _evenly(pool: Sequence[str], n: int) -> list[str]:
-    return [pool[i * len(pool) // n] for i in range(n)]
-
-
-# ---- strengths as people write them ---------------------------------------------------------------------------------
-
-_UNITS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))u")
-
-
-def parse_alpha(value: str | float | int, calibration: Calibration | None = None) -> float:
-    """A strength from a number (`1`, `"1.5"`) or in calibrated units (`"+1u"`, `"-0.5u"`; see `Calibration.alpha`).
-
-    Raises:
-        WsError: neither of them, not finite, or units without a calibration that converged.
-    """
-    text = str(value).strip()
-    units = _UNITS.fullmatch(text)
-    if units:
-        if calibration is None:
-            raise WsError(f"{text} is in calibrated units and the vector has no calibration; run `ws calibrate` first.")
-        return calibration.alpha(float(units.group(1)))
-    try:
-        alpha = float(text)
-    except ValueError:
-        raise WsError(f"The strength {text!r} is not understood; use 1.5, +1u, -0.5u or `calibrated`.") from None
-    if not math.isfinite(alpha):
-        raise WsError(f"A strength must be a finite number, not {text}.")
-    return alpha
-
-
-def parse_alphas(values: Sequence[str | float | int], calibration: Calibration | None = None) -> tuple[float, ...]:
-    """Strengths in the order given, each once; the word `calibrated` stands for -1u, 0 and +1u."""
-    words = [w for v in values for w in (("-1u", 0.0, "+1u") if v == "calibrated" else (v,))]
-    return tuple(dict.fromkeys(parse_alpha(w, calibration) for w in words))
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def store_calibration(folder: str | Path, calibration: Calibration) -> Path:
-    """Write a calibration into a vector's folder, beside `ws.json` and not into it.
-
-    The manifest of a run has the hash of every file that makes up the vector: changing one would have the vector made
-    again. A new vector takes the whole folder's place, and an old calibration goes with the old one.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise WsError(f"There is no folder {folder} to store a calibration in.")
-    return write_json(folder / CALIBRATION, calibration.to_dict())
-
-
-def load_calibration(folder: str | Path, subject: str, model: str | None = None) -> Calibration | None:
-    """The calibration stored in a folder, None when there is none.
-
-    Args:
-        folder: the vector's.
-        subject: what steers now, such as `vector_digest(vector)`.
-        model: fingerprint of the model it steers, None to leave that unchecked.
-
-    Raises:
-        WsError: a damaged file, or the calibration of another vector or of another model.
-    """
-    file = Path(folder) / CALIBRATION
-    if not file.is_file():
-        return None
-    try:
-        found = Calibration.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise WsError(f"{file} cannot be read ({problem}); calibrate again.") from problem
-    for what, was, now in (("vector", found.subject, subject), ("model", found.model, model)):
-        if now is not None and was != now:
-            raise WsError(f"{file} is of another {what} ({was[:12]}) than this one ({now[:12]}); calibrate again.")
-    return found
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
+from ws.runs import DEFAULT_OUT, Stage, write_csv
 
 
 @dataclass(frozen=True)
@@ -499,6 +35,8 @@ class CalibrateOptions:
     Attributes:
         behavior, adapter, seed: which run below `out`.
         out: where runs are.
+        intervention: what is calibrated: `weight`, the vector, or a baseline of `ws.interventions`. Of those without a
+            dial the divergence is reported.
         model: None for the base that the vector was made for.
         n_prompts, n_tokens, target, batch_size: see `CalibrationConfig`.
         device, dtype: see `ws.load_model`.
@@ -509,6 +47,7 @@ class CalibrateOptions:
     adapter: str = "lora"
     seed: int = 0
     out: Path = DEFAULT_OUT
+    intervention: str = WEIGHT
     model: str | None = None
     n_prompts: int = 50
     n_tokens: int = N_TOKENS
@@ -524,48 +63,110 @@ class CalibrateOptions:
         return CalibrationConfig(self.n_prompts, self.n_tokens, self.target, batch_size=self.batch_size)
 
 
-def calibration_of(opened: FinishedRun) -> Calibration | None:
-    """The calibration stored with a run's vector, None when there is none; see `load_calibration`."""
-    return load_calibration(opened.vector_folder, vector_digest(opened.vector), fingerprint(opened.model))
-
-
 def main(options: CalibrateOptions) -> None:
     """The command `ws calibrate`."""
     options.config.check()
     o = options
+    choose("intervention", o.intervention, INTERVENTIONS)
     opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.dtype)
     behavior = load_behavior(o.behavior, o.model or opened.vector.base_id)
-    parts = split_questions(behavior.questions, o.n_prompts)
-    settings = o.config.settings | {"dtype": str(opened.model.dtype)[6:]}
-    prompts = _prompts_hash(*([render_prompt(opened.tok, q) for q in part] for part in parts))
-    inputs = {"vector": vector_digest(opened.vector), "model": fingerprint(opened.model), "prompts": prompts}
-    begin = opened.run.restart if o.fresh else opened.run.refresh
-    stage = begin("calibration", settings, inputs)
-    if stage is not None:
-        _carry_out(stage, opened, options, *parts)
-    found = calibration_of(opened)
-    assert found is not None, "a finished stage has stored its calibration"
-    print(f"{opened.run.facts('calibration')['example']}\n\n{render(found)}\n\nin {opened.run.folder}")
-    if not (found.positive.converged or found.negative.converged):
+    chosen = intervention(o.intervention, opened, behavior)
+    found = calibration_for(chosen, opened, behavior.questions, o.config, _key(chosen, options), o.fresh)
+    print(f"{chosen.home.facts(_stage_name(chosen))['example']}\n\n{render(found)}\n\nin {chosen.home.folder}")
+    sides = (found.positive, found.negative)
+    if chosen.has_dial and not any(side.converged for side in sides):
         raise WsError(f"Neither sign could be calibrated: {found.positive.reason}; {found.negative.reason}.")
 
 
+def calibration_for(
+    chosen: Intervention,
+    opened: FinishedRun,
+    questions: Sequence[str],
+    config: CalibrationConfig,
+    key: Mapping[str, Any],
+    fresh: bool = False,
+) -> Calibration:
+    """The calibration of an intervention: what is stored, where it was made in the same way, else measured and stored.
+
+    Args:
+        chosen: what is calibrated. Without a dial its divergences at -1 and +1 are measured and no side converges.
+        opened: the run whose model it acts on.
+        questions: the behaviour's pool; one half calibrates and the other audits (see `split_questions`).
+        config: see `CalibrationConfig`.
+        key: the first columns of `calibration.csv`.
+        fresh: measure again, also when the same is stored.
+    """
+    parts = split_questions(questions, config.n_prompts)
+    settings = config.settings | {"dtype": str(opened.model.dtype)[6:]}
+    prompts = prompts_hash(*([render_prompt(opened.tok, q) for q in part] for part in parts))
+    inputs = {"vector": chosen.subject, "model": fingerprint(opened.model), "prompts": prompts}
+    name = _stage_name(chosen)
+    stage = (chosen.home.restart if fresh else chosen.home.refresh)(name, settings, inputs)
+    if stage is not None:
+        _carry_out(stage, chosen, opened, config, key, *parts)
+    found = chosen.calibration(opened.model)
+    assert found is not None, "a finished stage has stored its calibration"
+    return found
+
+
+def _key(chosen: Intervention, options: CalibrateOptions) -> dict[str, Any]:
+    """The first columns; what depends on no adapter stands under its own name."""
+    name = behavior_name(options.behavior)
+    if chosen.is_shared:
+        return {"behavior": name, "adapter": chosen.name, "seed": 0}
+    return {"behavior": name, "adapter": options.adapter, "seed": options.seed}
+
+
+def _stage_name(chosen: Intervention) -> str:
+    return "calibration" if chosen.name == WEIGHT else f"calibration of {chosen.name}"
+
+
 def _carry_out(
-    stage: Stage, opened: FinishedRun, options: CalibrateOptions, questions: Sequence[str], audit: Sequence[str]
+    stage: Stage,
+    chosen: Intervention,
+    opened: FinishedRun,
+    config: CalibrationConfig,
+    key: Mapping[str, Any],
+    questions: Sequence[str],
+    audit: Sequence[str],
 ) -> None:
-    """Calibrate, and write what was found into the run's folder."""
-    console.say(f"calibration to {options.target:g} nats on {len(questions)} prompts, audit on {len(audit)}")
-    model, tok, vector = opened.model, opened.tok, opened.vector
-    steerable = partial(steer, model, vector)
-    subject = vector_digest(vector)
-    found = calibrate(model, tok, steerable, questions, audit, options.config, subject, report=console.say)
-    key = {"behavior": behavior_name(options.behavior), "adapter": options.adapter, "seed": options.seed}
-    table = write_csv(opened.run.folder / "calibration.csv", rows(key, found))
-    stored = store_calibration(opened.vector_folder, found)
-    stage.done([table, stored], example=example(model, tok, steerable, questions[0], found))
+    """Calibrate, and write what was found into the folder of the intervention."""
+    console.say(f"{chosen.name}: {config.target:g} nats on {len(questions)} prompts, audit on {len(audit)}")
+    model, tok = opened.model, opened.tok
+    if chosen.has_dial:
+        found = calibrate(model, tok, chosen.at, questions, audit, config, chosen.subject, report=console.say)
+    else:
+        found = _as_it_is(chosen, opened, config, questions, audit)
+    table = "calibration.csv" if chosen.name == WEIGHT else f"calibration_{chosen.name}.csv"
+    written = write_csv(chosen.home.folder / table, rows(key, found, chosen.name))
+    file = chosen.calibration_file
+    stored = store_calibration(file.parent, found, file.name)
+    stage.done([written, stored], example=example(opened, chosen, questions[0], found))
 
 
-def rows(key: Mapping[str, Any], calibration: Calibration) -> list[dict[str, Any]]:
+def _as_it_is(
+    chosen: Intervention,
+    opened: FinishedRun,
+    config: CalibrationConfig,
+    questions: Sequence[str],
+    audit: Sequence[str],
+) -> Calibration:
+    """The divergences of an intervention that has no dial, at -1 and +1."""
+
+    def side(alpha: float) -> SideCalibration:
+        found, other = (
+            divergence_of(chosen, opened.model, opened.tok, part, alpha, config) for part in (questions, audit)
+        )
+        value = found.at(config.quantile)
+        reason = f"there is no dial, and the divergence is {value:.3g} nats"
+        seen = ((alpha, value),)
+        return SideCalibration(alpha, value, False, reason, other.at(config.quantile), seen, found.n_positions)
+
+    prompts = prompts_hash(*([render_prompt(opened.tok, q) for q in part] for part in (questions, audit)))
+    return Calibration(side(1.0), side(-1.0), config, prompts, fingerprint(opened.model), chosen.subject)
+
+
+def rows(key: Mapping[str, Any], calibration: Calibration, name: str = WEIGHT) -> list[dict[str, Any]]:
     """The rows of `calibration.csv`, one per sign; `key` holds behavior, adapter and seed."""
     return [
         {
@@ -579,22 +180,21 @@ def rows(key: Mapping[str, Any], calibration: Calibration) -> list[dict[str, Any
             "n_prompts": calibration.config.n_prompts,
             "n_positions": side.n_positions,
             "reason": side.reason,
+            "intervention": name,
         }
         for sign, side in (("+", calibration.positive), ("-", calibration.negative))
     ]
 
 
-def example(
-    model: PreTrainedModel, tok: Tokenizer, steerable: Steerable, question: str, calibration: Calibration
-) -> str:
+def example(opened: FinishedRun, chosen: Intervention, question: str, calibration: Calibration) -> str:
     """One worked example, to read by eye: a prompt, and how the model goes on at -1u, unsteered and at +1u."""
-    prompt = render_prompt(tok, question)
     lines = [f"Worked example: {question}", ""]
     for units in (-1, 0, 1):
-        if units and not calibration.side(units).converged:
+        side = calibration.side(units)
+        if units and chosen.has_dial and not side.converged:
             continue
-        alpha = calibration.alpha(units)
-        said = divergence(model, tok, [prompt], partial(steerable, alpha), calibration.config.n_tokens)
+        alpha = abs(units) * side.alpha
+        said = divergence_of(chosen, opened.model, opened.tok, [question], alpha, calibration.config)
         lines.append(f"  {units:+d}u (alpha {alpha:+.4g})  {' '.join(said.answers[0].split())[:200]}")
     return "\n".join(lines)
 

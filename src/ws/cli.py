@@ -27,6 +27,8 @@ COMMANDS = {
     "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
     "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
     "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "EvalOptions", "tiny-mfv (airisk) on a finished run"),
+    "eval-capability": ("ws.eval.capability", "main", "CapabilityOptions", "what steering costs on neutral text"),
+    "eval-lm-eval": ("ws.eval.lm_eval", "main", "LmEvalOptions", "lm-evaluation-harness tasks on a finished run"),
     "summarize-airisk": (
         "ws.eval.readme_airisk_table",
         "main",
@@ -36,8 +38,14 @@ COMMANDS = {
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
     "calibrate": ("ws.calibrate", "main", "CalibrateOptions", "find the strengths that cost a given divergence"),
+    "compare": ("ws.compare", "main", "CompareOptions", "every way of steering at the same cost, beside its nulls"),
     "controls": ("ws.controls", "main", "ControlOptions", "compare a run's shifts with those of random vectors"),
+    "confounds": ("ws.eval.confounds", "main", "ConfoundOptions", "say what else could have made a run's shifts"),
     "slope": ("ws.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
+    "compose": ("ws.compose", "main", "ComposeOptions", "add vectors up, and measure what they do to each other"),
+    "trim": ("ws.trim", "main", "TrimOptions", "fewer layers, modules or columns of a vector, or a depth profile"),
+    "monitor": ("ws.monitor", "main", "MonitorOptions", "how far fine-tunes have moved along known behaviours"),
+    "subspace": ("ws.subspace", "main", "SubspaceOptions", "where a vector lies, its pair, cosines between vectors"),
     "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
 }
 
@@ -127,7 +135,9 @@ def main() -> None:
     if arguments[0] == "--version":
         print(version("weight-steering"))
         return
-    name = arguments[0]
+    if arguments[0] == "eval" and len(arguments) > 1 and not arguments[1].startswith("-"):
+        sys.argv[1:3] = [f"eval-{arguments[1]}"]  # `ws eval airisk` is `ws eval-airisk`
+    name = sys.argv[1]
     console.guard(lambda: _run(name), debug="--debug" in arguments)
 
 

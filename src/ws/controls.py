@@ -183,16 +183,12 @@ def headline_evaluations(context: EvalContext, split: str, scores: Sequence[str]
 
 
 def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[float, int]]:
-    """The mean and the number of items of every headline score that an evaluation's scores hold.
+    """The mean and the number of items of every headline score of an evaluation.
 
-    `false_claims` and `true_claims` are mean log ratios in nats, `wrongness` is the mean of s over other_violate.
+    `false_claims` and `true_claims` are mean log ratios in nats, `wrongness` is the mean of s over other_violate,
+    `choices` the mean score of the dilemmas in nats.
     """
-    if evaluation.name == tinymfv_airisk.NAME:
-        s = tinymfv_airisk.signed_wrongness(scores)[:, 0]
-        return {"wrongness": (float(s.mean()), len(s))}
-    is_true = np.array([claim["is_true"] for claim in evaluation.items[-1]])
-    kinds = {"false_claims": scores["logratio"][~is_true], "true_claims": scores["logratio"][is_true]}
-    return {name: (float(values.mean()), len(values)) for name, values in kinds.items() if len(values)}
+    return {name: (float(v.mean()), len(v)) for name, v in evaluation.headlines(scores).items()}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -266,7 +262,7 @@ def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
     stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:
-        base = replace(context, options=replace(context.options, alphas=())).measure(evaluation)[0.0]
+        base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
         for control, draw in tqdm(wanted, desc=evaluation.name, unit="vector"):
             missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
             if missing:

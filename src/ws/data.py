@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from tqdm.auto import tqdm
@@ -28,6 +29,7 @@ from ws import console
 from ws.behaviors import Behavior, load_behavior
 from ws.errors import WsError
 from ws.eval.choice import score_choices
+from ws.eval.groups import group_mean
 from ws.models import DEFAULT_MODEL, encode, end_ids, fingerprint, load_model, model_id, render_prompt
 from ws.runs import DEFAULT_OUT, Run, data_folder, write_json, write_text
 
@@ -39,6 +41,9 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _YES = re.compile(r"\W*yes\b", re.IGNORECASE)
+_WORD = re.compile(r"\w+|[^\w\s]")
+# A difference between the sides of a pair set, or between steered and unsteered answers, is strong from here on.
+LENGTH_RATIO, SHARE_GAP, YES_GAP, IDENTICAL_SHARE = 1.25, 0.1, 0.2, 0.2
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def generate_pairs(
     if stage is None:
         return read_pairs(folder)
     pairs = _sample_all(model, tok, behavior, jobs, config, folder / _PARTIAL_FILE)
-    card = data_card(pairs)
+    card = data_card(pairs, behavior.keep_refusals)
     if not card["kept"]:
         run.drop("pairs")
         rejected = (folder / _PARTIAL_FILE).replace(folder / "rejected.jsonl")
@@ -300,7 +305,7 @@ def _drop_reason(pos: Answer, neg: Answer, keep_refusals: bool = False) -> str |
         return "truncated"
     if _same(pos.text, neg.text):
         return "identical"
-    if not keep_refusals and (_REFUSAL.search(pos.text[:120]) or _REFUSAL.search(neg.text[:120])):
+    if not keep_refusals and (is_refusal(pos.text) or is_refusal(neg.text)):
         return "refusal"
     return None
 
@@ -329,39 +334,108 @@ def _same(a: str, b: str) -> bool:
 # ---- the data card ------------------------------------------------------------------------------------------------
 
 
-def data_card(pairs: Sequence[Pair]) -> dict[str, Any]:
+def data_card(pairs: Sequence[Pair], keep_refusals: bool = False) -> dict[str, Any]:
     """How the two sides compare, before anything is trained on them: confounds show here first.
 
-    Lengths are in tokens; `yes_rate` is the share of answers that begin with Yes; `overlap` the mean Jaccard index of
-    the two answers' word sets. All but `sampled`, `dropped` and `refusals` are over the kept pairs.
+    Lengths are in tokens; `yes_rate` is the share of answers that begin with Yes; `repetition` the mean of the function
+    of that name; `overlap` the mean Jaccard index of the two answers' word sets. `differences` are means of positive
+    minus negative, pair by pair, with 95 % intervals. All but `sampled`, `dropped`, `identical` and `refusals` are over
+    the kept pairs. `confounds` says in sentences which differences are strong.
+
+    Args:
+        pairs: all that were sampled.
+        keep_refusals: refusals are what the behaviour is about, so a difference in them is no confound.
     """
     kept = [p for p in pairs if p.drop is None]
-    sides = {
-        "positive": [(p.pos, p.pos_tokens) for p in kept],
-        "negative": [(p.neg, p.neg_tokens) for p in kept],
-    }
     card: dict[str, Any] = {
         "sampled": len(pairs),
         "kept": len(kept),
         "dropped": dict(Counter(p.drop for p in pairs if p.drop)),
         "questions": len({p.question for p in kept}),
         "overlap": round(statistics.fmean(_overlap(p) for p in kept), 4) if kept else 0.0,
+        "identical": round(sum(_same(p.pos, p.neg) for p in pairs) / max(1, len(pairs)), 4),
+        "positive": _side([(p.pos, p.pos_tokens) for p in kept]),
+        "negative": _side([(p.neg, p.neg_tokens) for p in kept]),
+        "refusals": {
+            "positive": sum(is_refusal(p.pos) for p in pairs),
+            "negative": sum(is_refusal(p.neg) for p in pairs),
+        },
+        "differences": _differences(pairs, kept),
     }
-    for name, answers in sides.items():
-        lengths = [n for _, n in answers]
-        card[name] = {
-            "mean_tokens": round(statistics.fmean(lengths), 2) if lengths else 0.0,
-            "median_tokens": statistics.median(lengths) if lengths else 0.0,
-            "yes_rate": round(sum(bool(_YES.match(t)) for t, _ in answers) / max(1, len(answers)), 4),
-            "distinct": round(len({t for t, _ in answers}) / max(1, len(answers)), 4),
-        }
-    card["refusals"] = {
-        "positive": sum(bool(_REFUSAL.search(p.pos[:120])) for p in pairs),
-        "negative": sum(bool(_REFUSAL.search(p.neg[:120])) for p in pairs),
-    }
+    card["confounds"] = _confounds(card, keep_refusals)
     step = max(1, len(kept) // 5)
     card["samples"] = [{"question": p.question, "pos": p.pos, "neg": p.neg} for p in kept[::step][:5]]
     return card
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an answer turns the request down in its first words (120 characters)."""
+    return _REFUSAL.search(answer[:120]) is not None
+
+
+def repetition(answer: str) -> float:
+    """The share of an answer's 4-grams of words (and marks) that occurred in it before; 0 when it is shorter.
+
+    `1 - (different 4-grams) / (4-grams)`, seq-rep-4 of Welleck et al. 2020 (arXiv 1908.04319) with words for tokens.
+    """
+    words = _WORD.findall(answer.lower())
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _side(answers: Sequence[tuple[str, int]]) -> dict[str, float]:
+    """What one side's answers are like; `answers` are texts with their lengths."""
+    texts, lengths, n = [t for t, _ in answers], [n for _, n in answers], max(1, len(answers))
+    return {
+        "mean_tokens": round(statistics.fmean(lengths), 2) if lengths else 0.0,
+        "median_tokens": statistics.median(lengths) if lengths else 0.0,
+        "yes_rate": round(sum(bool(_YES.match(t)) for t in texts) / n, 4),
+        "distinct": round(len(set(texts)) / n, 4),
+        "repetition": round(sum(map(repetition, texts)) / n, 4),
+    }
+
+
+def _differences(pairs: Sequence[Pair], kept: Sequence[Pair]) -> dict[str, dict[str, float] | None]:
+    """Positive minus negative in what may confound, each with its interval; None with fewer than two pairs."""
+    measures: dict[str, list[float]] = {
+        "tokens": [p.pos_tokens - p.neg_tokens for p in kept],
+        "yes_rate": [bool(_YES.match(p.pos)) - bool(_YES.match(p.neg)) for p in kept],
+        "repetition": [repetition(p.pos) - repetition(p.neg) for p in kept],
+        "refusals": [is_refusal(p.pos) - is_refusal(p.neg) for p in pairs],
+    }
+    found: dict[str, dict[str, float] | None] = {}
+    for name, values in measures.items():
+        e = group_mean(np.array(values, dtype=np.float64)) if len(values) > 1 else None
+        found[name] = None if e is None else {k: round(getattr(e, k), 4) for k in ("mean", "ci_lo", "ci_hi")}
+    return found
+
+
+def _confounds(card: dict[str, Any], keep_refusals: bool) -> list[str]:
+    """A sentence for every difference between the sides that is both strong and more than chance."""
+    sides, found = (card["positive"], card["negative"]), list[str]()
+
+    def sure(name: str, least: float = 0.0) -> bool:
+        d = card["differences"][name]
+        return d is not None and abs(d["mean"]) >= least and (d["ci_lo"] > 0 or d["ci_hi"] < 0)
+
+    short, long = sorted(s["mean_tokens"] for s in sides)
+    if sure("tokens") and long >= LENGTH_RATIO * short:
+        side = "positive" if card["differences"]["tokens"]["mean"] > 0 else "negative"
+        found.append(f"Length: the {side} answers are longer, {long:.1f} against {short:.1f} tokens in the mean.")
+    if sure("yes_rate", YES_GAP):
+        rates = " and ".join(f"{s['yes_rate']:.0%}" for s in sides)
+        found.append(f"Agreement: {rates} of positive and negative answers begin with Yes; see what true claims do.")
+    if sure("refusals", SHARE_GAP) and not keep_refusals:
+        counts = " and ".join(str(n) for n in card["refusals"].values())
+        found.append(f"Refusals: {counts} of {card['sampled']} positive and negative answers.")
+    if sure("repetition", SHARE_GAP):
+        rates = " and ".join(f"{s['repetition']:.0%}" for s in sides)
+        found.append(f"Repetition: {rates} of the 4-grams in positive and negative answers are repeated.")
+    if card["identical"] >= IDENTICAL_SHARE:
+        found.append(
+            f"Identical: in {card['identical']:.0%} of pairs both sides say the same; the rest is a selection."
+        )
+    return found
 
 
 def _overlap(pair: Pair) -> float:
@@ -373,27 +447,43 @@ def render_card(behavior: Behavior, card: dict[str, Any]) -> str:
     """The data card as Markdown."""
     sides = [card["positive"], card["negative"]]
     dropped = ", ".join(f"{n} {why}" for why, n in card["dropped"].items()) or "none"
+    tokens, yes, repeated, refusals = (_interval(card, k) for k in ("tokens", "yes_rate", "repetition", "refusals"))
     table = [
-        ["tokens, mean", *(s["mean_tokens"] for s in sides)],
-        ["tokens, median", *(s["median_tokens"] for s in sides)],
-        ["answers that begin with Yes", *(f"{s['yes_rate']:.1%}" for s in sides)],
-        ["distinct answers", *(f"{s['distinct']:.1%}" for s in sides)],
-        ["refusals, of all sampled", card["refusals"]["positive"], card["refusals"]["negative"]],
+        ["tokens, mean", *(s["mean_tokens"] for s in sides), tokens],
+        ["tokens, median", *(s["median_tokens"] for s in sides), ""],
+        ["answers that begin with Yes", *(f"{s['yes_rate']:.1%}" for s in sides), yes],
+        ["repeated 4-grams", *(f"{s['repetition']:.1%}" for s in sides), repeated],
+        ["distinct answers", *(f"{s['distinct']:.1%}" for s in sides), ""],
+        ["refusals, of all sampled", card["refusals"]["positive"], card["refusals"]["negative"], refusals],
     ]
     lines = [
         f"# Data card: {behavior.name}",
         "",
         f"{card['kept']} of {card['sampled']} sampled pairs kept, {card['questions']} questions; dropped: {dropped}.",
         "",
-        tabulate(table, ["", "positive", "negative"], tablefmt="github"),
+        tabulate(table, ["", "positive", "negative", "difference [95 %]"], tablefmt="github"),
         "",
-        f"Word overlap within a pair (Jaccard): {card['overlap']:.2f}",
+        f"Word overlap within a pair (Jaccard): {card['overlap']:.2f}; identical pairs: {card['identical']:.1%}.",
+        "",
+        "## Confounds",
+        "",
+        *([f"- {line}" for line in card["confounds"]] or ["None of these differences is strong."]),
         "",
         "## Samples",
     ]
     for s in card["samples"]:
         lines += ["", f"- **{s['question']}**", f"  - positive: {s['pos']}", f"  - negative: {s['neg']}"]
     return "\n".join(lines) + "\n"
+
+
+def _interval(card: dict[str, Any], name: str) -> str:
+    """A difference as text: in tokens, otherwise in points of a hundred."""
+    d = card["differences"][name]
+    if d is None:
+        return ""
+    scale, digits = (1, 2) if name == "tokens" else (100, 1)
+    mean, low, high = (f"{scale * d[k]:+.{digits}f}" for k in ("mean", "ci_lo", "ci_hi"))
+    return f"{mean} [{low}, {high}]"
 
 
 def prompt_ids(tok: Tokenizer, question: str) -> list[int]:

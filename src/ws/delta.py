@@ -163,19 +163,32 @@ class LinearDelta:
         """Frobenius norm of the change, bias included; see `inner`."""
         return sqrt(max(self.inner(self, weight), 0.0))
 
-    def compress(self, rank: int) -> tuple[LinearDelta, float]:
-        """The best rank-`rank` approximation of the low-rank part, and its relative Frobenius error (0 if exact).
+    def compress(self, rank: int | None = None, energy: float | int | None = None) -> tuple[LinearDelta, float]:
+        """The best low-rank approximation of `U V`, and its relative Frobenius error (0 if exact).
 
         QR of both factors, then an SVD of the small core (Eckart-Young on `R_u R_v^T`): never forms
-        `[d_out, d_in]`. The other coordinates stay as they are.
+        `[d_out, d_in]`. The other coordinates stay as they are, and the error is that of `U V` alone.
+
+        Args:
+            rank: this many singular directions.
+            energy: as few singular directions as keep this share, in (0, 1], of `‖U V‖_F^2`. Exactly one of the two.
         """
-        if rank < 1:
+        if (rank is None) == (energy is None):
+            raise WsError("Compressing needs either a rank or a share of the energy to keep.")
+        if rank is not None and rank < 1:
             raise WsError(f"Rank must be at least 1, not {rank}.")
-        if self.u is None or self.v is None or self.rank <= rank:
+        if energy is not None and not 0 < energy <= 1:
+            raise WsError(f"The energy to keep must be a share above 0 and up to 1, not {energy}.")
+        if self.u is None or self.v is None or (rank is not None and self.rank <= rank):
             return self, 0.0
         qu, ru = torch.linalg.qr(self.u.double())
         qv, rv = torch.linalg.qr(self.v.double().T)
         left, s, right = torch.linalg.svd(ru @ rv.T, full_matrices=False)
+        if rank is None:
+            kept_energy = s.square().cumsum(0)
+            rank = int((kept_energy < energy * kept_energy[-1]).sum()) + 1
+        if self.rank <= rank:
+            return self, 0.0
         root = s[:rank].sqrt()
         u, v = qu @ left[:, :rank] * root, root[:, None] * right[:rank] @ qv.T
         error = float(s[rank:].norm() / s.norm()) if float(s.norm()) > 0 else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,8 +40,22 @@ from ws.models import (
 from ws.runs import atomic_folder, library_versions, sha256_file
 
 FORMAT_VERSION = 1
-MANIFEST = "ws.json"
+MANIFEST, CALIBRATION = "ws.json", "calibration.json"
 NATIVE_WEIGHTS, PEFT_WEIGHTS = "vector.safetensors", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Units:
+    """The calibrated strengths of a vector, from `calibration.json` in its folder (see `ws.calibration`).
+
+    Attributes:
+        subject: digest of the vector they were measured for.
+        negative, positive: -1u and +1u; None where the calibration did not converge.
+    """
+
+    subject: str
+    negative: float | None
+    positive: float | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class SteeringVector:
         base_fingerprint: of its weights (`ws.models.fingerprint`), None when unknown.
         recipe: how the vector was made, JSON-serialisable: a source, or an operation on the recipes of its operands.
         info: behaviour, family, seeds and whatever else describes it, JSON-serialisable.
+        units: its calibrated strengths, None when it was not calibrated; those of another vector are never used.
     """
 
     deltas: Mapping[str, LinearDelta]
@@ -60,6 +76,7 @@ class SteeringVector:
     base_fingerprint: str | None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         if not self.deltas:
@@ -141,9 +158,31 @@ class SteeringVector:
         return all(d.is_zero for d in self.deltas.values())
 
     @property
+    def depth(self) -> int:
+        """Decoder layers of the base, as `from_adapter` recorded, or else up to the deepest one that is changed."""
+        return int(self.info.get("depth") or max((layer_of(n) or 0 for n in self.deltas), default=0) + 1)
+
+    @property
     def max_rank(self) -> int:
         """The largest number of low-rank columns of any module."""
         return max(d.rank for d in self.deltas.values())
+
+    def strength(self, text: str) -> float:
+        """A strength from text: a number, or calibrated units such as `+1u` and `-0.5u` (half of that strength).
+
+        Raises:
+            WsError: neither of them, or units of a vector that is not calibrated, or not on that side.
+        """
+        units = parse_units(text)
+        if units is None:
+            return parse_number(text)
+        known = self.units if self.units and self.units.subject == vector_digest(self) else None
+        if known is None:
+            raise WsError(f"{text} is in calibrated units and the vector has no calibration; run `ws calibrate` first.")
+        side = known.negative if units < 0 else known.positive
+        if side is None:
+            raise WsError(f"{text} is not available: the calibration of this sign did not converge.")
+        return abs(units) * side
 
     def __repr__(self) -> str:
         kind = self.info.get("family", "mixed")
@@ -184,8 +223,7 @@ class SteeringVector:
         Fractions such as `0.3:0.8` are of the base's depth, which `from_adapter` records; a vector that does not know
         it counts from the deepest layer it changes.
         """
-        depth = int(self.info.get("depth") or max((layer_of(n) or 0 for n in self.deltas), default=0) + 1)
-        wanted = None if layers is None else set(parse_layers(layers, depth))
+        wanted = None if layers is None else set(parse_layers(layers, self.depth))
         kept = {
             name: delta
             for name, delta in self.deltas.items()
@@ -196,14 +234,31 @@ class SteeringVector:
         picked = {"layers": None if wanted is None else sorted(wanted), "modules": modules and list(modules)}
         return replace(self, deltas=kept, recipe={"op": "select", **picked, "of": self.recipe})
 
-    def compress(self, rank: int) -> SteeringVector:
-        """The best approximation of every module's low-rank part with `rank` columns (QR and a small SVD).
+    def compress(self, rank: int | None = None, energy: float | int | None = None) -> SteeringVector:
+        """The best approximation of every module's low-rank part; see `LinearDelta.compress`.
 
-        The relative error of the worst module is recorded in `recipe["error"]`.
+        Other coordinates (DoRA's row scales) stay as they are. The recipe records relative Frobenius errors of the
+        low-rank parts: `errors` of each module, `error` of the worst, `total_error` of all of them as one vector.
+
+        Args:
+            rank: columns of every module.
+            energy: the share of `‖U V‖_F^2` that every module keeps with as few columns as it can.
+
+        Raises:
+            WsError: not exactly one of the two, one out of range, or a vector without any low-rank part.
         """
-        parts = {n: d.compress(rank) for n, d in self.deltas.items()}
-        worst = max(error for _, error in parts.values())
-        recipe = {"op": "compress", "rank": rank, "error": worst, "of": self.recipe}
+        parts = {n: d.compress(rank, energy) for n, d in self.deltas.items()}
+        if self.max_rank == 0:
+            family = self.info.get("family", "unknown")
+            raise WsError(
+                f"No module of this vector (family: {family}) has a low-rank part; there is nothing to compress."
+            )
+        errors = {n: error for n, (_, error) in parts.items()}
+        sizes = {n: LinearDelta(d.d_out, d.d_in, u=d.u, v=d.v).norm() for n, d in self.deltas.items()}
+        lost, whole = math.hypot(*(errors[n] * sizes[n] for n in errors)), math.hypot(*sizes.values())
+        asked = {"rank": rank} if energy is None else {"energy": float(energy)}
+        found = {"errors": errors, "error": max(errors.values()), "total_error": lost / whole if whole else 0.0}
+        recipe = {"op": "compress", **asked, **found, "of": self.recipe}
         return replace(self, deltas={n: d for n, (d, _) in parts.items()}, recipe=recipe)
 
     # ---- in a model ---------------------------------------------------------------------------------------------
@@ -313,9 +368,10 @@ class SteeringVector:
                 f"The weights in {folder} are missing or differ from their recorded hash; make the vector again."
             )
         tensors = {k: t.float() for k, t in load_file(file).items()}
-        deltas = _deltas_from_tensors(manifest["modules"], tensors, folder)
+        deltas = deltas_from_tensors(manifest["modules"], tensors, folder)
         base = manifest["base"]
-        return cls(deltas, base["id"], base["fingerprint"], manifest["recipe"], manifest["info"])
+        units = _read_units(folder / CALIBRATION)
+        return cls(deltas, base["id"], base["fingerprint"], manifest["recipe"], manifest["info"], units)
 
     @classmethod
     def _from_foreign_lora(cls, folder: Path) -> SteeringVector:
@@ -350,9 +406,10 @@ class SteeringVector:
         )
 
 
-def _deltas_from_tensors(
+def deltas_from_tensors(
     sizes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], folder: Path
 ) -> dict[str, LinearDelta]:
+    """The changes of modules of the given `(d_out, d_in)` from a saved vector's tensors; the folder is for errors."""
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
     peft = {"lora_A.weight": "v", "lora_B.weight": "u"}
     for key, tensor in tensors.items():
@@ -365,6 +422,39 @@ def _deltas_from_tensors(
             raise WsError(f"{folder} holds a tensor that belongs to no module of the vector: {key}.")
         parts[name][coordinate] = tensor
     return {n: LinearDelta(int(sizes[n][0]), int(sizes[n][1]), **coords) for n, coords in parts.items()}
+
+
+_UNITS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))u")
+
+
+def parse_units(text: str) -> float | None:
+    """The number in `+1u`, `-0.5u`; None when the text is not in calibrated units."""
+    found = _UNITS.fullmatch(text.strip())
+    return float(found.group(1)) if found else None
+
+
+def parse_number(text: str) -> float:
+    """A strength as a plain number; `WsError` when it is none, or not finite."""
+    try:
+        alpha = float(text)
+    except ValueError:
+        raise WsError(f"The strength {text!r} is not understood; use 1.5, +1u, -0.5u or `calibrated`.") from None
+    if not math.isfinite(alpha):
+        raise WsError(f"A strength must be a finite number, not {text}.")
+    return alpha
+
+
+def _read_units(file: Path) -> Units | None:
+    if not file.is_file():
+        return None
+    values = _read_json(file)
+    try:
+        sides = [
+            float(s["alpha"]) if s["converged"] is True else None for s in (values["negative"], values["positive"])
+        ]
+        return Units(str(values["subject"]), *sides)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise WsError(f"{file} is damaged ({problem!r}); calibrate again.") from problem
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:

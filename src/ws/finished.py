@@ -23,12 +23,14 @@ class FinishedRun:
         run: its folder, with `vector/` in it.
         vector: what steers.
         model, tok: the model that the vector fits.
+        out: where runs are, its own among them.
     """
 
     run: Run
     vector: SteeringVector
     model: PreTrainedModel
     tok: Tokenizer
+    out: Path
 
     @property
     def vector_folder(self) -> Path:
@@ -37,9 +39,23 @@ class FinishedRun:
 
 
 def open_run(
-    out: Path, behavior: str, adapter: str, seed: int, model: str | None, device: str = "auto", dtype: str = "auto"
+    out: Path,
+    behavior: str,
+    adapter: str,
+    seed: int,
+    model: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    loaded: tuple[PreTrainedModel, Tokenizer] | None = None,
 ) -> FinishedRun:
     """Load the vector of a run and its model, by default the base that the vector was made for.
+
+    Args:
+        out: where runs are.
+        behavior, adapter, seed: which one.
+        model: None for the base.
+        device, dtype: see `ws.load_model`.
+        loaded: a model and its tokenizer that are at hand already, to be used instead.
 
     Raises:
         WsError: the run has no vector, or the vector is of another base.
@@ -52,6 +68,6 @@ def open_run(
             f"--adapter {adapter}{flag}`."
         )
     vector = SteeringVector.load(run.folder / "vector")
-    loaded, tok = load_model(model or vector.base_id, device, dtype)
-    vector.matched(loaded)
-    return FinishedRun(run, vector, loaded, tok)
+    base, tok = loaded or load_model(model or vector.base_id, device, dtype)
+    vector.matched(base)
+    return FinishedRun(run, vector, base, tok, out)

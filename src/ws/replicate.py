@@ -6,9 +6,10 @@ it again skips what is finished and continues what is not.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,22 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.adapters import family, peft_config
 from ws.behaviors import Behavior, load_behavior
-from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, sample_answers
+from ws.controls import exchange_half, same_side
+from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, read_pairs, sample_answers
 from ws.diff import SteeringVector
-from ws.errors import WsError
+from ws.errors import WsError, choose
 from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
 from ws.eval.context import EvalContext, EvalOptions
 from ws.eval.stats import N_BOOTSTRAP, Estimate
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
 from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt
-from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, write_json
+from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, write_json, write_text
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
 
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+CONTROLS = ("none", "shuffled", "same-side")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class ReplicateConfig:
         device, dtype: see `ws.load_model`.
         fresh: start over, forgetting what is on disk.
         fresh_data: whether `fresh` also samples the pairs again.
+        control: `shuffled` or `same-side` makes a null vector instead (see `ws.controls`), in the folder of an adapter
+            `<adapter>-shuffled` or `<adapter>-same-side`, which every evaluation takes by that name.
         data, train: the two parts.
     """
 
@@ -67,6 +72,7 @@ class ReplicateConfig:
     dtype: str = "auto"
     fresh: bool = False
     fresh_data: bool = True
+    control: str = "none"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -74,6 +80,11 @@ class ReplicateConfig:
     def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> ReplicateConfig:
         """The defaults for a model and an adapter."""
         return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
+
+    @property
+    def run_name(self) -> str:
+        """The name of the adapter's folder, and of the adapter in every table."""
+        return self.adapter if self.control == "none" else f"{self.adapter}-{self.control}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class Reading:
         span_alphas: the lower and the upper strength compared, those nearest to -1 and +1.
         effect: the sign the behaviour file expects of it.
         samples: one question of the pool answered greedily at every strength.
+        control: which null the vector is, `none` for a vector of the behaviour.
     """
 
     folder: Path
@@ -109,6 +121,7 @@ class Reading:
     span_alphas: tuple[float, float]
     effect: int
     samples: tuple[Sample, ...]
+    control: str = "none"
 
     @property
     def lowest_mass(self) -> float:
@@ -136,8 +149,10 @@ def replicate(config: ReplicateConfig) -> Reading:
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
     peft_config(model, config.train.spec(config.adapter))  # bad settings show now, not after the sampling
-    run = Run(run_folder(config.out, behavior.name, config.adapter, config.seed), config.fresh)
+    run = Run(run_folder(config.out, behavior.name, config.run_name, config.seed), config.fresh)
     pairs_file = _pairs(model, tok, behavior, config)
+    if config.control != "none":
+        pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
     for number, sign in enumerate(SIGNS, start=2):
         console.say(f"[{number}/5] train {sign} in {run.folder / sign}")
         train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, config.seed)
@@ -151,6 +166,7 @@ def _check(config: ReplicateConfig) -> None:
             raise WsError(f"--alphas must be finite numbers, not {alpha}.")
     if config.n_bootstrap < 100:
         raise WsError(f"--n-bootstrap must be at least 100 for a 95 % interval, not {config.n_bootstrap}.")
+    choose("control", config.control, CONTROLS)
     config.train.check()
 
 
@@ -162,6 +178,24 @@ def _pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: R
     console.say(f"[1/5] contrast pairs in {folder}")
     generate_pairs(model, tok, behavior, folder, config.data, config.fresh and config.fresh_data)
     return folder / PAIRS_FILE
+
+
+def _control_pairs(
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig, pairs: Path, run: Run
+) -> Path:
+    """The pairs of a control, made of the behaviour's own (and for `same-side` of as many with another data seed)."""
+    file, inputs, second = run.folder / PAIRS_FILE, {"pairs": sha256_file(pairs)}, pairs.parent / "second"
+    if config.control == "same-side":
+        other = replace(config.data, data_seed=config.data.data_seed + 1)
+        generate_pairs(model, tok, behavior, second, other, config.fresh and config.fresh_data)
+        inputs["second"] = sha256_file(second / PAIRS_FILE)
+    stage = run.stage("control", {"control": config.control, "seed": config.seed}, inputs)
+    if stage is not None:
+        own = read_pairs(pairs)
+        made = same_side(own, read_pairs(second)) if "second" in inputs else exchange_half(own, config.seed)
+        write_text(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in made))
+        stage.done([file], kept=sum(p.drop is None for p in made))
+    return file
 
 
 def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: ReplicateConfig) -> SteeringVector:
@@ -220,14 +254,15 @@ def _read(
     low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
     span = claim_shift(false[high], false[low], config.n_bootstrap)
     pairs = data_folder(config.out, config.model, behavior.name)
-    reading = Reading(run.folder, pairs, vector, false, true, span, (low, high), behavior.test.effect, samples)
+    effect = behavior.test.effect
+    reading = Reading(run.folder, pairs, vector, false, true, span, (low, high), effect, samples, config.control)
     _record(reading, run)
     return reading
 
 
 def _eval_options(config: ReplicateConfig, behavior: Behavior) -> EvalOptions:
-    shared = {k: getattr(config, k) for k in ("model", "adapter", "seed", "out", "alphas", "n_bootstrap", "device")}
-    return EvalOptions(**shared, behavior=behavior.name, dtype=config.dtype)
+    shared = {k: getattr(config, k) for k in ("model", "seed", "out", "alphas", "n_bootstrap", "device", "dtype")}
+    return EvalOptions(**shared, adapter=config.run_name, behavior=behavior.name)
 
 
 def _alphas(config: ReplicateConfig) -> list[float]:
@@ -252,7 +287,7 @@ def _record(reading: Reading, run: Run) -> None:
     span = asdict(reading.span) | {"alphas": list(reading.span_alphas)}
     stage = run.restart("reading", {"alphas": sorted(reading.false_claims)})
     files = [write_json(run.folder / "samples.json", [asdict(s) for s in reading.samples])]
-    stage.done(files, span=span, expected_sign=reading.effect, as_expected=reading.as_expected)
+    stage.done(files, span=span, control=reading.control, expected_sign=reading.effect, as_expected=reading.as_expected)
 
 
 # ---- what a person sees -------------------------------------------------------------------------------------------
@@ -306,6 +341,8 @@ def verdict(reading: Reading) -> str:
     numbers = f"{s.mean:+.2f} nats [{s.ci_lo:+.2f}, {s.ci_hi:+.2f}] over {n} held-out claims, one seed"
     if reading.lowest_mass < LOW_MASS:
         return f"No conclusion: Yes and No together get only {reading.lowest_mass:.3f} of the probability ({numbers})."
+    if reading.control != "none":
+        return f"{between} moves by {numbers}, with a {reading.control} null: a vector of the behaviour must do more."
     if reading.as_expected:
         return f"{between} moves by {numbers}: as the behaviour predicts."
     if s.excludes_zero:
@@ -318,7 +355,8 @@ def main(config: ReplicateConfig) -> None:
     reading = replicate(config)
     print(render(reading, config.n_bootstrap))
     print(f"\nEverything is in {reading.folder}: pos/ neg/ vector/ manifest.json sycophancy_*.csv samples.json")
-    print(f"Next: read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter")
+    if config.control == "none":
+        print(f"Next: read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter")
 
 
 if __name__ == "__main__":

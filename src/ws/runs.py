@@ -253,7 +253,7 @@ class Run:
         for record in stages.values():
             for path in record.get("outputs", {}):
                 (self.folder / path).unlink(missing_ok=True)
-        for name in ("pos", "neg", "vector", ".pos.work", ".neg.work"):
+        for name in ("pos", "neg", "vector", "scores", ".pos.work", ".neg.work"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / RUN_MANIFEST).unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ comes back bit for bit, and alpha may change at any time or differ per row of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
@@ -19,22 +19,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ws.delta import LinearDelta
-from ws.diff import SteeringVector
+from ws.diff import SteeringVector, parse_number
 from ws.errors import WsError, choose
 from ws.models import bias_of
 
-Alpha = float | int | Tensor
+Alpha = float | int | str | Tensor
 
 
 class Dial:
     """The strength of one vector while it steers a model.
 
     `alpha` is a finite float, or a tensor with one entry per row of the batch; setting it takes effect at the next
-    forward pass. When a call repeats rows (beam search, `num_return_sequences`), repeat the entries accordingly with
-    `repeat_interleave`.
+    forward pass. Text such as `+1u` is in the calibrated units of the vector, where it has any. When a call repeats
+    rows (beam search, `num_return_sequences`), repeat the entries accordingly with `repeat_interleave`.
     """
 
-    def __init__(self, alpha: Alpha) -> None:
+    def __init__(self, alpha: Alpha, strength: Callable[[str], float] = parse_number) -> None:
+        self._strength = strength
         self.alpha = alpha
 
     @property
@@ -51,6 +52,8 @@ class Dial:
                 raise WsError("alpha must be finite, but the tensor holds NaN or infinity.")
             self._alpha: float | Tensor = value if value.ndim else float(value)
             return
+        if isinstance(value, str):
+            value = self._strength(value)
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise WsError(f"alpha must be a finite number, not {value!r}.")
         self._alpha = float(value)
@@ -171,7 +174,7 @@ def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Itera
     Args:
         model: the base the vector was made for.
         vector: what to add.
-        alpha: the steering strength, a finite float or a tensor `[batch]`.
+        alpha: the steering strength, a finite float, a tensor `[batch]`, or calibrated units such as `"+1u"`.
 
     Yields:
         The `Dial`.
@@ -179,7 +182,7 @@ def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Itera
     Raises:
         WsError: another base, a module without partner, a zero vector, or an alpha that is not finite.
     """
-    dial = Dial(alpha)
+    dial = Dial(alpha, vector.strength)
     with _attached(model, vector, dial):
         yield dial
 
@@ -195,7 +198,7 @@ def steer_many(
         for name in alphas:
             choose("vector", name, vectors)
     start = {n: alphas.get(n, 1.0) if isinstance(alphas, Mapping) else alphas for n in vectors}
-    dials = {n: Dial(a) for n, a in start.items()}
+    dials = {n: Dial(a, vectors[n].strength) for n, a in start.items()}
     with ExitStack() as stack:
         for name, vector in vectors.items():
             stack.enter_context(_attached(model, vector, dials[name]))

@@ -15,6 +15,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ws.eval import airisk
+from ws.eval.context import select
 from ws.eval.stats import estimate_over_seeds, holm, least_p
 from ws.runs import read_csv, write_csv
 
@@ -69,7 +70,7 @@ def sweep_rows(cells: Sequence[Path], evals: Sequence[str]) -> list[Row]:
 def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
     merged: dict[float, Row] = {}
     for name in evals:
-        for row in read_csv(folder / _TABLES[name]):
+        for row in select(read_csv(folder / _TABLES[name])):
             if row.get("claims_are_true") == "True":
                 continue
             alpha = float(row["alpha"])
@@ -103,7 +104,7 @@ def _seeds(cells: Sequence[Path], name: str) -> dict[tuple[str, str], list[dict[
     file, item, column = _ITEMS[name]
     found: dict[tuple[str, str], list[dict[float, dict[str, float]]]] = {}
     for folder in cells:
-        rows = [r for r in read_csv(folder / file) if r.get("claim_is_true") != "True"]
+        rows = [r for r in select(read_csv(folder / file)) if r.get("claim_is_true") != "True"]
         by_alpha: dict[float, dict[str, float]] = {}
         for r in rows:
             by_alpha.setdefault(float(r["alpha"]), {})[r[item]] = float(r[column])

@@ -444,9 +444,10 @@ class LayerScore:
 
     Attributes:
         layer: the block.
-        alpha: the strength tried, with both signs.
-        norm: of what was added, `alpha ‖a^l‖`.
-        span: mean change of `logP(agree) - logP(disagree)` on false claims from -alpha to +alpha, in nats.
+        alpha, minus: the positive and the negative strength tried.
+        norm: of what was added at the positive one, `alpha ‖a^l‖`.
+        span: mean change of `logP(agree) - logP(disagree)` on false claims from the negative strength to the positive
+            one, in nats.
         span_true: the same on true claims; None when there are none.
         effect: `span` with the sign that the behaviour should give it, so that more is better.
         pmass: the lowest mean answer mass of either sign.
@@ -454,6 +455,7 @@ class LayerScore:
 
     layer: int
     alpha: float
+    minus: float
     norm: float
     span: float
     span_true: float | None
@@ -483,6 +485,7 @@ def choose_layer(
     position: str = "last",
     layers: str | Sequence[int] = "all",
     batch_size: int | None = None,
+    strengths: Mapping[int, tuple[float, float]] | None = None,
 ) -> LayerChoice:
     """Choose the one layer to steer after, on the behaviour's `dev` claims and on nothing else.
 
@@ -495,6 +498,8 @@ def choose_layer(
         position: see `activation_steer`.
         layers: the candidates, as for `ws.models.parse_layers`.
         batch_size: see `ws.eval.choice.score_choices`.
+        strengths: negative and positive strength per layer instead, such as those that cost the same divergence; only
+            layers that have them are tried.
 
     Raises:
         WsError: a strength that is not positive, a zero vector, or no layer at which the answers keep a mass of 0.9.
@@ -506,11 +511,20 @@ def choose_layer(
     tried = [i for i in parse_layers(layers, vector.depth) if norms[i] > 0]
     if not tried:
         raise WsError(f"The activation vector is zero at layers {layers}: it would change nothing.")
-    strengths = {i: float(alpha) if norm is None else norm / norms[i] for i in tried}
-    scores = tuple(_score_layer(model, tok, vector, behavior, i, a, position, batch_size) for i, a in strengths.items())
+    sizes = {i: float(alpha) if norm is None else norm / norms[i] for i in tried}
+    pairs = (
+        {i: (-a, a) for i, a in sizes.items()}
+        if strengths is None
+        else {i: strengths[i] for i in tried if i in strengths}
+    )
+    scores = tuple(
+        _score_layer(model, tok, vector, behavior, i, pair, position, batch_size) for i, pair in pairs.items()
+    )
     whole = [s for s in scores if s.pmass >= LOW_MASS]
     if not whole:
-        raise WsError(f"Steering breaks the answers at every layer (mass under {LOW_MASS}); lower {size:g}.")
+        raise WsError(
+            f"Steering breaks the answers at each of the {len(scores)} layers tried (mass under {LOW_MASS}); use less."
+        )
     return LayerChoice(max(whole, key=lambda s: s.effect), scores)
 
 
@@ -520,7 +534,7 @@ def _score_layer(
     vector: ActivationVector,
     behavior: Behavior,
     layer: int,
-    alpha: float,
+    strengths: tuple[float, float],
     position: str,
     batch_size: int | None,
 ) -> LayerScore:
@@ -528,16 +542,18 @@ def _score_layer(
     claims: list[Claim] = sorted((c for c in test.claims if c.split == "dev"), key=lambda c: c.is_true)
     n_false = len(test.select("dev", is_true=False))
     prompts = [render_prompt(tok, test.question.format(claim=c.text), opener=test.opener) for c in claims]
-    with activation_steer(model, vector, -alpha, layer, position) as dial:
+    low, high = strengths
+    with activation_steer(model, vector, low, layer, position) as dial:
         minus = score_choices(model, tok, prompts, (test.agree, test.disagree), batch_size)
-        dial.alpha = alpha
+        dial.alpha = high
         plus = score_choices(model, tok, prompts, (test.agree, test.disagree), batch_size)
     change = plus.logratio - minus.logratio
     span = float(change[:n_false].mean())
     return LayerScore(
         layer=layer,
-        alpha=alpha,
-        norm=alpha * vector.norms[layer],
+        alpha=high,
+        minus=low,
+        norm=high * vector.norms[layer],
         span=span,
         span_true=float(change[n_false:].mean()) if len(claims) > n_false else None,
         effect=test.effect * span,

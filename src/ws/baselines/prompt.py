@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -21,8 +23,30 @@ def prompted(tok: Tokenizer, system: str) -> Tokenizer:
     Raises:
         WsError: `system` is empty.
     """
-    if not system.strip():
-        raise WsError("The system prompt of a prompted baseline must not be empty.")
+    _check(system)
     copied = copy.deepcopy(tok)
     copied.ws_system = system
     return copied
+
+
+@contextmanager
+def prompting(tok: Tokenizer, system: str) -> Iterator[None]:
+    """The same for `tok` itself, inside a `with` block, which it leaves as it came.
+
+    So a system prompt is switched on and off like a steering vector, under code that holds on to its tokenizer.
+    """
+    _check(system)
+    before = vars(tok).get("ws_system")
+    tok.ws_system = system
+    try:
+        yield
+    finally:
+        if before is None:
+            del tok.ws_system
+        else:
+            tok.ws_system = before
+
+
+def _check(system: str) -> None:
+    if not system.strip():
+        raise WsError("The system prompt of a prompted baseline must not be empty.")

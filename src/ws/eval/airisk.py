@@ -201,11 +201,22 @@ def summary_row(
 def _informedness(
     dilemmas: Sequence[Dilemma], scores: ByAlpha, alpha: float, n_boot: int
 ) -> SurgicalInformedness | None:
-    if alpha <= 0 or -alpha not in scores:
+    opposite = _opposite(alpha, scores)
+    if opposite is None:
         return None
-    three = [scores[a] for a in (0.0, alpha, -alpha)]
+    three = [scores[a] for a in (0.0, alpha, opposite)]
     signed = np.stack([signed_scores(dilemmas, s)[None] for s in three])
     return surgical_informedness(signed, np.stack([s["pmass"].mean(axis=1)[None] for s in three]), n_boot=n_boot)
+
+
+def _opposite(alpha: float, scores: ByAlpha) -> float | None:
+    """The strength that mirrors a positive one: equal in size, or the only negative one (calibrated strengths)."""
+    negative = [a for a in scores if a < 0]
+    if alpha <= 0 or not negative:
+        return None
+    if -alpha in negative:
+        return -alpha
+    return negative[0] if len(negative) == 1 and sum(a > 0 for a in scores) == 1 else None
 
 
 def _si_columns(si: SurgicalInformedness | None) -> dict[str, Any]:
@@ -313,6 +324,7 @@ def evaluation(context: EvalContext) -> Evaluation:
         example=lambda scores: example(dilemmas[0], protocol, prompts, scores),
         render=partial(render, value_class),
         facts=facts,
+        headlines=lambda scores: {"choices": signed_scores(dilemmas, scores)},
     )
 
 

@@ -1,10 +1,13 @@
-"""What every evaluation command shares: the model, the vector of a run, the strengths, base scores, the tables."""
+"""What every evaluation command shares: the model, the interventions of a run, the strengths, scores kept, the tables.
+
+Every row of every table names its `intervention` (see `ws.interventions`): `base` at alpha 0, else what was done.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,14 @@ import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.behaviors import behavior_name
-from ws.calibrate import calibration_of, parse_alphas
+from ws.behaviors import Behavior, behavior_name, load_behavior
 from ws.console import say
 from ws.diff import SteeringVector
-from ws.errors import WsError
-from ws.finished import open_run
+from ws.errors import WsError, choose
+from ws.finished import FinishedRun, open_run
+from ws.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
 from ws.models import BUNDLED, fingerprint
 from ws.runs import DEFAULT_OUT, Run, lock, read_csv, sha256_json, slug, write_csv, write_json
-from ws.steer import steer
 
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]
@@ -37,6 +39,7 @@ class EvalOptions:
         out: where runs and results are.
         alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, and `calibrated` for
             -1u and +1u, where the vector is calibrated (`ws calibrate`).
+        interventions: what is done to the model: `weight`, the vector, and the baselines of `ws.interventions`.
         batch_size: prompts per forward pass, found automatically when None.
         n_think: tokens of guided chain of thought before the answer; None for the evaluation's own number.
         limit: only the first so many items.
@@ -53,6 +56,7 @@ class EvalOptions:
     seed: int = 0
     out: Path = DEFAULT_OUT
     alphas: tuple[float | str, ...] = (-1.0, 0.0, 1.0)
+    interventions: tuple[str, ...] = (WEIGHT,)
     batch_size: int | None = None
     n_think: int | None = None
     limit: int | None = None
@@ -72,6 +76,10 @@ class EvalOptions:
         ):
             if value is not None and value < least:
                 raise WsError(f"{flag} must be at least {least}, not {value}.")
+        for name in self.interventions:
+            choose("intervention", name, INTERVENTIONS)
+        if len(set(self.interventions)) != len(self.interventions) or not self.interventions:
+            raise WsError(f"--interventions must name at least one, each once, not {list(self.interventions)}.")
         for alpha in self.alphas:
             if not isinstance(alpha, str) and not np.isfinite(alpha):
                 raise WsError(f"--alphas must be finite numbers, not {alpha}.")
@@ -85,11 +93,12 @@ class Evaluation:
         name: of the tables, `<name>_<table>.csv`.
         version: raised when the protocol's code changes what the numbers mean.
         items: everything the scores depend on besides the model (items, prompts, settings), as plain values.
-        facts: columns that every row of every table ends with, besides the evaluation's identity.
         ask: scores the model as it stands.
         tables: rows per table from the scores by alpha; one table is called `summary`.
         example: one worked example to read by eye.
         render: the summary's rows, as text, as a table for people.
+        facts: columns that every row of every table ends with, besides the evaluation's identity.
+        headlines: the scores that conclusions are drawn from, by name, one number per item.
     """
 
     name: str
@@ -100,6 +109,7 @@ class Evaluation:
     example: Callable[[ByAlpha], str]
     render: Callable[[Sequence[Mapping[str, str]]], str]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    headlines: Callable[[Scores], Mapping[str, np.ndarray]] = field(default=lambda scores: {})
 
     @property
     def digest(self) -> str:
@@ -129,9 +139,23 @@ class EvalContext:
         return {"behavior": name, "adapter": self.options.adapter, "seed": self.options.seed}
 
     @property
+    def opened(self) -> FinishedRun:
+        """The run that is evaluated."""
+        return FinishedRun(self.run, self.vector, self.model, self.tok, self.options.out)
+
+    @property
+    def behavior(self) -> Behavior:
+        """The behaviour of the run, as it is written for the model."""
+        return load_behavior(self.options.behavior, self.options.model or self.vector.base_id)
+
+    def intervention(self, name: str = WEIGHT) -> Intervention:
+        """An intervention by name, ready to be switched on."""
+        return intervention(name, self.opened, self.behavior)
+
+    @property
     def alphas(self) -> list[float]:
-        """The strengths in order, base included."""
-        return sorted({0.0, *map(float, self.options.alphas)})
+        """The strengths of the vector in order, base included."""
+        return self.intervention().strengths(self.options.alphas, self.model)
 
     def source(self, hub_id: str) -> str:
         """Where the items come from: what was asked for, else the published set, or ours on a bundled model."""
@@ -139,52 +163,88 @@ class EvalContext:
 
     def carry_out(self, evaluation: Evaluation) -> str:
         """Evaluate unless exactly that is on disk, write the tables, and return the text to print."""
-        stage = self.run.refresh(evaluation.name, self._settings(evaluation), self._inputs())
+        chosen = [self.intervention(name) for name in self.options.interventions]
+        stage = self.run.refresh(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
         if stage is not None:
-            scores = self.measure(evaluation)
-            stage.done(self._write(evaluation, scores), example=evaluation.example(scores))
+            scores = {i.name: self.scores(evaluation, i, self._strengths(i)) for i in chosen}
+            files = self._write(evaluation, scores)
+            stage.done(files, example=evaluation.example(scores[chosen[0].name]))
         summary = read_csv(self.run.folder / f"{evaluation.name}_summary.csv")
         example = self.run.facts(evaluation.name)["example"]
-        return f"{example}\n\n{evaluation.render(summary)}\n\nin {self.run.folder}"
+        parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name)) for i in chosen]
+        return "\n\n".join([example, *parts, f"in {self.run.folder}"])
 
     def record(self, evaluation: Evaluation, scores: ByAlpha) -> None:
-        """Write the tables of scores that were measured already, in place of what is on disk."""
-        stage = self.run.restart(evaluation.name, self._settings(evaluation), self._inputs())
-        stage.done(self._write(evaluation, scores), example=evaluation.example(scores))
+        """Write the tables of the vector's scores that were measured already, in place of what is on disk."""
+        chosen = [self.intervention()]
+        stage = self.run.restart(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
+        stage.done(self._write(evaluation, {WEIGHT: scores}), example=evaluation.example(scores))
 
     def measure(self, evaluation: Evaluation) -> dict[float, Scores]:
-        """Scores at every strength; the base's depend on no vector and are computed once per model."""
-        results = {}
-        for alpha in self.alphas:
-            say(f"{evaluation.name} at alpha {alpha:+g}")
+        """The vector's scores at every strength."""
+        return self.scores(evaluation, self.intervention(), self.alphas)
+
+    def scores(
+        self, evaluation: Evaluation, intervention: Intervention, alphas: Sequence[float]
+    ) -> dict[float, Scores]:
+        """Scores at given strengths of an intervention. All are kept; the base's, and those of what needs no adapter,
+        serve every run of the model."""
+        mark = f"{evaluation.digest}-{fingerprint(self.model)}-{str(self.model.dtype)[6:]}"
+        found = {}
+        for alpha in alphas:
+            say(f"{evaluation.name}, {intervention.name} at alpha {alpha:+g}")
             if alpha == 0:
-                results[alpha] = self._base_scores(evaluation)
-                continue
-            with steer(self.model, self.vector, alpha):
-                results[alpha] = evaluation.ask()
-        return results
+                folder, name = self.options.out / "base" / slug(str(self.model.name_or_path)), mark
+            else:
+                folder, name = intervention.home.folder / "scores", f"{mark}-{intervention.subject[:12]}-{alpha!r}"
+            with intervention.at(alpha):
+                found[alpha] = _kept(folder / f"{evaluation.name}-{name}.json", evaluation.ask)
+        return found
 
-    def _settings(self, evaluation: Evaluation) -> dict[str, Any]:
-        return {"alphas": self.alphas, "n_bootstrap": self.options.n_bootstrap, **evaluation.identity}
+    def _strengths(self, chosen: Intervention) -> list[float]:
+        return chosen.strengths(self.options.alphas, self.model)
 
-    def _inputs(self) -> dict[str, str]:
-        return {"vector": sha256_json(dict(self.vector.recipe))}
+    def _settings(self, evaluation: Evaluation, chosen: Sequence[Intervention]) -> dict[str, Any]:
+        strengths = {i.name: self._strengths(i) for i in chosen}
+        return {"alphas": strengths, "n_bootstrap": self.options.n_bootstrap, **evaluation.identity}
 
-    def _write(self, evaluation: Evaluation, scores: ByAlpha) -> list[Path]:
-        tables = evaluation.tables(scores).items()
-        folder, identity = self.run.folder, evaluation.identity
-        return [write_csv(folder / f"{evaluation.name}_{n}.csv", [r | identity for r in rows]) for n, rows in tables]
+    def _write(self, evaluation: Evaluation, scores: Mapping[str, ByAlpha]) -> list[Path]:
+        """The tables of all interventions, one below the other, with the base's rows once."""
+        found: dict[str, Rows] = {}
+        for number, (name, by_alpha) in enumerate(scores.items()):
+            for table, rows in evaluation.tables(by_alpha).items():
+                kept = [r for r in rows if r["alpha"] != 0 or number == 0]
+                named = [r | {"intervention": name if r["alpha"] else BASE} | evaluation.identity for r in kept]
+                found.setdefault(table, []).extend(named)
+        return [write_csv(self.run.folder / f"{evaluation.name}_{t}.csv", rows) for t, rows in found.items()]
 
-    def _base_scores(self, evaluation: Evaluation) -> Scores:
-        model = str(self.model.name_or_path)
-        mark = f"{fingerprint(self.model)}-{str(self.model.dtype)[6:]}"
-        file = self.options.out / "base" / slug(model) / f"{evaluation.name}-{evaluation.digest}-{mark}.json"
-        with lock(file):  # runs side by side need the same scores: one computes them, the others wait
-            if file.is_file():
-                return {k: np.array(v) for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
-            scores = evaluation.ask()
-            write_json(file, {k: np.asarray(v).tolist() for k, v in scores.items()})
-        return scores
+
+def select(rows: Sequence[Mapping[str, str]], name: str = WEIGHT) -> list[Mapping[str, str]]:
+    """The rows of one intervention and of the base, of a table as it is on disk; `WsError` when there are none."""
+    found = [r for r in rows if r.get("intervention") in (BASE, name)]
+    if not any(r["intervention"] == name for r in found):
+        raise WsError(f"A table has no rows of the intervention {name}; run its evaluation again.")
+    return found
+
+
+def _inputs(chosen: Sequence[Intervention]) -> dict[str, str]:
+    return {i.name: i.subject for i in chosen}
+
+
+def _heading(one: Intervention, chosen: Sequence[Intervention]) -> str:
+    if len(chosen) == 1:
+        return ""
+    return f"{one.name}{f' ({one.detail})' if one.detail else ''}\n"
+
+
+def _kept(file: Path, ask: Callable[[], Scores]) -> Scores:
+    """Scores from a file, or asked for and written there; of runs side by side one asks and the others wait."""
+    with lock(file):
+        if file.is_file():
+            return {k: np.array(v) for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
+        scores = ask()
+        write_json(file, {k: np.asarray(v).tolist() for k, v in scores.items()})
+    return scores
 
 
 def open_context(options: EvalOptions) -> EvalContext:
@@ -192,6 +252,7 @@ def open_context(options: EvalOptions) -> EvalContext:
     options.check()
     o = options
     opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.dtype)
-    in_units = any(isinstance(alpha, str) for alpha in o.alphas)
-    alphas = parse_alphas(o.alphas, calibration_of(opened) if in_units else None)
-    return EvalContext(replace(o, alphas=alphas), opened.model, opened.tok, opened.vector, opened.run)
+    context = EvalContext(options, opened.model, opened.tok, opened.vector, opened.run)
+    for name in o.interventions:  # a missing calibration shows now
+        context.intervention(name).strengths(o.alphas, opened.model)
+    return context

@@ -21,6 +21,7 @@ from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name
 from ws.errors import WsError
 from ws.eval.airisk import table_name
+from ws.eval.context import select
 from ws.eval.stats import SurgicalInformedness, estimate_over_seeds, surgical_informedness
 from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_csv, write_text
 
@@ -110,8 +111,8 @@ def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
 def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
     tables, versions = [], []
     for file, item in ((airisk, "dilemma_idx"), (tinymfv, "id")):
-        rows = read_csv(file)
-        by_alpha: dict[float, dict[str, dict[str, str]]] = {}
+        rows = select(read_csv(file))
+        by_alpha: dict[float, dict[str, Mapping[str, str]]] = {}
         for row in rows:
             by_alpha.setdefault(float(row["alpha"]), {})[row[item]] = row
         for alpha in (0.0, 1.0):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -241,7 +242,15 @@ def evaluation(context: EvalContext, behavior: Behavior, split: str = "report") 
         example=lambda scores: example(context.tok, prompts, as_claim_scores(claims, scores)),
         render=render,
         facts={"dataset": options.dataset or f"{behavior.name} claims", "n_think": n_think},
+        headlines=partial(headlines, claims),
     )
+
+
+def headlines(claims: Sequence[Claim], scores: Scores) -> dict[str, np.ndarray]:
+    """`false_claims` and `true_claims`: log ratios in nats, one per claim of the kind."""
+    is_true = np.array([c.is_true for c in claims])
+    kinds = {"false_claims": scores["logratio"][~is_true], "true_claims": scores["logratio"][is_true]}
+    return {name: values for name, values in kinds.items() if len(values)}
 
 
 def as_claim_scores(claims: Sequence[Claim], scores: ByAlpha) -> dict[float, ClaimScores]:

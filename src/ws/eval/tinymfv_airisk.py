@@ -8,29 +8,39 @@ P(false))` at the next token, 1 and 0 counted too,
 
 `wrongness` is the mean of s over other_violate, `gap` the mean of s_other - s_self; averaging the frames cancels a bias
 towards true. The boolean mass stands beside every score. Data set: `wassname/tiny-mfv`, config `airisk`.
+
+Foundations are compared on the scale of `logit(w) = log(w / (1 - w))`, w clipped to [0.01, 0.99], where a model that is
+sure already can still move: the shift of a foundation is the mean of logit(w_alpha) - logit(w_base) over its vignettes,
+that of a composite axis such as Sanctity - Care the difference of two foundations' shifts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from scipy.special import logit
 from scipy.stats import spearmanr
 from tabulate import tabulate
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.errors import WsError
+from ws.errors import WsError, choose
 from ws.eval.choice import LOW_MASS
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.groups import group_difference, group_mean
 from ws.eval.prompts import load_prompts
 from ws.eval.rollout import roll_out
-from ws.eval.stats import estimate_mean
+from ws.eval.stats import Estimate, estimate_mean, holm
 from ws.eval.tables import Row, read_rows, tolerate
 from ws.models import render_prompt
+from ws.runs import read_csv
 
 NAME, VERSION = "tinymfv_airisk", 1
 HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
@@ -38,6 +48,10 @@ CONDITIONS = ("other_violate", "self_violate")
 FRAMES = ("is_wrong", "is_acceptable")
 CHOICES = (("true", "1"), ("false", "0"))
 COLUMNS = ("id", "foundation_coarse", "wrong", "text")
+CLIP = 0.01
+FOUNDATIONS = ("Authority", "Care", "Fairness", "Liberty", "Loyalty", "Sanctity", "Social Norms")
+# The first foundation less the second: duty, purity and custom against sparing people harm.
+AXES = (("Sanctity", "Care"), ("Authority", "Care"), ("Loyalty", "Care"), ("Social Norms", "Care"))
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,11 @@ def signed_wrongness(scores: Scores) -> np.ndarray:
     return p[..., 0] - p[..., 1]
 
 
+def logit_wrongness(scores: Scores) -> Float[np.ndarray, "vignette condition"]:
+    """`log(w / (1 - w))` in nats, with `w = (s + 1) / 2` clipped to [0.01, 0.99]."""
+    return logit(np.clip((signed_wrongness(scores) + 1) / 2, CLIP, 1 - CLIP))
+
+
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
@@ -189,17 +208,78 @@ def per_vignette_rows(
 
 
 def foundation_rows(
-    key: Mapping[str, Any], alpha: float, vignettes: Sequence[Vignette], scores: Scores
+    key: Mapping[str, Any], alpha: float, vignettes: Sequence[Vignette], scores: Scores, base: Scores, n_boot: int
 ) -> list[dict[str, Any]]:
-    """Rows of `tinymfv_airisk_foundations.csv`: means per coarse foundation."""
-    s, names = signed_wrongness(scores), np.array([v.foundation_coarse for v in vignettes])
+    """Rows of `tinymfv_airisk_foundations.csv`: means per coarse foundation, and shifts of logit(wrongness) in nats.
+
+    Shifts are paired against the base, vignette by vignette, with a 95 % interval, a p-value, and that after Holm's
+    correction over the foundations, for each condition on its own; see `ws.eval.groups`. A foundation with a single
+    vignette has no interval.
+    """
+    s, names = signed_wrongness(scores), _foundations(vignettes)
+    moved = logit_wrongness(scores) - logit_wrongness(base)
     rows = []
     for name in sorted(set(names)):
-        part = s[names == name].mean(axis=0)
-        row = {**key, "alpha": alpha, "foundation_coarse": str(name), "n": int((names == name).sum())}
-        rows.append(
-            row | {"s_other_violate": float(part[0]), "s_self_violate": float(part[1]), "gap": float(part[0] - part[1])}
-        )
+        here = names == name
+        part = s[here].mean(axis=0)
+        row = {**key, "alpha": alpha, "foundation_coarse": str(name), "n": int(here.sum())}
+        row |= {"s_other_violate": float(part[0]), "s_self_violate": float(part[1]), "gap": float(part[0] - part[1])}
+        for j, condition in enumerate(CONDITIONS):
+            values = moved[here, j]
+            row |= _shift(condition, float(values.mean()), group_mean(values, n_boot) if len(values) > 1 else None)
+        rows.append(row)
+    return _holm_corrected(rows)
+
+
+def axis_rows(
+    key: Mapping[str, Any],
+    alpha: float,
+    vignettes: Sequence[Vignette],
+    scores: Scores,
+    base: Scores,
+    n_boot: int,
+    axes: Sequence[tuple[str, str]] = AXES,
+) -> list[dict[str, Any]]:
+    """Rows of `tinymfv_airisk_axes.csv`: the shift of one foundation less that of another, in nats of logit(wrongness).
+
+    The two foundations' vignettes are resampled apart. An axis with a foundation that these vignettes lack has empty
+    numbers; `WsError` for a foundation that there is not at all.
+    """
+    names = _foundations(vignettes)
+    moved = logit_wrongness(scores) - logit_wrongness(base)
+    rows = []
+    for plus, minus in axes:
+        for name in (plus, minus):
+            choose("foundation", name, {*FOUNDATIONS, *names.tolist()})
+        a, b = (moved[names == name] for name in (plus, minus))
+        row = {**key, "alpha": alpha, "axis": f"{plus} - {minus}", "n_plus": len(a), "n_minus": len(b)}
+        for j, condition in enumerate(CONDITIONS):
+            mean = float(a[:, j].mean() - b[:, j].mean()) if len(a) and len(b) else None
+            enough = min(len(a), len(b)) > 1
+            row |= _shift(condition, mean, group_difference(a[:, j], b[:, j], n_boot) if enough else None)
+        rows.append(row)
+    return _holm_corrected(rows)
+
+
+def _foundations(vignettes: Sequence[Vignette]) -> np.ndarray:
+    return np.array([v.foundation_coarse for v in vignettes])
+
+
+def _shift(condition: str, mean: float | None, estimate: Estimate | None) -> dict[str, Any]:
+    """The columns of one shift, empty where there are too few items for them; Holm's correction comes later."""
+    name, parts = f"shift_{condition}", ("ci_lo", "ci_hi", "p")
+    known = estimate.columns(name, *parts) if estimate else {name: mean} | {f"{name}_{p}": None for p in parts}
+    return known | {f"{name}_p_holm": None}
+
+
+def _holm_corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fill in the p-values corrected over the rows, for each condition on its own."""
+    for name in (f"shift_{condition}_p" for condition in CONDITIONS):
+        tested = [row for row in rows if row[name] is not None]
+        if tested:
+            corrected = holm(np.array([row[name] for row in tested]))
+            for row, p in zip(tested, corrected, strict=True):
+                row[f"{name}_holm"] = float(p)
     return rows
 
 
@@ -258,6 +338,43 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(rows, header, disable_numparse=True)
 
 
+def render_shifts(foundations: Sequence[Mapping[str, Any]], axes: Sequence[Mapping[str, Any]]) -> str:
+    """The shifts of both tables, read from their files, in other_violate: a row per foundation and axis."""
+    at: dict[tuple[str, str], dict[float, str]] = {}
+    for r in foundations:
+        at.setdefault((r["foundation_coarse"], r["n"]), {})[float(r["alpha"])] = _cell(r)
+    for r in axes:
+        if r["shift_other_violate"]:
+            at.setdefault((r["axis"], f"{r['n_plus']}, {r['n_minus']}"), {})[float(r["alpha"])] = _cell(r)
+    alphas = sorted({alpha for cells in at.values() for alpha in cells if alpha})
+    rows = [[*start, *(cells[alpha] for alpha in alphas)] for start, cells in at.items()]
+    table = tabulate(rows, ["foundation", "n", *(f"alpha {a:+g}" for a in alphas)], disable_numparse=True)
+    lacking = sorted({r["axis"] for r in axes if not r["shift_other_violate"]})
+    note = f" Left out for lack of vignettes: {', '.join(lacking)}." if lacking else ""
+    return (
+        f"{table}\n\nShift of logit(wrongness) in nats, other_violate, against the base.\n"
+        f"* p < 0.05 after Holm's correction over the foundations, or axes, of a strength.{note}"
+    )
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    name = "shift_other_violate"
+    if not row[f"{name}_p"]:
+        return f"{float(row[name]):+.2f}"
+    low, high, p = (float(row[f"{name}_{part}"]) for part in ("ci_lo", "ci_hi", "p_holm"))
+    return f"{float(row[name]):+.2f} [{low:+.2f}, {high:+.2f}]{'*' if p < 0.05 else ''}"
+
+
+def _render_all(folder: Path, summary: Sequence[Mapping[str, Any]]) -> str:
+    """The summary, and the shifts of the same interventions where there are any."""
+    if not any(float(r["alpha"]) for r in summary):
+        return render(summary)
+    chosen = {r["intervention"] for r in summary}
+    files = (folder / f"{NAME}_{table}.csv" for table in ("foundations", "axes"))
+    shifts = render_shifts(*([r for r in read_csv(file) if r["intervention"] in chosen] for file in files))
+    return f"{render(summary)}\n\n{shifts}"
+
+
 def example(context: EvalContext, vignette: Vignette, prompts: Prompts, scores: ByAlpha) -> str:
     """One worked example, to read by eye: the prompt as the model sees it, and the answer at every strength."""
     question, opener = ask(vignette.other, FRAMES[0], prompts)
@@ -285,20 +402,22 @@ def evaluation(context: EvalContext) -> Evaluation:
         ),
         tables=lambda scores: tables(context, vignettes, scores),
         example=lambda scores: example(context, vignettes[0], prompts, scores),
-        render=render,
+        render=partial(_render_all, context.run.folder),
         facts={"dataset": source, "n_think": n_think},
+        headlines=lambda scores: {"wrongness": signed_wrongness(scores)[:, 0]},
     )
 
 
 def tables(context: EvalContext, vignettes: Sequence[Vignette], scores: ByAlpha) -> dict[str, Rows]:
-    """The rows of all four tables."""
-    found: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "summary")}
-    n_boot = context.options.n_bootstrap
+    """The rows of all five tables."""
+    found: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "axes", "summary")}
+    base, n_boot = scores[0.0], context.options.n_bootstrap
     for alpha, s in scores.items():
         found["per_frame"] += per_frame_rows(context.key, alpha, vignettes, s)
         found["per_vignette"] += per_vignette_rows(context.key, alpha, vignettes, s)
-        found["foundations"] += foundation_rows(context.key, alpha, vignettes, s)
-        found["summary"].append(summary_row(context.key, alpha, vignettes, s, scores[0.0], n_boot))
+        found["foundations"] += foundation_rows(context.key, alpha, vignettes, s, base, n_boot)
+        found["axes"] += axis_rows(context.key, alpha, vignettes, s, base, n_boot)
+        found["summary"].append(summary_row(context.key, alpha, vignettes, s, base, n_boot))
     return found
 
 

@@ -1,0 +1,404 @@
+"""The table and the picture of `ws compare`, from the cells that it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from ws.controls import empirical_p
+from ws.errors import WsError
+from ws.eval.confounds import agreement_verdict
+from ws.eval.context import Rows
+from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
+from ws.interventions import WEIGHT
+
+EFFECTS = ("false_claims", "true_claims", "wrongness", "choices")
+COSTS = ("nll", "valid", "repetition")
+NULLS = ("shuffled", "same-side")
+# What a part of a row is the difference of, as signs of strengths; 0 is the base.
+PARTS = {"-1u": (-1, 0), "+1u": (1, 0), "span": (1, -1)}
+LEVEL = 0.05
+
+BySign = Mapping[int, Float[np.ndarray, "_"]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One intervention of one run at both of its strengths.
+
+    Attributes:
+        intervention: its name; see `ws.interventions`.
+        adapter, seed: the run; an intervention that needs none stands under its own name.
+        matched: whether its strengths are those that cost the target divergence.
+        alphas: the strengths by sign; a sign whose calibration did not converge is missing.
+        divergence: what they cost on other prompts, in nats.
+        scores: headline scores per item, by name and sign; 0 is the base.
+        nulls: the same of the vectors trained as nulls, by kind.
+        random: mean shifts under random vectors of the same size, `[draws]` by score and sign.
+        detail: such as the layer.
+    """
+
+    intervention: str
+    adapter: str
+    seed: int
+    matched: bool
+    alphas: Mapping[int, float]
+    divergence: Mapping[int, float]
+    scores: Mapping[str, BySign]
+    nulls: Mapping[str, Mapping[str, BySign]] = field(default_factory=dict)
+    random: Mapping[str, BySign] = field(default_factory=dict)
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one intervention and adapter."""
+
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> list[Group]:
+        """Cells by intervention and adapter, in the order in which they come."""
+        keys = dict.fromkeys((c.intervention, c.adapter) for c in cells)
+        return [cls(tuple(c for c in cells if (c.intervention, c.adapter) == key)) for key in keys]
+
+    @property
+    def first(self) -> Cell:
+        """Any of the cells, for what they have in common."""
+        return self.cells[0]
+
+    @property
+    def label(self) -> str:
+        """As a person reads it."""
+        c = self.first
+        return c.intervention if c.adapter == c.intervention else f"{c.intervention}, {c.adapter}"
+
+    def shifts(self, score: str, part: str) -> Float[np.ndarray, "seeds items"] | None:
+        """Paired differences per seed and item; None when a seed lacks a strength or the score."""
+        return _stacked([c.scores.get(score) for c in self.cells], part)
+
+    def null_shifts(self, null: str, score: str, part: str) -> Float[np.ndarray, "seeds items"] | None:
+        """The same of vectors trained as nulls; None when a seed lacks its own."""
+        return _stacked([c.nulls.get(null, {}).get(score) for c in self.cells], part)
+
+    def random_shifts(self, score: str, part: str) -> Float[np.ndarray, "draws"] | None:
+        """Mean shifts under random vectors, draw by draw over all seeds; None when there are none."""
+        found = _stacked([c.random.get(score) for c in self.cells], part, base=0.0)
+        return None if found is None else found.mean(axis=0)
+
+    def mean(self, what: str, sign: int) -> float | None:
+        """The mean over seeds of `alphas` or `divergence`; None when a seed lacks that strength."""
+        values = [getattr(c, what).get(sign) for c in self.cells]
+        return None if any(v is None for v in values) else float(np.mean(values))
+
+
+def _stacked(
+    by_seed: Sequence[BySign | None], part: str, base: float | None = None
+) -> Float[np.ndarray, "seeds values"] | None:
+    """Differences of one part per seed; `base` stands for a base that is not stored because it is a constant."""
+    plus, minus = PARTS[part]
+    rows = []
+    for scores in by_seed:
+        known = dict(scores or {})
+        if base is not None and known:
+            known[0] = np.full_like(next(iter(known.values())), base)
+        if plus not in known or minus not in known:
+            return None
+        rows.append(known[plus] - known[minus])
+    return np.stack(rows)
+
+
+# ---- the nulls ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reality:
+    """A shift against its three nulls.
+
+    Attributes:
+        p_random: among random vectors; None without draws.
+        margins: by null, the mean of |shift| - |shift of the null|, item by item; without those that were not trained.
+    """
+
+    p_random: float | None
+    margins: Mapping[str, Estimate]
+
+    @property
+    def is_real(self) -> bool | None:
+        """Whether all three are beaten; None when one of them is missing."""
+        if self.p_random is None or len(self.margins) < len(NULLS):
+            return None
+        return self.p_random <= LEVEL and all(m.ci_lo > 0 for m in self.margins.values())
+
+
+def reality(group: Group, score: str, part: str, n_boot: int = N_BOOTSTRAP) -> Reality:
+    """Compare the shift of a group with its nulls; see `ws.compare`.
+
+    Signs are taken from the means, the null's too, which makes the null look larger than it is and never smaller.
+    """
+    shifts, null = group.shifts(score, part), group.random_shifts(score, part)
+    if shifts is None:
+        return Reality(None, {})
+    p = None if null is None else empirical_p(float(shifts.mean()), null)
+    margins = {}
+    for name in NULLS:
+        other = group.null_shifts(name, score, part)
+        if other is not None:
+            margins[name] = estimate_over_seeds(_towards_mean(shifts) - _towards_mean(other), n_boot)
+    return Reality(p, margins)
+
+
+def _towards_mean(values: np.ndarray) -> np.ndarray:
+    return values if values.mean() >= 0 else -values
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def group_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_boot: int = N_BOOTSTRAP) -> Rows:
+    """Rows of `compare.csv`: one per intervention, adapter, score and part; `p_holm` is over all effects in it.
+
+    Args:
+        key: the first columns.
+        groups: what was measured.
+        effect: the sign that the behaviour gives to the span on false claims.
+        n_boot: resamples per interval.
+    """
+    rows = [
+        _row(key, group, score, part, effect, n_boot)
+        for group in groups
+        for score in (*EFFECTS, *COSTS)
+        for part in PARTS
+        if group.shifts(score, part) is not None
+    ]
+    if not rows:
+        raise WsError("No intervention could be measured at a calibrated strength; see the notes above.")
+    tested = [r for r in rows if r["score"] in EFFECTS]
+    for row, p in zip(tested, holm(np.array([r["p"] for r in tested])), strict=True):
+        row["p_holm"] = float(p)
+    return rows
+
+
+def _row(key: Mapping[str, Any], group: Group, score: str, part: str, effect: int, n_boot: int) -> dict[str, Any]:
+    shifts, first = group.shifts(score, part), group.first
+    assert shifts is not None, "rows are made of what was measured"
+    estimate = estimate_over_seeds(shifts, n_boot)
+    sides = {sign: group.mean("divergence", sign) for sign in (-1, 1)}
+    row = {
+        **key,
+        "adapter": first.adapter,
+        "seed": " ".join(str(c.seed) for c in group.cells),
+        "alpha": None if part == "span" else group.mean("alphas", PARTS[part][0]),
+        "intervention": first.intervention,
+        "part": part,
+        "score": score,
+        **estimate.columns("shift", "ci_lo", "ci_hi"),
+        "base": float(np.mean([c.scores[score][0].mean() for c in group.cells])),
+        "p": estimate.p,
+        "p_holm": None,
+        "n": estimate.n,
+        "n_seeds": len(group.cells),
+        "divergence_minus": sides[-1],
+        "divergence_plus": sides[1],
+        "matched": first.matched,
+        "detail": first.detail,
+    }
+    return row | _null_columns(group, score, part, n_boot) | _verdict_columns(group, score, part, effect, n_boot)
+
+
+def _null_columns(group: Group, score: str, part: str, n_boot: int) -> dict[str, Any]:
+    tested = group.first.intervention == WEIGHT and score in EFFECTS
+    found = reality(group, score, part, n_boot) if tested else Reality(None, {})
+    row: dict[str, Any] = {"p_random": found.p_random}
+    for name in NULLS:
+        stem, margin = f"margin_{name.replace('-', '_')}", found.margins.get(name)
+        empty = dict.fromkeys((stem, f"{stem}_ci_lo", f"{stem}_ci_hi"))
+        row |= empty if margin is None else margin.columns(stem, "ci_lo", "ci_hi")
+    return row | {"real": found.is_real}
+
+
+def _verdict_columns(group: Group, score: str, part: str, effect: int, n_boot: int) -> dict[str, Any]:
+    """What kind of shift it is on the claims, from its seeds' mean: see `ws.eval.confounds`."""
+    false, true = (group.shifts(name, part) for name in ("false_claims", "true_claims"))
+    if score != "false_claims" or false is None or true is None or min(false.shape[1], true.shape[1]) < 2:
+        return {"verdict": None, "verdict_line": None}
+    f, t = false.mean(axis=0), true.mean(axis=0)
+    sign = -effect if part == "-1u" else effect
+    found = agreement_verdict(np.zeros_like(f), f, np.zeros_like(t), t, sign, n_boot)
+    return {"verdict": found.kind, "verdict_line": found.line}
+
+
+def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_boot: int = N_BOOTSTRAP) -> Rows:
+    """Rows of `compare_pairs.csv`: the span of every weight vector minus that of every other intervention, paired.
+
+    Spans on false claims count in the direction of the behaviour, so that more is better. A vector is compared with
+    what is made of its own adapter and with what needs none; `p_holm` is over the whole table.
+    """
+    rows: Rows = []
+    for ours, theirs, score in _contests(groups):
+        mine, other = ours.shifts(score, "span"), theirs.shifts(score, "span")
+        if mine is None or other is None:
+            continue
+        sign = effect if score == "false_claims" else 1
+        difference = estimate_over_seeds(sign * (mine - other), n_boot)
+        row = {
+            **key,
+            "adapter": ours.first.adapter,
+            "seed": " ".join(str(c.seed) for c in ours.cells),
+            "baseline": theirs.first.intervention,
+            "score": score,
+            "weight": sign * float(mine.mean()),
+            "other": sign * float(other.mean()),
+            **difference.columns("difference", "ci_lo", "ci_hi"),
+            "p": difference.p,
+            "matched": theirs.first.matched,
+            "n": difference.n,
+            "n_seeds": len(ours.cells),
+        }
+        rows.append(row)
+    if rows:
+        for row, p in zip(rows, holm(np.array([r["p"] for r in rows])), strict=True):
+            row["p_holm"] = float(p)
+            row["winner"] = "neither" if p > LEVEL else "weight" if row["difference"] > 0 else row["baseline"]
+    return rows
+
+
+def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
+    for ours in (g for g in groups if g.first.intervention == WEIGHT):
+        for theirs in groups:
+            own = theirs.first.adapter in (ours.first.adapter, theirs.first.intervention)
+            if theirs.first.intervention != WEIGHT and own:
+                yield from ((ours, theirs, score) for score in EFFECTS if score != "true_claims")
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def typed(rows: Sequence[Mapping[str, str]]) -> Rows:
+    """Rows of either table as they were before they were written: numbers, truth values and gaps."""
+    return [{name: _typed(text) for name, text in row.items()} for row in rows]
+
+
+def _typed(text: str) -> Any:
+    words = {"": None, "True": True, "False": False}
+    if text in words:
+        return words[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str:
+    """The spans as one table, the verdicts, and who wins."""
+    groups = dict.fromkeys((r["intervention"], r["adapter"]) for r in rows)
+    scores = [s for s in EFFECTS if any(r["score"] == s for r in rows)]
+    table = [_line([r for r in rows if (r["intervention"], r["adapter"]) == g], scores) for g in groups]
+    names = [f"span, {s.replace('_', ' ')}" for s in scores]
+    header = ["intervention", "seeds", "nats at -1u, +1u", *names, "cost", "p random", "real", "verdict"]
+    spans = tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)
+    return "\n\n".join([spans, *_notes(rows), *_winners(pairs, tablefmt)])
+
+
+def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]:
+    """One intervention."""
+    first = rows[0]
+    span = {r["score"]: r for r in rows if r["part"] == "span"}
+    head = next((span[s] for s in scores if s in span), first)
+    name = first["intervention"]
+    label = name if first["adapter"] == name else f"{name}, {first['adapter']}"
+    nats = ", ".join("" if first[f"divergence_{s}"] is None else f"{first[f'divergence_{s}']:.2f}" for s in _SIDES)
+    costs = [r["shift"] for r in rows if r["score"] == "nll" and r["part"] != "span"]
+    return [
+        label + ("" if first["matched"] else " *"),
+        str(first["n_seeds"]),
+        nats,
+        *(_interval(span[s]) if s in span else "" for s in scores),
+        f"{max(costs):+.2f}" if costs else "",
+        "" if head["p_random"] is None else f"{head['p_random']:.3f}",
+        {None: "", True: "yes", False: "no"}[head["real"]],
+        head["verdict"] or "",
+    ]
+
+
+_SIDES = ("minus", "plus")
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    digits = 3 if row["score"] == "wrongness" else 2
+    return f"{row['shift']:+.{digits}f} [{row['shift_ci_lo']:+.{digits}f}, {row['shift_ci_hi']:+.{digits}f}]"
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table does not say."""
+    first = rows[0]
+    notes = [
+        f"Spans from -1u to +1u over {first['n']} items, 95 % intervals; cost is the larger rise of the negative "
+        "log-likelihood of neutral text, in nats per token; `p random`, `real` and `verdict` are of the first score."
+    ]
+    if not all(r["matched"] for r in rows):
+        notes.append("* has no dial and stands at the divergence it happens to have.")
+    ours = [r for r in rows if r["intervention"] == WEIGHT and r["score"] in EFFECTS]
+    unknown = {r["adapter"] for r in ours if r["real"] is None}
+    if unknown:
+        notes.append(
+            f"`real` is empty for {', '.join(sorted(unknown))}: it needs random draws and both trained nulls "
+            "(`ws replicate --control shuffled` and `--control same-side`, same adapter and seeds)."
+        )
+    return notes
+
+
+def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
+    """Per score and baseline: how many adapters move it more, less, or as far, and by how much."""
+    table = []
+    for baseline, score in dict.fromkeys((p["baseline"], p["score"]) for p in pairs):
+        here = [p for p in pairs if (p["baseline"], p["score"]) == (baseline, score)]
+        counts = [sum(p["winner"] == w for p in here) for w in ("weight", baseline, "neither")]
+        spread = [p["difference"] for p in here]
+        star = "" if here[0]["matched"] else " *"
+        table.append([f"{baseline}{star}", score, *map(str, counts), f"{min(spread):+.2f} to {max(spread):+.2f}"])
+    if not table:
+        return []
+    header = ["weight against", "score", "weight wins", "it wins", "neither", "difference of spans"]
+    text = "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected):"
+    return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]
+
+
+_TITLES = {
+    "false_claims": "agreement with false claims, nats",
+    "true_claims": "agreement with true claims, nats",
+    "wrongness": "wrongness of what an AI does",
+    "choices": "choices that serve the class, nats",
+}
+_COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green"}
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A forest plot: one panel per score, one line per intervention with the interval of its span."""
+    scores = [s for s in EFFECTS if any(r["score"] == s for r in rows)]
+    groups = list(dict.fromkeys((r["intervention"], r["adapter"]) for r in rows))
+    figure = Figure(figsize=(3 + 3 * len(scores), 1 + 0.24 * len(groups)), layout="constrained")
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for panel, score in zip(panels, scores, strict=True):
+        for place, group in enumerate(groups):
+            key = (*group, score, "span")
+            for r in (r for r in rows if (r["intervention"], r["adapter"], r["score"], r["part"]) == key):
+                ends = [[r["shift"] - r["shift_ci_lo"]], [r["shift_ci_hi"] - r["shift"]]]
+                color = _COLORS.get(group[0], "tab:orange" if group[0].startswith("activation") else "tab:gray")
+                face = color if r["matched"] else "white"
+                panel.errorbar(r["shift"], place, xerr=ends, fmt="o", ms=5, color=color, mfc=face, capsize=2)
+        panel.axvline(0, color="black", lw=0.8)
+        panel.set_xlabel(_TITLES[score], fontsize=9)
+        panel.grid(axis="x", lw=0.3)
+    panels[0].set_yticks(range(len(groups)), [name if name == a else f"{name}, {a}" for name, a in groups], fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle("Spans from -1u to +1u, 95 % intervals; hollow: no dial, not at matched divergence", fontsize=10)
+    return figure

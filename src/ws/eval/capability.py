@@ -1,0 +1,528 @@
+"""What steering costs in general ability, on neutral text and neutral questions that show none of the behaviour.
+
+With `x_1..x_T` the tokens of a neutral text, and both models reading the same text,
+
+    nll(t) = -log p(x_t | x_<t)                                                                     in nats
+    perplexity = exp(mean of nll over all tokens of all texts)
+    KL(t) = sum_v p(v | x_<t) (log p(v | x_<t) - log p_base(v | x_<t))                              in nats
+
+and of the model's own greedy answers to neutral questions, the share that is valid and
+
+    seq-rep-4 = 1 - (different 4-grams) / (4-grams)         Welleck et al. 2020, arXiv 1908.04319, of tokens
+
+An answer is valid when it ends by itself within the budget of tokens, holds a letter or a digit, and repeats at most
+half of its 4-grams.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from jaxtyping import Bool, Float, Int
+from scipy.stats import binomtest
+from tabulate import tabulate
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws import console
+from ws.divergence import QUANTILE, token_kl
+from ws.errors import WsError
+from ws.eval.choice import left_pad
+from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.rollout import PLAIN, new_cache
+from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
+from ws.eval.tables import read_rows
+from ws.models import BUNDLED, encode, end_ids, render_prompt
+
+NAME, VERSION = "capability", 1
+MAX_TOKENS, N_TOKENS = 512, 128
+NGRAM, MOST_REPEATED = 4, 0.5
+BUNDLED_SETS = ("general", "pocket")
+START_BATCH = 32
+# Bytes of one model's float32 logits of a batch of texts, and positions whose float32 probabilities are held at once.
+_BUDGET, _POSITIONS = 2**29, 128
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class CapabilityOptions(EvalOptions):
+    """The options of `python -m ws.eval.capability`: those of every evaluation, and
+
+    Attributes:
+        questions: a file of neutral questions, one per line, or a table with the column `question`; None for ours.
+        max_tokens: of each text.
+        n_tokens: at most so many tokens of each answer.
+        config, split: of a hub data set given as `--dataset`.
+    """
+
+    questions: str | None = None
+    max_tokens: int = MAX_TOKENS
+    n_tokens: int = N_TOKENS
+    config: str = "default"
+    split: str = "test"
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense and for options that have no meaning here."""
+        super().check()
+        for flag, value, least in (("--max-tokens", self.max_tokens, 2), ("--n-tokens", self.n_tokens, 1)):
+            if value < least:
+                raise WsError(f"{flag} must be at least {least}, not {value}.")
+        if self.n_think or self.prompts:
+            raise WsError("The capability evaluation takes neither --n-think nor --prompts; it asks plain questions.")
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """What a model reads and what it is asked.
+
+    Attributes:
+        texts: to read, each at least two tokens long.
+        questions: user turns to answer.
+    """
+
+    texts: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def base_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The model a second time, on the same tensors: whatever steers `model` from now on does not act on the twin.
+
+    The weights are shared and not copied. Make it before steering; hooks that are there already come along.
+    """
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def evaluate_capability(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    neutral: Neutral,
+    base: PreTrainedModel,
+    max_tokens: int = MAX_TOKENS,
+    n_tokens: int = N_TOKENS,
+    batch_size: int | None = None,
+) -> Scores:
+    """Let the model, as it stands, read the texts and answer the questions.
+
+    ```python
+    base = base_twin(model)
+    with ws.steer(model, dW, alpha=1.0):
+        scores = evaluate_capability(model, tok, neutral, base)
+    ```
+
+    Args:
+        base: what the KL divergence is measured from; see `base_twin`.
+        max_tokens: of each text; what is longer is cut.
+        n_tokens: at most so many tokens of each answer.
+        batch_size: rows at a time; None starts at what memory is budgeted for and halves while it does not suffice.
+
+    Returns:
+        Per predicted token `text` (the number of its text), `nll` and `kl` in nats; per question `answer`, `ended`,
+        `n_tokens` (the end of turn not counted) and `repetition`.
+
+    Raises:
+        WsError: nothing to read or to ask, a text of a single token, or probabilities that are NaN.
+    """
+    return {
+        **read_texts(model, tok, neutral.texts, base, max_tokens, batch_size),
+        **answer_questions(model, tok, neutral.questions, n_tokens, batch_size),
+    }
+
+
+@torch.inference_mode()
+def read_texts(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    texts: Sequence[str],
+    base: PreTrainedModel,
+    max_tokens: int = MAX_TOKENS,
+    batch_size: int | None = None,
+) -> Scores:
+    """`text`, `nll` and `kl` of every predicted token; see `evaluate_capability`.
+
+    The first token of a text is predicted only where the tokenizer puts a start-of-text token before it. At most
+    `_BUDGET` bytes of logits per model are held at once, or those of one text where that is more.
+    """
+    rows = [_ids(tok, text, max_tokens) for text in texts]
+    short = [repr(text) for text, row in zip(texts, rows, strict=True) if len(row) < 2]
+    if short or not rows:
+        raise WsError(f"Neutral texts need at least two tokens each: {', '.join(short[:3]) or 'there are none'}.")
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    most = max(1, _BUDGET // (4 * vocabulary * max(map(len, rows))))
+    run = partial(_read_batch, model, base, tok.pad_token_id)
+    scores = _in_batches(rows, run, min(batch_size or most, most), fixed=batch_size is not None)
+    nll, kl = torch.cat(scores, dim=1).double().cpu().numpy()
+    if not (np.isfinite(nll).all() and np.isfinite(kl).all()):
+        raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
+    return {"text": np.repeat(np.arange(len(rows)), [len(r) - 1 for r in rows]), "nll": nll, "kl": kl}
+
+
+def _ids(tok: Tokenizer, text: str, max_tokens: int) -> list[int]:
+    """The text's tokens behind the tokenizer's own start of text, where it puts one."""
+    start = [tok.bos_token_id] if tok("")["input_ids"][:1] == [tok.bos_token_id] else []
+    return [*start, *encode(tok, text)][:max_tokens]
+
+
+def _in_batches(
+    items: Sequence[list[int]], run: Callable[[list[list[int]]], list[Item]], size: int, fixed: bool
+) -> list[Item]:
+    """What `run` gives for every item, in their order; items of similar length go together."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
+
+    def attempt(batch_size: int) -> dict[int, Item]:
+        found: dict[int, Item] = {}
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            found |= zip(part, run([items[i] for i in part]), strict=True)
+        return found
+
+    found = attempt(size) if fixed else find_executable_batch_size(attempt, starting_batch_size=size)()
+    return [found[i] for i in range(len(items))]
+
+
+def _read_batch(
+    model: PreTrainedModel, base: PreTrainedModel, pad_id: int, rows: list[list[int]]
+) -> list[Float[Tensor, "2 _"]]:
+    """`nll` and `kl` at every predicted token of every row."""
+    tokens, mask = left_pad(rows, pad_id, model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    steered, plain = (
+        m(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits for m in (model, base)
+    )
+    return [
+        _token_scores(a[-len(row) : -1], b[-len(row) : -1], torch.tensor(row[1:], device=model.device))
+        for a, b, row in zip(steered, plain, rows, strict=True)
+    ]
+
+
+def _token_scores(
+    steered: Float[Tensor, "n vocab"], base: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]
+) -> Float[Tensor, "2 n"]:
+    parts = zip(*(t.split(_POSITIONS) for t in (steered, base, targets)), strict=True)
+    return torch.cat([torch.stack([token_nll(a, target), token_kl(a, b)]) for a, b, target in parts], dim=1)
+
+
+def token_nll(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """`-log softmax(logits)[target]` in nats per row, from float32."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    questions: Sequence[str],
+    n_tokens: int = N_TOKENS,
+    batch_size: int | None = None,
+) -> Scores:
+    """`answer`, `ended`, `n_tokens` and `repetition` of the greedy answer to every question; no thinking."""
+    if not questions:
+        raise WsError("There are no neutral questions to ask.")
+    prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
+    run = partial(_answer_batch, model, tok.pad_token_id, end_ids(model, tok), n_tokens)
+    found = _in_batches(prompts, run, batch_size or START_BATCH, fixed=batch_size is not None)
+    return {
+        "answer": np.array([tok.decode(ids, skip_special_tokens=True).strip() for ids, _ in found]),
+        "ended": np.array([ended for _, ended in found]),
+        "n_tokens": np.array([len(ids) for ids, _ in found]),
+        "repetition": np.array([repeated_ngrams(ids) for ids, _ in found]),
+    }
+
+
+def _answer_batch(
+    model: PreTrainedModel, pad_id: int, ends: Sequence[int], n_tokens: int, prompts: list[list[int]]
+) -> list[tuple[list[int], bool]]:
+    """The tokens of every answer without its end of turn, and whether there was one."""
+    ids, mask = left_pad(prompts, pad_id, model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=n_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=pad_id,
+        past_key_values=new_cache(model, ids.shape[1] + n_tokens),
+        **PLAIN,
+    )
+    answers = []
+    for row in out[:, ids.shape[1] :].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        answers.append((row[:stop], stop is not None))
+    return answers
+
+
+def repeated_ngrams(tokens: Sequence[int], n: int = NGRAM) -> float:
+    """seq-rep-n, the share of n-grams that occurred before (Welleck et al. 2020, arXiv 1908.04319); 0 without any."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def is_valid(scores: Scores) -> Bool[np.ndarray, "n"]:
+    """Which answers end by themselves, hold a letter or a digit, and repeat at most half of their 4-grams."""
+    words = np.array([any(c.isalnum() for c in str(answer)) for answer in scores["answer"]])
+    return scores["ended"] & words & (scores["repetition"] <= MOST_REPEATED)
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CapabilityCost:
+    """What a condition costs against the base, for a results table.
+
+    Attributes:
+        shift: of the mean negative log-likelihood, in nats per token, from a bootstrap over texts; the perplexity is
+            `exp(shift.mean)` times the base's.
+        kl: the mean KL divergence from the base in nats per token, likewise.
+        kl_p95: its 95th percentile over all tokens.
+        valid, valid_shift: the share of valid answers, and its paired change.
+        repetition, repetition_shift: the mean share of repeated 4-grams, and its paired change.
+        n_tokens: the mean length of an answer.
+    """
+
+    shift: Estimate
+    kl: Estimate
+    kl_p95: float
+    valid: float
+    valid_shift: Estimate
+    repetition: float
+    repetition_shift: Estimate
+    n_tokens: float
+
+
+def capability_cost(base: Scores, scores: Scores, n_boot: int = N_BOOTSTRAP, seed: int = 0) -> CapabilityCost:
+    """Compare the scores of a condition with those of the base on the same texts and questions."""
+    if not np.array_equal(base["text"], scores["text"]) or len(base["ended"]) != len(scores["ended"]):
+        raise WsError("The two sets of capability scores are of different texts or questions.")
+    valid, repetition = is_valid(scores), scores["repetition"]
+    return CapabilityCost(
+        shift=per_token(scores["text"], scores["nll"] - base["nll"], n_boot, seed),
+        kl=per_token(scores["text"], scores["kl"], n_boot, seed),
+        kl_p95=float(np.quantile(scores["kl"], QUANTILE)),
+        valid=float(valid.mean()),
+        valid_shift=estimate_mean(valid.astype(float) - is_valid(base), n_boot, seed),
+        repetition=float(repetition.mean()),
+        repetition_shift=estimate_mean(repetition - base["repetition"], n_boot, seed),
+        n_tokens=float(scores["n_tokens"].mean()),
+    )
+
+
+def per_token(
+    text: Int[np.ndarray, "n"], values: Float[np.ndarray, "n"], n_boot: int = N_BOOTSTRAP, seed: int = 0
+) -> Estimate:
+    """The mean of `values` over all tokens, with an interval from a bootstrap over texts.
+
+    Texts differ in length, so the mean is a ratio `r = sum_i s_i / sum_i n_i` of the texts' sums and lengths. Its
+    linearisation `r + (s_i - r n_i) / mean(n)` (delta method) has the mean `r` and is resampled.
+    """
+    totals, lengths = np.bincount(text, weights=values), np.bincount(text)
+    ratio = values.mean()
+    return estimate_mean(ratio + (totals - ratio * lengths) / lengths.mean(), n_boot, seed)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def per_text_rows(key: Mapping[str, Any], alpha: float, texts: Sequence[str], scores: Scores) -> Rows:
+    """Rows of `capability_per_text.csv`; `key` holds behavior, adapter and seed."""
+    rows = []
+    for i, text in enumerate(texts):
+        nll, kl = (scores[name][scores["text"] == i] for name in ("nll", "kl"))
+        means = {"nll": float(nll.mean()), "kl_mean": float(kl.mean()), "kl_p95": float(np.quantile(kl, QUANTILE))}
+        rows.append({**key, "alpha": alpha, "text_id": i, **means, "n_tokens": len(nll), "begins": text[:60]})
+    return rows
+
+
+def per_answer_rows(key: Mapping[str, Any], alpha: float, questions: Sequence[str], scores: Scores) -> Rows:
+    """Rows of `capability_per_answer.csv`."""
+    valid = is_valid(scores)
+    return [
+        {
+            **key,
+            "alpha": alpha,
+            "question_id": i,
+            "question": question,
+            "valid": bool(valid[i]),
+            "ended": bool(scores["ended"][i]),
+            "n_tokens": int(scores["n_tokens"][i]),
+            "repetition": float(scores["repetition"][i]),
+            "answer": str(scores["answer"][i]),
+        }
+        for i, question in enumerate(questions)
+    ]
+
+
+def summary_row(key: Mapping[str, Any], alpha: float, scores: ByAlpha, n_boot: int) -> dict[str, Any]:
+    """One row of `capability_summary.csv`; shifts are paired against the base, the interval of `valid` is Wilson's."""
+    s = scores[alpha]
+    cost, level = capability_cost(scores[0.0], s, n_boot), per_token(s["text"], s["nll"], n_boot)
+    n = len(s["ended"])
+    share = binomtest(int(is_valid(s).sum()), n).proportion_ci(method="wilson")
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(level.mean))
+    return {
+        **key,
+        "alpha": alpha,
+        **level.columns("nll", "ci_lo", "ci_hi"),
+        "perplexity": perplexity,
+        **cost.shift.columns("shift", "ci_lo", "ci_hi", "p"),
+        **cost.kl.columns("kl_mean", "ci_lo", "ci_hi"),
+        "kl_p95": cost.kl_p95,
+        "valid": cost.valid,
+        "valid_ci_lo": float(share.low),
+        "valid_ci_hi": float(share.high),
+        **cost.valid_shift.columns("valid_shift", "ci_lo", "ci_hi"),
+        "ended": float(s["ended"].mean()),
+        "repetition": cost.repetition,
+        **cost.repetition_shift.columns("repetition_shift", "ci_lo", "ci_hi"),
+        "mean_answer_tokens": cost.n_tokens,
+        "n_texts": level.n,
+        "n_positions": len(s["nll"]),
+        "n_questions": n,
+    }
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def render(summary: Sequence[Mapping[str, str]]) -> str:
+    """The rows of the summary table, read from its file, as a table for people."""
+    rows = [
+        [
+            f"{float(r['alpha']):+g}",
+            f"{float(r['perplexity']):.2f}",
+            f"{float(r['shift']):+.3f} [{float(r['shift_ci_lo']):+.3f}, {float(r['shift_ci_hi']):+.3f}]",
+            f"{float(r['kl_mean']):.3f} [{float(r['kl_mean_ci_lo']):.3f}, {float(r['kl_mean_ci_hi']):.3f}]",
+            f"{float(r['kl_p95']):.3f}",
+            f"{float(r['valid']):.3f} [{float(r['valid_ci_lo']):.3f}, {float(r['valid_ci_hi']):.3f}]",
+            f"{float(r['repetition']):.3f}",
+            f"{float(r['mean_answer_tokens']):.1f}",
+        ]
+        for r in summary
+    ]
+    first = ["alpha", "perplexity", "shift, nats per token", "KL, mean", "KL, p95"]
+    header = [*first, "valid answers", "repeated 4-grams", "tokens"]
+    last = summary[-1]
+    note = (
+        f"{last['n_texts']} neutral texts with {last['n_positions']} tokens, {last['n_questions']} neutral questions."
+    )
+    return f"{tabulate(rows, header, disable_numparse=True)}\n\n{note}"
+
+
+def example(neutral: Neutral, scores: ByAlpha) -> str:
+    """One worked example, to read by eye: a text with its surprise, a question with its answer, at every strength."""
+    lines = ["Worked example:", neutral.texts[0], ""]
+    for alpha, s in sorted(scores.items()):
+        nll, kl = (float(s[name][s["text"] == 0].mean()) for name in ("nll", "kl"))
+        lines.append(f"  alpha {alpha:+g}  {nll:.3f} nats per token, KL {kl:.4f}")
+    lines += ["", neutral.questions[0], ""]
+    for alpha, s in sorted(scores.items()):
+        end = "" if s["ended"][0] else " ... (not ended)"
+        lines.append(f"  alpha {alpha:+g}  {' '.join(str(s['answer'][0]).split())[:400]}{end}")
+    return "\n".join(lines)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def evaluation(context: EvalContext) -> Evaluation:
+    """The evaluation that a context's options describe; made before anything steers the context's model."""
+    options = context.options
+    own = options if isinstance(options, CapabilityOptions) else CapabilityOptions()
+    ours = "pocket" if context.model.name_or_path in BUNDLED else "general"
+    source = options.dataset or ours
+    texts = load_texts(source, own.config, own.split)[: options.limit]
+    neutral = Neutral(texts, load_questions(own.questions or ours)[: options.limit])
+    base = base_twin(context.model)
+
+    def tables(scores: ByAlpha) -> Mapping[str, Rows]:
+        key, found = context.key, scores.items()
+        return {
+            "per_text": [r for a, s in found for r in per_text_rows(key, a, neutral.texts, s)],
+            "per_answer": [r for a, s in found for r in per_answer_rows(key, a, neutral.questions, s)],
+            "summary": [summary_row(key, a, scores, options.n_bootstrap) for a in scores],
+        }
+
+    return Evaluation(
+        name=NAME,
+        version=VERSION,
+        items=[own.max_tokens, own.n_tokens, neutral.texts, neutral.questions],
+        ask=lambda: evaluate_capability(
+            context.model, context.tok, neutral, base, own.max_tokens, own.n_tokens, options.batch_size
+        ),
+        tables=tables,
+        example=partial(example, neutral),
+        render=render,
+        facts={"dataset": source, "max_answer_tokens": own.n_tokens},
+        headlines=headlines,
+    )
+
+
+def headlines(scores: Scores) -> dict[str, np.ndarray]:
+    """`nll`: nats per token, one number per text; `valid` (0 or 1) and `repetition`: one per answer."""
+    nll = np.bincount(scores["text"], weights=scores["nll"]) / np.bincount(scores["text"])
+    return {"nll": nll, "valid": is_valid(scores).astype(float), "repetition": scores["repetition"]}
+
+
+def load_texts(source: str, config: str = "default", split: str = "test") -> tuple[str, ...]:
+    """Texts from a bundled set, a `.txt` file (paragraphs between empty lines), or a table with the column `text`.
+
+    Args:
+        source: `general`, `pocket`, a file, a folder with a table whose name ends in `texts`, or a hub id.
+        config, split: of the hub's data set.
+    """
+    if Path(source).suffix == ".txt":
+        return _some(re.split(r"\n\s*\n", _read_text(source)), source)
+    rows = read_rows(_place(source), "texts", ("text",), (config, split))
+    return _some([str(r["text"] or "") for r in rows], source)
+
+
+def load_questions(source: str) -> tuple[str, ...]:
+    """Questions from a bundled set, a `.txt` file (one per line), or a table with the column `question`."""
+    if Path(source).suffix == ".txt":
+        return _some(_read_text(source).split("\n"), source)
+    rows = read_rows(_place(source), "questions", ("question",), ("default", "test"))
+    return _some([str(r["question"] or "") for r in rows], source)
+
+
+def _place(source: str) -> str:
+    return str(files("ws") / "eval" / "neutral" / source) if source in BUNDLED_SETS else source
+
+
+def _read_text(source: str) -> str:
+    try:
+        return Path(source).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise WsError(f"The text file {source} cannot be read ({problem}).") from problem
+
+
+def _some(texts: Sequence[str], source: str) -> tuple[str, ...]:
+    """The texts that are not blank."""
+    kept = tuple(t.strip() for t in texts if t.strip())
+    if not kept:
+        raise WsError(f"There is no text in {source}.")
+    return kept
+
+
+def main(options: CapabilityOptions) -> None:
+    """The command `python -m ws.eval.capability`."""
+    context = open_context(options)
+    print(context.carry_out(evaluation(context)))
+
+
+if __name__ == "__main__":
+    console.run(main, CapabilityOptions, "python -m ws.eval.capability")

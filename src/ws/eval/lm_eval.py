@@ -1,0 +1,374 @@
+"""Any task of the lm-evaluation-harness on the steered model, in this process.
+
+The harness (https://github.com/EleutherAI/lm-evaluation-harness, the extra `bench`) brings the tasks, their prompts and
+their metrics; it is handed the model that is loaded here, so that a vector steers it as in every other evaluation.
+Tasks of your own are YAML files in `--include-path`. A task may name Python functions beside its YAML (`!function`):
+that code, of the installed harness and of your folder, runs; code from a hub repository never does.
+
+A task is read at every strength with the same documents and the same examples in its prompt, so shifts against the base
+are paired document by document wherever the harness averages a metric over documents.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import constants
+from tabulate import tabulate
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws import console
+from ws.errors import WsError, did_you_mean
+from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.stats import Estimate, estimate_mean
+from ws.models import hub_is_out_of_reach
+from ws.runs import sha256_file, sha256_json
+
+NAME, VERSION = "lm_eval", 1
+BATCH_SIZE, FEWSHOT_SEED, STDERR_DRAWS = 8, 1234, 1000
+# Metrics that are no mean over documents (a perplexity, an F1 score) come with values that do not average to them.
+_SAME = 1e-9
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LmEvalOptions(EvalOptions):
+    """The options of `python -m ws.eval.lm_eval`: those of every evaluation, and
+
+    Attributes:
+        tasks: names of tasks, groups or tags of the harness.
+        include_path: a folder with tasks of your own, which come before the harness's.
+        num_fewshot: examples in the prompt; None for each task's own number.
+        chat: put the prompts into the model's chat template.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+
+    def check(self) -> None:
+        """`WsError` for options that make no sense, before anything is loaded."""
+        super().check()
+        if not self.tasks:
+            raise WsError("--tasks must name at least one task of the harness; `lm-eval ls tasks` lists them.")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise WsError(f"--tasks names a task twice: {' '.join(self.tasks)}.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise WsError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}.")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise WsError(f"--include-path: there is no folder {self.include_path}.")
+        if self.n_think or self.prompts or self.dataset:
+            raise WsError("A harness task brings its own data and prompts: leave --dataset, --prompts, --n-think out.")
+
+
+# ---- the harness ----------------------------------------------------------------------------------------------------
+
+
+def require_harness() -> str:
+    """The version of the harness; `WsError` when it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise WsError(
+            "The lm-evaluation-harness is not installed; `uv sync --extra bench` adds it for good, "
+            "`uv run --extra bench ws eval lm-eval ...` for one command."
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return version("lm-eval")
+
+
+def load_tasks(names: Sequence[str], include_path: Path | None = None, num_fewshot: int | None = None) -> Any:
+    """The tasks, groups or tags of these names with their data, as `lm_eval.evaluate` takes them.
+
+    Args:
+        names: of the harness or of the YAML files below `include_path`.
+        num_fewshot: examples in the prompt; None for each task's own number. Tasks defined without any stay so.
+
+    Raises:
+        WsError: an unknown name, data that cannot be had, or a task that runs what a model wrote or shows images.
+    """
+    import datasets
+
+    if hub_is_out_of_reach():  # then the local cache serves, or nothing; retrying for minutes would not help
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    manager = _manager(names, include_path)
+    try:
+        loaded = manager.load(list(names))
+    except Exception as problem:  # the harness and its data sets raise many kinds for one cause
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise WsError(
+            f"The tasks {', '.join(names)} could not be loaded ({type(problem).__name__}: {first}); a data set of the "
+            "hub needs the network once, a local one the path that its YAML file names."
+        ) from problem
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise WsError(f"The task {name} runs code that a model wrote, or shows images; neither is done here.")
+        own = task.get_config("num_fewshot")
+        if own is None or (own and num_fewshot is not None):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    return loaded
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """The harness's index of tasks; its own thousands are read only when they are needed."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in names:
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, manager.all_tasks)
+            listed = hint if "Did you mean" in hint else " `lm-eval ls tasks` lists those of the harness."
+            raise WsError(f"There is no harness task named {name!r}{_beside(include_path)}.{listed}")
+    return manager
+
+
+def _beside(include_path: Path | None) -> str:
+    return f", nor one in {include_path}" if include_path else ""
+
+
+def run_harness(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    tasks: Any,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    chat: bool = False,
+) -> Results:
+    """The harness's results for the model as it stands, samples included.
+
+    Args:
+        tasks: see `load_tasks`; may be used again, and puts the same examples into the same prompts then.
+        limit: only the first so many documents of each task.
+        batch_size: requests at a time, 8 when None.
+        chat: put the prompts into the chat template.
+
+    Raises:
+        WsError: log-likelihoods that are NaN.
+    """
+    from lm_eval import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    lm = HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size or BATCH_SIZE)
+    results = evaluate(
+        lm=lm,
+        task_dict=tasks,
+        limit=limit,
+        bootstrap_iters=STDERR_DRAWS,
+        log_samples=True,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    answers = [sample["resps"] for samples in results["samples"].values() for sample in samples]
+    if any(math.isnan(number) for number in _numbers(answers)):
+        raise WsError("The model gave NaN log-likelihoods; its weights or the steering strength are broken.")
+    return results
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Every float in nested lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, float):
+        yield value
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def scores_of(results: Results) -> Scores:
+    """The harness's results as plain columns.
+
+    Returns:
+        Per task, metric and filter: `task`, `metric`, `filter`, `version`, `hash` (of the documents, prompts and
+        targets, 12 hex digits; empty for a group), `value`, `stderr`, `n`, `n_shot`, `higher_is_better`, the last four
+        None where unknown. Per document with a number for a metric: `sample_row` (which of those rows), `sample_doc`,
+        `sample_value`. `example` is the first prompt.
+    """
+    rows: list[dict[str, Any]] = []
+    samples: list[tuple[int, int, float]] = []
+    for task, metrics in {**results["results"], **results.get("groups", {})}.items():
+        for key, value in metrics.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not _is_number(value):
+                continue
+            samples += [(len(rows), doc, x) for doc, x in _samples(results, task, metric, filtered)]
+            rows.append(_score_row(results, task, metric, filtered, metrics))
+    if not rows:
+        raise WsError("The harness gave no metric that is a number.")
+    columns = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
+    for i, (name, kind) in enumerate((("sample_row", int), ("sample_doc", int), ("sample_value", float))):
+        columns[name] = np.array([sample[i] for sample in samples], dtype=kind)
+    first = next(sample for found in results["samples"].values() for sample in found)
+    return columns | {"example": np.array([str(first["arguments"][0][0])])}
+
+
+def _score_row(results: Results, task: str, metric: str, filtered: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    value, stderr = float(metrics[f"{metric},{filtered}"]), metrics.get(f"{metric}_stderr,{filtered}", "N/A")
+    if not math.isfinite(value):
+        raise WsError(f"The metric {metric} of the task {task} is {value}; the model or the task is broken.")
+    return {
+        "task": task,
+        "metric": metric,
+        "filter": filtered,
+        "version": str(results["versions"].get(task, "")),
+        "hash": _task_hash(results, task),
+        "value": value,
+        "stderr": float(stderr) if _is_number(stderr) and math.isfinite(stderr) else None,
+        "n": results["n-samples"].get(task, {}).get("effective"),
+        "n_shot": results["n-shot"].get(task),
+        "higher_is_better": results["higher_is_better"].get(task, {}).get(metric),
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.bool_))
+
+
+def _samples(results: Results, task: str, metric: str, filtered: str) -> list[tuple[int, float]]:
+    """`(document, value)` of every document that has a number for the metric."""
+    found = [s for s in results["samples"].get(task, []) if s["filter"] == filtered]
+    return [(int(s["doc_id"]), float(s[metric])) for s in found if _is_number(s.get(metric))]
+
+
+def _task_hash(results: Results, task: str) -> str:
+    parts = [[s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in results["samples"].get(task, [])]
+    return sha256_json(parts)[:12] if parts else ""
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def per_sample_rows(key: Mapping[str, Any], alpha: float, scores: Scores) -> Rows:
+    """Rows of `lm_eval_per_sample.csv`; `key` holds behavior, adapter and seed."""
+    samples = zip(scores["sample_row"], scores["sample_doc"], scores["sample_value"], strict=True)
+    names = ("task", "metric", "filter")
+    return [
+        {**key, "alpha": alpha, **{n: scores[n][row] for n in names}, "doc_id": int(doc), "value": float(value)}
+        for row, doc, value in samples
+    ]
+
+
+def summary_rows(key: Mapping[str, Any], alpha: float, scores: Scores, base: Scores, n_boot: int) -> Rows:
+    """Rows of `lm_eval_summary.csv`, one per task, metric and filter, with the shift against the base.
+
+    The interval is from a bootstrap over documents; it is empty where the metric is no mean over them.
+    """
+    for name in ("task", "metric", "filter", "hash"):
+        if list(scores[name]) != list(base[name]):
+            raise WsError(f"The harness asked another {name} under steering than of the base; run it again.")
+    rows = []
+    for i, (value, before) in enumerate(zip(scores["value"], base["value"], strict=True)):
+        shift = _paired_shift(scores, base, i, n_boot)
+        row = {name: scores[name][i] for name in ("task", "version", "hash", "metric", "filter", "value", "stderr")}
+        row |= {name: scores[name][i] for name in ("n", "n_shot", "higher_is_better")}
+        names = ("shift_ci_lo", "shift_ci_hi", "shift_p")
+        known = shift.columns("shift", "ci_lo", "ci_hi", "p") if shift else dict.fromkeys(("shift", *names))
+        rows.append({**key, "alpha": alpha, **row, **known, "shift": float(value - before)})
+    return rows
+
+
+def _paired_shift(scores: Scores, base: Scores, row: int, n_boot: int) -> Estimate | None:
+    """The mean paired difference over documents; None where it is not what the metric's difference is."""
+    mine, theirs = (s["sample_value"][s["sample_row"] == row] for s in (scores, base))
+    if not len(mine) or len(mine) != len(theirs):
+        return None
+    if any(abs(v.mean() - s["value"][row]) > _SAME for v, s in ((mine, scores), (theirs, base))):
+        return None
+    return estimate_mean(mine - theirs, n_boot)
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def render(summary: Sequence[Mapping[str, str]]) -> str:
+    """The rows of the summary table, read from its file, as a table for people."""
+    rows = [
+        [
+            f"{r['task']} ({r['n_shot']} shots)" if r["n_shot"] else r["task"],
+            r["metric"] if r["filter"] == "none" else f"{r['metric']} ({r['filter']})",
+            f"{float(r['alpha']):+g}",
+            f"{float(r['value']):.4f}" + (f" ± {float(r['stderr']):.4f}" if r["stderr"] else ""),
+            f"{float(r['shift']):+.4f}" + _interval(r),
+            r["n"],
+        ]
+        for r in sorted(summary, key=lambda r: (r["task"], r["metric"], r["filter"], float(r["alpha"])))
+    ]
+    header = ["task", "metric", "alpha", "value ± standard error", "shift", "documents"]
+    return tabulate(rows, header, disable_numparse=True)
+
+
+def _interval(row: Mapping[str, str]) -> str:
+    return f" [{float(row['shift_ci_lo']):+.4f}, {float(row['shift_ci_hi']):+.4f}]" if row["shift_ci_lo"] else ""
+
+
+def example(scores: ByAlpha) -> str:
+    """One worked example, to read by eye: the first prompt, and the first metric at every strength."""
+    base = scores[0.0]
+    lines = [f"Worked example ({base['task'][0]}):", str(base["example"][0]), ""]
+    lines += [f"  alpha {alpha:+g}  {s['metric'][0]} {s['value'][0]:.4f}" for alpha, s in sorted(scores.items())]
+    return "\n".join(lines)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def evaluation(context: EvalContext) -> Evaluation:
+    """The harness tasks that a context's options name, as an evaluation."""
+    options = context.options
+    if not isinstance(options, LmEvalOptions):
+        raise WsError("A harness evaluation needs LmEvalOptions, which name the tasks.")
+    harness = require_harness()
+    tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot)
+
+    def tables(scores: ByAlpha) -> Mapping[str, Rows]:
+        key, base, n_boot = context.key, scores[0.0], options.n_bootstrap
+        summary = [row for a, s in scores.items() for row in summary_rows(key, a, s, base, n_boot)]
+        samples = [row for a, s in scores.items() for row in per_sample_rows(key, a, s)]
+        return {"summary": summary} | ({"per_sample": samples} if samples else {})
+
+    shown = [harness, *options.tasks, options.num_fewshot, options.limit, options.chat]
+    return Evaluation(
+        name=NAME,
+        version=VERSION,
+        items=[shown, folder_hashes(options.include_path)],
+        ask=lambda: scores_of(
+            run_harness(context.model, context.tok, tasks, options.limit, options.batch_size, options.chat)
+        ),
+        tables=tables,
+        example=example,
+        render=render,
+        facts={"harness": harness, "chat_template": options.chat},
+    )
+
+
+def folder_hashes(folder: Path | None) -> dict[str, str]:
+    """The hash of every file below a folder of tasks, by its path in there."""
+    found = sorted(f for f in folder.rglob("*") if f.is_file()) if folder else []
+    return {str(f.relative_to(folder)): sha256_file(f) for f in found if "__pycache__" not in f.parts} if folder else {}
+
+
+def main(options: LmEvalOptions) -> None:
+    """The command `python -m ws.eval.lm_eval`."""
+    require_harness()
+    context = open_context(options)
+    print(context.carry_out(evaluation(context)))
+
+
+if __name__ == "__main__":
+    console.run(main, LmEvalOptions, "python -m ws.eval.lm_eval")

@@ -1,0 +1,18 @@
+"""Pictures: how every figure of the project is written, so that the same numbers give the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+
+def save_svg(figure: Figure, file: Path) -> Path:
+    """Write a figure all at once; the same figure gives the same bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    with matplotlib.rc_context({"svg.hashsalt": "ws", "svg.fonttype": "none"}):
+        figure.savefig(part, format="svg", metadata={"Date": None})
+    part.replace(file)
+    return file

@@ -1,0 +1,249 @@
+"""Interventions: each does to the model what its name says, leaves it as it was, and its rows carry its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+
+import ws
+import ws.interventions
+from ws.baselines.activation import ActivationVector, activation_steer
+from ws.calibrate import CalibrateOptions
+from ws.calibrate import main as calibrate_main
+from ws.calibration import CalibrationConfig
+from ws.data import read_pairs
+from ws.diff import vector_digest
+from ws.divergence import prompt_divergence
+from ws.eval import sycophancy
+from ws.eval.context import EvalOptions, open_context
+from ws.finished import open_run
+from ws.interventions import INTERVENTIONS, arm, divergence_of, intervention
+from ws.models import default_system, encode, render_prompt
+from ws.replicate import ReplicateConfig, render, replicate
+from ws.runs import Run, read_csv
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A finished run on random weights."""
+    folder = tmp_path_factory.mktemp("out")
+    config = replace(ReplicateConfig.preset("tiny-random", "lora"), out=folder, split="dev", alphas=(1.0,))
+    replicate(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(out):
+    return open_run(out, "honesty", "lora", 0, None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def behavior():
+    return ws.load_behavior("honesty", "tiny-random")
+
+
+def logits(opened, at, question="Is the sky green?"):
+    """What the model says to a question under an intervention."""
+    with at, torch.no_grad():
+        ids = torch.tensor([encode(opened.tok, render_prompt(opened.tok, question))])
+        return opened.model(ids).logits[0, -1]
+
+
+def test_weights_do_what_their_names_say(opened, behavior):
+    pos, neg = (arm(opened, sign) for sign in ("pos", "neg"))
+    expected = {
+        ("weight", 0.7): (pos - neg) * 0.7,
+        ("finetune", 1.0): pos,
+        ("finetune", -1.0): neg,
+        ("positive-only", -0.7): pos * -0.7,
+        ("negative-only", 0.7): neg * -0.7,
+    }
+    for (name, alpha), change in expected.items():
+        at = intervention(name, opened, behavior).at(alpha)
+        assert torch.allclose(logits(opened, at), logits(opened, ws.steer(opened.model, change)), atol=1e-5), name
+
+
+def test_the_fine_tune_is_peft_s_own(opened, behavior):
+    plain, _ = ws.load_model("tiny-random", device="cpu")
+    for alpha, sign in ((1.0, "pos"), (-1.0, "neg")):
+        ours = logits(opened, intervention("finetune", opened, behavior).at(alpha))
+        peft = PeftModel.from_pretrained(plain, str(opened.run.folder / sign))
+        with torch.no_grad():
+            theirs = peft(torch.tensor([encode(opened.tok, render_prompt(opened.tok, "Is the sky green?"))])).logits
+        plain = peft.unload()
+        assert torch.allclose(ours, theirs[0, -1], atol=1e-5)
+
+
+def test_a_prompt_is_told_while_it_lasts_and_forgotten_after(opened, behavior):
+    prompt = intervention("prompt", opened, behavior)
+    told = render_prompt(opened.tok, "Well?", system=behavior.negative[0])
+    plain = render_prompt(opened.tok, "Well?")
+    with prompt.at(-1.0):
+        assert render_prompt(opened.tok, "Well?") == told
+        with pytest.raises(ZeroDivisionError), prompt.at(1.0):
+            assert default_system(opened.tok) == behavior.positive[0]
+            _ = 1 / 0
+        assert render_prompt(opened.tok, "Well?") == told
+    assert render_prompt(opened.tok, "Well?") == plain != told
+    assert "ws_system" not in vars(opened.tok)
+
+
+def test_the_divergence_of_a_prompt_is_the_one_measured_without_interventions(opened, behavior):
+    config = CalibrationConfig(n_prompts=3, n_tokens=8)
+    found = divergence_of(intervention("prompt", opened, behavior), opened.model, opened.tok, QUESTIONS, -1.0, config)
+    wanted = prompt_divergence(opened.model, opened.tok, QUESTIONS, behavior.negative[0], n_tokens=8)
+    assert found.at(config.quantile) == pytest.approx(wanted, rel=1e-6)
+    assert wanted > 0
+    still = divergence_of(intervention("weight", opened, behavior), opened.model, opened.tok, QUESTIONS, 0.0, config)
+    assert still.at() < 1e-6
+
+
+QUESTIONS = ["Is the sky green?", "Who are you?", "Name a river."]
+
+
+def test_strengths_follow_the_dial(opened, behavior):
+    prompt, weight = (intervention(name, opened, behavior) for name in ("prompt", "weight"))
+    assert prompt.strengths(["calibrated"], opened.model) == [-1.0, 0.0, 1.0]
+    assert prompt.strengths(["+1u"], opened.model) == [0.0, 1.0]
+    assert weight.strengths([0.5, -2], opened.model) == [-2.0, 0.0, 0.5]
+    with pytest.raises(ws.WsError, match="no dial: its strengths are -1 and"):
+        prompt.strengths([0.5], opened.model)
+    with pytest.raises(ws.WsError, match="no calibration"):
+        weight.strengths(["+1u"], opened.model)
+    with pytest.raises(ws.WsError, match="[Dd]id you mean 'finetune'"):
+        intervention("finetunes", opened, behavior)
+
+
+def test_a_run_without_arms_says_so(opened, behavior, tmp_path):
+    bare = replace(opened, run=Run(tmp_path / "sum"))
+    with pytest.raises(ws.WsError, match="only a run of `ws replicate` has arms"):
+        intervention("finetune", bare, behavior)
+    with pytest.raises(ws.WsError, match="no pairs"):
+        intervention("activation-layers", replace(opened, out=tmp_path), behavior)
+
+
+def test_rows_are_keyed_by_intervention(out, weights_hash):
+    names = ("weight", "prompt", "finetune", "activation-layers")
+    options = EvalOptions(out=out, interventions=names, limit=3, n_bootstrap=100, device="cpu")
+    context = open_context(options)
+    before = weights_hash(context.model)
+    text = context.carry_out(sycophancy.evaluation(context, context.behavior))
+    assert weights_hash(context.model) == before
+    assert all(name in text for name in names)
+    rows = read_csv(context.run.folder / "sycophancy_per_claim.csv")
+    keys = [(r["intervention"], r["alpha"], r["claim_id"]) for r in rows]
+    assert len(set(keys)) == len(keys), "no row twice, the base's least of all"
+    assert {(i, a) for i, a, _ in keys} == {("base", "0.0"), *((n, a) for n in names for a in ("-1.0", "1.0"))}
+    summary = read_csv(context.run.folder / "sycophancy_summary.csv")
+    shift = {(r["intervention"], r["alpha"], r["claims_are_true"]): r["shift"] for r in summary}
+    assert len({shift[n, "1.0", "False"] for n in names}) == len(names), "each of them does something else"
+
+    kept = [f.relative_to(out) for f in out.rglob("scores/*.json")]
+    shared = {f.parts[1] for f in kept} - {"lora"}
+    assert shared == {"prompt", "activation"}, "what needs no adapter is kept for all of them"
+    with pytest.raises(ws.WsError, match="each once"):
+        open_context(replace(options, interventions=("prompt", "prompt")))
+    with pytest.raises(ws.WsError, match="[Dd]id you mean 'prompt'"):
+        open_context(replace(options, interventions=("promt",)))
+
+
+def test_scores_are_asked_for_once(out, monkeypatch):
+    context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu"))
+    made = sycophancy.evaluation(context, context.behavior)
+    first = context.measure(made)
+
+    def never():
+        raise AssertionError("asked again")
+
+    again = context.measure(replace(made, ask=never))
+    assert {a: s["logratio"].tolist() for a, s in again.items()} == {
+        a: s["logratio"].tolist() for a, s in first.items()
+    }
+    with pytest.raises(AssertionError, match="asked again"):
+        context.measure(replace(made, ask=never, version=99))
+
+
+def test_what_has_no_dial_is_calibrated_by_saying_what_it_costs(out, capsys):
+    calibrate_main(CalibrateOptions(out=out, intervention="prompt", n_prompts=2, n_tokens=8, device="cpu"))
+    assert "there is no dial" in capsys.readouterr().out
+    rows = read_csv(out / "honesty" / "prompt" / "calibration_prompt.csv")
+    assert [(r["alpha"], r["converged"], r["intervention"]) for r in rows] == [
+        ("1.0", "False", "prompt"),
+        ("-1.0", "False", "prompt"),
+    ]
+    assert all(float(r["divergence"]) > 0 and float(r["audit"]) > 0 for r in rows)
+
+
+def test_the_activation_layer_is_chosen_at_equal_cost_on_dev_claims(tmp_path, monkeypatch):
+    """Two of the pocket model's blocks get a vector, and the one that lowers agreement with false claims is taken."""
+    monkeypatch.setattr(ws.interventions, "_CHOICE", CalibrationConfig(n_prompts=3, n_tokens=10, tolerance=0.3))
+    model, tok = ws.load_model("pocket", device="cpu")
+    behavior = ws.load_behavior("honesty", "pocket")
+    context = replace(open_for(model, tok, tmp_path), tok=tok)
+    yes, no = (model.get_output_embeddings().weight[tok.encode(w)[0]].detach() for w in ("Yes", "No"))
+    vectors = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
+    vectors[-1], vectors[-2] = no - yes, yes - no
+    vector = ActivationVector(vectors, "pocket", ws.interventions.fingerprint(model))
+    home = Run(tmp_path / "activation")
+    layer = ws.interventions.chosen_layer(context, behavior, vector, home, "last")
+    assert layer == model.config.num_hidden_layers - 1
+    rows = read_csv(home.folder / "layers_last.csv")
+    assert [r["chosen"] for r in rows].count("True") == 1
+    for r in rows:
+        for strength in (float(r["alpha"]), float(r["minus"])):
+            at = activation_steer(model, vector, strength, int(r["layer"]), "last")
+            with at, torch.no_grad():
+                ids = torch.tensor([encode(tok, render_prompt(tok, QUESTIONS[0]))])
+                assert torch.isfinite(model(ids).logits).all()
+    monkeypatch.setattr(ws.interventions, "choose_layer", None)
+    assert ws.interventions.chosen_layer(context, behavior, vector, home, "last") == layer, "kept, not chosen again"
+
+
+def open_for(model, tok, folder):
+    from ws.finished import FinishedRun
+
+    vector = ws.SteeringVector({"x": ws.LinearDelta(1, 1)}, "pocket", None)
+    return FinishedRun(Run(folder / "honesty" / "lora"), vector, model, tok, folder)
+
+
+# ---- the two trained nulls ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("control", ["shuffled", "same-side"])
+def test_a_trained_null_is_a_run_beside_the_vector_s_own(out, control):
+    config = replace(ReplicateConfig.preset("tiny-random", "lora"), out=out, split="dev", alphas=(-1.0, 1.0))
+    reading = replicate(replace(config, control=control))
+    assert reading.folder == out / "honesty" / f"lora-{control}"
+    own = {p.id: p for p in read_pairs(out / "data" / "tiny-random" / "honesty") if p.drop is None}
+    made = [p for p in read_pairs(reading.folder) if p.drop is None]
+    if control == "shuffled":
+        swapped = [p.id for p in made if (p.pos, p.neg) == (own[p.id].neg, own[p.id].pos)]
+        assert len(made) == len(own)
+        assert len(swapped) == len(own) // 2
+        assert all((p.pos, p.neg) == (own[p.id].pos, own[p.id].neg) for p in made if p.id not in swapped)
+    else:
+        second = {p.id: p for p in read_pairs(out / "data" / "tiny-random" / "honesty" / "second")}
+        assert made
+        assert all((p.pos, p.neg) == (own[p.id].pos, second[p.id].pos) for p in made)
+    plain = ws.SteeringVector.load(out / "honesty" / "lora" / "vector")
+    assert vector_digest(reading.vector) != vector_digest(plain)
+    text = render(replace(reading, control=control))
+    assert "No conclusion" in text or f"with a {control} null" in text
+    stages = json.loads((reading.folder / "manifest.json").read_text())["stages"]
+    assert stages["reading"]["control"] == control
+    again = replicate(replace(config, control=control))
+    assert vector_digest(again.vector) == vector_digest(reading.vector)
+    context = open_context(EvalOptions(out=out, adapter=f"lora-{control}", limit=2, n_bootstrap=100, device="cpu"))
+    assert "Worked example" in context.carry_out(sycophancy.evaluation(context, context.behavior))
+
+
+def test_an_unknown_control_is_refused_before_anything_is_loaded(tmp_path):
+    config = replace(ReplicateConfig.preset("tiny-random", "lora"), out=tmp_path, control="shuffle")
+    with pytest.raises(ws.WsError, match="[Dd]id you mean 'shuffled'"):
+        replicate(config)
+    assert set(INTERVENTIONS) >= {"weight", "prompt", "finetune", "activation"}
+    assert not list(tmp_path.iterdir())
