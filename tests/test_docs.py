@@ -100,6 +100,16 @@ def test_the_tables_of_the_sweep_are_their_csvs():
     assert table in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_comparison_is_its_csvs():
+    """The page's tables are the ones that `ws compare` wrote."""
+    from ws.compare_tables import render, typed
+    from ws.runs import read_csv
+
+    rows, pairs = (typed(read_csv(ROOT / "docs" / "results" / f"{n}.csv")) for n in ("compare", "compare_pairs"))
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert page.split("<!-- compare -->")[1].split("<!-- /compare -->")[0].strip() == render(rows, pairs, "github")
+
+
 def test_the_results_table_is_the_csv():
     """The README's numbers are the ones the benchmark wrote."""
     with (ROOT / "benchmarks" / "results" / "pocket_effects.csv").open() as file:

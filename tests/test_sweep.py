@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ws
+from ws.diff import vector_digest
 from ws.run_sweep import SweepConfig, main, run_sweep
 
 
@@ -82,8 +83,24 @@ def test_seeds_share_pairs_and_the_summary_has_one_row_per_cell_and_strength(con
     assert pooled[1]["sycophancy_shift_p_holm"] == "", "the base is not compared with itself"
 
 
+def test_nulls_are_trained_beside_their_vectors_and_stay_out_of_the_tables(config):
+    wanted = replace(config, adapters=("lora",), evals=("sycophancy",), controls=("shuffled", "same-side"))
+    cells = run_sweep(wanted)
+    assert [(c.adapter, c.problem) for c in cells] == [(n, None) for n in ("lora", "lora-shuffled", "lora-same-side")]
+    digests = {vector_digest(ws.SteeringVector.load(c.folder / "vector")) for c in cells}
+    assert len(digests) == 3
+    with (config.out / "honesty" / "sweep_summary.csv").open() as file:
+        assert {r["adapter"] for r in csv.DictReader(file)} == {"lora"}
+    again = run_sweep(replace(wanted, fresh=True))
+    assert {vector_digest(ws.SteeringVector.load(c.folder / "vector")) for c in again} == digests, "made anew, the same"
+
+
 def test_mistakes_are_found_before_anything_runs(config):
-    for change, match in (({"adapters": ("loora",)}, "lora"), ({"evals": ("sycophanty",)}, "sycophancy")):
+    for change, match in (
+        ({"controls": ("same_side",)}, "same-side"),
+        ({"adapters": ("loora",)}, "lora"),
+        ({"evals": ("sycophanty",)}, "sycophancy"),
+    ):
         with pytest.raises(ws.WsError, match=f"Did you mean '{match}'"):
             run_sweep(replace(config, **change))
     assert not list(config.out.iterdir())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from ws import console
-from ws.behaviors import behavior_name, load_behavior
+from ws.behaviors import load_behavior
 from ws.calibration import (
     Calibration,
     CalibrationConfig,
@@ -22,39 +21,28 @@ from ws.calibration import (
 )
 from ws.divergence import N_TOKENS
 from ws.errors import WsError, choose
-from ws.finished import FinishedRun, open_run
+from ws.finished import FinishedRun, RunOptions
 from ws.interventions import INTERVENTIONS, WEIGHT, Intervention, divergence_of, intervention
 from ws.models import fingerprint, render_prompt
-from ws.runs import DEFAULT_OUT, Stage, write_csv
+from ws.runs import Stage, write_csv
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(RunOptions):
     """Find the strengths at which a run's vector costs a given divergence, and store them with the vector.
 
     Attributes:
-        behavior, adapter, seed: which run below `out`.
-        out: where runs are.
         intervention: what is calibrated: `weight`, the vector, or a baseline of `ws.interventions`. Of those without a
             dial the divergence is reported.
-        model: None for the base that the vector was made for.
         n_prompts, n_tokens, target, batch_size: see `CalibrationConfig`.
-        device, dtype: see `ws.load_model`.
         fresh: measure again, also when the same calibration is stored.
     """
 
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
     intervention: str = WEIGHT
-    model: str | None = None
     n_prompts: int = 50
     n_tokens: int = N_TOKENS
     target: float = 1.0
     batch_size: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
     fresh: bool = False
 
     @property
@@ -68,7 +56,7 @@ def main(options: CalibrateOptions) -> None:
     options.config.check()
     o = options
     choose("intervention", o.intervention, INTERVENTIONS)
-    opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.dtype)
+    opened = o.open()
     behavior = load_behavior(o.behavior, o.model or opened.vector.base_id)
     chosen = intervention(o.intervention, opened, behavior)
     found = calibration_for(chosen, opened, behavior.questions, o.config, _key(chosen, options), o.fresh)
@@ -111,10 +99,7 @@ def calibration_for(
 
 def _key(chosen: Intervention, options: CalibrateOptions) -> dict[str, Any]:
     """The first columns; what depends on no adapter stands under its own name."""
-    name = behavior_name(options.behavior)
-    if chosen.is_shared:
-        return {"behavior": name, "adapter": chosen.name, "seed": 0}
-    return {"behavior": name, "adapter": options.adapter, "seed": options.seed}
+    return options.key | ({"adapter": chosen.name, "seed": 0} if chosen.is_shared else {})
 
 
 def _stage_name(chosen: Intervention) -> str:

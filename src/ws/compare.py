@@ -232,7 +232,8 @@ def compare(options: CompareOptions) -> list[Cell]:
         WsError: no finished run, a run without its arms or pairs, or runs of different bases.
     """
     options.check()
-    first, loaded, cells = True, None, []
+    loaded = None
+    cells, last = list[Cell](), list[Cell]()  # what needs no adapter is measured once, and stands last
     wanted = [name for name in options.interventions if name in TRAINED]
     shared = [name for name in options.interventions if name not in TRAINED]
     runs = list(_runs(options))
@@ -243,9 +244,9 @@ def compare(options: CompareOptions) -> list[Cell]:
         loaded = (opened.model, opened.tok)
         context = EvalContext(o.eval_options(adapter, seed), opened.model, opened.tok, opened.vector, opened.run)
         bench = _Bench(options, context)
-        cells += [bench.cell(name) for name in (wanted + shared if first else wanted)]
-        first = False
-    return cells
+        cells += [bench.cell(name) for name in wanted]
+        last = last or [bench.cell(name) for name in shared]
+    return cells + last
 
 
 def _runs(options: CompareOptions) -> Iterator[tuple[str, int]]:

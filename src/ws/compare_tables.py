@@ -73,12 +73,6 @@ class Group:
         """Any of the cells, for what they have in common."""
         return self.cells[0]
 
-    @property
-    def label(self) -> str:
-        """As a person reads it."""
-        c = self.first
-        return c.intervention if c.adapter == c.intervention else f"{c.intervention}, {c.adapter}"
-
     def shifts(self, score: str, part: str) -> Float[np.ndarray, "seeds items"] | None:
         """Paired differences per seed and item; None when a seed lacks a strength or the score."""
         return _stacked([c.scores.get(score) for c in self.cells], part)
@@ -162,7 +156,7 @@ def _towards_mean(values: np.ndarray) -> np.ndarray:
 
 
 def group_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_boot: int = N_BOOTSTRAP) -> Rows:
-    """Rows of `compare.csv`: one per intervention, adapter, score and part; `p_holm` is over all effects in it.
+    """Rows of `compare.csv`: one per intervention, adapter, score and part; `p_holm` is over all effects of a part.
 
     Args:
         key: the first columns.
@@ -179,9 +173,11 @@ def group_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_b
     ]
     if not rows:
         raise WsError("No intervention could be measured at a calibrated strength; see the notes above.")
-    tested = [r for r in rows if r["score"] in EFFECTS]
-    for row, p in zip(tested, holm(np.array([r["p"] for r in tested])), strict=True):
-        row["p_holm"] = float(p)
+    for part in PARTS:
+        tested = [r for r in rows if r["score"] in EFFECTS and r["part"] == part]
+        if tested:
+            for row, p in zip(tested, holm(np.array([r["p"] for r in tested])), strict=True):
+                row["p_holm"] = float(p)
     return rows
 
 
@@ -312,13 +308,11 @@ def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]
     """One intervention."""
     first = rows[0]
     span = {r["score"]: r for r in rows if r["part"] == "span"}
-    head = next((span[s] for s in scores if s in span), first)
-    name = first["intervention"]
-    label = name if first["adapter"] == name else f"{name}, {first['adapter']}"
+    head = next((span[s] for s in scores if s in span), {"p_random": None, "real": None, "verdict": None})
     nats = ", ".join("" if first[f"divergence_{s}"] is None else f"{first[f'divergence_{s}']:.2f}" for s in _SIDES)
     costs = [r["shift"] for r in rows if r["score"] == "nll" and r["part"] != "span"]
     return [
-        label + ("" if first["matched"] else " *"),
+        _label(first) + ("" if first["matched"] else " *"),
         str(first["n_seeds"]),
         nats,
         *(_interval(span[s]) if s in span else "" for s in scores),
@@ -344,8 +338,11 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Spans from -1u to +1u over {first['n']} items, 95 % intervals; cost is the larger rise of the negative "
         "log-likelihood of neutral text, in nats per token; `p random`, `real` and `verdict` are of the first score."
     ]
+    notes += _significant([r for r in rows if r["part"] == "span" and r["score"] in EFFECTS])
     if not all(r["matched"] for r in rows):
         notes.append("* has no dial and stands at the divergence it happens to have.")
+    if any(r["divergence_minus"] is None or r["divergence_plus"] is None for r in rows):
+        notes.append("Where a side is empty, its calibration did not converge (for one seed at least): no span there.")
     ours = [r for r in rows if r["intervention"] == WEIGHT and r["score"] in EFFECTS]
     unknown = {r["adapter"] for r in ours if r["real"] is None}
     if unknown:
@@ -354,6 +351,25 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "(`ws replicate --control shuffled` and `--control same-side`, same adapter and seeds)."
         )
     return notes
+
+
+def _significant(spans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many of the spans are more than chance, and which are not."""
+    if not spans:
+        return []
+    if len(spans) * min(r["p"] for r in spans) > LEVEL:
+        return ["With so few resamples no p-value can survive Holm's correction; raise --n-bootstrap."]
+    others = [r for r in spans if r["p_holm"] > LEVEL]
+    named = ", ".join(f"{_label(r)} on {r['score'].replace('_', ' ')}" for r in others)
+    survive = (
+        f"{len(spans) - len(others)} of {len(spans)} spans differ from zero after Holm's correction over all of them"
+    )
+    return [f"{survive}{f'; not {named}' if others else ''}."]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    name = row["intervention"]
+    return name if row["adapter"] == name else f"{name}, {row['adapter']}"
 
 
 def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
@@ -398,7 +414,8 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
         panel.axvline(0, color="black", lw=0.8)
         panel.set_xlabel(_TITLES[score], fontsize=9)
         panel.grid(axis="x", lw=0.3)
-    panels[0].set_yticks(range(len(groups)), [name if name == a else f"{name}, {a}" for name, a in groups], fontsize=8)
+    names = [name if name == adapter else f"{name}, {adapter}" for name, adapter in groups]
+    panels[0].set_yticks(range(len(groups)), names, fontsize=8)
     panels[0].invert_yaxis()
     figure.suptitle("Spans from -1u to +1u, 95 % intervals; hollow: no dial, not at matched divergence", fontsize=10)
     return figure

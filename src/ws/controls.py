@@ -34,8 +34,9 @@ from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
 from ws.eval import sycophancy, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.finished import RunOptions
 from ws.models import weight_of
-from ws.runs import DEFAULT_OUT, read_csv, write_csv
+from ws.runs import read_csv, write_csv
 from ws.steer import steer
 
 HEADLINES = ("false_claims", "true_claims", "wrongness")
@@ -195,31 +196,20 @@ def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[fl
 
 
 @dataclass(frozen=True)
-class HeadlineOptions:
+class HeadlineOptions(RunOptions):
     """A finished run, and which headline scores of it are looked at.
 
     Attributes:
-        model: None for the base that the vector was made for.
-        behavior, adapter, seed: which run below `out`.
-        out: where runs and results are.
         scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
         split: which held-out claims, `report` or `dev`.
         batch_size: prompts at a time, found automatically when None.
         limit: only the first so many items.
-        device, dtype: see `ws.load_model`.
     """
 
-    model: str | None = None
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
     scores: tuple[str, ...] = HEADLINES
     split: str = "report"
     batch_size: int | None = None
     limit: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
 
     def eval_options(self, alphas: tuple[float | str, ...] = ()) -> EvalOptions:
         """The same run for `open_context`, at these strengths and the base."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -12,7 +13,7 @@ from ws.behaviors import behavior_name
 from ws.diff import SteeringVector
 from ws.errors import WsError
 from ws.models import load_model
-from ws.runs import Run, run_folder
+from ws.runs import DEFAULT_OUT, Run, run_folder
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,35 @@ class FinishedRun:
     def vector_folder(self) -> Path:
         """Where the vector is."""
         return self.run.folder / "vector"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which finished run, and the model it is put into: what every command on a run takes.
+
+    Attributes:
+        model: None for the base that the vector was made for.
+        behavior, adapter, seed: which run below `out`.
+        out: where runs and results are.
+        device, dtype: see `ws.load_model`.
+    """
+
+    model: str | None = None
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    seed: int = 0
+    out: Path = DEFAULT_OUT
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The first columns of every table."""
+        return {"behavior": behavior_name(self.behavior), "adapter": self.adapter, "seed": self.seed}
+
+    def open(self) -> FinishedRun:
+        """The run, loaded; see `open_run`."""
+        return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.dtype)
 
 
 def open_run(

@@ -22,7 +22,7 @@ from ws.errors import WsError, choose
 from ws.eval import airisk, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
 from ws.models import DEFAULT_MODEL
-from ws.replicate import ReplicateConfig, replicate, verdict
+from ws.replicate import CONTROLS, ReplicateConfig, replicate, verdict
 from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_text
 from ws.sweep_tables import EVALS, POOLED, SUMMARY, render, write_summary
 from ws.train import TrainConfig, train_preset
@@ -39,6 +39,8 @@ class SweepConfig:
         adapters: families, all six by default.
         seeds: of initialisation and order; the pairs are shared by all cells.
         evals: which evaluations.
+        controls: nulls to train beside every vector, `shuffled` and `same-side` (see `ws.compare`); they are read on
+            the claims and stay out of the tables.
         alphas: steering strengths; 0 is always included.
         dataset: a folder with the tables of both data sets, or `pocket`; None for the published ones.
         n_think: tokens of chain of thought before a dilemma's answer.
@@ -54,6 +56,7 @@ class SweepConfig:
     adapters: tuple[str, ...] = tuple(FAMILIES)
     seeds: tuple[int, ...] = (0,)
     evals: tuple[str, ...] = EVALS
+    controls: tuple[str, ...] = ()
     out: Path = DEFAULT_OUT
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
     split: str = "report"
@@ -76,11 +79,12 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One adapter and one seed, with what became of it."""
+    """One adapter and one seed, as it is or as a null, with what became of it."""
 
     adapter: str
     seed: int
     folder: Path
+    control: str = "none"
     problem: str | None = None
 
 
@@ -94,39 +98,47 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         family(adapter)
     for name in config.evals:
         choose("evaluation", name, EVALS)
+    for name in config.controls:
+        choose("control", name, CONTROLS[1:])
     behavior = load_behavior(config.behavior, config.model).name
-    plan = list(product(config.seeds, config.adapters))
+    plan = list(product(config.seeds, config.adapters, (CONTROLS[0], *config.controls)))
     done: list[Cell] = []
     start = time.perf_counter()
-    for number, (seed, adapter) in enumerate(plan):
+    for number, (seed, adapter, control) in enumerate(plan):
         left = (time.perf_counter() - start) / number * (len(plan) - number) if number else 0
         estimate = f", about {timedelta(seconds=round(left))} left" if number else ""
-        console.say(f"== {adapter}, seed {seed} ({number + 1} of {len(plan)}{estimate})")
-        done.append(_run_cell(config, behavior, adapter, seed, first=number == 0))
-    fine = [c.folder for c in done if c.problem is None]
+        name = _replicate_config(config, adapter, seed, control).run_name
+        console.say(f"== {name}, seed {seed} ({number + 1} of {len(plan)}{estimate})")
+        # The second sampling belongs to `same-side`, so with --fresh its first cell samples anew as well.
+        first = number == 0 or (control == "same-side" and number <= len(config.controls))
+        done.append(_run_cell(config, behavior, adapter, seed, control, first))
+    fine = [c.folder for c in done if c.problem is None and c.control == CONTROLS[0]]
     write_summary(config.out / behavior, fine, config.evals, config.n_bootstrap)
     return done
 
 
-def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, first: bool) -> Cell:
-    folder = run_folder(config.out, behavior, adapter, seed)
+def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, control: str, first: bool) -> Cell:
+    plan = _replicate_config(config, adapter, seed, control, first)
+    folder = run_folder(config.out, behavior, plan.run_name, seed)
     try:
-        reading = replicate(_replicate_config(config, adapter, seed, first))
+        reading = replicate(plan)
         console.say(verdict(reading))
         others = [name for name in config.evals if name != "sycophancy"]  # replicate has read the claims already
-        if others:
+        if others and control == CONTROLS[0]:
             context = open_context(_eval_options(config, behavior, adapter, seed))
             for name in others:
                 console.say(context.carry_out(_evaluation(name, context)))
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
-        return Cell(adapter, seed, folder, f"{type(problem).__name__}: {problem}")
+        return Cell(plan.run_name, seed, folder, control, f"{type(problem).__name__}: {problem}")
     (folder / LOG).unlink(missing_ok=True)
-    return Cell(adapter, seed, folder)
+    return Cell(plan.run_name, seed, folder, control)
 
 
-def _replicate_config(config: SweepConfig, adapter: str, seed: int, first: bool) -> ReplicateConfig:
+def _replicate_config(
+    config: SweepConfig, adapter: str, seed: int, control: str, first: bool = False
+) -> ReplicateConfig:
     rate = train_preset(config.model, adapter).lr if config.train.lr is None else config.train.lr
     shared = {k: getattr(config, k) for k in ("model", "behavior", "out", "alphas", "split", "n_bootstrap", "device")}
     return ReplicateConfig(
@@ -134,6 +146,7 @@ def _replicate_config(config: SweepConfig, adapter: str, seed: int, first: bool)
         dtype=config.dtype,
         adapter=adapter,
         seed=seed,
+        control=control,
         fresh=config.fresh,
         fresh_data=first,
         data=config.data,

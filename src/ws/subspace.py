@@ -48,11 +48,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ws import console
-from ws.behaviors import behavior_name
 from ws.delta import LinearDelta
 from ws.diff import MANIFEST, PEFT_WEIGHTS, SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.finished import FinishedRun, open_run
+from ws.finished import FinishedRun, RunOptions
 from ws.geometry import (
     Cosines,
     Rows,
@@ -68,7 +67,7 @@ from ws.geometry import (
 )
 from ws.models import fingerprint, layer_of, load_model
 from ws.plots import save_svg
-from ws.runs import DEFAULT_OUT, lock, read_csv, sha256_file, slug, write_csv
+from ws.runs import lock, read_csv, sha256_file, slug, write_csv
 
 SHARES = ("left_top", "left_bottom", "right_top", "right_bottom", "readout_weak")
 # What modules that write to the residual stream are called in transformers.
@@ -421,33 +420,22 @@ def draw_shares(parts: Sequence[ModuleSubspace], title: str) -> Figure:
 
 
 @dataclass(frozen=True)
-class SubspaceOptions:
+class SubspaceOptions(RunOptions):
     """Where a finished run's vector lies, and what its arms have in common; or the cosines of several vectors.
 
     Attributes:
-        model: None for the base that the vector was made for.
-        behavior, adapter, seed: which run below `out`.
-        out: where runs and results are.
         k: singular directions at either end of a weight; None for `part` of the smaller dimension.
         part: see `k`.
         vectors: folders of vectors, or of runs, to compare with one another instead.
         all: compare every finished run below `out`.
         per_layer: cosines per decoder layer too.
-        device, dtype: see `ws.load_model`.
     """
 
-    model: str | None = None
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
     k: int | None = None
     part: float = 0.1
     vectors: tuple[Path, ...] = ()
     all: bool = False
     per_layer: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
 
     def check(self) -> None:
         """`WsError` for what makes no sense, before anything is loaded."""
@@ -460,8 +448,8 @@ class SubspaceOptions:
 def carry_out(options: SubspaceOptions) -> str:
     """Measure a run unless exactly that is on disk, write its tables and pictures, and return the text to print."""
     o = options
-    opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.dtype)
-    folder, key = opened.run.folder, {"behavior": behavior_name(o.behavior), "adapter": o.adapter, "seed": o.seed}
+    opened = o.open()
+    folder, key = opened.run.folder, o.key
     arms = {side: folder / side for side in ("pos", "neg")}
     paired = all((arm / PEFT_WEIGHTS).is_file() for arm in arms.values())
     inputs = {"vector": vector_digest(opened.vector)}

@@ -15,14 +15,14 @@ import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.behaviors import Behavior, behavior_name, load_behavior
+from ws.behaviors import Behavior, load_behavior
 from ws.console import say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
-from ws.finished import FinishedRun, open_run
+from ws.finished import FinishedRun, RunOptions
 from ws.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
 from ws.models import BUNDLED, fingerprint
-from ws.runs import DEFAULT_OUT, Run, lock, read_csv, sha256_json, slug, write_csv, write_json
+from ws.runs import Run, lock, read_csv, sha256_json, slug, write_csv, write_json
 
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]
@@ -30,13 +30,10 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class EvalOptions:
-    """The options every evaluation takes.
+class EvalOptions(RunOptions):
+    """The options every evaluation takes: those of every command on a run, and
 
     Attributes:
-        model: None for the base that the vector was made for.
-        behavior, adapter, seed: which run below `out`.
-        out: where runs and results are.
         alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, and `calibrated` for
             -1u and +1u, where the vector is calibrated (`ws calibrate`).
         interventions: what is done to the model: `weight`, the vector, and the baselines of `ws.interventions`.
@@ -47,14 +44,8 @@ class EvalOptions:
             models).
         prompts: a TOML file that replaces the instruction texts.
         n_bootstrap: resamples per interval.
-        device, dtype: see `ws.load_model`.
     """
 
-    model: str | None = None
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
     alphas: tuple[float | str, ...] = (-1.0, 0.0, 1.0)
     interventions: tuple[str, ...] = (WEIGHT,)
     batch_size: int | None = None
@@ -63,8 +54,6 @@ class EvalOptions:
     dataset: str | None = None
     prompts: Path | None = None
     n_bootstrap: int = 10_000
-    device: str = "auto"
-    dtype: str = "auto"
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense, before anything is loaded."""
@@ -135,8 +124,7 @@ class EvalContext:
     @property
     def key(self) -> dict[str, Any]:
         """The first columns of every table."""
-        name = behavior_name(self.options.behavior)
-        return {"behavior": name, "adapter": self.options.adapter, "seed": self.options.seed}
+        return self.options.key
 
     @property
     def opened(self) -> FinishedRun:
@@ -250,9 +238,8 @@ def _kept(file: Path, ask: Callable[[], Scores]) -> Scores:
 def open_context(options: EvalOptions) -> EvalContext:
     """Load what an evaluation needs; `WsError` when the run has no vector, or the vector is of another base."""
     options.check()
-    o = options
-    opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.dtype)
+    opened = options.open()
     context = EvalContext(options, opened.model, opened.tok, opened.vector, opened.run)
-    for name in o.interventions:  # a missing calibration shows now
-        context.intervention(name).strengths(o.alphas, opened.model)
+    for name in options.interventions:  # a missing calibration shows now
+        context.intervention(name).strengths(options.alphas, opened.model)
     return context
