@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would only stand in the way of the other's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 from collections.abc import Callable

@@ -244,11 +244,15 @@ def test_another_vector_starts_a_new_table(options, tiny, capsys):
     assert not {r["vector"] for r in new} & {r["vector"] for r in old}
 
 
-def test_tinymfv_can_be_added(options, capsys):
+def test_other_evaluations_can_be_added(options, capsys):
     main(options)
-    main(replace(options, scores=("wrongness",), limit=2, n_draws=2))
-    assert {r["score"] for r in read(options)} == {"false_claims", "true_claims", "wrongness"}
-    assert "wrongness" in capsys.readouterr().out
+    main(replace(options, scores=("wrongness", "choices"), limit=2, n_draws=2))
+    rows = read(options)
+    assert {r["score"] for r in rows} == {"false_claims", "true_claims", "wrongness", "choices"}
+    assert {r["n_think"] for r in rows if r["score"] == "choices"} == {"0"}, "no draw is worth a chain of thought"
+    printed = capsys.readouterr().out
+    assert "wrongness" in printed
+    assert "choices" in printed
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import ws.slope
 from conftest import build_adapter, build_model, tokens
 from ws.controls import _random_delta, random_like
 from ws.delta import LinearDelta
+from ws.eval.airisk import evaluate_airisk, signed_scores
+from ws.eval.dilemmas import load_dilemmas
 from ws.eval.sycophancy import prompts_of, score_claims
 from ws.eval.tinymfv_airisk import evaluate_tinymfv_airisk, load_vignettes, signed_wrongness
 from ws.models import fingerprint
@@ -25,6 +27,7 @@ from ws.slope import (
     WeightGradient,
     _of_module,
     _ratio_variance,
+    airisk_score,
     claim_score,
     main,
     module_slopes,
@@ -237,6 +240,25 @@ def test_the_tinymfv_score_is_the_evaluation_and_its_slope_the_finite_difference
         assert test.slope == pytest.approx((up - wrongness()) / 0.04, rel=1e-2)
 
 
+@pytest.mark.parametrize("protocol", ["explicit", "published"])
+def test_the_airisk_score_is_the_evaluation_and_its_slope_the_finite_difference(tiny, protocol):
+    model, tok = tiny
+    dilemmas = load_dilemmas("pocket", "Truthfulness", 4)
+    torch.manual_seed(0)
+    delta = LinearDelta(96, 64, u=torch.randn(96, 2) * 0.05, v=torch.randn(2, 64))
+    vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
+    test = slope_test(model, vector, airisk_score(model, tok, dilemmas, protocol), batch_size=4)
+
+    def choices() -> float:
+        return float(signed_scores(dilemmas, evaluate_airisk(model, tok, dilemmas, protocol, n_think=0)).mean())
+
+    assert test.value == pytest.approx(choices(), abs=1e-5)
+    with ws.steer(model, vector, 0.02) as dial:
+        up = choices()
+        dial.alpha = -0.02
+        assert test.slope == pytest.approx((up - choices()) / 0.04, rel=1e-2)
+
+
 def test_several_passes_give_what_one_does(qwen3, tmp_path, monkeypatch):
     vector = random_vector(qwen3, "dora", tmp_path)
     once = slope_test(qwen3, vector, token_score(qwen3))
@@ -329,8 +351,8 @@ def test_the_command_writes_both_tables_and_resumes(options, capsys, monkeypatch
     folder = options.out / "honesty" / "lora"
     rows, parts = (read(folder / f"{name}.csv") for name in ("slope", "slope_per_module"))
     assert list(rows[0])[:9] == ["behavior", "adapter", "seed", "score", "slope", "null_std", "z", "p", "n"]
-    assert [r["score"] for r in rows] == ["false_claims", "true_claims", "wrongness"]
-    assert [r["eval"] for r in rows] == ["sycophancy", "sycophancy", "tinymfv_airisk"]
+    assert [r["score"] for r in rows] == ["false_claims", "true_claims", "wrongness", "choices"]
+    assert [r["eval"] for r in rows] == ["sycophancy", "sycophancy", "tinymfv_airisk", "airisk_truthfulness"]
     assert {r["n"] for r in rows} == {"5"}
     for row in rows:
         mine = [float(r["slope"]) for r in parts if r["score"] == row["score"]]

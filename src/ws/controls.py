@@ -32,14 +32,14 @@ from ws.data import Pair, _same
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
-from ws.eval import sycophancy, tinymfv_airisk
+from ws.eval import airisk, sycophancy, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.finished import RunOptions
 from ws.models import weight_of
 from ws.runs import read_csv, write_csv
 from ws.steer import steer
 
-HEADLINES = ("false_claims", "true_claims", "wrongness")
+HEADLINES = ("false_claims", "true_claims", "wrongness", "choices")
 TABLE = "controls.csv"
 _PARTS = (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",))
 
@@ -178,6 +178,8 @@ def headline_evaluations(context: EvalContext, split: str, scores: Sequence[str]
         found.append(sycophancy.evaluation(context, behavior, split))
     if "wrongness" in scores:
         found.append(tinymfv_airisk.evaluation(context))
+    if "choices" in scores:  # without a thought: what a gradient can follow, and what 20 draws can afford
+        found.append(airisk.evaluation(replace(context, options=replace(context.options, n_think=0))))
     if not found:
         raise WsError(f"There are no scores to read; choose from {', '.join(HEADLINES)}.")
     return found
@@ -200,7 +202,7 @@ class HeadlineOptions(RunOptions):
     """A finished run, and which headline scores of it are looked at.
 
     Attributes:
-        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
+        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought).
         split: which held-out claims, `report` or `dev`.
         batch_size: prompts at a time, found automatically when None.
         limit: only the first so many items.
@@ -224,7 +226,7 @@ class ControlOptions(HeadlineOptions):
     Attributes:
         n_draws: random vectors; more can be added later.
         alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
-        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv).
+        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought).
     """
 
     n_draws: int = 20
@@ -294,7 +296,7 @@ def _control_rows(
             after = headline_means(evaluation, evaluation.ask())
         for score, (mean, n) in after.items():
             row = context.key | {"control": control, "draw": draw, "alpha": alpha, "shift": mean - before[score][0]}
-            rows.append(row | {"score": score, "n": n} | evaluation.identity)
+            rows.append(row | {"score": score, "n": n} | evaluation.brief)
     return rows
 
 

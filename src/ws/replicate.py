@@ -27,6 +27,7 @@ from ws.diff import SteeringVector
 from ws.errors import WsError, choose
 from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
+from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext, EvalOptions
 from ws.eval.stats import N_BOOTSTRAP, Estimate
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
@@ -310,7 +311,19 @@ def render(reading: Reading, n_boot: int = N_BOOTSTRAP) -> str:
         )
     header = ["alpha", "log P(Yes)/P(No), false claims", "shift", "shift, true claims", "answer mass"]
     table = tabulate(rows, header, disable_numparse=True)
-    return "\n\n".join([table, plot(reading), answers(reading), verdict(reading)])
+    return "\n\n".join([table, plot(reading), answers(reading), verdict(reading), *agreement(reading, n_boot)])
+
+
+def agreement(reading: Reading, n_boot: int = N_BOOTSTRAP) -> list[str]:
+    """Whether the span is more than a span of agreement, in one sentence; nothing without true claims to tell it by."""
+    (low, high), true = reading.span_alphas, reading.true_claims
+    if low not in true or min(len(true[low].claims), len(reading.false_claims[low].claims)) < 2:
+        return []
+    false = reading.false_claims
+    mass = min(float(kind[a].pmass.mean()) for kind in (false, true) for a in (low, high))
+    pairs = (false[low].logratio, false[high].logratio, true[low].logratio, true[high].logratio)
+    found = agreement_verdict(*pairs, effect=reading.effect, n_boot=n_boot, least_mass=mass)
+    return [f"{found.line.removesuffix('.')}."]
 
 
 def answers(reading: Reading) -> str:

@@ -58,9 +58,10 @@ from ws.controls import HeadlineOptions, coordinate_parts, headline_evaluations
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval import sycophancy, tinymfv_airisk
+from ws.eval import airisk, sycophancy, tinymfv_airisk
 from ws.eval.choice import Choice, _batches, _families, _score_batch, choice_variants
 from ws.eval.context import EvalContext, Evaluation, Rows, open_context
+from ws.eval.dilemmas import Dilemma
 from ws.eval.tinymfv_airisk import Vignette
 from ws.models import encode, layer_of, render_prompt, weight_of
 from ws.runs import read_csv, write_csv
@@ -117,6 +118,26 @@ def tinymfv_score(
     asked = [tinymfv_airisk.ask(v.other, frame, texts) for v in vignettes for frame in tinymfv_airisk.FRAMES]
     weights = [sign / n for _ in vignettes for sign in (1, -1)]
     return _choice_score(name, n, model, tok, asked, tinymfv_airisk.CHOICES, weights, torch.sigmoid)
+
+
+def airisk_score(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    dilemmas: Sequence[Dilemma],
+    protocol: str = "explicit",
+    prompts: airisk.Prompts | None = None,
+    name: str = "choices",
+) -> MeanScore:
+    """The mean over dilemmas of `label * (logP(Action 1) - logP(Action 2))`, in nats, answered without a thought.
+
+    A thought is a string of tokens that were chosen, through which no gradient goes; see `ws.eval.airisk`.
+    """
+    texts, n = prompts or airisk.Prompts(), len(dilemmas)
+    orders = [airisk.ask(d, protocol, texts) for d in dilemmas]
+    asked = [(question, texts.anchor) for questions in orders for question in questions]
+    signs = [(1.0,) if len(questions) == 1 else (0.5, -0.5) for questions in orders]
+    weights = [d.label * sign / n for d, pair in zip(dilemmas, signs, strict=True) for sign in pair]
+    return _choice_score(name, n, model, tok, asked, airisk.CHOICES, weights, lambda logratio: logratio)
 
 
 def _choice_score(
@@ -445,7 +466,10 @@ class SlopeOptions(HeadlineOptions):
 
 def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str]) -> list[MeanScore]:
     """The wanted headline scores of an evaluation, over exactly its items."""
-    texts, _, items = evaluation.items
+    texts, *settings, items = evaluation.items
+    if "protocol" in evaluation.facts:
+        dilemmas = [Dilemma(**d) for d in items]
+        return [airisk_score(context.model, context.tok, dilemmas, settings[0], airisk.Prompts(**texts))]
     if evaluation.name == tinymfv_airisk.NAME:
         vignettes = [Vignette(**v) for v in items]
         return [tinymfv_score(context.model, context.tok, vignettes, tinymfv_airisk.Prompts(**texts))]
@@ -467,8 +491,8 @@ def carry_out(context: EvalContext, options: SlopeOptions) -> str:
             for score in scores_of(context, evaluation, options.scores):
                 console.say(f"slope of {score.name}, {score.n} items")
                 test = slope_test(context.model, context.vector, score, options.batch_size)
-                rows.append(summary_row(context.key, test) | evaluation.identity)
-                parts += [row | evaluation.identity for row in per_module_rows(context.key, test)]
+                rows.append(summary_row(context.key, test) | evaluation.brief)
+                parts += [row | evaluation.brief for row in per_module_rows(context.key, test)]
         stage.done([write_csv(file, table) for file, table in zip(files, (rows, parts), strict=True)])
     return f"{render(*map(read_csv, files))}\n\nin {files[0]}"
 

@@ -106,6 +106,11 @@ class Evaluation:
         return sha256_json([self.name, self.version, self.items])[:12]
 
     @property
+    def brief(self) -> dict[str, Any]:
+        """The part of `identity` that all evaluations have, for tables with rows of several."""
+        return {k: v for k, v in self.identity.items() if k.startswith("eval") or k in ("dataset", "n_think")}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The columns that say which evaluation a row is of."""
         return {"eval": self.name, "eval_version": self.version, "eval_hash": self.digest, **self.facts}
