@@ -33,11 +33,6 @@ class FinishedRun:
     tok: Tokenizer
     out: Path
 
-    @property
-    def vector_folder(self) -> Path:
-        """Where the vector is."""
-        return self.run.folder / "vector"
-
 
 @dataclass(frozen=True)
 class RunOptions:
