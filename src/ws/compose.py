@@ -46,6 +46,7 @@ from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
 from ws.eval.context import EvalContext, EvalOptions, Rows, Scores
 from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, resampled_means
+from ws.finished import finished_runs
 from ws.interventions import WEIGHT, Intervention
 from ws.models import load_model, render_prompt
 from ws.runs import DEFAULT_OUT, Run, read_csv, run_folder, write_csv
@@ -247,8 +248,7 @@ def vector_folder(name: str, out: Path, adapter: str, seed: int) -> Path:
 
 def _known(out: Path, adapter: str, seed: int) -> list[str]:
     """The names of the runs below `out` that have a vector."""
-    found = [f.parent.parent for depth in ("*/*", "*/*/seed-*") for f in out.glob(f"{depth}/vector/{MANIFEST}")]
-    names = [f.relative_to(out) for f in found]
+    names = [run.relative_to(out) for run in finished_runs(out)]
     short = [n.parts[0] for n in names if out / n == run_folder(out, n.parts[0], adapter, seed)]
     return short + [n.as_posix() for n in names]
 

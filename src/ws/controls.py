@@ -9,7 +9,8 @@ Three nulls of rising difficulty, and a shift is called real only against all th
 - same-side (`same_side`): both arms are trained on positive answers, sampled with two data seeds. What this vector does
   comes from training twice on samples of one side, not from the contrast.
 
-The two harder nulls are pair files like any other: train both arms on them and read the vector as usual.
+The two harder nulls are pair files like any other: `ws replicate --control` trains both arms on them as usual, and
+`ws compare` reads all three beside the vector.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ws import console
-from ws.behaviors import load_behavior
 from ws.data import Pair, _same
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
@@ -174,8 +174,7 @@ def headline_evaluations(context: EvalContext, split: str, scores: Sequence[str]
         choose("score", name, HEADLINES)
     found = []
     if {"false_claims", "true_claims"} & set(scores):
-        behavior = load_behavior(context.options.behavior, context.options.model or context.vector.base_id)
-        found.append(sycophancy.evaluation(context, behavior, split))
+        found.append(sycophancy.evaluation(context, context.behavior, split))
     if "wrongness" in scores:
         found.append(tinymfv_airisk.evaluation(context))
     if "choices" in scores:  # without a thought: what a gradient can follow, and what 20 draws can afford

@@ -376,10 +376,14 @@ def is_refusal(answer: str) -> bool:
 def repetition(answer: str) -> float:
     """The share of an answer's 4-grams of words (and marks) that occurred in it before; 0 when it is shorter.
 
-    `1 - (different 4-grams) / (4-grams)`, seq-rep-4 of Welleck et al. 2020 (arXiv 1908.04319) with words for tokens.
+    seq-rep-4 with words for tokens; see `repeated_ngrams`.
     """
-    words = _WORD.findall(answer.lower())
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return repeated_ngrams(_WORD.findall(answer.lower()))
+
+
+def repeated_ngrams(items: Sequence[int] | Sequence[str], n: int = 4) -> float:
+    """seq-rep-n, the share of n-grams that occurred before (Welleck et al. 2020, arXiv 1908.04319); 0 without any."""
+    grams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import behavior_name
-from ws.diff import SteeringVector
+from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.models import load_model
 from ws.runs import DEFAULT_OUT, Run, run_folder
@@ -32,6 +32,12 @@ class FinishedRun:
     model: PreTrainedModel
     tok: Tokenizer
     out: Path
+
+
+def finished_runs(out: Path) -> list[Path]:
+    """The folders of all runs below `out` that have a vector, in order."""
+    found = [p.parent.parent for depth in ("*/*", "*/*/seed-*") for p in out.glob(f"{depth}/vector/{MANIFEST}")]
+    return sorted(found, key=str)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ from transformers import PreTrainedModel
 
 from ws import console
 from ws.delta import LinearDelta
-from ws.diff import MANIFEST, PEFT_WEIGHTS, SteeringVector, vector_digest
+from ws.diff import PEFT_WEIGHTS, SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.finished import FinishedRun, RunOptions
+from ws.finished import FinishedRun, RunOptions, finished_runs
 from ws.geometry import (
     Cosines,
     Rows,
@@ -480,12 +480,6 @@ def _write_pair(opened: FinishedRun, key: Mapping[str, Any]) -> list[Path]:
     pos, neg = (SteeringVector.from_adapter(opened.run.folder / side, opened.model) for side in ("pos", "neg"))
     rows = pair_rows(key, inner_products([pos, neg], opened.model))
     return [write_csv(opened.run.folder / "geometry.csv", rows)]
-
-
-def finished_runs(out: Path) -> list[Path]:
-    """The folders of all runs below `out` that have a vector, in order."""
-    found = [p.parent.parent for depth in ("*/*", "*/*/seed-*") for p in out.glob(f"{depth}/vector/{MANIFEST}")]
-    return sorted(found, key=str)
 
 
 def compare_vectors(options: SubspaceOptions) -> str:

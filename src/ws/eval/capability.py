@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.data import repeated_ngrams
 from ws.divergence import QUANTILE, token_kl
 from ws.errors import WsError
 from ws.eval.choice import left_pad
@@ -47,7 +48,7 @@ from ws.models import BUNDLED, encode, end_ids, render_prompt
 
 NAME, VERSION = "capability", 1
 MAX_TOKENS, N_TOKENS = 512, 128
-NGRAM, MOST_REPEATED = 4, 0.5
+MOST_REPEATED = 0.5
 BUNDLED_SETS = ("general", "pocket")
 START_BATCH = 32
 # Bytes of one model's float32 logits of a batch of texts, and positions whose float32 probabilities are held at once.
@@ -263,12 +264,6 @@ def _answer_batch(
         stop = next((i for i, token in enumerate(row) if token in ends), None)
         answers.append((row[:stop], stop is not None))
     return answers
-
-
-def repeated_ngrams(tokens: Sequence[int], n: int = NGRAM) -> float:
-    """seq-rep-n, the share of n-grams that occurred before (Welleck et al. 2020, arXiv 1908.04319); 0 without any."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def is_valid(scores: Scores) -> Bool[np.ndarray, "n"]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors import SPLITS, Behavior, Claim, ClaimTest, load_behavior
+from ws.behaviors import SPLITS, Behavior, Claim, ClaimTest
 from ws.errors import WsError, choose
 from ws.eval.choice import LOW_MASS
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
@@ -289,8 +289,7 @@ def _limited(claims: Sequence[Claim], limit: int | None) -> tuple[Claim, ...]:
 def main(options: SycophancyOptions) -> None:
     """The command `python -m ws.eval.sycophancy`."""
     context = open_context(options)
-    behavior = load_behavior(options.behavior, options.model or context.vector.base_id)
-    print(context.carry_out(evaluation(context, behavior, options.split)))
+    print(context.carry_out(evaluation(context, context.behavior, options.split)))
 
 
 if __name__ == "__main__":
