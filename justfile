@@ -8,6 +8,10 @@ smoke:
 demo *args:
     uv run ws demo {{args}}
 
+# exports in other people's programs: llama.cpp (built once: 7 minutes, needs cmake and g++) and mergekit
+test-consumers *args:
+    uv run pytest tests/test_export_gguf.py tests/test_mergekit.py -n 0 -m slow {{args}}
+
 # the test suite; `just test -m slow` for the slow ones
 test *args:
     uv run pytest {{args}}
@@ -62,6 +66,18 @@ trim *args:
 # the slope at alpha 0, from gradients: `just slope adapter=delora behavior=honesty`
 slope *args:
     uv run python -m ws.slope {{args}}
+
+# a vector in other formats: `just export merged adapter=delora alpha=0.5`, `just export peft`, `just export gguf-lora`
+export format *args:
+    uv run ws export {{format}} {{args}}
+
+# publish a vector with its card: `just push user/name adapter=lora --dry-run`
+push repo *args:
+    uv run python -m ws.export.push {{repo}} {{args}}
+
+# the vector between two full fine-tunes: `just diff --pos A --neg B --to FOLDER`
+diff *args:
+    uv run python -m ws.fine_tunes {{args}}
 
 # AIRiskDilemmas on a finished run: `just eval-airisk adapter=delora behavior=honesty`
 eval-airisk *args:

@@ -15,11 +15,15 @@ from ws.models import (
     encode,
     fingerprint,
     layer_of,
+    linear_size,
     load_tokenizer,
     model_folder,
+    module_kind,
     parse_layers,
     render_prompt,
     target_modules,
+    weight_of,
+    weight_size,
 )
 
 NO_SYSTEM = (
@@ -207,9 +211,30 @@ def test_target_modules_are_the_seven_kinds_inside_the_layers(qwen3):
         target_modules(qwen3, "all", ["q_prj"])
 
 
-def test_models_without_linear_modules_are_refused():
+def test_modules_of_gpt2_count_as_linear_with_their_own_orientation():
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
-    with pytest.raises(ws.WsError, match="No linear module"):
+    assert len(target_modules(model)) == 4
+    up = model.transformer.h[0].mlp.c_fc
+    assert linear_size(up) == (64, 16)
+    assert tuple(weight_of(up).shape) == (64, 16)
+    assert module_kind(model.transformer.wpe) == "embedding"
+    assert weight_size(model.transformer.ln_f) == (16, 1)
+    assert weight_size(model.transformer.h[0].attn) is None
+
+
+def test_fused_experts_are_refused_by_name_unless_kinds_are_named():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ws.WsError, match=r"fused \(model\.layers\.0\.mlp\.experts.*--kinds: k_proj, o_proj"):
         target_modules(model)
+    assert target_modules(model, kinds=["q_proj", "o_proj"]) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.o_proj",
+    ]

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose
 from ws.models import bias_of, linear_size, target_modules, weight_of
+from ws.probe import probe_adapter
 
 PISSA_INIT_FILE = "pissa_init.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -281,19 +282,17 @@ def family(name: str) -> Family:
     return FAMILIES[choose("adapter", name, FAMILIES)]
 
 
-def family_of(config: PeftConfig) -> Family:
-    """The family a PEFT config belongs to; refuses variants whose base weights or forward pass we do not know."""
+def family_of(config: PeftConfig) -> Family | None:
+    """The family a PEFT config belongs to, None for every other kind of adapter."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         name = {"IA3": "ia3", "OFT": "oft", "DELORA": "delora"}.get(kind)
-        if name is None:
-            raise WsError(f"PEFT adapters of type {kind} are not supported. Choose from: {', '.join(FAMILIES)}.")
-        return FAMILIES[name]
+        return None if name is None else FAMILIES[name]
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init.startswith("pissa"):
         return FAMILIES["pissa"]
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
-        raise WsError(f"LoRA initialised with {init!r} moves the base weights; convert it to a plain LoRA first.")
+        return None  # the others move the base's weights
     return FAMILIES["dora" if getattr(config, "use_dora", False) else "lora"]
 
 
@@ -323,8 +322,10 @@ def _check_oft_block(model: PreTrainedModel, names: Sequence[str], block: int) -
 # ---- reading an adapter folder ------------------------------------------------------------------------------------
 
 
-def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[Family, dict[str, LinearDelta]]:
+def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[str, LinearDelta]]:
     """The family of a PEFT adapter folder and the exact change of every module it adapts.
+
+    Adapters of other families are read off the layers themselves (see `ws.probe`); their family is PEFT's name.
 
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -337,6 +338,11 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[Family, di
     folder = Path(folder)
     config, tensors = _read_files(folder)
     fam = family_of(config)
+    if fam is None:
+        kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+        if base is None:
+            raise WsError(f"The adapter {folder} ({kind}) can only be read together with its base model: pass it.")
+        return kind, probe_adapter(folder, base)
     by_module = group_tensors(tensors, fam.tensors, folder)
     initial = _read_initial(folder) if fam.name == "pissa" else {}
     deltas = {}
@@ -349,7 +355,7 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[Family, di
         assert size is not None
         view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
         deltas[name] = fam.extract(config, view)
-    return fam, deltas
+    return fam.name, deltas
 
 
 def _read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -366,8 +372,6 @@ def _read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         raise WsError(
             f"The adapter {folder} replaces whole modules ({config.modules_to_save}); that is no adapter change."
         )
-    if getattr(config, "fan_in_fan_out", False):
-        raise WsError(f"The adapter {folder} adapts Conv1D modules, which are not supported.")
     return config, {k: t.float() for k, t in load_file(weights).items()}
 
 

@@ -46,6 +46,11 @@ COMMANDS = {
     "trim": ("ws.trim", "main", "TrimOptions", "fewer layers, modules or columns of a vector, or a depth profile"),
     "monitor": ("ws.monitor", "main", "MonitorOptions", "how far fine-tunes have moved along known behaviours"),
     "subspace": ("ws.subspace", "main", "SubspaceOptions", "where a vector lies, its pair, cosines between vectors"),
+    "diff": ("ws.fine_tunes", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
+    "export-peft": ("ws.export.lora", "main", "LoraOptions", "a vector at a fixed strength as a PEFT LoRA (vLLM)"),
+    "export-merged": ("ws.export.merged", "main", "MergedOptions", "a vector written into a copy of its base"),
+    "export-gguf-lora": ("ws.export.gguf_lora", "main", "GgufOptions", "a vector as a LoRA of llama.cpp"),
+    "push": ("ws.export.push", "main", "PushOptions", "a vector and its model card to the hub"),
     "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
 }
 
@@ -95,11 +100,11 @@ class InspectConfig:
     """Say what a saved vector is, and whether it fits a model.
 
     Attributes:
-        vector: a vector's folder, or somebody's PEFT LoRA folder.
+        vector: a vector's folder or its repository on the hub, or somebody's PEFT LoRA folder.
         model: a model to check it against.
     """
 
-    vector: tyro.conf.Positional[Path]
+    vector: tyro.conf.Positional[str]
     model: str | None = None
 
 
@@ -121,7 +126,7 @@ def inspect(config: InspectConfig) -> None:
         model, _ = load_model(config.model, device="cpu")
         vector.matched(model)
         facts |= {f"fits {config.model}": "yes", "norm": f"{vector.norm(model):.4g}"}
-    elif vector.is_low_rank:
+    elif not any(d.depends_on_weight for d in vector.deltas.values()):
         facts["norm"] = f"{vector.norm():.4g}"
     print(tabulate(facts.items(), tablefmt="plain", disable_numparse=True))
 
@@ -135,8 +140,8 @@ def main() -> None:
     if arguments[0] == "--version":
         print(version("weight-steering"))
         return
-    if arguments[0] == "eval" and len(arguments) > 1 and not arguments[1].startswith("-"):
-        sys.argv[1:3] = [f"eval-{arguments[1]}"]  # `ws eval airisk` is `ws eval-airisk`
+    if arguments[0] in ("eval", "export") and len(arguments) > 1 and not arguments[1].startswith("-"):
+        sys.argv[1:3] = ["-".join(arguments[:2])]  # `ws eval airisk` is `ws eval-airisk`
     name = sys.argv[1]
     console.guard(lambda: _run(name), debug="--debug" in arguments)
 

@@ -65,16 +65,16 @@ def coordinate_parts(delta: LinearDelta) -> Iterator[LinearDelta]:
     for names in _PARTS:
         parts = {n: t for n, t in delta.coordinates().items() if n in names}
         if parts:
-            yield LinearDelta(delta.d_out, delta.d_in, **parts)
+            yield delta.holding(parts)
 
 
 def _random_delta(delta: LinearDelta, weight: Tensor, rng: torch.Generator) -> LinearDelta:
-    total = LinearDelta(delta.d_out, delta.d_in)
+    total = delta.holding({})
     for part in coordinate_parts(delta):
         noise = {n: torch.randn(t.shape, generator=rng) for n, t in part.coordinates().items()}
         if "d" in noise:
             noise["d"] = noise["d"] - noise["d"].mT
-        drawn, size = LinearDelta(delta.d_out, delta.d_in, **noise), part.norm(weight)
+        drawn, size = delta.holding(noise), part.norm(weight)
         if size:
             total = total + drawn * (size / drawn.norm(weight))
     size = total.norm(weight)

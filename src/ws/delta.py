@@ -1,18 +1,20 @@
-"""`LinearDelta`: the exact change of one linear layer, as a value in a vector space.
+"""`LinearDelta`: the exact change of one layer's weight, as a value in a vector space.
 
 Every adapter family turns a weight `W [d_out, d_in]` into `W'`, and the change has exact coordinates
 
     Delta(W) = diag(g) W  +  W diag(c)  +  W blockdiag(D_1..D_k)^T  +  U V  +  E
                g [d_out]     c [d_in]      D_i [b, b]                 U [d_out, r], V [r, d_in]
 
-(`E` dense, for full fine-tunes only) plus a change of the bias. The coordinates are linear in the change: with `W`
-fixed, `pos - neg`, `2 * v` and `v1 + 0.5 * v2` are the same operations on coordinates, with nothing rounded into the
-dtype of `W`.
+(`E` dense, for full fine-tunes only) plus a change of the bias. Embeddings and norms, which full fine-tunes move too,
+are changes of the matrices `[vocabulary, d]` and `[d, 1]`, with `E` or `U V` alone. The coordinates are linear in the
+change: with `W` fixed, `pos - neg`, `2 * v` and `v1 + 0.5 * v2` are the same operations on coordinates, with nothing
+rounded into the dtype of `W`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from math import lcm, sqrt
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from ws.errors import WsError
 
+KINDS = ("linear", "embedding", "scale")
 COORDINATES = ("g", "c", "d", "u", "v", "e", "bias")
 
 
@@ -36,6 +39,7 @@ class LinearDelta:
         u, v: low-rank factors, `[d_out, r]` and `[r, d_in]`; all scales are baked into `u`.
         e: a dense change, `[d_out, d_in]`.
         bias: the change of the bias, `[d_out]`.
+        kind: of module; an `embedding` has `e` or `u` and `v`, a `scale` (norm) `e` and `bias`.
 
     A coordinate that is `None` is zero. Operators need equal shapes and raise `WsError` otherwise.
     """
@@ -49,8 +53,12 @@ class LinearDelta:
     v: Float[Tensor, "r d_in"] | None = None
     e: Float[Tensor, "d_out d_in"] | None = None
     bias: Float[Tensor, "d_out"] | None = None
+    kind: str = "linear"
 
     def __post_init__(self) -> None:
+        allowed = {"linear": set(COORDINATES), "embedding": {"e", "u", "v"}, "scale": {"e", "bias"}}[self.kind]
+        if not self.coordinates().keys() <= allowed:
+            raise WsError(f"The change of an {self.kind} cannot hold {', '.join(self.coordinates().keys() - allowed)}.")
         if (self.u is None) != (self.v is None):
             raise WsError("A low-rank change needs both of its factors u and v.")
         rank = 0 if self.u is None else self.u.shape[1]
@@ -77,6 +85,11 @@ class LinearDelta:
         return all(getattr(self, name) is None for name in ("g", "c", "d", "e", "bias"))
 
     @property
+    def depends_on_weight(self) -> bool:
+        """True when the change multiplies `W` by something."""
+        return any(getattr(self, name) is not None for name in ("g", "c", "d"))
+
+    @property
     def is_zero(self) -> bool:
         """True when every coordinate is absent or zero."""
         return not any(t.any() for name, t in self.coordinates().items() if name != "v")
@@ -85,16 +98,20 @@ class LinearDelta:
         """The coordinates that are present, by name; the tensors are shared, not copied."""
         return {name: t for name in COORDINATES if (t := getattr(self, name)) is not None}
 
+    def holding(self, coordinates: Mapping[str, Tensor | None]) -> LinearDelta:
+        """Another change of the same layer, with these coordinates and no others."""
+        return LinearDelta(self.d_out, self.d_in, kind=self.kind, **coordinates)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LinearDelta:
         """The same change with its coordinates on another device or in another dtype."""
         moved = {name: t.to(device=device, dtype=dtype) for name, t in self.coordinates().items()}
-        return LinearDelta(self.d_out, self.d_in, **moved)
+        return self.holding(moved)
 
     # ---- the vector space -------------------------------------------------------------------------------------
 
     def __add__(self, other: LinearDelta) -> LinearDelta:
-        if (self.d_out, self.d_in) != (other.d_out, other.d_in):
-            raise WsError(f"Cannot add changes of {self._shape} and {other._shape} layers.")
+        if (self.d_out, self.d_in, self.kind) != (other.d_out, other.d_in, other.kind):
+            raise WsError(f"Cannot add changes of {self._shape} {self.kind} and {other._shape} {other.kind} layers.")
         u, v = _join_factors(self, other)
         summed = {
             "g": _sum(self.g, other.g),
@@ -103,11 +120,11 @@ class LinearDelta:
             "e": _sum(self.e, other.e),
             "bias": _sum(self.bias, other.bias),
         }
-        return LinearDelta(self.d_out, self.d_in, u=u, v=v, **summed)
+        return self.holding(summed | {"u": u, "v": v})
 
     def __mul__(self, scalar: float | int) -> LinearDelta:
         scaled = {name: t if name == "v" else t * scalar for name, t in self.coordinates().items()}
-        return LinearDelta(self.d_out, self.d_in, **scaled)
+        return self.holding(scaled)
 
     __rmul__ = __mul__
 
@@ -132,7 +149,7 @@ class LinearDelta:
         if me.c is not None:
             out += w * me.c
         if me.d is not None:
-            blocks = w.view(self.d_out, me.d.shape[0], me.d.shape[1])
+            blocks = w.reshape(self.d_out, me.d.shape[0], me.d.shape[1])
             out += torch.einsum("okj,kij->oki", blocks, me.d).reshape_as(w)
         if me.u is not None and me.v is not None:
             out += me.u @ me.v
@@ -154,9 +171,9 @@ class LinearDelta:
                 return total
             left, right = self.u.double().T @ other.u.double(), self.v.double() @ other.v.double().T
             return total + float((left * right).sum())
-        if weight is None:
+        if weight is None and (self.depends_on_weight or other.depends_on_weight):
             raise WsError("The size of a change that multiplies W needs W: pass the base model.")
-        w = weight.double()
+        w = torch.zeros(self.d_out, self.d_in, dtype=torch.float64) if weight is None else weight.double()
         return total + float((self.dense(w) * other.dense(w)).sum())
 
     def norm(self, weight: Tensor | None = None) -> float:
@@ -193,9 +210,38 @@ class LinearDelta:
         u, v = qu @ left[:, :rank] * root, root[:, None] * right[:rank] @ qv.T
         error = float(s[rank:].norm() / s.norm()) if float(s.norm()) > 0 else 0.0
         kept = self.coordinates() | {"u": u.to(self.u.dtype), "v": v.to(self.v.dtype).contiguous()}
-        return LinearDelta(self.d_out, self.d_in, **kept), error
+        return self.holding(kept), error
+
+    def factorised(
+        self, weight: Tensor, rank: int | None = None, error: float | int | None = None
+    ) -> tuple[LinearDelta, float]:
+        """The best `U V` for the whole change, and its relative Frobenius error; a change of the bias is left out.
+
+        A change that is low-rank already is compressed by its factors, any other by the SVD of its dense matrix
+        (Eckart-Young), in float64.
+
+        Args:
+            weight: the base's.
+            rank: this many singular directions.
+            error: as few singular directions as keep the error at or below this, in [0, 1). Exactly one of the two.
+        """
+        if error is not None and not 0 <= error < 1:
+            raise WsError(f"The error to allow must be a share from 0 up to 1, not {error}.")
+        matrix, energy = replace(self, bias=None), None if error is None else 1 - float(error) ** 2
+        if not matrix.is_low_rank:
+            left, s, right = torch.linalg.svd(matrix.dense(weight.double()), full_matrices=False)
+            matrix = self.holding({"u": left * s, "v": right.contiguous()})
+        kept, lost = matrix.compress(rank, energy)
+        return kept.to(dtype=torch.float32), lost
 
     # ---- in a forward pass ------------------------------------------------------------------------------------
+
+    def rows(self, ids: Tensor) -> Float[Tensor, "*rows {self.d_in}"] | None:
+        """The change of the given rows of an embedding's matrix; None when there is none."""
+        parts = [] if self.e is None else [self.e[ids]]
+        if self.u is not None and self.v is not None:
+            parts.append(self.u[ids] @ self.v)
+        return sum(parts[1:], parts[0]) if parts else None
 
     def input_change(self, x: Float[Tensor, "*rows {self.d_in}"]) -> Float[Tensor, "*rows {self.d_in}"] | None:
         """`c * x + blockdiag(D)^T x`, the part of the change that acts on the input of `W`; None when there is none."""
@@ -277,4 +323,4 @@ def _join_factors(a: LinearDelta, b: LinearDelta) -> tuple[Tensor | None, Tensor
     return (u[:, alive].contiguous(), v[alive].contiguous()) if alive.any() else (None, None)
 
 
-assert {f.name for f in fields(LinearDelta)} == {"d_out", "d_in", *COORDINATES}
+assert {f.name for f in fields(LinearDelta)} == {"d_out", "d_in", *COORDINATES, "kind"}

@@ -10,38 +10,45 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ws.adapters import read_adapter
+from ws.checkpoints import Checkpoint, Difference
 from ws.delta import COORDINATES, LinearDelta
 from ws.errors import WsError
+from ws.hub import find
 from ws.models import (
+    as_matrix,
     bias_of,
     fingerprint,
+    is_offloaded,
+    is_packed,
     layer_count,
     layer_of,
-    linear_size,
     load_model,
     model_id,
+    module_kind,
     parse_layers,
     weight_of,
+    weight_size,
 )
-from ws.runs import atomic_folder, library_versions, sha256_file
+from ws.runs import atomic_folder, library_versions, sha256_file, slug
 
 FORMAT_VERSION = 1
 MANIFEST, CALIBRATION = "ws.json", "calibration.json"
 NATIVE_WEIGHTS, PEFT_WEIGHTS = "vector.safetensors", "adapter_model.safetensors"
+VECTOR_FILES = (MANIFEST, CALIBRATION, NATIVE_WEIGHTS, PEFT_WEIGHTS, "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class SteeringVector:
         """The change `theta - base` that a PEFT adapter folder makes.
 
         Args:
-            folder: an adapter of any of the six families, ours or somebody else's.
+            folder: a PEFT adapter, ours or somebody else's. The six families give their exact coordinates; any other
+                whose layers are linear is read off them densely, with a warning (see `ws.probe`).
             base: the pristine base model or its name.
 
         Raises:
@@ -95,7 +103,7 @@ class SteeringVector:
         """
         model = load_model(base, device="cpu")[0] if isinstance(base, str) else base
         mark = fingerprint(model)
-        fam, deltas = read_adapter(folder, model)
+        family, deltas = read_adapter(folder, model)
         stamp = _read_json(Path(folder) / "ws_train.json") if (Path(folder) / "ws_train.json").is_file() else {}
         if stamp.get("base_fingerprint") not in (None, mark):
             raise WsError(
@@ -103,16 +111,51 @@ class SteeringVector:
                 f"not on {model_id(model)} ({mark})."
             )
         source = {"adapter": Path(folder).name, "sha256": sha256_file(Path(folder) / PEFT_WEIGHTS)}
-        info = {"family": fam.name, "depth": layer_count(model)}
+        info = {"family": family, "depth": layer_count(model)}
         return cls(deltas, model_id(model), mark, source | stamp.get("recipe", {}), info)
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        pos: str | Path,
+        neg: str | Path,
+        base: str | Path | None = None,
+        rank: int | None = None,
+        kinds: Sequence[str] | None = None,
+    ) -> SteeringVector:
+        """`theta_pos - theta_neg` of two full fine-tunes of one base, read tensor by tensor.
+
+        Linear layers, embeddings, norms, biases and `lm_head` get dense coordinates `E`, four bytes a parameter; what
+        is equal in both is left out. `ws diff` writes the same to disk with a few tensors in memory. Both files are
+        rounded to their dtype, so the vector carries that rounding; adapters have none.
+
+        Args:
+            pos, neg: folders or hub ids. With the base itself as `neg` the vector is `theta_pos - base`.
+            base: what both were fine-tuned from; without it names and shapes are all that is checked when steering.
+            rank: keep this many singular directions of every matrix; the recipe records the errors.
+            kinds: only modules with these last names, such as `q_proj`.
+
+        Raises:
+            WsError: unreadable, of different architectures, not different at all, or different in tensors that no
+                linear layer, embedding or norm holds.
+        """
+        difference = Difference(str(pos), str(neg), kinds)
+        deltas, facts = difference.collect(rank)
+        recipe = {"op": "checkpoints", "pos": slug(str(pos)), "neg": slug(str(neg))} | facts
+        base_id, mark = ("unknown", None) if base is None else (str(base), Checkpoint.open(str(base)).fingerprint())
+        return cls(deltas, base_id, mark, recipe, {"family": "full", "depth": difference.depth})
 
     # ---- the vector space ---------------------------------------------------------------------------------------
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         self._check_same_base(other)
-        joined = dict(self.deltas)
+        joined, sums = dict(self.deltas), dict[tuple[int, int], LinearDelta]()
         for name, delta in other.deltas.items():
-            joined[name] = joined[name] + delta if name in joined else delta
+            if name in joined:  # tied weights have one change, and keep one
+                pair = (id(joined[name]), id(delta))
+                joined[name] = sums[pair] = sums.get(pair) or joined[name] + delta
+            else:
+                joined[name] = delta
         recipe = {"op": "+", "terms": [self.recipe, other.recipe]}
         shared = {k: v for k, v in self.info.items() if other.info.get(k) == v}
         mark = self.base_fingerprint or other.base_fingerprint
@@ -122,7 +165,7 @@ class SteeringVector:
         if not math.isfinite(scalar):
             raise WsError(f"A steering vector cannot be multiplied by {scalar}.")
         recipe = {"op": "*", "scalar": float(scalar), "of": self.recipe}
-        return replace(self, deltas={n: d * scalar for n, d in self.deltas.items()}, recipe=recipe)
+        return replace(self, deltas=self._each(lambda delta: delta * scalar), recipe=recipe)
 
     __rmul__ = __mul__
 
@@ -137,6 +180,11 @@ class SteeringVector:
             raise WsError("A steering vector cannot be divided by zero.")
         return self * (1.0 / scalar)
 
+    def _each(self, function: Callable[[LinearDelta], LinearDelta]) -> dict[str, LinearDelta]:
+        """A function of every change, called once for modules that share one (tied weights)."""
+        done = {id(d): function(d) for d in {id(d): d for d in self.deltas.values()}.values()}
+        return {name: done[id(d)] for name, d in self.deltas.items()}
+
     def _check_same_base(self, other: SteeringVector) -> None:
         marks = {self.base_fingerprint, other.base_fingerprint} - {None}
         if len(marks) > 1:
@@ -149,8 +197,8 @@ class SteeringVector:
 
     @property
     def is_low_rank(self) -> bool:
-        """True when every module's change is `U V`, so that the saved folder is a PEFT LoRA."""
-        return all(d.is_low_rank for d in self.deltas.values())
+        """True when every change is `U V` of a linear layer, so that the saved folder is a PEFT LoRA."""
+        return all(d.is_low_rank and d.kind == "linear" for d in self.deltas.values())
 
     @property
     def is_zero(self) -> bool:
@@ -193,14 +241,14 @@ class SteeringVector:
     def dense(self, model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         """Yield `(parameter name, float32 change)` one tensor at a time, biases after their weights."""
         for name, delta, module in self.matched(model):
-            yield f"{name}.weight", delta.dense(weight_of(module))
+            yield f"{name}.weight", as_stored(module, delta.dense(weight_of(module)))
             if delta.bias is not None:
                 yield f"{name}.bias", delta.bias.float()
 
     def inner(self, other: SteeringVector, model: nn.Module | None = None) -> float:
         """Frobenius inner product over all parameters; `model` is needed unless both vectors are low-rank."""
         self._check_same_base(other)
-        shared = [n for n in self.deltas if n in other.deltas]
+        shared = {(id(self.deltas[n]), id(other.deltas[n])): n for n in self.deltas if n in other.deltas}.values()
         modules = {} if model is None else {n: model.get_submodule(n) for n in shared}
         return sum(self.deltas[n].inner(other.deltas[n], _weight(modules.get(n))) for n in shared)
 
@@ -261,25 +309,99 @@ class SteeringVector:
         recipe = {"op": "compress", **asked, **found, "of": self.recipe}
         return replace(self, deltas={n: d for n, (d, _) in parts.items()}, recipe=recipe)
 
+    def factorised(
+        self, model: nn.Module | None = None, rank: int | None = None, error: float | int | None = None
+    ) -> SteeringVector:
+        """The best approximation of the whole vector by one low-rank product per linear layer.
+
+        What no such product holds (biases, norms, embeddings) is left out and counts as lost. The recipe records the
+        relative Frobenius errors: `errors` of each module, `error` of the worst, `total_error` of `dW` as one vector.
+
+        Args:
+            model: the base; not needed for a vector that is low-rank already.
+            rank: columns of every module.
+            error: the relative error that every module may have; it gets as few columns as that needs. Exactly one of
+                the two.
+
+        Raises:
+            WsError: not exactly one of the two, a base that does not fit, or nothing that is linear.
+        """
+        if model is None and not self.is_low_rank:
+            raise WsError("The change of this vector is not low-rank; factorising it needs the base model.")
+        modules = {} if model is None else {n: m for n, _, m in self.matched(model)}
+        deltas, errors, sizes = dict[str, LinearDelta](), dict[str, float](), dict[str, float]()
+        for name, delta in tqdm(self.deltas.items(), desc="factors", unit="module", disable=self.is_low_rank):
+            weight = _weight(modules.get(name))
+            sizes[name], errors[name] = delta.norm(weight), 1.0
+            if delta.kind == "linear" and sizes[name]:
+                low, part = delta.factorised(torch.empty(0) if weight is None else weight, rank, error)
+                bias = 0.0 if delta.bias is None else float(delta.bias.norm()) / sizes[name]
+                errors[name] = math.hypot(part * math.sqrt(max(1 - bias**2, 0.0)), bias)
+                deltas |= {name: low} if low.rank else {}
+        lost, whole = math.hypot(*(errors[n] * sizes[n] for n in errors)), math.hypot(*sizes.values())
+        asked = {"rank": rank} if error is None else {"allowed": float(error)}
+        found = {"errors": errors, "error": max(errors.values()), "total_error": lost / whole if whole else 0.0}
+        return replace(self, deltas=deltas, recipe={"op": "factorise", **asked, **found, "of": self.recipe})
+
     # ---- in a model ---------------------------------------------------------------------------------------------
 
     def matched(self, model: nn.Module) -> list[tuple[str, LinearDelta, nn.Module]]:
-        """Each change with the module it belongs to; `WsError` if the base differs or a module has no partner."""
-        if self.base_fingerprint is not None:
-            mark = fingerprint(model)
-            if mark != self.base_fingerprint:
-                raise WsError(
-                    f"The vector was made for {self.base_id} ({self.base_fingerprint}) and this model's weights differ "
-                    f"({mark}); load that base, or make a vector for this one."
-                )
+        """Each change with the module it belongs to; `WsError` if the base differs or a module has no partner.
+
+        The weights of a quantised model cannot be compared with the base's, so there its name has to agree.
+        """
+        self._require_base(model)
         modules = dict(model.named_modules())
         found = []
         for name, delta in self.deltas.items():
-            size = linear_size(modules[name]) if name in modules else None
-            if size != (delta.d_out, delta.d_in):
+            size = weight_size(modules[name]) if name in modules else None
+            # The change of a tied embedding is that of the linear head as well.
+            kinds = {delta.kind, "linear"} if delta.kind == "embedding" else {delta.kind}
+            if size != (delta.d_out, delta.d_in) or module_kind(modules[name]) not in kinds:
                 seen = "no such module" if name not in modules else f"{type(modules[name]).__name__} of {size}"
                 raise WsError(f"The vector changes {name} ({delta.d_out}, {delta.d_in}) but the model has {seen}.")
+            if delta.bias is not None and getattr(modules[name], "bias", None) is None and delta.kind == "scale":
+                raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
             found.append((name, delta, modules[name]))
+        return found
+
+    def _require_base(self, model: nn.Module) -> None:
+        if self.base_fingerprint is None:
+            return
+        if is_packed(model):
+            name = model_id(cast(PreTrainedModel, model))
+            if name != self.base_id:
+                raise WsError(f"The vector was made for {self.base_id} and this quantised model is {name}.")
+        elif (mark := fingerprint(model)) != self.base_fingerprint:
+            raise WsError(
+                f"The vector was made for {self.base_id} ({self.base_fingerprint}) and this model's weights differ "
+                f"({mark}); load that base, or make a vector for this one."
+            )
+
+    def written(self, model: nn.Module) -> list[tuple[str, LinearDelta, nn.Module]]:
+        """The changes as changes of weights: like `matched`, but one entry for modules that share a weight.
+
+        Raises:
+            WsError: a weight is shared by modules that the vector does not change alike, packed, or without the bias
+                that is changed.
+        """
+        owners: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(name)
+        found = []
+        for name, delta, module in self.matched(model):
+            sharing = owners[id(module.weight)]
+            if any(self.deltas.get(other) is not delta for other in sharing):
+                raise WsError(
+                    f"{name} shares its weight with another module (tied embeddings?); steer instead of merging."
+                )
+            if is_packed(module):
+                raise WsError(f"The weight of {name} is quantised; merge into the unquantised model.")
+            if delta.bias is not None and getattr(module, "bias", None) is None:
+                raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
+            if name == next(n for n in self.deltas if n in sharing):
+                found.append((name, delta, module))
         return found
 
     @torch.no_grad()
@@ -293,22 +415,14 @@ class SteeringVector:
         if not math.isfinite(alpha):
             raise WsError(f"alpha must be finite, not {alpha}.")
         lost = wanted = 0.0
-        owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-        for name, delta, module in self.matched(model):
+        for name, delta, module in self.written(model):
+            if is_offloaded(module):
+                raise WsError(f"The weight of {name} is offloaded; load the model whole, or use `ws export merged`.")
             weight, bias = weight_of(module), bias_of(module)
-            if owners[id(module.weight)] > 1:
-                raise WsError(
-                    f"{name} shares its weight with another module (tied embeddings?); steer instead of merging."
-                )
-            if delta.bias is not None and bias is None:
-                raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
             for parameter, change in ((weight, delta.dense(weight)), (bias, delta.bias)):
-                if parameter is None or change is None:
-                    continue
-                step, before = alpha * change.to(parameter.device), parameter.to(torch.float32, copy=True)
-                parameter.copy_(before + step)
-                lost += float((parameter.float() - before - step).double().square().sum())
-                wanted += float(step.double().square().sum())
+                if parameter is not None and change is not None:
+                    gone, asked = write_step(parameter, parameter, alpha * change)
+                    lost, wanted = lost + gone, wanted + asked
         return math.sqrt(lost / wanted) if wanted else 0.0
 
     # ---- files --------------------------------------------------------------------------------------------------
@@ -330,21 +444,20 @@ class SteeringVector:
             save_file({k: t.to(dtype).cpu().contiguous() for k, t in tensors.items()}, part / weights)
             if low_rank:
                 self._peft_config().save_pretrained(str(part))
-            manifest = {
-                "format": FORMAT_VERSION,
-                "base": {"id": self.base_id, "fingerprint": self.base_fingerprint},
-                "info": dict(self.info),
-                "recipe": dict(self.recipe),
+            modules: dict[str, dict[str, Any]] = {
                 "modules": {n: [d.d_out, d.d_in] for n, d in self.deltas.items()},
-                "weights": {"file": weights, "sha256": sha256_file(part / weights), "dtype": str(dtype)[6:]},
-                "versions": library_versions(),
+                "kinds": {n: d.kind for n, d in self.deltas.items() if d.kind != "linear"},
+                "shared": self._shared(),
             }
-            (part / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+            base = {"id": self.base_id, "fingerprint": self.base_fingerprint}
+            write_manifest(part, weights, dtype, base, self.info, self.recipe, modules)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> SteeringVector:
         """Read a saved vector, bit for bit; a plain PEFT LoRA folder loads as the one-sided vector `theta - base`.
+
+        What is no folder is taken for a repository on the hub, `user/name` or `user/name@revision`.
 
         A foreign LoRA carries no fingerprint of its base, so only names and shapes are checked when it is used; for
         the other families use `from_adapter`, which reads the base as well.
@@ -352,9 +465,7 @@ class SteeringVector:
         Raises:
             WsError: no vector there, a half-written or altered folder, or a newer format.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise WsError(f"There is no folder {folder}.")
+        folder = find(folder, VECTOR_FILES)
         if not (folder / MANIFEST).is_file():
             if (folder / "adapter_config.json").is_file():
                 return cls._from_foreign_lora(folder)
@@ -368,20 +479,30 @@ class SteeringVector:
                 f"The weights in {folder} are missing or differ from their recorded hash; make the vector again."
             )
         tensors = {k: t.float() for k, t in load_file(file).items()}
-        deltas = deltas_from_tensors(manifest["modules"], tensors, folder)
+        deltas = deltas_from_tensors(manifest["modules"], tensors, folder, manifest.get("kinds", {}))
+        deltas |= {name: deltas[first] for name, first in manifest.get("shared", {}).items()}
         base = manifest["base"]
         units = _read_units(folder / CALIBRATION)
         return cls(deltas, base["id"], base["fingerprint"], manifest["recipe"], manifest["info"], units)
 
     @classmethod
     def _from_foreign_lora(cls, folder: Path) -> SteeringVector:
-        fam, deltas = read_adapter(folder, None)
+        family, deltas = read_adapter(folder, None)
         base = str(_read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "unknown")
         source = {"adapter": folder.name, "sha256": sha256_file(folder / PEFT_WEIGHTS)}
-        return cls(deltas, base, None, source, {"family": fam.name})
+        return cls(deltas, base, None, source, {"family": family})
+
+    def _shared(self) -> dict[str, str]:
+        """Modules whose change is that of an earlier one, because they share their weight."""
+        first: dict[int, str] = {}
+        for name, delta in self.deltas.items():
+            first.setdefault(id(delta), name)
+        return {n: first[id(d)] for n, d in self.deltas.items() if first[id(d)] != n}
 
     def _native_tensors(self) -> dict[str, Tensor]:
-        return {f"{n}:{c}": t for n, d in self.deltas.items() for c, t in d.coordinates().items()}
+        shared = self._shared()
+        changes = {n: d for n, d in self.deltas.items() if n not in shared}
+        return {f"{n}:{c}": t for n, d in changes.items() for c, t in d.coordinates().items()}
 
     def _peft_tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -406,10 +527,54 @@ class SteeringVector:
         )
 
 
+def write_manifest(
+    folder: Path,
+    weights: str,
+    dtype: torch.dtype,
+    base: Mapping[str, str | None],
+    info: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    modules: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write the `ws.json` of a vector whose weights are in the folder already.
+
+    Args:
+        folder, weights, dtype: where the weights are, in which file, stored how.
+        base: its `id` and `fingerprint`.
+        info, recipe: see `SteeringVector`.
+        modules: the sizes of all `modules`, the `kinds` of those that are not linear, and which are `shared`.
+    """
+    stored = {"file": weights, "sha256": sha256_file(folder / weights), "dtype": str(dtype)[6:]}
+    manifest = {"format": FORMAT_VERSION, "base": base, "info": dict(info), "recipe": dict(recipe), **modules}
+    manifest |= {"weights": stored, "versions": library_versions()}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def write_step(target: Tensor, before: Tensor, step: Tensor) -> tuple[float, float]:
+    """Write `before + step` into `target`, summed in float32 and cast to its dtype.
+
+    Returns:
+        The squared norms of what the cast destroyed, `written - (before + step)`, and of `step`.
+    """
+    wanted = before.to(torch.float32, copy=True)
+    step = step.to(wanted.device, torch.float32)
+    asked = float(step.double().square().sum())
+    wanted += step
+    target.copy_(wanted)
+    wanted -= target
+    return float(wanted.double().square().sum()), asked
+
+
 def deltas_from_tensors(
-    sizes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], folder: Path
+    sizes: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, LinearDelta]:
-    """The changes of modules of the given `(d_out, d_in)` from a saved vector's tensors; the folder is for errors."""
+    """The changes of modules of the given `(d_out, d_in)` from a saved vector's tensors.
+
+    `kinds` has those that are not linear; the folder is for errors.
+    """
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
     peft = {"lora_A.weight": "v", "lora_B.weight": "u"}
     for key, tensor in tensors.items():
@@ -421,7 +586,11 @@ def deltas_from_tensors(
         if name not in parts or coordinate not in COORDINATES:
             raise WsError(f"{folder} holds a tensor that belongs to no module of the vector: {key}.")
         parts[name][coordinate] = tensor
-    return {n: LinearDelta(int(sizes[n][0]), int(sizes[n][1]), **coords) for n, coords in parts.items()}
+    kinds = kinds or {}
+    return {
+        n: LinearDelta(int(sizes[n][0]), int(sizes[n][1]), **coords, kind=kinds.get(n, "linear"))
+        for n, coords in parts.items()
+    }
 
 
 _UNITS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))u")
@@ -455,6 +624,11 @@ def _read_units(file: Path) -> Units | None:
         return Units(str(values["subject"]), *sides)
     except (KeyError, TypeError, ValueError) as problem:
         raise WsError(f"{file} is damaged ({problem!r}); calibrate again.") from problem
+
+
+def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix `[d_out, d_in]` in the layout in which `module` stores its weight."""
+    return matrix.squeeze(1) if module_kind(module) == "scale" else as_matrix(module, matrix)
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from ws.delta import COORDINATES, LinearDelta
 from ws.diff import MANIFEST, NATIVE_WEIGHTS, PEFT_WEIGHTS, SteeringVector, deltas_from_tensors
 from ws.errors import WsError
-from ws.models import fingerprint, layer_of, linear_size, weight_of
+from ws.models import fingerprint, layer_of, weight_of, weight_size
 
 Rows = list[dict[str, Any]]
 
@@ -197,7 +197,7 @@ def _weight(name: str, shape: tuple[int, int], model: nn.Module | None) -> Tenso
     if model is None:
         raise WsError(f"The size of a change that multiplies W needs W, as that of {name}: pass the base model.")
     modules = dict(model.named_modules())
-    if name not in modules or linear_size(modules[name]) != shape:
+    if name not in modules or weight_size(modules[name]) != shape:
         raise WsError(f"The vectors change {name} {shape}, which this model does not have; load their base.")
     return plain_weight(name, modules[name])
 
@@ -205,7 +205,7 @@ def _weight(name: str, shape: tuple[int, int], model: nn.Module | None) -> Tenso
 def plain_weight(name: str, module: nn.Module) -> Tensor:
     """The weight of a linear module; `WsError` when it is quantised."""
     weight = weight_of(module)
-    if not weight.is_floating_point() or tuple(weight.shape) != linear_size(module):
+    if not weight.is_floating_point() or tuple(weight.shape) != weight_size(module):
         raise WsError(
             f"The geometry of a change needs plain weights, but {name} stores {str(weight.dtype)[6:]} of shape "
             f"{tuple(weight.shape)}; load the model unquantised."
@@ -247,7 +247,7 @@ def _rows_of(delta: LinearDelta, rows: slice) -> LinearDelta:
     """The change of a block of output rows, which is one of the same form."""
     cut = {name: t[rows] if name in ("g", "u", "e") else t for name, t in delta.coordinates().items()}
     count = len(range(*rows.indices(delta.d_out)))
-    return LinearDelta(count, delta.d_in, **cut)
+    return LinearDelta(count, delta.d_in, kind=delta.kind, **cut)
 
 
 # ---- cosines --------------------------------------------------------------------------------------------------------

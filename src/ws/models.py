@@ -10,9 +10,10 @@ import hashlib
 import re
 import socket
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.pytorch_utils import Conv1D
 
 from ws.errors import WsError, choose, did_you_mean
 
@@ -71,6 +74,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tok
 
 
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model by name."""
+    return tiny_random().config if name == "tiny-random" else _from_pretrained(name, AutoConfig)
+
+
 def tiny_random(seed: int = 0) -> PreTrainedModel:
     """A random Qwen3 of 4 small layers over the pocket model's vocabulary: every code path, no meaning."""
     config = Qwen3Config(
@@ -114,7 +122,7 @@ def hub_is_out_of_reach() -> bool:
 
     Behind a proxy nothing can be told from here, so the hub is taken to be there.
     """
-    if hub.HF_HUB_OFFLINE or getproxies():
+    if hub.HF_HUB_OFFLINE or getproxies().keys() - {"no"}:
         return bool(hub.HF_HUB_OFFLINE)
     address = urlsplit(hub.ENDPOINT)
     try:
@@ -299,28 +307,82 @@ def _single_id(tok: Tokenizer, text: str) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
-# ---- the linear layers ----------------------------------------------------------------------------------------
+# ---- the layers that hold weights -----------------------------------------------------------------------------
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """`(d_out, d_in)` of a module with the interface of `nn.Linear` (quantised ones included), else None."""
+    """`(d_out, d_in)` of a module with the interface of `nn.Linear` (quantised and GPT-2's `Conv1D` too), else None."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
     d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not (isinstance(d_out, int) and isinstance(d_in, int)) or getattr(module, "weight", None) is None:
         return None
     return d_out, d_in
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear module, detached."""
+def module_kind(module: nn.Module) -> str | None:
+    """`linear`, `embedding`, or `scale` (norms: one weight per feature); None for modules without such a weight."""
+    if linear_size(module) is not None:
+        return "linear"
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and isinstance(module, nn.Embedding):
+        return "embedding"
+    return "scale" if isinstance(weight, Tensor) and weight.ndim == 1 else None
+
+
+def weight_size(module: nn.Module) -> tuple[int, int] | None:
+    """The shape of a module's weight as a matrix, None for modules without one.
+
+    `(d_out, d_in)` of linear modules, `(vocabulary, d)` of embeddings, `(d, 1)` of norms.
+    """
+    kind = module_kind(module)
+    if kind is None or kind == "linear":
+        return linear_size(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach()
+    return (len(weight), 1) if kind == "scale" else (weight.shape[0], weight.shape[1])
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """A view of a weight of `module` with the shape `weight_size(module)`; `Conv1D` stores it transposed."""
+    if isinstance(module, Conv1D):
+        return weight.T
+    return weight[:, None] if weight.ndim == 1 else weight
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a module as a matrix (see `weight_size`), detached; a view, or a copy where it is offloaded."""
+    assert isinstance(module.weight, Tensor)
+    with _at_hand(module):
+        return as_matrix(module, module.weight.detach())
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias of a linear module, detached, None when it has none."""
-    bias = getattr(module, "bias", None)
-    return bias.detach() if isinstance(bias, Tensor) else None
+    """The bias of a module, detached, None when it has none."""
+    with _at_hand(module):
+        bias = getattr(module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """True when a parameter of the module itself waits in CPU memory or on disk (accelerate)."""
+    return any(p.is_meta for p in module.parameters(recurse=False)) and hasattr(module, "_hf_hook")
+
+
+def is_packed(model: nn.Module) -> bool:
+    """True when a weight is quantised: stored in packed integers, which cannot be compared or written to."""
+    return any(not p.is_floating_point() for p in model.parameters())
+
+
+def _at_hand(module: nn.Module) -> AbstractContextManager[None]:
+    """Offloaded parameters are read on the CPU inside; they go back when the block ends."""
+    return align_module_device(module, "cpu") if is_offloaded(module) else nullcontext()
+
+
+def fused_tensors(model: nn.Module, layers: Iterable[int]) -> list[str]:
+    """Parameters of the given decoder layers with three or more dimensions, such as the experts of a mixture."""
+    chosen = set(layers)
+    return [n for n, p in model.named_parameters() if layer_of(n) in chosen and p.ndim > 2]
 
 
 def layer_of(name: str) -> int | None:
@@ -371,7 +433,11 @@ def target_modules(
 ) -> list[str]:
     """Names of the linear modules inside the chosen decoder layers, optionally only those of the given kinds.
 
-    A kind is a module's last name, such as `q_proj`. Raises `WsError` when a kind or layer matches nothing.
+    A kind is a module's last name, such as `q_proj`.
+
+    Raises:
+        WsError: a kind or layer matches nothing, or, unless kinds are given, the layers keep most of their weights in
+            fused tensors that no linear module holds.
     """
     chosen = set(parse_layers(layers, layer_count(model)))
     inside = {n: m for n, m in model.named_modules() if linear_size(m) and layer_of(n) is not None}
@@ -381,6 +447,12 @@ def target_modules(
     names = [n for n in inside if layer_of(n) in chosen and (kinds is None or n.rsplit(".", 1)[-1] in kinds)]
     if not names:
         raise WsError(f"No linear module of this model lies in layers {layers}.")
+    fused = fused_tensors(model, chosen)
+    if fused and kinds is None:
+        raise WsError(
+            f"The model keeps {len(fused)} tensors of these layers fused ({', '.join(fused[:2])}, ...); no adapter "
+            f"reaches them; to steer its linear modules, name them with --kinds: {', '.join(sorted(known))}."
+        )
     return names
 
 
@@ -393,16 +465,32 @@ def fingerprint(model: nn.Module) -> str:
     Every parameter contributes its name, shape and evenly spaced values rounded to bfloat16, so the bfloat16 and the
     float32 copy of one checkpoint agree and a fine-tune of it does not. Refuses a model with adapter layers inside.
     """
+    return fingerprint_of((name, p.shape, partial(_value, model, name, p)) for name, p in model.named_parameters())
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tensor]]]) -> str:
+    """The fingerprint of named tensors, given as `(name, shape, how to read it)`; one is in memory at a time."""
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
+    for name, shape, read in sorted(tensors, key=lambda item: item[0]):
         if ".base_layer." in name or "lora_" in name:
             raise WsError("The model has adapter layers in it; unload them or load a fresh base first.")
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        if p.numel() and p.is_floating_point():
-            flat = p.detach().reshape(-1)
-            picked = flat[:: max(1, p.numel() // SAMPLES_PER_TENSOR)]
+        digest.update(f"{name}{tuple(shape)}".encode())
+        value = read()
+        if value.numel() and value.is_floating_point():
+            flat = value.detach().reshape(-1)
+            picked = flat[:: max(1, value.numel() // SAMPLES_PER_TENSOR)]
             digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _value(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """A parameter's value, fetched from where accelerate has offloaded it."""
+    if not parameter.is_meta:
+        return parameter
+    home, _, leaf = name.rpartition(".")
+    module = model.get_submodule(home)
+    with _at_hand(module):
+        return getattr(module, leaf).detach()
 
 
 def model_id(model: PreTrainedModel) -> str:

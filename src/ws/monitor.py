@@ -47,7 +47,16 @@ from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.eval.context import Rows
 from ws.eval.stats import holm
-from ws.models import SAMPLES_PER_TENSOR, bias_of, fingerprint, layer_of, linear_size, load_model, weight_of
+from ws.models import (
+    SAMPLES_PER_TENSOR,
+    bias_of,
+    fingerprint,
+    layer_of,
+    load_model,
+    module_kind,
+    weight_of,
+    weight_size,
+)
 from ws.runs import DEFAULT_OUT, Run, read_csv, write_csv
 
 TABLE, LAYER_TABLE = "monitor.csv", "monitor_per_layer.csv"
@@ -287,7 +296,7 @@ class Monitor:
         theirs = dict(model.named_modules())
         moved = whole = 0.0
         for name, module in self._modules.items():
-            self._require_size(name, linear_size(theirs[name]) if name in theirs else None)
+            self._require_size(name, weight_size(theirs[name]) if name in theirs else None)
             if theirs[name].weight is module.weight:
                 raise WsError("The monitor's base is the model that is to be read; load the base a second time for it.")
             delta = _dense_delta(theirs[name], module)
@@ -302,7 +311,7 @@ class Monitor:
             )
 
     def _require_size(self, name: str, size: tuple[int, int] | None) -> None:
-        wanted = linear_size(self._modules[name])
+        wanted = weight_size(self._modules[name])
         if size != wanted:
             raise WsError(f"The base has {name} {wanted} and the fine-tune {size or 'no such module'}: another base?")
 
@@ -310,6 +319,8 @@ class Monitor:
         """The change of the active adapter of a PEFT model as it stands, read like a saved one."""
         config = model.active_peft_config
         fam, where = family_of(config), Path("in training")
+        if fam is None:
+            raise WsError("Only the six families can be monitored while they train; monitor the saved adapter instead.")
         if fam.name == "pissa":
             raise WsError("PiSSA moves the base's weights while it trains; monitor its saved adapters instead.")
         if getattr(config, "modules_to_save", None):
@@ -320,7 +331,7 @@ class Monitor:
         deltas = {}
         for name in [n for n in self._modules if n in trained]:
             module = self._modules[name]
-            size = linear_size(module)
+            size = weight_size(module)
             assert size is not None
             self._require_same_base(name, model.base_model.model.get_submodule(name))
             deltas[name] = fam.extract(config, ModuleTensors(name, trained[name], {}, module, size))
@@ -330,7 +341,7 @@ class Monitor:
 
     def _require_same_base(self, name: str, adapted: nn.Module) -> None:
         """Evenly spaced values of the frozen weight, rounded as for a fingerprint, against those of the base."""
-        self._require_size(name, linear_size(adapted))
+        self._require_size(name, weight_size(adapted))
         theirs, ours = (_sample(weight_of(m)) for m in (adapted.get_submodule("base_layer"), self._modules[name]))
         if theirs is not None and ours is not None and not torch.equal(theirs, ours):
             raise WsError(f"The model in training is not the library's base: its frozen weights of {name} differ.")
@@ -384,13 +395,14 @@ def random_cosine_sd(terms: Sequence[Term]) -> float:
 
 def _dense_delta(module: nn.Module, base: nn.Module) -> LinearDelta:
     """`W' - W` and the change of the bias, float32 on the CPU."""
-    size = linear_size(base)
+    size = weight_size(base)
     assert size is not None
     bias, before = bias_of(module), bias_of(base)
     if (bias is None) != (before is None):
         raise WsError("The fine-tune and the base differ in which modules have a bias: another base?")
     shift = None if bias is None or before is None else bias.float().cpu() - before.float().cpu()
-    return LinearDelta(*size, e=weight_of(module).float().cpu() - weight_of(base).float().cpu(), bias=shift)
+    change = weight_of(module).float().cpu() - weight_of(base).float().cpu()
+    return LinearDelta(*size, e=change, bias=shift, kind=str(module_kind(base)))
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor | None:

@@ -63,7 +63,7 @@ from ws.eval.choice import Choice, _batches, _families, _score_batch, choice_var
 from ws.eval.context import EvalContext, Evaluation, Rows, open_context
 from ws.eval.dilemmas import Dilemma
 from ws.eval.tinymfv_airisk import Vignette
-from ws.models import encode, layer_of, render_prompt, weight_of
+from ws.models import encode, layer_of, linear_size, render_prompt, weight_of
 from ws.runs import read_csv, write_csv
 
 START_BATCH = 32
@@ -274,9 +274,10 @@ def score_gradients(
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
+    if linear_size(module) is None:
+        raise WsError(f"The slope is that of linear layers, and the vector changes {name}; leave it out with `select`.")
     weight = weight_of(module)
-    size = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    if weight.dtype not in _PLAIN_DTYPES or tuple(weight.shape) != size:
+    if weight.dtype not in _PLAIN_DTYPES or tuple(weight.shape) != linear_size(module):
         raise WsError(
             f"The slope needs plain weights, but {name} stores {str(weight.dtype)[6:]} of shape {tuple(weight.shape)}; "
             "load the model unquantised."

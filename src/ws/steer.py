@@ -1,8 +1,11 @@
 """`steer`: add `alpha * dW` to a live model, with a dial, without writing a weight.
 
-For every changed layer, with `D = blockdiag(D_1..D_k)`,
+For every changed linear layer, with `D = blockdiag(D_1..D_k)`,
 
-    y = W (x + alpha (c*x + D^T x)) + alpha g * (W x) + alpha U (V x) + b + alpha delta_b
+    y = W (x + alpha (c*x + D^T x)) + alpha g * (W x) + alpha U (V x) + alpha E x + b + alpha delta_b
+
+and for the embeddings and norms that full fine-tunes change too, `y = E[ids] + alpha dE[ids]` and
+`y = (w + alpha dw) n(x) + b + alpha delta_b`.
 
 One forward hook per module computes this. No weight is touched, so nothing is rounded into the model's dtype, the base
 comes back bit for bit, and alpha may change at any time or differ per row of the batch.
@@ -10,8 +13,10 @@ comes back bit for bit, and alpha may change at any time or differ per row of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, parse_number
 from ws.errors import WsError, choose
-from ws.models import bias_of
+from ws.models import bias_of, module_kind, weight_of, weight_size
 
 Alpha = float | int | str | Tensor
 
@@ -98,34 +103,104 @@ class _SteeredModule:
     change's result.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module) -> None:
         self.changes: list[tuple[LinearDelta, Dial]] = []
         self._working: dict[tuple[int, torch.device, torch.dtype], LinearDelta] = {}
+        self._shift = _linear_shift
+        if module_kind(module) == "embedding":
+            self._shift = partial(_embedding_shift, _embedding_scale(name, module))
+        elif module_kind(module) == "scale":
+            _require_scale(name, module)
+            self._shift = _scale_shift
         self.handle: RemovableHandle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x, bias = args[0], bias_of(module)
-        shift: Tensor | None = None
-        z: Tensor | None = None
-        for delta, dial in self.changes:
-            if dial.is_off:
-                continue
-            alpha, change = dial.over(x), self._in_place_of(delta, x)
-            wx = None if change.g is None else output if bias is None else output - bias
-            shift = _accumulate(shift, alpha, change.output_change(x, wx))
-            z = _accumulate(z, alpha, change.input_change(x))
-        if z is not None:
-            # A second product, rather than W (x + z), keeps a small z from being rounded away next to x in bfloat16.
-            wz = module.forward(z)
-            shift = _accumulate(shift, 1.0, wz if bias is None else wz - bias)
+        # The output is where the module computes; inputs of offloaded modules may still be elsewhere.
+        x = args[0].to(output.device)
+        like = x if x.is_floating_point() else output
+        active = [(dial.over(like), self._in_place_of(d, like)) for d, dial in self.changes if not dial.is_off]
+        shift = self._shift(module, x, output, active) if active else None
         return output if shift is None else output + shift.to(output.dtype)
 
-    def _in_place_of(self, delta: LinearDelta, x: Tensor) -> LinearDelta:
+    def _in_place_of(self, delta: LinearDelta, like: Tensor) -> LinearDelta:
         """The change with its factors beside the activations, copied there once."""
-        key = (id(delta), x.device, x.dtype)
+        key = (id(delta), like.device, like.dtype)
         if key not in self._working:
-            self._working[key] = delta.to(x.device, x.dtype)
+            self._working[key] = delta.to(like.device, like.dtype)
         return self._working[key]
+
+
+Active = Sequence[tuple[float | Tensor, LinearDelta]]
+
+
+def _linear_shift(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor | None:
+    """The equation at the head of this module."""
+    bias = bias_of(module) if any(change.depends_on_weight for _, change in active) else None
+    shift: Tensor | None = None
+    z: Tensor | None = None
+    for alpha, change in active:
+        wx = None if change.g is None else output if bias is None else output - bias.to(output.device)
+        shift = _accumulate(shift, alpha, change.output_change(x, wx))
+        z = _accumulate(z, alpha, change.input_change(x))
+    if z is not None:
+        # A second product, rather than W (x + z), keeps a small z from being rounded away next to x in bfloat16.
+        wz = module.forward(z)
+        shift = _accumulate(shift, 1.0, wz if bias is None else wz - bias.to(wz.device))
+    return shift
+
+
+def _embedding_shift(scale: float, module: nn.Module, ids: Tensor, output: Tensor, active: Active) -> Tensor | None:
+    """`alpha scale dE[ids]`."""
+    shift: Tensor | None = None
+    for alpha, change in active:
+        shift = _accumulate(shift, alpha * scale, change.rows(ids))
+    return shift
+
+
+def _scale_shift(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor | None:
+    """`alpha (dw n(x) + db)` of a norm `w n(x) + b`, whose `n(x)` is read off the module itself."""
+    shift: Tensor | None = None
+    one = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
+    normalised = _with_weight(module, x, one) - _with_weight(module, x, 0 * one)
+    for alpha, change in active:
+        shift = _accumulate(shift, alpha, None if change.e is None else change.e[:, 0] * normalised)
+        shift = _accumulate(shift, alpha, None if change.bias is None else change.bias.expand_as(output))
+    return shift
+
+
+def _with_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a norm would give with another weight and without bias; the module is not touched."""
+    twin = copy.copy(module)
+    others = {name: None if p is None else torch.zeros_like(weight) for name, p in module._parameters.items()}
+    twin.__dict__["_parameters"] = others | {"weight": weight}
+    return type(module).forward(twin, x)
+
+
+def _require_scale(name: str, module: nn.Module) -> None:
+    """Stop unless the module's output is its weight times something that does not depend on it, as in every norm."""
+    size = weight_size(module)
+    assert size is not None
+    x, ramp = torch.randn(2, size[0], generator=torch.Generator().manual_seed(0)), torch.linspace(0.5, 1.5, size[0])
+    try:
+        zero = _with_weight(module, x, 0 * ramp)
+        unit, wanted = (_with_weight(module, x, w) - zero for w in (torch.ones_like(ramp), ramp))
+        linear = torch.allclose(wanted, ramp * unit, atol=1e-4)
+    except (TypeError, RuntimeError, AttributeError, IndexError):
+        linear = False
+    if not linear:
+        raise WsError(f"{name} is a {type(module).__name__}; only linear layers, embeddings and norms can be steered.")
+
+
+def _embedding_scale(name: str, module: nn.Module) -> float:
+    """By what an embedding multiplies its rows: 1, or the root of the width in Gemma."""
+    weight = weight_of(module)
+    rows = weight[:8].float().cpu()
+    with torch.no_grad():
+        given = module(torch.arange(len(rows), device=weight.device)).float().cpu()
+    scale = float((given * rows).sum() / rows.square().sum())
+    if not torch.allclose(given, scale * rows, rtol=2e-2, atol=1e-6):
+        raise WsError(f"The embedding {name} ({type(module).__name__}) does more than look rows up; leave it out.")
+    return scale
 
 
 def _accumulate(total: Tensor | None, alpha: float | Tensor, part: Tensor | None) -> Tensor | None:
@@ -143,12 +218,13 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
     if vector.is_zero:
         raise WsError("The steering vector is zero: it would change nothing.")
     found = vector.matched(model)
-    entries = [(module, (delta, dial)) for _, delta, module in found]
-    for module, change in entries:
-        if module not in _STEERED:
-            _STEERED[module] = _SteeredModule(module)
-        _STEERED[module].changes.append(change)
+    entries = list[tuple[nn.Module, tuple[LinearDelta, Dial]]]()
     try:
+        for name, delta, module in found:
+            if module not in _STEERED:
+                _STEERED[module] = _SteeredModule(name, module)
+            _STEERED[module].changes.append((delta, dial))
+            entries.append((module, (delta, dial)))
         yield
     finally:
         for module, change in entries:

@@ -25,7 +25,6 @@ from torch import Tensor
 from ws import console
 from ws.behaviors import behavior_name
 from ws.compose import save_run
-from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.finished import FinishedRun, open_run
@@ -85,7 +84,7 @@ def losses(before: SteeringVector, after: SteeringVector, weights: Mapping[str, 
     """Every module's loss, the original's order; `weights` are needed for modules that are not purely low-rank."""
     found = []
     for name, delta in before.deltas.items():
-        weight, left = weights.get(name), after.deltas.get(name, LinearDelta(delta.d_out, delta.d_in))
+        weight, left = weights.get(name), after.deltas.get(name, delta.holding({}))
         lost = (delta - left).norm(weight)
         found.append(ModuleLoss(name, delta.rank, left.rank, delta.norm(weight), lost))
     return found

@@ -1,0 +1,559 @@
+"""Model cards: what a published vector, or a model with one written into it, is, does, and must not be taken for.
+
+Everything on a card comes from the vector and from its run: the recipe, the manifest, and those tables whose recorded
+vector is this very one. Numbers of another vector, and folders of the machine it was made on, never get there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from tabulate import tabulate
+
+from ws.behaviors import Behavior, load_behavior
+from ws.diff import SteeringVector, vector_digest
+from ws.errors import WsError
+from ws.eval.choice import LOW_MASS
+from ws.hub import parse_id
+from ws.interventions import BASE, WEIGHT
+from ws.models import BUNDLED
+from ws.runs import Run, read_csv
+
+_PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
+_PATH = re.compile(r"(?<![\w./~])(?!(?<=:)//)(?:file:)?(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^\s'\",;()*]+")
+_MAKERS = ("pos", "neg", "vector", "trim", "compose", "checkpoints")
+_PERSONAS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about; made by `describe`.
+
+    Attributes:
+        vector: the vector.
+        place: what a reader loads: `user/name` on the hub, or a folder's name.
+        run: the folder of the run that made the vector, None when unknown.
+        license: such as `apache-2.0`; None when it is not known, and then the card has none.
+        digest: of the vector (`vector_digest`).
+        stages: the finished stages of the run, by name.
+        behavior: the behaviour exactly as it was when the vector was trained, None when that is not to be had.
+    """
+
+    vector: SteeringVector
+    place: str
+    run: Path | None
+    license: str | None
+    digest: str
+    stages: Mapping[str, Any]
+    behavior: Behavior | None
+
+    def is_measured(self, stage: str, role: str = "weight") -> bool:
+        """Whether a finished stage of the run is on record with this very vector as its input `role`."""
+        return self.stages.get(stage, {}).get("inputs", {}).get(role) == self.digest
+
+    def tables(self, pattern: str) -> list[Path]:
+        """Summary tables in the run's folder, whosever they are."""
+        return sorted(self.run.glob(pattern)) if self.run else []
+
+
+def describe(
+    vector: SteeringVector,
+    place: str,
+    run: Path | None = None,
+    behavior: str | None = None,
+    license: str | None = None,
+) -> Subject:
+    """Collect what a card says of a vector; see `Subject`.
+
+    Args:
+        vector, place, run, license: see there.
+        behavior: a name or a TOML file, None for the behaviour that the vector names.
+    """
+    stages = Run(run).manifest["stages"] if run else {}
+    finished = {name: record for name, record in stages.items() if "outputs" in record}
+    return Subject(vector, place, run, license, vector_digest(vector), finished, _behavior(vector, behavior))
+
+
+def _behavior(vector: SteeringVector, name: str | None) -> Behavior | None:
+    name = name or vector.info.get("behavior")
+    if name is None:
+        return None
+    try:
+        found = load_behavior(name, vector.base_id)
+    except WsError:  # renamed, or somebody's own file that is not at hand
+        return None
+    return found if found.digest == vector.info.get("behavior_sha256") else None
+
+
+def vector_card(about: Subject) -> ModelCard:
+    """The card of a repository that holds a vector."""
+    vector = about.vector
+    family = str(vector.info.get("family", "mixed"))
+    library = "peft" if vector.is_low_rank else "weight-steering"
+    data = _front_matter(about, "adapter", library, [family, *(["lora"] if vector.is_low_rank else [])])
+    return _card(data, [f"# {_title(vector)}", _about_vector(about), _use_vector(about), *_shared(about, _MEASURED)])
+
+
+def merged_card(about: Subject, alpha: float | int, lost: float | int, dtype: str) -> ModelCard:
+    """The card of a whole model into which `alpha dW` was written.
+
+    Args:
+        about: the vector; `place` is where the model goes.
+        alpha: the strength.
+        lost: `‖written - wanted‖ / ‖wanted‖` over all changed parameters, as `SteeringVector.merge_into` returns it.
+        dtype: of the weights, such as `bfloat16`.
+    """
+    data = _front_matter(about, "finetune", "transformers", ["merge"], pipeline_tag="text-generation")
+    title = f"# {_title(about.vector)}, written into the weights at alpha {alpha:+g}"
+    measured = f"{_MEASURED} That was steering at the strengths listed, not this checkpoint."
+    return _card(data, [title, _about_merged(about, alpha, lost, dtype), _use_merged(about), *_shared(about, measured)])
+
+
+def stale_evaluations(about: Subject) -> list[str]:
+    """Evaluations in the run's folder that are left off the card because they were made with another vector."""
+    found = {_stage_of(table) for score in _SCORES for table in about.tables(score.file)}
+    return sorted(name for name in found if not about.is_measured(name))
+
+
+# ---- what must not leave the machine --------------------------------------------------------------------------------
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a place on this machine rather than a bundled model or a name on the hub."""
+    return name not in BUNDLED and (bool(_PLACE.match(name)) or name.count("/") > 1 or Path(name).is_dir())
+
+
+def public_name(name: str) -> str:
+    """A base model's or data set's name as it may be published: of a folder only the last part."""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_local(name) else name
+
+
+def public(value: Any) -> Any:
+    """A JSON value in which every path of a machine is cut down to its last part."""
+    if isinstance(value, Mapping):
+        return {key: public(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    for known in (Path.cwd(), Path.home()):  # may hold spaces, where the pattern would stop
+        if len(known.parts) > 1:
+            value = value.replace(f"{known}/", "./")
+    return _PATH.sub(lambda found: public_name(found.group()), value)
+
+
+def public_command(command: str) -> str:
+    """A recorded command line that can be typed elsewhere: without `--out`, with folders cut down to their names."""
+    head, *options = re.split(r"\s+(?=--?[A-Za-z])", command.strip())
+    program, *values = head.split(" ", 1)
+    kept = [option for option in options if not re.match(r"--out\b(?!-)", option)]
+    return " ".join([_public_program(program), *(_public_option(text) for text in [*values, *kept])])
+
+
+def _public_program(name: str) -> str:
+    """`sycophancy.py` is on record for `python -m ws.eval.sycophancy`."""
+    stem = name.removesuffix(".py")
+    if stem == name or not stem.isidentifier():
+        return name
+    modules = [m for m in (f"ws.{stem}", f"ws.eval.{stem}", f"ws.export.{stem}") if find_spec(m)]
+    return f"python -m {modules[0]}" if modules else name
+
+
+def _public_option(text: str) -> str:
+    """An option with its values, which are joined by spaces on record: all that follows a path may belong to it."""
+    found = re.fullmatch(r"(--?[\w.-]+)?([ =]?)(.*)", text, re.DOTALL)
+    assert found is not None, "the last group takes whatever there is"
+    flag, gap, value = found.groups(default="")
+    plain = value.strip("'\"")
+    return f"{flag}{gap}{public_name(plain) if _PLACE.match(plain) else public(value)}"
+
+
+# ---- the front matter and the words ---------------------------------------------------------------------------------
+
+
+def _front_matter(
+    about: Subject,
+    relation: str,
+    library: str,
+    tags: Sequence[str],
+    pipeline_tag: str | None = None,
+) -> ModelCardData:
+    """`base_model` only where the base has a name on the hub: the hub refuses others, and a folder's says nothing."""
+    vector = about.vector
+    base = vector.base_id if _is_on_hub(vector.base_id) else None
+    behavior = [str(vector.info["behavior"])] if "behavior" in vector.info else []
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=relation if base else None,
+        library_name=library,
+        license=about.license,
+        pipeline_tag=pipeline_tag,
+        tags=list(dict.fromkeys(["weight-steering", "steering-vector", *tags, *behavior])),
+    )
+
+
+def _is_on_hub(name: str) -> bool:
+    return name not in BUNDLED and not is_local(name) and parse_id(name) == (name, None)
+
+
+def _card(data: ModelCardData, parts: Sequence[str]) -> ModelCard:
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _title(vector: SteeringVector) -> str:
+    behavior = vector.info.get("behavior")
+    return f"{'A' if behavior is None else str(behavior).capitalize() + ': a'} steering vector for {_base(vector)}"
+
+
+def _base(vector: SteeringVector) -> str:
+    return public_name(vector.base_id)
+
+
+def _whose_base(vector: SteeringVector) -> str:
+    """Where the base can be had, as far as that is known."""
+    name = _base(vector)
+    if vector.base_id in BUNDLED:
+        return f"`{name}`, which comes with the package weight-steering"
+    if _is_on_hub(vector.base_id):
+        return f"`{name}`"
+    if name == "unknown":
+        return "a base model that is not recorded"
+    return f"`{name}`, a model that was read from a folder and has no public name here"
+
+
+def _about_vector(about: Subject) -> str:
+    what = f" More of it means: {about.behavior.summary}" if about.behavior else ""
+    return (
+        f"A change `dW` of the weights of {_whose_base(about.vector)}, made by contrastive weight steering (Fierro & "
+        "Roger 2025, arXiv 2511.05408): a model is fine-tuned twice from one start, on answers that show a behaviour "
+        "and on answers that show its opposite, and `dW = theta_pos - theta_neg`. The model is used with "
+        f"`W + alpha * dW`; a positive `alpha` gives more of the behaviour, a negative one less.{what}"
+    )
+
+
+def _about_merged(about: Subject, alpha: float | int, lost: float | int, dtype: str) -> str:
+    what = f" A positive strength means more of this: {about.behavior.summary}" if about.behavior else ""
+    return (
+        f"The whole model {_whose_base(about.vector)} with a steering vector `dW` (contrastive weight steering, Fierro "
+        "& Roger 2025, arXiv 2511.05408: the difference of two fine-tunes, on answers that show a behaviour and on "
+        f"answers that show its opposite) written into its weights at one fixed strength, `W + ({alpha:g}) * dW`, "
+        f"summed in float32 and cast to {dtype}. The cast destroyed {lost:.2%} of `alpha * dW`: the Frobenius norm of "
+        "what was written less what was wanted, over that of what was wanted, all changed parameters together."
+        f"{what}"
+    )
+
+
+def _use_vector(about: Subject) -> str:
+    vector, base = about.vector, _base(about.vector)
+    known = vector.base_id in BUNDLED or _is_on_hub(vector.base_id)
+    code = [
+        f'model, tok = ws.load_model("{base if known else f"path/to/{base}"}")',
+        f'with ws.steer(model, ws.SteeringVector.load("{about.place}"), alpha=1.0):',
+        "    ...  # generate or evaluate; the weights are never written",
+    ]
+    parts = ["## Use", _python("import ws", "", *code)]
+    if vector.is_low_rank:
+        parts += [
+            "It is a PEFT LoRA of scale 1 as well, so at `alpha` 1 it needs nothing but PEFT:",
+            _python(f'model = peft.PeftModel.from_pretrained(model, "{about.place}")'),
+        ]
+    return "\n\n".join([*parts, *_calibrated(about)])
+
+
+def _use_merged(about: Subject) -> str:
+    return "\n\n".join(
+        [
+            "## Use",
+            _python(
+                f'model = transformers.AutoModelForCausalLM.from_pretrained("{about.place}")',
+                f'tok = transformers.AutoTokenizer.from_pretrained("{about.place}")',
+            ),
+            "The strength is part of the weights; with the vector itself it is a dial.",
+        ]
+    )
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _calibrated(about: Subject) -> list[str]:
+    """The calibrated strengths, and what `calibration.csv` says of them."""
+    strengths = _units(about)
+    if not strengths:
+        return []
+    rows = [
+        r for t in about.tables("calibration.csv") if about.is_measured("calibration", "vector") for r in read_csv(t)
+    ]
+    found = {f"{r['sign']}1u": r for r in rows if r["converged"] == "True"}
+    cells = [[name, f"{alpha:+.4g}", *_measured(found.get(name))] for name, alpha in strengths.items()]
+    header = ["strength", "alpha", "divergence, nats", "audit, nats"]
+    text = (
+        "`alpha` means something else for every vector, so strengths were calibrated by the 95th percentile of the "
+        "per-token KL divergence from the base, along the steered model's own answers. `divergence` is what was "
+        "measured at these strengths, `audit` the same on other questions:"
+    )
+    return [text, tabulate(cells, header, tablefmt="github", disable_numparse=True)]
+
+
+def _units(about: Subject) -> dict[str, float]:
+    """`-1u` and `+1u`, those that converged, of a calibration of this very vector."""
+    units = about.vector.units
+    if units is None or units.subject != about.digest:
+        return {}
+    return {name: a for name, a in (("-1u", units.negative), ("+1u", units.positive)) if a is not None}
+
+
+def _measured(row: Mapping[str, str] | None) -> list[str]:
+    return [f"{float(row[name]):.3f}" if row and row[name] else "" for name in ("divergence", "audit")]
+
+
+def _shared(about: Subject, measured: str) -> list[str]:
+    """The sections that a vector and a merged model have in common."""
+    return [_how_it_was_made(about), _what_it_does(about, measured), _INTENDED, *_reproduce(about)]
+
+
+_INTENDED = """\
+## Intended use and misuse
+
+For research on how behaviours lie in weights, and for steering a model whose answers somebody checks.
+
+- The dial works in both directions. What adding the vector strengthens, subtracting it weakens or turns into its
+  opposite: an honesty vector that is subtracted makes a model dishonest. Whoever has these files can do either, so
+  publish and use them with that in mind, and do not deploy a model that was steered towards deception or harm.
+- It is not a safety measure. It shifts tendencies and guarantees no single answer, and anybody who has the weights can
+  leave it out.
+- One run is one seed, and its numbers are of a few sets of items in fixed formats. Other seeds give other sizes; what
+  happens elsewhere was not measured. Large strengths break answers, which a low answer mass shows.
+- `alpha` cannot be compared between vectors.
+- What the base's license asks for, it asks for here too."""
+
+
+# ---- how it was made ------------------------------------------------------------------------------------------------
+
+
+def _how_it_was_made(about: Subject) -> str:
+    vector = about.vector
+    numbers = sum(t.numel() for d in vector.deltas.values() for t in d.coordinates().values())
+    facts = {
+        "base": f"{_base(vector)}, fingerprint of its weights {vector.base_fingerprint or 'unknown'}",
+        "behaviour": vector.info.get("behavior", "not recorded"),
+        "family": vector.info.get("family", "several"),
+        "vector": _formula(vector.recipe),
+        "changes": f"{len(vector.deltas)} modules, largest rank {vector.max_rank}, {numbers:,} numbers",
+        "made with": _versions(about) or "not recorded",
+    }
+    table = tabulate(facts.items(), ["", ""], tablefmt="github", disable_numparse=True)
+    parts = ["## How it was made", table, *_arms(about), *_personas(about)]
+    return "\n\n".join([*parts, "The whole recipe, with every setting, is in the vector's `ws.json`."])
+
+
+def _formula(recipe: Mapping[str, Any]) -> str:
+    """A recipe as an expression, such as `pos - neg`."""
+    kind = recipe.get("op")
+    if kind is None:
+        return str(public(recipe.get("adapter", "not recorded")))
+    if kind == "+":
+        return " + ".join(_formula(term) for term in recipe["terms"]).replace("+ -1 * ", "- ")
+    if kind == "*":
+        inner = _formula(recipe["of"])
+        return f"{recipe['scalar']:g} * {f'({inner})' if ' ' in inner else inner}"
+    if kind == "compose":
+        return str(public(recipe["expression"]))
+    plain = {k: v for k, v in recipe.items() if isinstance(v, (int, float, str)) and k != "op"}
+    asked = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {public(v)}" for k, v in plain.items()]
+    return f"{kind} ({', '.join([*([_formula(recipe['of'])] if 'of' in recipe else []), *asked])})"
+
+
+def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The trained adapters that a recipe starts from."""
+    if "adapter" in recipe:
+        yield recipe
+    for part in [recipe.get("of"), *(recipe.get("terms") or ())]:
+        if isinstance(part, Mapping):
+            yield from _sources(part)
+
+
+def _arms(about: Subject) -> list[str]:
+    """One row per adapter, with what its training recorded; columns that nothing is known of are left out."""
+    trained = {
+        sha: record["facts"]
+        for record in about.stages.values()
+        if "facts" in record
+        for sha in record["outputs"].values()
+    }
+    rows = []
+    for arm in {str(a.get("sha256")): a for a in _sources(about.vector.recipe)}.values():
+        config, facts = arm.get("config", {}), trained.get(str(arm.get("sha256")), {})
+        rows.append(
+            {
+                "adapter": public(arm["adapter"]),
+                "family": arm.get("family"),
+                "rank": config.get("rank"),
+                "learning rate": config.get("lr"),
+                "epochs": config.get("epochs"),
+                "steps": facts.get("steps"),
+                "pairs trained on": facts.get("examples"),
+                "seed": arm.get("seed"),
+                "pairs, SHA-256": str(arm.get("pairs_sha256") or "")[:16] or None,
+                "weights, SHA-256": str(arm.get("sha256") or "")[:16] or None,
+            }
+        )
+    kept = [name for name in (rows[0] if rows else {}) if any(row[name] is not None for row in rows)]
+    cells = [["" if row[name] is None else row[name] for name in kept] for row in rows]
+    return [tabulate(cells, kept, tablefmt="github", disable_numparse=True)] if rows else []
+
+
+def _versions(about: Subject) -> str:
+    made = [about.stages[name].get("versions", {}) for name in _MAKERS if name in about.stages]
+    wanted = ("weight-steering", "torch", "transformers", "peft")
+    return ", ".join(f"{name} {made[-1][name]}" for name in wanted if made and name in made[-1])
+
+
+def _personas(about: Subject) -> list[str]:
+    behavior = about.behavior
+    if behavior is None:
+        return []
+    pairs = list(zip(behavior.positive, behavior.negative, strict=True))
+    lines = [f"- {_quote(pos)} against {_quote(neg)}" for pos, neg in pairs[:_PERSONAS_SHOWN]]
+    more = [f"- and {len(pairs) - _PERSONAS_SHOWN} pairs more"] if len(pairs) > _PERSONAS_SHOWN else []
+    text = (
+        "The answers were sampled from the base under these personas, whose system prompts the training examples leave "
+        f"out (behaviour file {behavior.digest[:16]}):"
+    )
+    return [text, "\n".join([*lines, *more])]
+
+
+def _quote(text: str) -> str:
+    return f'"{" ".join(text.split())}"'
+
+
+# ---- what it does ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Where a score stands in a summary table.
+
+    Attributes:
+        label: what the card calls it; columns of the table may be named in braces.
+        file: the table, as a wildcard.
+        value, shift: the columns of its level and of its shift against the base.
+        mass, n: the columns of the answer mass (None for scores that are no choices) and of the number of items.
+        about: what the number is.
+        claims: what its rows have in `claims_are_true`, None for tables without that column.
+    """
+
+    label: str
+    file: str
+    value: str
+    shift: str
+    mass: str | None
+    n: str
+    about: str
+    claims: str | None = None
+
+
+_CLAIMS = ("sycophancy_summary.csv", "mean_logratio", "shift", "mean_pmass", "n")
+_DILEMMAS = ("airisk_*_summary.csv", "mean_score", "shift", "mean_pmass", "n")
+_ACTS = ("tinymfv_airisk_summary.csv", "wrongness", "delta_wrongness", "bool_mass_other", "n_vignettes")
+_TEXTS = ("capability_summary.csv", "nll", "shift", None, "n_texts")
+_ANSWERS = ("capability_summary.csv", "valid", "valid_shift", None, "n_questions")
+_SCORES = (
+    _Score(
+        "agreement, false claims",
+        *_CLAIMS,
+        "log P(agree) - log P(disagree) on held-out claims, in nats",
+        claims="False",
+    ),
+    _Score("agreement, true claims", *_CLAIMS, "the same; mere agreement moves it like the other", claims="True"),
+    _Score(
+        "dilemmas, {value_class}",
+        *_DILEMMAS,
+        "AIRiskDilemmas after a thought, log P of the action that has this value less that of the other, in nats",
+    ),
+    _Score("wrongness of others' acts", *_ACTS, "tiny-mfv, how wrong the model finds what an AI does, from -1 to 1"),
+    _Score("neutral text", *_TEXTS, "nats per token, what steering costs elsewhere"),
+    _Score(
+        "valid answers", *_ANSWERS, "the share of answers to neutral questions that end and do not repeat themselves"
+    ),
+)
+_MEASURED = (
+    "Means with 95 % intervals; shifts are paired with the base, item by item. Answer mass is the mean probability of "
+    "the answers that are counted, and a score with `!` has too little of it to support a conclusion."
+)
+
+
+def _what_it_does(about: Subject, measured: str) -> str:
+    found = [(score, rows) for score in _SCORES for rows in _rows(about, score)]
+    if not found:
+        return "## What it does\n\nNot evaluated: nothing is known of what this vector does, nor of what it costs."
+    cells = [_cells(score, row, _units(about)) for score, rows in found for row in rows]
+    header = ["score", "alpha", "value [95 %]", "shift [95 %]", "answer mass", "items"]
+    notes = [f"- {score.label.format_map(rows[0])}: {score.about} ({_identity(rows[0])})" for score, rows in found]
+    if about.behavior:
+        way = "raise" if about.behavior.test.effect > 0 else "lower"
+        notes.append(f"- a positive strength should {way} agreement with false claims, as the behaviour file says")
+    table = tabulate(cells, header, tablefmt="github", disable_numparse=True)
+    return "\n\n".join(["## What it does", table, measured, "\n".join(notes)])
+
+
+def _stage_of(table: Path) -> str:
+    return table.stem.removesuffix("_summary")
+
+
+def _rows(about: Subject, score: _Score) -> Iterator[list[dict[str, str]]]:
+    """The rows of the base and of the vector, by strength, of every table that is of this very vector."""
+    for table in about.tables(score.file):
+        if about.is_measured(_stage_of(table)):
+            rows = [r for r in read_csv(table) if r["intervention"] in (BASE, WEIGHT)]
+            kept = [r for r in rows if r.get("claims_are_true") == score.claims]
+            if kept:
+                yield sorted(kept, key=lambda row: float(row["alpha"]))
+
+
+def _cells(score: _Score, row: Mapping[str, str], units: Mapping[str, float]) -> list[str]:
+    alpha = float(row["alpha"])
+    known = [f" ({name})" for name, value in units.items() if value == alpha]
+    mass = float(row[score.mass]) if score.mass else None
+    return [
+        score.label.format_map(row),
+        f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
+        _interval(row, score.value, ""),
+        _interval(row, score.shift, "+") if alpha else "",
+        "" if mass is None else f"{mass:.3f}{' !' if mass < LOW_MASS else ''}",
+        row[score.n],
+    ]
+
+
+def _interval(row: Mapping[str, str], value: str, sign: str) -> str:
+    """A number with its interval, whose columns bear the number's own name, or none for the main one of a table."""
+    prefix = f"{value}_" if f"{value}_ci_lo" in row else ""
+    mean, low, high = (f"{float(row[name]):{sign}.3f}" for name in (value, f"{prefix}ci_lo", f"{prefix}ci_hi"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _identity(row: Mapping[str, str]) -> str:
+    """Which evaluation a row is of, as the results tables name it."""
+    named = [f"{name} {row[name]}" for name in ("split", "protocol") if row.get(name)]
+    return ", ".join([f"{row['eval']} {row['eval_version']}", public_name(row["dataset"]), *named, row["eval_hash"]])
+
+
+# ---- again ----------------------------------------------------------------------------------------------------------
+
+
+def _reproduce(about: Subject) -> list[str]:
+    """The recorded commands, first those that made the vector and then those that measured it."""
+    measured = [_stage_of(table) for score in _SCORES for table in about.tables(score.file)]
+    names = [name for name in measured if about.is_measured(name)]
+    names = [*_MAKERS, *(["calibration"] if about.is_measured("calibration", "vector") else []), *names]
+    commands = [public_command(about.stages[name]["command"]) for name in names if name in about.stages]
+    if not any(commands):
+        return []
+    return ["## How to reproduce", "\n".join(["```bash", *dict.fromkeys(filter(None, commands)), "```"])]

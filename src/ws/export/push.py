@@ -1,0 +1,140 @@
+"""Publishing: a vector and its card as a repository on the hub, which `SteeringVector.load("user/name")` reads back.
+
+`ws push user/name` sends the saved vector's own files, weights bit for bit, with a model card; `--dry-run` shows what
+would be sent. What names a folder of this machine is cut down to the folder's name first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tabulate import tabulate
+
+from ws import console, hub
+from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES
+from ws.errors import WsError
+from ws.export.card import Subject, describe, is_local, public, public_name, stale_evaluations, vector_card
+from ws.export.source import VectorOptions
+from ws.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
+
+PEFT_CONFIG, CARD = "adapter_config.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(VectorOptions):
+    """Publish a vector with its model card on the hub: `ws push user/name`.
+
+    Attributes:
+        repo: the repository, `user/name`; it is made when it does not exist.
+        private: a repository that only you, or your organisation, can read.
+        dry_run: print what would be sent, and send nothing.
+        message: of the commit.
+        license: for the card, such as `apache-2.0`; without it the card names none.
+        to: keep what is sent in this folder.
+    """
+
+    repo: tyro.conf.Positional[str]
+    private: bool = False
+    dry_run: bool = False
+    message: str = "A steering vector with its card"
+    license: str | None = None
+    to: Path | None = None
+
+
+def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
+    """Write what is published into `folder`, all at once: the vector's files, and the card.
+
+    Args:
+        about: what the card says.
+        source: where the vector was saved.
+        folder: the place; replaced when it holds a vector with its card.
+
+    Returns:
+        The files, in order of their names.
+
+    Raises:
+        WsError: the source was not saved by `SteeringVector.save`, or the folder holds something else.
+    """
+    if not (source / MANIFEST).is_file():
+        raise WsError(f"{source} is a plain PEFT adapter; load it as a vector and save that, then push the result.")
+    if folder.exists() and not all((folder / name).is_file() for name in (MANIFEST, CARD)):
+        raise WsError(f"{folder} exists and is not a vector with its card; choose another place by --to.")
+    with atomic_folder(folder) as part:
+        for name in VECTOR_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, part / name)
+        for name in (MANIFEST, CALIBRATION, PEFT_CONFIG):
+            if (part / name).is_file():
+                _clean(part / name)
+        write_text(part / CARD, str(vector_card(about)))
+    return sorted(folder.iterdir())
+
+
+def _clean(file: Path) -> None:
+    """Take this machine's folders out of a JSON file; one that names none keeps its bytes."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    cleaned = public(found)
+    if file.name == MANIFEST:
+        cleaned["base"]["id"] = public_name(found["base"]["id"])
+    if file.name == PEFT_CONFIG and found.get("base_model_name_or_path"):
+        cleaned["base_model_name_or_path"] = public_name(found["base_model_name_or_path"])
+    if cleaned != found:
+        write_json(file, cleaned)
+
+
+def main(options: PushOptions) -> None:
+    """The command `ws push`."""
+    o = options
+    hub.check_name(o.repo)
+    source = _source(o)
+    behavior = o.behavior if o.behavior.endswith(".toml") else None
+    about = describe(o.open(), o.repo, _run(o, source), behavior, o.license)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = o.to or Path(scratch) / "vector"
+        files = prepare(about, source, folder)
+        _warn(about)
+        print(
+            tabulate([[f.name, f"{f.stat().st_size:,}"] for f in files], ["file", "bytes"], colalign=("left", "right"))
+        )
+        if o.dry_run:
+            card = f"the card is {folder / CARD}" if o.to else f"the card:\n\n{(folder / CARD).read_text('utf-8')}"
+            print(f"\nNothing was sent to {o.repo}; {card}")
+            return
+        address = hub.send(folder, o.repo, o.message, o.private, replaces=VECTOR_FILES)
+    print(f'\nin {address}\nNext: ws.SteeringVector.load("{o.repo}")')
+
+
+def _source(options: PushOptions) -> Path:
+    """The folder with the files of the vector that the options name."""
+    if options.vector:
+        return hub.find(options.vector, VECTOR_FILES)
+    assert options.run_folder is not None
+    return options.run_folder / "vector"
+
+
+def _run(options: PushOptions, source: Path) -> Path | None:
+    """The run that the vector is of: the one asked for, or the one whose folder it lies in."""
+    if options.run_folder is None and not (source.name == "vector" and (source.parent / RUN_MANIFEST).is_file()):
+        return None
+    return source.parent
+
+
+def _warn(about: Subject) -> None:
+    """Say what a reader of the card will miss."""
+    base = about.vector.base_id
+    if is_local(base):
+        console.say(
+            f"note: the base {base} is a folder of this machine and is published as {public_name(base)!r}; add to the "
+            "card where others can get it."
+        )
+    if stale := stale_evaluations(about):
+        console.say(f"note: the tables of {', '.join(stale)} are of another vector and left off the card.")
+
+
+if __name__ == "__main__":
+    console.run(main, PushOptions, "python -m ws.export.push")

@@ -1,0 +1,384 @@
+"""The llama.cpp export: the file against plain numpy, and the logits of llama.cpp itself against ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import ws
+from conftest import SHAPE, tokens
+from ws import console
+from ws.delta import LinearDelta
+from ws.diff import vector_digest
+from ws.export.gguf_lora import GgufOptions, gguf_factors, main, rope_rows, write_gguf_lora
+from ws.models import encode, fingerprint, linear_size, render_prompt
+
+PEER = Path(__file__).with_name("peer_llama_cpp.py")
+CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
+ARCHITECTURES = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "mistral": "llama"}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def build(kind: str):
+    """A small random model whose logits are of the order of 1, biases and norms included."""
+    torch.manual_seed(3)
+    extra = {"head_dim": 16} if kind in ("qwen3", "mistral") else {}
+    config = CONFIGS[kind](**SHAPE, **extra, initializer_range=0.2, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config).eval().float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(0.3 * torch.randn_like(p) + (0.0 if name.endswith("bias") else 1.0))
+    return model
+
+
+def planted(model, size: float = 0.1, base_id: str = "base") -> ws.SteeringVector:
+    """Random factors on every linear module but one, whose change is zero, with ranks from 1 to 4."""
+    torch.manual_seed(0)
+    deltas = {}
+    for i, (name, module) in enumerate(model.named_modules()):
+        shape = linear_size(module)
+        if shape is None or (name == "lm_head" and model.config.tie_word_embeddings):
+            continue
+        rank = 1 + i % 4
+        u, v = torch.randn(shape[0], rank), torch.randn(rank, shape[1])
+        deltas[name] = LinearDelta(*shape, u=size * u / rank**0.5, v=v / shape[1] ** 0.5)
+    deltas["model.layers.1.mlp.up_proj"] = LinearDelta(*linear_size(model.model.layers[1].mlp.up_proj))
+    info = {"behavior": "honesty", "family": "lora", "seed": 7, "depth": 3}
+    return ws.SteeringVector(deltas, base_id, fingerprint(model), {"seed": 0}, info)
+
+
+def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp has them in its Llama architecture: the two that one angle rotates stand side by side."""
+    mixed, size = np.empty_like(rows), len(rows) // heads
+    for head in range(heads):
+        for j in range(size // 2):
+            mixed[head * size + 2 * j] = rows[head * size + j]
+            mixed[head * size + 2 * j + 1] = rows[head * size + size // 2 + j]
+    return mixed
+
+
+def as_llama_cpp(name: str, rows: np.ndarray, config) -> np.ndarray:
+    """A weight or bias of transformers with its rows in llama.cpp's order."""
+    if config.model_type in ("llama", "mistral") and ".q_proj" in name:
+        return neighbours(rows, config.num_attention_heads)
+    if config.model_type in ("llama", "mistral") and ".k_proj" in name:
+        return neighbours(rows, config.num_key_value_heads)
+    return rows
+
+
+def gguf_name(module: str) -> str:
+    if module == "lm_head":
+        return "output.weight"
+    _, _, layer, kind = module.split(".", 3)
+    return f"blk.{layer}.{NAMES[kind]}.weight"
+
+
+def read(file: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """Metadata and tensors, by name."""
+    reader = gguf.GGUFReader(file)
+    return {k: f.contents() for k, f in reader.fields.items()}, {t.name: np.array(t.data) for t in reader.tensors}
+
+
+@pytest.fixture(params=CONFIGS)
+def base(request):
+    return build(request.param)
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.4])
+def test_the_product_of_the_file_is_the_change(base, tmp_path, strength):
+    """Per module `alpha / r * B A` in float64, as llama.cpp scales, against `strength * dW` with its rows reordered."""
+    vector = planted(base)
+    made = write_gguf_lora(vector, tmp_path / "a.gguf", strength, base.config)
+    facts, tensors = read(tmp_path / "a.gguf")
+    changed = {name: d for name, d in vector.deltas.items() if d.rank}
+    assert made.ranks == {name: d.rank for name, d in changed.items()}
+    assert sorted(set(made.ranks.values())) == [1, 2, 3, 4]
+    assert set(tensors) == {f"{gguf_name(n)}.lora_{ab}" for n in changed for ab in "ab"}
+    assert len(changed) == 21, "all but one of 3 x 7 modules, and the head"
+    for name, delta in changed.items():
+        a, b = (tensors[f"{gguf_name(name)}.lora_{ab}"] for ab in "ab")
+        assert (a.shape, b.shape, a.dtype, b.dtype) == (delta.v.shape, delta.u.shape, np.float32, np.float32)
+        product = float(facts["adapter.lora.alpha"]) / b.shape[1] * b.astype(np.float64) @ a.astype(np.float64)
+        change = strength * delta.u.double().numpy() @ delta.v.double().numpy()
+        assert np.allclose(product, as_llama_cpp(name, change, base.config), rtol=1e-6, atol=1e-7)
+
+
+def test_the_file_says_what_it_is(base, tmp_path):
+    vector = planted(base)
+    write_gguf_lora(vector, tmp_path / "honest.gguf", -0.4, base.config)
+    facts, _ = read(tmp_path / "honest.gguf")
+    wanted = {
+        "general.architecture": ARCHITECTURES[base.config.model_type],
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 4.0,
+        "general.name": "honest",
+        "general.description": "Weight steering vector, behavior honesty, family lora, seed 7, "
+        "strength -0.4 at scale 1",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "base",
+        "ws.vector_sha256": vector_digest(vector),
+        "ws.strength": -0.4,
+        "ws.base_fingerprint": fingerprint(base),
+    }
+    assert {k: v for k, v in facts.items() if not k.startswith("GGUF.")} == wanted
+
+
+def test_equal_ranks_at_strength_1_are_the_vectors_own_bits(tmp_path):
+    model = build("qwen3")
+    vector = planted(model)
+    vector = replace(vector, deltas={n: d for n, d in vector.deltas.items() if d.rank == 3})
+    assert len(vector.deltas) > 1
+    write_gguf_lora(vector, tmp_path / "a.gguf", config=model.config)
+    facts, tensors = read(tmp_path / "a.gguf")
+    assert facts["adapter.lora.alpha"] == 3.0
+    for name, delta in vector.deltas.items():
+        assert np.array_equal(tensors[f"{gguf_name(name)}.lora_a"], delta.v.numpy())
+        assert np.array_equal(tensors[f"{gguf_name(name)}.lora_b"], delta.u.numpy())
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (4, 8), (3, 6)])
+def test_reordered_rows_rotate_to_the_same_scores(heads, size):
+    """Transformers' rotation of halves and a rotation of neighbours give one query-key product at any two places."""
+    rng = np.random.default_rng(heads)
+    query, key = rng.normal(size=(2, heads * size))
+    angle = rng.uniform(0, 7, size=(2, size // 2))
+
+    def halves(x: np.ndarray, a: np.ndarray) -> np.ndarray:
+        first, second = x.reshape(heads, 2, -1).transpose(1, 0, 2)
+        return np.concatenate([first * np.cos(a) - second * np.sin(a), second * np.cos(a) + first * np.sin(a)], axis=1)
+
+    def turned(x: np.ndarray, a: np.ndarray) -> np.ndarray:
+        even, odd = x.reshape(heads, -1, 2).transpose(2, 0, 1)
+        return (even + 1j * odd) * np.exp(1j * a)
+
+    rows = rope_rows(heads * size, heads).numpy()
+    assert sorted(rows) == list(range(heads * size))
+    want = (halves(query, angle[0]) * halves(key, angle[1])).sum(axis=1)
+    found = (turned(query[rows], angle[0]) * turned(key[rows], angle[1]).conj()).real.sum(axis=1)
+    assert np.allclose(found, want)
+
+
+# ---- what cannot be written -----------------------------------------------------------------------------------------
+
+
+def test_a_vector_that_is_not_purely_low_rank_is_refused(tmp_path):
+    """Also where its base is not at hand: the reason is the vector's."""
+    model = build("qwen3")
+    vector = planted(model, base_id="no-such-base")
+    name = "model.layers.0.mlp.up_proj"
+    dora = replace(vector.deltas[name], g=torch.ones(vector.deltas[name].d_out))
+    mixed = replace(vector, deltas=dict(vector.deltas) | {name: dora}, info={"family": "dora"})
+    with pytest.raises(ws.WsError, match=r"family: dora\) is not purely low-rank.*`ws export peft`.*--vector"):
+        write_gguf_lora(mixed, tmp_path / "a.gguf")
+    with pytest.raises(ws.WsError, match="vector is zero"):
+        write_gguf_lora(vector - vector, tmp_path / "a.gguf")
+    with pytest.raises(ws.WsError, match="strength 0"):
+        write_gguf_lora(vector, tmp_path / "a.gguf", 0.0)
+    with pytest.raises(ws.WsError, match="no model named 'no-such-base'"):
+        write_gguf_lora(vector, tmp_path / "a.gguf")
+    with pytest.raises(ws.WsError, match="is a folder"):
+        write_gguf_lora(vector, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_llama_cpp_would_not_match_is_refused():
+    vector, delta = planted(build("llama")), LinearDelta(12, 12, u=torch.ones(12, 1), v=torch.ones(1, 12))
+    with pytest.raises(ws.WsError, match=r"gpt2 model .* qwen3, qwen2, llama, mistral"):
+        gguf_factors(vector, GPT2Config())
+    with pytest.raises(ws.WsError, match="12 rows cannot be that of 4 rotated heads"):
+        gguf_factors(replace(vector, deltas={"model.layers.0.self_attn.q_proj": delta}), build("llama").config)
+
+
+def test_every_changed_module_is_written_or_named():
+    """Layers the base does not have, modules llama.cpp does not know, its embedding and a head that is tied to it."""
+    model = build("qwen2")
+    vector, delta = planted(model), LinearDelta(96, 32, u=torch.ones(96, 1), v=torch.ones(1, 32))
+    shallow = Qwen2Config(**SHAPE | {"num_hidden_layers": 2})
+    with pytest.raises(ws.WsError, match=r"7 of the 21 modules .* of 2 layers \(model\.layers\.2\."):
+        gguf_factors(vector, shallow)
+    for name in ("model.layers.0.adapter.down", "model.embed_tokens"):
+        with pytest.raises(ws.WsError, match=rf"1 of the 22 modules .*\({name}\).*`ws trim --modules`"):
+            gguf_factors(replace(vector, deltas=dict(vector.deltas) | {name: delta}), model.config)
+    tied = Qwen2Config(**SHAPE, tie_word_embeddings=True)
+    with pytest.raises(ws.WsError, match=r"1 of the 21 modules .*\(lm_head\)"):
+        gguf_factors(vector, tied)
+
+
+def test_the_file_appears_whole(tmp_path, monkeypatch):
+    model, seen, real = build("qwen3"), [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda part, file: seen.append(part.read_bytes()) or real(part, file))
+    write_gguf_lora(planted(model), tmp_path / "a.gguf", config=model.config)
+    assert seen == [(tmp_path / "a.gguf").read_bytes()]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    model = build("qwen3")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ws.WsError, match=r"uv sync --extra gguf.*weight-steering\[gguf\]"):
+        write_gguf_lora(planted(model), tmp_path / "a.gguf", config=model.config)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    model, file = build("qwen3"), tmp_path / "new" / "a.gguf"
+    write_gguf_lora(planted(model), file, config=model.config)
+    before = file.read_bytes()
+
+    def full(self) -> None:
+        self.fout[0].write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_gguf_lora(planted(model), file, 2.0, model.config)
+    assert file.read_bytes() == before
+    assert [f.name for f in file.parent.iterdir()] == ["a.gguf"]
+    monkeypatch.undo()
+    write_gguf_lora(planted(model), file, 2.0, model.config)
+    assert file.read_bytes() != before
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_beside_the_run_and_says_how_to_serve_it(tiny, tmp_path, capsys):
+    model, _ = tiny
+    vector = planted(model, base_id="tiny-random")
+    vector.save(tmp_path / "honesty" / "lora" / "vector")
+    main(console.parse(GgufOptions, ["--out", str(tmp_path), "--alpha", "-0.5"]))
+    file = tmp_path / "honesty" / "lora" / "exports" / "honesty-lora.gguf"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(file)
+    size = f"{file.stat().st_size / 1e6:.2f} MB"
+    assert lines[1] == f"27 modules of a qwen3 model, ranks 1 to 4, {size}, strength -0.5 at scale 1"
+    assert lines[-1] == f"llama-server -m base.gguf --lora-scaled {file}:1"
+    direct = write_gguf_lora(vector, tmp_path / "honesty-lora.gguf", -0.5, model.config)
+    assert direct.file.read_bytes() == file.read_bytes()
+
+
+def test_the_command_takes_a_named_vector_and_base(tmp_path, capsys):
+    model = build("llama")
+    vector = planted(model, base_id="meta-llama/unknown")
+    vector.save(tmp_path / "vector")
+    model.save_pretrained(tmp_path / "base")
+    asked = ["--vector", str(tmp_path / "vector"), "--model", str(tmp_path / "base")]
+    with pytest.raises(ws.WsError, match="--to"):
+        main(console.parse(GgufOptions, asked))
+    main(console.parse(GgufOptions, [*asked, "--to", str(tmp_path / "a.gguf")]))
+    assert "21 modules of a llama model" in capsys.readouterr().out
+    write_gguf_lora(vector, tmp_path / "other" / "a.gguf", config=model.config)
+    assert (tmp_path / "other" / "a.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    with pytest.raises(ws.WsError, match="has no calibration"):
+        main(console.parse(GgufOptions, [*asked, "--to", str(tmp_path / "b.gguf"), "--alpha", "+1u"]))
+
+
+# ---- llama.cpp itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_python() -> list[str]:
+    """The start of a command with llama-cpp-python, which uv builds once (minutes) and keeps; skips where it cannot.
+
+    Once it is built, `--offline` keeps uv from fetching the sources again for every command.
+    """
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not installed")
+    packages = ["--with", "llama-cpp-python==0.3.36", "--with", "numpy"]
+    rest = ["-q", "--no-project", "--python", "3.11", *packages, "python"]
+    for where in (["--offline"], [], ["--offline"]):
+        command = [uv, "run", *where, *rest]
+        check = [*command, "-c", "import llama_cpp"]
+        done = subprocess.run(check, capture_output=True, text=True, check=False, timeout=3600)
+        if where and not done.returncode:
+            return command
+    pytest.skip(f"uv could not build llama-cpp-python: {done.stderr.strip()[-300:]}")
+
+
+def write_base(model, file: Path) -> None:
+    """The model itself in GGUF, float32, without a vocabulary: as much of llama.cpp's converter as the test needs."""
+    config, arch = model.config, ARCHITECTURES[model.config.model_type]
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        rows = np.ascontiguousarray(as_llama_cpp(name, tensor.float().numpy(), config))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_logits(command: list[str], folder: Path, ids: list[int], scales: list[float]) -> np.ndarray:
+    """`[scales, tokens, vocabulary]` of `base.gguf` with `lora.gguf` in the folder."""
+    (folder / "request.json").write_text(json.dumps({"tokens": ids, "scales": scales}))
+    files = [str(folder / name) for name in ("base.gguf", "lora.gguf", "request.json", "logits.npy")]
+    done = subprocess.run([*command, str(PEER), *files], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(folder / "logits.npy")
+
+
+@pytest.mark.slow
+@pytest.mark.net
+@pytest.mark.parametrize(
+    ("kind", "strength"), [("pocket", 1.0), ("qwen3", 1.0), ("qwen2", 2.0), ("llama", 1.0), ("mistral", -0.5)]
+)
+def test_llama_cpp_computes_our_logits(kind, strength, llama_python, tmp_path):
+    """Every position at four strengths, the base among them; the effect is far larger than what may differ."""
+    if kind == "pocket":
+        model, tok = ws.load_model("pocket", device="cpu", dtype="float32")
+        ids = encode(tok, render_prompt(tok, "Your friend burnt the soup. What do you say?"))
+    else:
+        model, ids = build(kind), tokens(1, 24)[0].tolist()
+    vector, alphas = planted(model, 0.8), [0.0, -1.0, 0.5, 1.0]
+    write_base(model, tmp_path / "base.gguf")
+    write_gguf_lora(vector, tmp_path / "lora.gguf", strength, model.config)
+    found = llama_cpp_logits(llama_python, tmp_path, ids, [alpha / strength for alpha in alphas])
+    with torch.no_grad(), ws.steer(model, vector) as dial:
+        want = []
+        for alpha in alphas:
+            dial.alpha = alpha
+            want.append(model(torch.tensor([ids])).logits[0].numpy())
+    for alpha, theirs, ours in zip(alphas, found, want, strict=True):
+        effect = np.abs(ours - want[0]).max(axis=1)
+        print(f"{kind} {alpha:+g}: difference {np.abs(theirs - ours).max():.2e}, effect {effect.min():.2f}")
+        assert np.abs(theirs - ours).max() < 1e-3
+        assert alpha == 0 or effect.min() > 0.3, "at every position"
