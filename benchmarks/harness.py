@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -36,11 +37,28 @@ class Ratio:
     seconds_b: float
 
 
-def compare(a: Callable[[], object], b: Callable[[], object], rounds: int = 5, warmup: int = 1) -> Ratio:
-    """Time `a` and `b` in alternation after `warmup` uncounted rounds; the ratio is time of B over time of A."""
+def compare(
+    a: Callable[[], object],
+    b: Callable[[], object],
+    rounds: int = 5,
+    warmup: int = 1,
+    around_b: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Ratio:
+    """Time `a` and `b` in alternation after `warmup` uncounted rounds; the ratio is time of B over time of A.
+
+    B runs inside the context `around_b`, which is entered and left with the clock stopped, after one uncounted call.
+    """
+
+    def one_round() -> tuple[float, float]:
+        first = _seconds(a)
+        with around_b():
+            if around_b is not nullcontext:
+                b()
+            return first, _seconds(b)
+
     for _ in range(warmup):
-        a(), b()
-    times = [(_seconds(a), _seconds(b)) for _ in range(rounds)]
+        one_round()
+    times = [one_round() for _ in range(rounds)]
     ratios = [tb / ta for ta, tb in times]
     medians = [statistics.median(t) for t in zip(*times, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios), rounds, *medians)
@@ -61,13 +79,13 @@ class Process:
     output: Any
 
 
-def fresh_process(arguments: Sequence[str], cwd: Path | None = None) -> Process:
-    """Run `python <arguments>` on its own and account for it; raises if it fails.
+def fresh_process(arguments: Sequence[str], cwd: Path | None = None, program: str = sys.executable) -> Process:
+    """Run `python <arguments>`, or another program, on its own and account for it; raises if it fails.
 
     Linux counts the caller's memory at the moment of the start as the child's, so call this while the caller is small.
     """
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([program, *arguments], cwd=cwd, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     text = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)

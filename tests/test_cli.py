@@ -114,7 +114,7 @@ def test_inspect_says_what_a_vector_is(tmp_path, monkeypatch, capsys):
 
     factors = LinearDelta(2, 2, u=torch.ones(2, 1), v=torch.ones(1, 2))
     vector = ws.SteeringVector({"model.layers.0.mlp.up_proj": factors}, "someone/else", "0123", {}, {"behavior": "wit"})
-    inspect(InspectConfig(vector.save(tmp_path / "v")))
+    inspect(InspectConfig(str(vector.save(tmp_path / "v"))))
     said = " ".join(capsys.readouterr().out.split())
     assert "base someone/else (0123) behavior wit modules 1" in said
     assert "largest rank 1 loads as a PEFT LoRA yes norm 2" in said

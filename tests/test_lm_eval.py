@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from dataclasses import replace
@@ -102,6 +103,9 @@ def test_the_harness_reads_the_log_likelihoods_of_the_steered_model(pocket, fold
         steered = asked()
         assert steered == pytest.approx(plain(model, tok), abs=1e-3)
     assert np.abs(steered - base).mean() > 0.1
+    merged = copy.deepcopy(model)
+    a_vector(model).merge_into(merged, 4.0)
+    assert steered == pytest.approx(plain(merged, tok), abs=1e-3)
     with ws.steer(model, a_vector(model), 0.0):
         assert np.array_equal(asked(), base)
     assert weights_hash(model) == before

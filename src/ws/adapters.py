@@ -19,14 +19,16 @@ import torch
 from jaxtyping import Float
 from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.oft.layer import OFTRotationModule
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_PLACES
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose
-from ws.models import bias_of, linear_size, target_modules, weight_of
+from ws.models import bias_of, is_packed, linear_size, target_modules, weight_of
 from ws.probe import probe_adapter
 
 PISSA_INIT_FILE = "pissa_init.safetensors"
@@ -83,6 +85,7 @@ class Family:
         learning_rate: default for real models.
         kinds: default module kinds, None for all linear modules of a layer.
         tensors: the saved tensors of one module, by the suffix PEFT gives them.
+        modules: the classes that PEFT's own layer can stand in for.
         needs_base: extraction reads the base weight.
         configure: the PEFT config for a spec and a list of module names.
         extract: the exact change of one module.
@@ -93,6 +96,7 @@ class Family:
     learning_rate: float
     kinds: tuple[str, ...] | None
     tensors: frozenset[str]
+    modules: tuple[type[nn.Module], ...]
     needs_base: bool
     configure: Callable[[AdapterSpec, list[str]], PeftConfig]
     extract: Callable[[PeftConfig, ModuleTensors], LinearDelta]
@@ -192,8 +196,12 @@ def _oft_delta(config: OFTConfig, m: ModuleTensors) -> LinearDelta:
 # ---- IA3: outputs of k and v, inputs of down_proj, times l --------------------------------------------------------
 
 
+# The last linear layer of a feed-forward block, in every causal language model of PEFT's table.
+_FEEDFORWARD = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h")
+
+
 def _ia3_config(spec: AdapterSpec, names: list[str]) -> IA3Config:
-    inputs = [n for n in names if n.endswith(("down_proj", "fc2", "c_proj", "dense_4h_to_h"))]
+    inputs = [n for n in names if _is_one_of(n, _FEEDFORWARD)]
     return IA3Config(target_modules=names, feedforward_modules=inputs, task_type="CAUSAL_LM")
 
 
@@ -219,6 +227,7 @@ _FAMILIES = (
         learning_rate=5e-3,
         kinds=("k_proj", "v_proj", "down_proj"),
         tensors=frozenset({"ia3_l"}),
+        modules=(nn.Linear, Conv1D),
         needs_base=True,
         configure=_ia3_config,
         extract=_ia3_delta,
@@ -229,6 +238,7 @@ _FAMILIES = (
         learning_rate=5e-4,
         kinds=None,
         tensors=frozenset({"oft_R.weight"}),
+        modules=(nn.Linear,),
         needs_base=False,
         configure=_oft_config,
         extract=_oft_delta,
@@ -239,6 +249,7 @@ _FAMILIES = (
         learning_rate=2e-4,
         kinds=None,
         tensors=_LORA_TENSORS | {"lora_magnitude_vector"},
+        modules=(nn.Linear, Conv1D),
         needs_base=True,
         configure=partial(_lora_config, use_dora=True),
         extract=_dora_delta,
@@ -249,6 +260,7 @@ _FAMILIES = (
         learning_rate=2e-4,
         kinds=None,
         tensors=_LORA_TENSORS,
+        modules=(nn.Linear, Conv1D),
         needs_base=False,
         configure=_lora_config,
         extract=_lora_delta,
@@ -259,6 +271,7 @@ _FAMILIES = (
         learning_rate=2e-4,
         kinds=None,
         tensors=_LORA_TENSORS,
+        modules=(nn.Linear, Conv1D),
         needs_base=False,
         configure=partial(_lora_config, init_lora_weights="pissa"),
         extract=_pissa_delta,
@@ -269,6 +282,7 @@ _FAMILIES = (
         learning_rate=1e-3,
         kinds=None,
         tensors=frozenset({"delora_A", "delora_B", "delora_lambda", "delora_w_norm"}),
+        modules=(nn.Linear,),
         needs_base=False,
         configure=_delora_config,
         extract=_delora_delta,
@@ -300,15 +314,43 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
     """The PEFT config for `spec` on `model`, naming every target module in full.
 
     Raises:
-        WsError: unknown family or kind, rank below 1, layers out of range, or an OFT block that does not fit.
+        WsError: unknown family or kind, rank below 1, layers out of range, an OFT block that does not fit, modules that
+            PEFT does not adapt, or a family without default modules for this architecture.
     """
     fam = family(spec.family)
+    if is_packed(model):
+        raise WsError("Adapters are trained on the plain weights; load the model without --dtype 4bit or 8bit.")
     if spec.rank < 1:
         raise WsError(f"--rank must be at least 1, not {spec.rank}.")
-    names = target_modules(model, spec.layers, spec.kinds or fam.kinds)
+    names = _places(model, spec, fam)
+    _check_classes(model, names, fam)
     if fam.name == "oft":
         _check_oft_block(model, names, spec.oft_block)
     return fam.configure(spec, names)
+
+
+def _places(model: PreTrainedModel, spec: AdapterSpec, fam: Family) -> list[str]:
+    """The modules asked for, else the family's own; where an architecture lacks those, the ones in PEFT's table."""
+    if spec.kinds or fam.kinds is None:
+        return target_modules(model, spec.layers, spec.kinds or None)
+    names, kind = target_modules(model, spec.layers), model.config.get_text_config().model_type
+    for wanted in (fam.kinds, IA3_PLACES.get(kind, ())):
+        if wanted and all(any(_is_one_of(n, (w,)) for n in names) for w in wanted):
+            return [n for n in names if _is_one_of(n, wanted)]
+    known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+    raise WsError(f"It is not known where {fam.name} goes in a {kind} model; choose with --kinds from: {known}.")
+
+
+def _is_one_of(name: str, suffixes: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _check_classes(model: PreTrainedModel, names: Sequence[str], fam: Family) -> None:
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, fam.modules):
+            others = ", ".join(f.name for f in _FAMILIES if isinstance(module, f.modules)) or "none"
+            raise WsError(f"PEFT has no {fam.name} for a {type(module).__name__} such as {name}; it has: {others}.")
 
 
 def _check_oft_block(model: PreTrainedModel, names: Sequence[str], block: int) -> None:

@@ -25,7 +25,17 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose
 from ws.hub import find
-from ws.models import as_matrix, fingerprint_of, layer_count, load_config, model_folder, module_kind, weight_size
+from ws.models import (
+    as_matrix,
+    fingerprint,
+    fingerprint_of,
+    layer_count,
+    load_config,
+    load_model,
+    model_folder,
+    module_kind,
+    weight_size,
+)
 
 INDEX = "model.safetensors.index.json"
 # What a checkpoint's folder may hold besides weights; weights in other formats stay where they are.
@@ -53,7 +63,7 @@ class Checkpoint:
         """A checkpoint by folder, bundled name or hub id.
 
         Raises:
-            WsError: not there, without safetensors, or lacking weights of its architecture.
+            WsError: not there, without safetensors, or no model of transformers.
         """
         folder = _folder_of(name)
         config = load_config(str(folder))
@@ -62,29 +72,36 @@ class Checkpoint:
         model.tie_weights()
         files = _files_of(folder)
         keys = _keys(model, files)
-        missing = [n for n, _ in model.named_parameters() if n not in keys]
-        if missing:
+        return cls(name, folder, {n: (files[key], key) for n, key in keys.items()}, model)
+
+    @property
+    def in_parts(self) -> list[str]:
+        """Parameters that the files lack, or keep in parts which transformers puts together (experts)."""
+        return [n for n, _ in self.model.named_parameters() if n not in self.places]
+
+    def require_whole(self) -> Checkpoint:
+        """Itself, if every parameter is one tensor of the files; otherwise a `WsError`."""
+        if missing := self.in_parts:
             raise WsError(
-                f"The checkpoint {name} lacks {len(missing)} weights of its architecture, or keeps them in parts "
+                f"The checkpoint {self.name} lacks {len(missing)} weights of its architecture, or keeps them in parts "
                 f"({', '.join(missing[:3])}, ...); it cannot be read tensor by tensor."
             )
-        return cls(name, folder, {n: (files[key], key) for n, key in keys.items()}, model)
+        return self
 
     def tensor(self, parameter: str) -> Tensor:
         """A parameter's value as it is stored; it is mapped from the file and freed with the tensor."""
+        if parameter not in self.places:
+            raise WsError(f"The checkpoint {self.name} does not hold {parameter} as one tensor.")
         file, key = self.places[parameter]
         with safe_open(file, framework="pt") as stored:
             return stored.get_tensor(key)
 
     def fingerprint(self) -> str:
         """That of the model which this checkpoint loads as; see `ws.models.fingerprint`."""
+        if self.in_parts:  # then only transformers knows how to put them together
+            return fingerprint(load_model(self.name, device="cpu")[0])
         parameters = self.model.named_parameters()
         return fingerprint_of((n, p.shape, partial(self.tensor, n)) for n, p in parameters)
-
-
-def checkpoint_fingerprint(name: str) -> str:
-    """The fingerprint of a checkpoint, which is never in memory as a whole."""
-    return Checkpoint.open(name).fingerprint()
 
 
 def _folder_of(name: str) -> Path:
@@ -134,7 +151,7 @@ class Difference:
     """What two full fine-tunes of one architecture differ in, `theta_pos - theta_neg`, one module at a time."""
 
     def __init__(self, pos: str, neg: str, kinds: Sequence[str] | None = None) -> None:
-        self.pos, self.neg = Checkpoint.open(pos), Checkpoint.open(neg)
+        self.pos, self.neg = (Checkpoint.open(name).require_whole() for name in (pos, neg))
         _require_same_shape(self.pos, self.neg)
         self.modules = _chosen(self.pos.model, kinds)
 

@@ -19,7 +19,7 @@ from math import lcm, sqrt
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ws.errors import WsError
 
@@ -141,6 +141,7 @@ class LinearDelta:
 
     def dense(self, weight: Float[Tensor, "{self.d_out} {self.d_in}"]) -> Float[Tensor, "{self.d_out} {self.d_in}"]:
         """`Delta(W)` as a matrix, float32 (float64 when `weight` is); `weight` is the base's, unchanged."""
+        self._require_plain(weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         me, w = self.to(weight.device, dtype), weight.detach().to(dtype)
         out = torch.zeros_like(w)
@@ -173,6 +174,8 @@ class LinearDelta:
             return total + float((left * right).sum())
         if weight is None and (self.depends_on_weight or other.depends_on_weight):
             raise WsError("The size of a change that multiplies W needs W: pass the base model.")
+        if weight is not None:
+            self._require_plain(weight)
         w = torch.zeros(self.d_out, self.d_in, dtype=torch.float64) if weight is None else weight.double()
         return total + float((self.dense(w) * other.dense(w)).sum())
 
@@ -255,7 +258,7 @@ class LinearDelta:
     def output_change(
         self, x: Float[Tensor, "*rows {self.d_in}"], wx: Float[Tensor, "*rows {self.d_out}"] | None
     ) -> Float[Tensor, "*rows {self.d_out}"] | None:
-        """`g * (W x) + U (V x) + E x + delta_b`, the part that is added to the output; None when there is none.
+        """`g * (W x) + E x + delta_b`, the part that is added to the output beside `U (V x)`; None when there is none.
 
         `wx` is `W x` without the bias and is needed only when `g` is present.
         """
@@ -263,13 +266,36 @@ class LinearDelta:
         if self.g is not None:
             assert wx is not None, "a change with row scales needs W x"
             parts.append(self.g * wx)
-        if self.u is not None and self.v is not None:
-            parts.append((x @ self.v.T) @ self.u.T)
         if self.e is not None:
             parts.append(x @ self.e.T)
         if self.bias is not None:
             parts.append(self.bias.expand(*x.shape[:-1], self.d_out))
         return sum(parts[1:], parts[0]) if parts else None
+
+    def add_product(
+        self,
+        y: Float[Tensor, "*rows {self.d_out}"],
+        x: Float[Tensor, "*rows {self.d_in}"],
+        alpha: float | int | Tensor = 1.0,
+    ) -> Float[Tensor, "*rows {self.d_out}"]:
+        """`y + alpha U (V x)`, with the last product and the sum in one pass over `y`.
+
+        `alpha` may be a tensor that broadcasts over `x`.
+        """
+        if self.u is None or self.v is None:
+            return y
+        low = nn.functional.linear(x, self.v)
+        if isinstance(alpha, Tensor):
+            low, alpha = alpha * low, 1.0
+        rows, u = low.reshape(-1, self.rank).to(y.dtype), self.u.to(y.dtype)
+        return torch.addmm(y.reshape(-1, self.d_out), rows, u.T, alpha=alpha).view_as(y)
+
+    def _require_plain(self, weight: Tensor) -> None:
+        if tuple(weight.shape) != (self.d_out, self.d_in) or not weight.is_floating_point():
+            raise WsError(
+                f"The change of a {self._shape} layer needs its plain weight, not {str(weight.dtype)[6:]} of "
+                f"{tuple(weight.shape)}; load the model unquantised."
+            )
 
     @property
     def _shape(self) -> str:

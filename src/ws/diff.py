@@ -348,7 +348,7 @@ class SteeringVector:
     def matched(self, model: nn.Module) -> list[tuple[str, LinearDelta, nn.Module]]:
         """Each change with the module it belongs to; `WsError` if the base differs or a module has no partner.
 
-        The weights of a quantised model cannot be compared with the base's, so there its name has to agree.
+        The weights of a quantised or float16 model cannot be compared with the base's, so there its name has to agree.
         """
         self._require_base(model)
         modules = dict(model.named_modules())
@@ -368,10 +368,13 @@ class SteeringVector:
     def _require_base(self, model: nn.Module) -> None:
         if self.base_fingerprint is None:
             return
-        if is_packed(model):
+        if is_packed(model) or any(p.dtype == torch.float16 for p in model.parameters()):
             name = model_id(cast(PreTrainedModel, model))
             if name != self.base_id:
-                raise WsError(f"The vector was made for {self.base_id} and this quantised model is {name}.")
+                raise WsError(
+                    f"The vector was made for {self.base_id} and this model, whose weights are quantised or float16 "
+                    f"and cannot be compared, is {name}."
+                )
         elif (mark := fingerprint(model)) != self.base_fingerprint:
             raise WsError(
                 f"The vector was made for {self.base_id} ({self.base_fingerprint}) and this model's weights differ "
@@ -385,12 +388,13 @@ class SteeringVector:
             WsError: a weight is shared by modules that the vector does not change alike, packed, or without the bias
                 that is changed.
         """
+        matched = self.matched(model)  # first of all: reading offloaded weights makes new parameters of them
         owners: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append(name)
         found = []
-        for name, delta, module in self.matched(model):
+        for name, delta, module in matched:
             sharing = owners[id(module.weight)]
             if any(self.deltas.get(other) is not delta for other in sharing):
                 raise WsError(

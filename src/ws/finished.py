@@ -49,6 +49,7 @@ class RunOptions:
         behavior, adapter, seed: which run below `out`.
         out: where runs and results are.
         device, dtype: see `ws.load_model`.
+        load_in_8bit, load_in_4bit: pack the model's weights (bitsandbytes); the same as `--dtype 8bit` and `4bit`.
     """
 
     model: str | None = None
@@ -58,6 +59,16 @@ class RunOptions:
     out: Path = DEFAULT_OUT
     device: str = "auto"
     dtype: str = "auto"
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+
+    @property
+    def precision(self) -> str:
+        """How the model's weights are stored: `dtype`, unless they are packed."""
+        packed = [name for name, wanted in (("8bit", self.load_in_8bit), ("4bit", self.load_in_4bit)) if wanted]
+        if packed and (len(packed) > 1 or self.dtype not in ("auto", packed[0])):
+            raise WsError("Give one of --dtype, --load-in-8bit and --load-in-4bit.")
+        return packed[0] if packed else self.dtype
 
     @property
     def key(self) -> dict[str, Any]:
@@ -66,7 +77,7 @@ class RunOptions:
 
     def open(self) -> FinishedRun:
         """The run, loaded; see `open_run`."""
-        return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.dtype)
+        return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.precision)
 
 
 def open_run(

@@ -10,11 +10,12 @@ import hashlib
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,15 @@ from accelerate.utils import align_module_device
 from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +42,7 @@ from ws.errors import WsError, choose, did_you_mean
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED = ("pocket", "tiny-random")
+PACKED = ("8bit", "4bit")
 SAMPLES_PER_TENSOR = 32
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
@@ -40,30 +50,61 @@ _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 # ---- loading --------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Tokenizer]:
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: Path | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
         name: a Hugging Face id, a local folder, `pocket` or `tiny-random`.
-        device: `auto` (CUDA, else MPS, else CPU) or a torch device.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: `auto` (CUDA, else MPS, else CPU), a torch device, or `map` to spread a model that fits on no device
+            over all of them, then over CPU memory and disk (accelerate's `device_map="auto"`).
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; `8bit` or `4bit` pack the weights of
+            linear layers (bitsandbytes, the extra `quantized`).
+        offload: with `map`, the folder for what fits nowhere else.
+        max_memory: with `map`, the room on every device, such as `{0: "20GiB", "cpu": "60GiB"}`; None for all there is.
 
     Raises:
         WsError: the name is unknown, the hub cannot be reached, or the files are not a safetensors checkpoint.
     """
-    place, kind = _resolve_device(device), _resolve_dtype(dtype)
+    options = _placement(device, dtype, offload, max_memory)
     if name == "tiny-random":
+        if "device_map" in options:
+            raise WsError("tiny-random has no files to spread or to pack; use `--model pocket`.")
         model, tok = tiny_random(), load_tokenizer("pocket")
-        model = model if kind == "auto" else model.to(kind)
+        model = model if options["dtype"] == "auto" else model.to(options["dtype"])
     else:
         tok = load_tokenizer(name)
         model, info = _from_pretrained(
-            name, AutoModelForCausalLM, dtype=kind, use_safetensors=True, output_loading_info=True
+            name, AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True
         )
         _refuse_missing_weights(name, info["missing_keys"])
     if name in BUNDLED:
         model.config._name_or_path = model.name_or_path = name
-    return model.to(place).eval(), tok
+    return (model if "device_map" in options else model.to(_resolve_device(device))).eval(), tok
+
+
+def _placement(
+    device: str, dtype: str, offload: Path | None, max_memory: Mapping[int | str, int | str] | None
+) -> dict[str, Any]:
+    """What `from_pretrained` is told about where the weights go and how they are stored."""
+    choose("dtype", dtype, ["auto", "float32", "bfloat16", "float16", *PACKED])
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" or dtype in PACKED else getattr(torch, dtype)}
+    if device == "map":
+        options |= {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory and dict(max_memory)}
+    else:
+        place = _resolve_device(device)
+        options |= {"device_map": {"": place}} if dtype in PACKED else {}
+    if dtype not in PACKED:
+        return options
+    if find_spec("bitsandbytes") is None:
+        raise WsError("Packed weights need bitsandbytes; install it with `uv sync --extra quantized`.")
+    packing = BitsAndBytesConfig(load_in_4bit=dtype == "4bit", load_in_8bit=dtype == "8bit")
+    return options | {"dtype": "auto", "quantization_config": packing}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -181,11 +222,6 @@ def _resolve_device(device: str) -> torch.device:
             f"The device {device!r} is not available here; use cpu, or cuda/mps where there is one."
         ) from problem
     return place
-
-
-def _resolve_dtype(dtype: str) -> torch.dtype | str:
-    choose("dtype", dtype, ["auto", "float32", "bfloat16", "float16"])
-    return "auto" if dtype == "auto" else getattr(torch, dtype)
 
 
 # ---- the chat template ----------------------------------------------------------------------------------------
@@ -443,7 +479,10 @@ def target_modules(
     inside = {n: m for n, m in model.named_modules() if linear_size(m) and layer_of(n) is not None}
     known = {name.rsplit(".", 1)[-1] for name in inside}
     for kind in kinds or ():
-        choose("linear module kind", kind, known)
+        if kind not in known:
+            hint = did_you_mean(kind, known)
+            rest = f" The model has: {', '.join(sorted(known))}." if hint.startswith(" Did") else ""
+            raise WsError(f"There is no linear module kind named {kind!r}.{hint}{rest}")
     names = [n for n in inside if layer_of(n) in chosen and (kinds is None or n.rsplit(".", 1)[-1] in kinds)]
     if not names:
         raise WsError(f"No linear module of this model lies in layers {layers}.")

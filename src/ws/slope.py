@@ -65,6 +65,7 @@ from ws.eval.dilemmas import Dilemma
 from ws.eval.tinymfv_airisk import Vignette
 from ws.models import encode, layer_of, linear_size, render_prompt, weight_of
 from ws.runs import read_csv, write_csv
+from ws.steer import uncompiled
 
 START_BATCH = 32
 # Bytes of float32 gradients that are held at once; a vector that needs more is done in several passes.
@@ -233,7 +234,8 @@ def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Tap]]
     try:
         for name in names:
             taps[name] = _Tap(modules[name])
-        yield taps
+        with uncompiled():
+            yield taps
     finally:
         for tap in taps.values():
             tap.handle.remove()

@@ -8,7 +8,8 @@ and for the embeddings and norms that full fine-tunes change too, `y = E[ids] + 
 `y = (w + alpha dw) n(x) + b + alpha delta_b`.
 
 One forward hook per module computes this. No weight is touched, so nothing is rounded into the model's dtype, the base
-comes back bit for bit, and alpha may change at any time or differ per row of the batch.
+comes back bit for bit, and alpha may change at any time or differ per row of the batch. What torch.compile made of a
+model does not see such hooks, so while a model is steered compiled code does not run (see `uncompiled`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,7 +74,12 @@ class Dial:
         """The strength in a shape that broadcasts over activations `x [rows, ..., features]`."""
         if not isinstance(self._alpha, Tensor):
             return self._alpha
-        if len(self._alpha) != x.shape[0] or x.ndim < 2:
+        if x.ndim < 3:
+            raise WsError(
+                "alpha has one entry per row, but a layer sees the tokens of all rows as one list (as OPT's fc1 and a "
+                "mixture's shared experts do); give one number, or leave such layers out with `vector.select`."
+            )
+        if len(self._alpha) != x.shape[0]:
             raise WsError(
                 f"alpha has {len(self._alpha)} entries but the layer sees {x.shape[0]} rows; give one per row "
                 "(repeat_interleave them for beams or several return sequences)."
@@ -106,12 +113,12 @@ class _SteeredModule:
     def __init__(self, name: str, module: nn.Module) -> None:
         self.changes: list[tuple[LinearDelta, Dial]] = []
         self._working: dict[tuple[int, torch.device, torch.dtype], LinearDelta] = {}
-        self._shift = _linear_shift
+        self._steered = _steered_linear
         if module_kind(module) == "embedding":
-            self._shift = partial(_embedding_shift, _embedding_scale(name, module))
+            self._steered = partial(_steered_embedding, _embedding_scale(name, module))
         elif module_kind(module) == "scale":
             _require_scale(name, module)
-            self._shift = _scale_shift
+            self._steered = _steered_scale
         self.handle: RemovableHandle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -119,8 +126,7 @@ class _SteeredModule:
         x = args[0].to(output.device)
         like = x if x.is_floating_point() else output
         active = [(dial.over(like), self._in_place_of(d, like)) for d, dial in self.changes if not dial.is_off]
-        shift = self._shift(module, x, output, active) if active else None
-        return output if shift is None else output + shift.to(output.dtype)
+        return self._steered(module, x, output, active) if active else output
 
     def _in_place_of(self, delta: LinearDelta, like: Tensor) -> LinearDelta:
         """The change with its factors beside the activations, copied there once."""
@@ -133,7 +139,7 @@ class _SteeredModule:
 Active = Sequence[tuple[float | Tensor, LinearDelta]]
 
 
-def _linear_shift(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor | None:
+def _steered_linear(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
     """The equation at the head of this module."""
     bias = bias_of(module) if any(change.depends_on_weight for _, change in active) else None
     shift: Tensor | None = None
@@ -146,18 +152,21 @@ def _linear_shift(module: nn.Module, x: Tensor, output: Tensor, active: Active) 
         # A second product, rather than W (x + z), keeps a small z from being rounded away next to x in bfloat16.
         wz = module.forward(z)
         shift = _accumulate(shift, 1.0, wz if bias is None else wz - bias.to(wz.device))
-    return shift
+    steered = _plus(output, shift)
+    for alpha, change in active:
+        steered = change.add_product(steered, x, alpha)
+    return steered
 
 
-def _embedding_shift(scale: float, module: nn.Module, ids: Tensor, output: Tensor, active: Active) -> Tensor | None:
+def _steered_embedding(scale: float, module: nn.Module, ids: Tensor, output: Tensor, active: Active) -> Tensor:
     """`alpha scale dE[ids]`."""
     shift: Tensor | None = None
     for alpha, change in active:
         shift = _accumulate(shift, alpha * scale, change.rows(ids))
-    return shift
+    return _plus(output, shift)
 
 
-def _scale_shift(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor | None:
+def _steered_scale(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
     """`alpha (dw n(x) + db)` of a norm `w n(x) + b`, whose `n(x)` is read off the module itself."""
     shift: Tensor | None = None
     one = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
@@ -165,7 +174,7 @@ def _scale_shift(module: nn.Module, x: Tensor, output: Tensor, active: Active) -
     for alpha, change in active:
         shift = _accumulate(shift, alpha, None if change.e is None else change.e[:, 0] * normalised)
         shift = _accumulate(shift, alpha, None if change.bias is None else change.bias.expand_as(output))
-    return shift
+    return _plus(output, shift)
 
 
 def _with_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -203,10 +212,51 @@ def _embedding_scale(name: str, module: nn.Module) -> float:
     return scale
 
 
+def _plus(output: Tensor, shift: Tensor | None) -> Tensor:
+    return output if shift is None else output + shift.to(output.dtype)
+
+
 def _accumulate(total: Tensor | None, alpha: float | Tensor, part: Tensor | None) -> Tensor | None:
     if part is None:
         return total
     return alpha * part if total is None else total + alpha * part
+
+
+class _Uncompiled:
+    """How many `uncompiled` blocks are open in the process, and the stance of the compiler that holds in them."""
+
+    def __init__(self) -> None:
+        self.lock, self.count, self.stance = Lock(), 0, ExitStack()
+
+    def open(self) -> None:
+        with self.lock:
+            if self.count == 0:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.count += 1
+
+    def close(self) -> None:
+        with self.lock:
+            self.count -= 1
+            if self.count == 0:
+                self.stance.close()
+
+
+_UNCOMPILED = _Uncompiled()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, everything under torch.compile runs as it is written, in the whole process.
+
+    Compiled code is not told of hooks that come or go after it was made (`skip_nnmodule_hook_guards` of torch's
+    compiler): without this, a model compiled before would be left unsteered, and one compiled inside steered for ever.
+    Compiled code that is there already is kept, and used again outside.
+    """
+    _UNCOMPILED.open()
+    try:
+        yield
+    finally:
+        _UNCOMPILED.close()
 
 
 _STEERED: WeakKeyDictionary[nn.Module, _SteeredModule] = WeakKeyDictionary()
@@ -259,7 +309,7 @@ def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Itera
         WsError: another base, a module without partner, a zero vector, or an alpha that is not finite.
     """
     dial = Dial(alpha, vector.strength)
-    with _attached(model, vector, dial):
+    with uncompiled(), _attached(model, vector, dial):
         yield dial
 
 
@@ -275,7 +325,7 @@ def steer_many(
             choose("vector", name, vectors)
     start = {n: alphas.get(n, 1.0) if isinstance(alphas, Mapping) else alphas for n in vectors}
     dials = {n: Dial(a, vectors[n].strength) for n, a in start.items()}
-    with ExitStack() as stack:
+    with uncompiled(), ExitStack() as stack:
         for name, vector in vectors.items():
             stack.enter_context(_attached(model, vector, dials[name]))
         yield DialBoard(dials)

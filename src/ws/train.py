@@ -3,26 +3,34 @@
 Both arms of a contrast start from the same base and, seeded before the adapter is created, from the same
 initialisation. The loss is on the response only; the prompt's tokens are an exact prefix of the example's by
 construction. The loop is transformers' Trainer.
+
+Started by `accelerate launch` or `torchrun`, several processes share the examples of every step (data parallelism, the
+whole model on each of them) and take the same steps as one process would.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -47,6 +55,7 @@ from ws.runs import (
 
 TRAIN_FILE = "ws_train.json"
 SIGNS = ("pos", "neg")
+T = TypeVar("T")
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 
 
@@ -59,8 +68,8 @@ class TrainConfig:
         lr: peak learning rate, linear decay to zero after the warm-up.
         weight_decay: of AdamW.
         warmup: steps, never more than a tenth of all steps.
-        batch: examples per optimiser step.
-        micro_batch: examples per forward pass; must divide `batch`.
+        batch: examples per optimiser step, all processes together.
+        micro_batch: examples per forward pass of a process; times the number of processes it must divide `batch`.
         epochs: passes over the training examples.
         max_steps: optimiser steps, overrides `epochs`.
         max_length: examples with more tokens are left out, never cut.
@@ -104,6 +113,21 @@ class TrainConfig:
             raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
         choose("--keep", self.keep, ("best", "last"))
 
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of each process per optimiser step: `batch / (micro_batch * processes)`.
+
+        Raises:
+            WsError: that is not a whole number; the message names the largest `micro_batch` for which it is.
+        """
+        if self.batch % (self.micro_batch * processes) == 0:
+            return self.batch // (self.micro_batch * processes)
+        share, rest = divmod(self.batch, processes)
+        what = f"--batch {self.batch} is not a multiple of {processes} processes x --micro-batch {self.micro_batch}"
+        if rest:
+            raise WsError(f"{what}; use a number of processes that divides {self.batch}, or another --batch.")
+        fits = max(m for m in range(1, min(self.micro_batch, share) + 1) if share % m == 0)
+        raise WsError(f"{what}; use --micro-batch {fits}.")
+
 
 # Chosen on the pocket model's dev claims: every family is monotone in alpha over [-2, 2] with these.
 _POCKET = TrainConfig(
@@ -135,7 +159,8 @@ def train_adapter(
     """Train one arm and save it as a PEFT adapter in `folder`.
 
     Checkpoints are kept in a hidden folder beside it, so an interrupted call continues. The model is handed back
-    exactly as it came: no adapter layers, the same weights, the same flags.
+    exactly as it came: no adapter layers, the same weights, the same flags. On several processes, each of which calls
+    this with the same arguments and a model on its own device, only the main one writes.
 
     Args:
         model: the base.
@@ -148,7 +173,7 @@ def train_adapter(
         seed: of the initialisation, the order of examples and the validation split; use one seed for both arms.
 
     Returns:
-        Facts about the training: losses, steps, examples, seconds.
+        Facts about the training: losses, steps, examples, processes.
 
     Raises:
         WsError: unusable settings or pairs, a loss that is NaN, or losses that did not fall.
@@ -156,6 +181,8 @@ def train_adapter(
     folder, config = Path(folder), config or TrainConfig()
     choose("sign", sign, SIGNS)
     config.check()
+    config.accumulation(console.processes())
+    join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
     examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length)
     train, validation = split_examples(examples, config.validation, seed)
@@ -164,14 +191,67 @@ def train_adapter(
     try:
         with _isolated_rng(), _adapted(model, config.spec(adapter), seed) as (peft_model, initial):
             facts = _fit(peft_model, tok, train, validation, work, config, seed)
-            _save(peft_model, initial, folder, base | _stamp(adapter, sign, seed, config, pairs, facts))
+            stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
+            on_main(lambda: _save(peft_model, initial, folder, stamp))
     except WsError:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    _remove(work)
     if fingerprint(model) != base["base_fingerprint"]:
         raise WsError("Training left the base model changed; this is a bug, please report it.")
     return facts
+
+
+def _remove(work: Path) -> None:
+    if console.is_main():
+        shutil.rmtree(work, ignore_errors=True)
+
+
+# ---- several processes --------------------------------------------------------------------------------------------
+
+
+def join(device: str) -> None:
+    """Meet the other processes that a launcher has started, each on a GPU of its own, or all on the CPU.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`; which GPU is the launcher's choice.
+
+    Raises:
+        WsError: another device, or a way of sharing a model that does not keep it whole on each process.
+    """
+    if console.processes() == 1:
+        return
+    if device not in ("auto", "cpu", "cuda"):
+        raise WsError(f"--device {device} cannot be used on several processes; leave it out, and each takes its own.")
+    if any(os.environ.get(f"ACCELERATE_USE_{way}", "") == "true" for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM")):
+        raise WsError(
+            "Training on several processes keeps the model whole on each; launch it without FSDP or DeepSpeed."
+        )
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if state.num_processes != console.processes():
+        raise WsError(f"The launcher announced {console.processes()} processes, but {state.num_processes} met.")
+
+
+def leave() -> None:
+    """Take leave of the other processes; only after success, since a failed one may no longer answer."""
+    if console.processes() > 1:
+        PartialState().destroy_process_group()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on the main process, on all of them; so is a `WsError` that it raises."""
+    if console.processes() == 1:
+        return action()
+    told: list[Any] = [None]
+    if console.is_main():
+        try:
+            told = [action()]
+        except WsError as problem:
+            told = [problem]
+    (result,) = broadcast_object_list(told)
+    if isinstance(result, WsError):
+        raise result
+    return result
 
 
 # ---- examples -----------------------------------------------------------------------------------------------------
@@ -211,6 +291,35 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
         return list(examples), []
     out = set(random.Random(seed).sample(questions, held))
     return [e for e in examples if e.question not in out], [e for e in examples if e.question in out]
+
+
+class _Features(Dataset):
+    """The examples' features by index; past the last one comes an example without a response, to fill up batches."""
+
+    def __init__(self, examples: Sequence[Example], pad_id: int) -> None:
+        self.rows = [e.features() for e in examples]
+        self.filler = {"input_ids": [pad_id], "labels": [-100]}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index] if index < len(self.rows) else self.filler
+
+
+class _Filled(Sampler[int]):
+    """An order of `count` examples, then the index `count` until the length is a multiple of `multiple`."""
+
+    def __init__(self, count: int, multiple: int, order: Callable[[], Iterable[int]]) -> None:
+        self.count, self.order = count, order
+        self.fillers = -count % multiple
+
+    def __len__(self) -> int:
+        return self.count + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order()
+        yield from [self.count] * self.fillers
 
 
 class _Collator:
@@ -275,7 +384,8 @@ def _copy_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Ten
 def _isolated_rng() -> Iterator[None]:
     """Python's, NumPy's and torch's global random states are put back, whatever training did with them."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    several = console.processes() > 1 and torch.cuda.is_available()
+    with torch.random.fork_rng([torch.cuda.current_device()] if several else None):
         try:
             yield
         finally:
@@ -284,6 +394,47 @@ def _isolated_rng() -> Iterator[None]:
 
 
 # ---- the fit ------------------------------------------------------------------------------------------------------
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer with the same steps on any number of processes.
+
+    Micro-batches are dealt out in turn, so a step takes the same examples as on one process; accelerate would fill up
+    the last ones with examples from the beginning, here they are filled with examples without a response. The sum of
+    losses over all processes is divided by all their response tokens (`average_tokens_across_devices`).
+    """
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        return _Filled(len(self.train_dataset), self.args.train_batch_size * self.args.world_size, self._epoch_order)
+
+    def _epoch_order(self) -> Iterable[int]:
+        """The order of one process, which depends on the seed and the epoch only."""
+        order = SeedableRandomSampler(self.train_dataset, data_seed=self.args.data_seed)
+        order.set_epoch(int(self.state.epoch))
+        return order
+
+    def _get_eval_sampler(self, eval_dataset: _Features) -> Sampler[int] | None:
+        if self.args.world_size == 1:
+            return super()._get_eval_sampler(eval_dataset)
+        count = len(eval_dataset)
+        return _Filled(count, self.args.eval_batch_size * self.args.world_size, lambda: range(count))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's; but a validation batch is averaged over its own tokens, whatever the other processes hold."""
+        tokens = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, tokens)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next and says that the checkpoint is whole
 
 
 def _fit(
@@ -298,20 +449,26 @@ def _fit(
     steps = config.max_steps or math.ceil(math.ceil(len(train) / config.batch) * config.epochs)
     arguments = _arguments(config, steps, work, seed, bool(validation), peft_model.device.type == "cpu")
     arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
-    trainer = Trainer(
+    learned = [n for n, p in peft_model.named_parameters() if p.requires_grad]
+    arguments.ddp_find_unused_parameters = any(".experts." in n for n in learned)  # others take part in every batch
+    trainer = _Trainer(
         model=peft_model,
         args=arguments,
-        train_dataset=[e.features() for e in train],
-        eval_dataset=[e.features() for e in validation] or None,
+        train_dataset=_Features(train, tok.pad_token_id),
+        eval_dataset=_Features(validation, tok.pad_token_id) if validation else None,
         data_collator=_Collator(tok.pad_token_id),
         callbacks=[_StopOnNaN(), _Progress()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
+        raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
+    trainer.train(resume_from_checkpoint=on_main(lambda: _last_whole_checkpoint(work)))
+    trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,
         "examples": len(train),
+        "processes": arguments.world_size,
         "train_losses": [round(v, 5) for v in losses["loss"]],
         "validation_losses": [round(v, 5) for v in losses["eval_loss"]],
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
@@ -334,7 +491,7 @@ def _arguments(
         warmup_steps=min(config.warmup, steps // 10),
         per_device_train_batch_size=config.micro_batch,
         per_device_eval_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.batch // config.micro_batch,
+        gradient_accumulation_steps=config.accumulation(console.processes()),
         logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -374,7 +531,8 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Opens the bar, at the resumed step if there is one."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the bar."""
@@ -408,13 +566,16 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint whose files are all there; one that a kill left half-written is deleted."""
+    """The newest checkpoint whose files are all there; one that a kill left half-written is deleted.
+
+    The number of processes may differ from that of the interrupted training.
+    """
     found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for folder in found:
-        needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+        needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
         try:
             json.loads((folder / "trainer_state.json").read_text())
-            if all((folder / name).is_file() for name in needed):
+            if all(any(folder.glob(name)) for name in needed):
                 return str(folder)
         except (OSError, json.JSONDecodeError):
             pass
@@ -457,17 +618,19 @@ def train_stage(
     """Train one arm of a run unless it is finished; returns whether there was anything to do."""
     settings = asdict(config) | {"adapter": adapter, "seed": seed, "model": model_id(model)}
     settings |= {"dtype": str(model.dtype)[6:], "fingerprint": fingerprint(model)}
-    stage = run.stage(sign, settings, {"pairs": sha256_file(pairs)})
+    stage = on_main(lambda: run.stage(sign, settings, {"pairs": sha256_file(pairs)}))
     if stage is None:
         return False
     folder = run.folder / sign
     try:
         facts = train_adapter(model, tok, read_pairs(pairs), sign, adapter, folder, config, seed)
     except WsError:  # nothing of it is left, so better settings need no --fresh
-        run.drop(sign)
+        if console.is_main():
+            run.drop(sign)
         raise
-    names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
-    stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
+    if console.is_main():
+        names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
+        stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
     return True
 
 
@@ -487,6 +650,8 @@ class TrainCommand:
         train: settings.
     """
 
+    several_processes: ClassVar[bool] = True
+
     model: str = DEFAULT_MODEL
     behavior: str = "honesty"
     adapter: str = "lora"
@@ -505,7 +670,8 @@ class TrainCommand:
 
 
 def main(command: TrainCommand) -> None:
-    """The command `ws train`."""
+    """The command `ws train`, on one process or, started by a launcher, on several."""
+    join(command.device)
     behavior = load_behavior(command.behavior, command.model)
     family(command.adapter)
     for sign in command.signs:
@@ -513,11 +679,13 @@ def main(command: TrainCommand) -> None:
     pairs = data_folder(command.out, command.model, behavior.name) / PAIRS_FILE
     read_pairs(pairs)
     model, tok = load_model(command.model, command.device, command.dtype)
-    run = Run(run_folder(command.out, behavior.name, command.adapter, command.seed), command.fresh)
+    run = on_main(lambda: Run(run_folder(command.out, behavior.name, command.adapter, command.seed), command.fresh))
     for sign in command.signs:
         made = train_stage(model, tok, pairs, sign, run, command.adapter, command.train, command.seed)
-        print(f"{run.folder / sign}: {'trained' if made else 'already there'}")
+        if console.is_main():
+            print(f"{run.folder / sign}: {'trained' if made else 'already there'}")
 
 
 if __name__ == "__main__":
     console.run(main, TrainCommand, "python -m ws.train")
+    leave()

@@ -38,7 +38,7 @@ from ws.errors import WsError, choose
 from ws.eval.choice import LOW_MASS, left_pad, score_choices
 from ws.models import encode, fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt
 from ws.runs import atomic_folder, library_versions, sha256_file, sha256_json
-from ws.steer import Alpha, Dial
+from ws.steer import Alpha, Dial, uncompiled
 
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS = "activation.json", "activation.safetensors"
@@ -325,7 +325,7 @@ def _signed_sum(
         return hook
 
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    with ExitStack() as stack:
+    with uncompiled(), ExitStack() as stack:
         for layer, block in enumerate(blocks):
             stack.callback(block.register_forward_hook(keep(layer)).remove)
         model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False)
@@ -427,7 +427,7 @@ def activation_steer(
     choose("position", position, POSITIONS)
     dial, blocks, steps = Dial(alpha), vector.matched(model), vector.steps(layers)
     ends = _Ends() if position == "last" else None
-    with ExitStack() as stack:
+    with uncompiled(), ExitStack() as stack:
         if ends is not None:
             stack.enter_context(ends.followed(model))
         for layer, step in steps.items():

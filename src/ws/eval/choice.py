@@ -155,8 +155,9 @@ def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[
 def takes_masks(model: PreTrainedModel) -> bool:
     """Attention over everything before a token, in an implementation that takes a mask per query and key."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    plain = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["full_attention"])
+    whole = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    plain = whole and not getattr(config, "alibi", False)  # ALiBi counts its distances from a mask per token
     known = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
     return plain and known and config._attn_implementation in ("sdpa", "eager")
 

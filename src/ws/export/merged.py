@@ -199,8 +199,8 @@ def main(options: MergedOptions) -> None:
     worst = max(merge.by_module, key=merge.by_module.__getitem__)
     print(f"{len(merge.by_module)} modules written at alpha {alpha:+g}, in {len(merge.patched)} files;", end=" ")
     print(f"{len(merge.linked)} untouched files are the base's own.")
-    print(f"The cast to {'/'.join(merge.dtypes)} destroyed {merge.lost:.2%} of alpha dW (worst: {worst}, ", end="")
-    print(f"{merge.by_module[worst]:.2%}).")
+    print(f"The cast to {'/'.join(merge.dtypes)} destroyed {merge.lost:.2g} of alpha dW (worst: {worst}, ", end="")
+    print(f"{merge.by_module[worst]:.2g}).")
     print(f"in {folder}")
 
 

@@ -1,0 +1,150 @@
+"""Steering a live model of Qwen3-0.6B's exact shape in bfloat16 (random weights): what it costs, and how exact it is.
+
+`uv run python -m benchmarks.serving` measures
+
+- a forward pass under rank-64 factors in half of the layers and in all, for a prompt and for one decoded token;
+- changing the strength, against clone, add and restore of the touched weights (`benchmarks.reference`);
+- the error of the steered logits against float64 arithmetic with `W + alpha dW`, ours and with dW added to the weights
+  in place, for changes of 1e-2 and 1e-3 of the weights. Both run with the activations in bfloat16, where the rounding
+  of activations hides that of the weights, and in float32, where only what became of dW is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import ws
+from benchmarks import harness, reference
+from benchmarks.vector import QWEN3_06B
+from ws.models import target_modules, weight_of
+
+RANK, PROMPT = 64, 512
+PLACES = {"half_of_the_layers": "0.25:0.75", "all_layers": "all"}
+
+
+def random_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(QWEN3_06B).to(torch.bfloat16).eval()
+
+
+def random_vector(model: PreTrainedModel, layers: str, size: float = 0.01) -> ws.SteeringVector:
+    """Rank-64 factors whose product has `size` times the Frobenius norm of every matrix it is added to."""
+    rng, deltas = torch.Generator().manual_seed(1), {}
+    for name in target_modules(model, layers):
+        weight = weight_of(model.get_submodule(name)).float()
+        u, v = (torch.randn(s, generator=rng) for s in ((weight.shape[0], RANK), (RANK, weight.shape[1])))
+        deltas[name] = ws.LinearDelta(*weight.shape, u=u * (size * weight.norm() / (u @ v).norm()), v=v)
+    return ws.SteeringVector(deltas, "random", None)
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def forward_costs(model: PreTrainedModel, vector: ws.SteeringVector, rounds: int) -> dict[str, harness.Ratio]:
+    """The time of a steered forward pass over a bare one: a prompt, and one more token behind it."""
+    ids = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(2))
+    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def prompt() -> None:
+        model(ids)
+
+    def token() -> None:
+        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        cache.crop(-1)
+
+    def steered() -> AbstractContextManager[object]:
+        return ws.steer(model, vector)
+
+    actions = {"prompt": prompt, "token": token}
+    return {name: harness.compare(action, action, rounds, around_b=steered) for name, action in actions.items()}
+
+
+def switching(model: PreTrainedModel, vector: ws.SteeringVector, rounds: int) -> harness.Ratio:
+    """Two changes of the strength: by the dial, and by clone, add and restore of the touched weights."""
+    dense = {name: change.to(torch.bfloat16) for name, change in vector.dense(model)}
+
+    def usual() -> None:
+        for alpha in (0.5, -0.5):
+            with reference.dense_steering(model, dense, alpha):
+                pass
+
+    with ws.steer(model, vector) as dial:
+
+        def ours() -> None:
+            for alpha in (0.5, -0.5):
+                dial.alpha = alpha
+
+        return harness.compare(ours, usual, rounds)
+
+
+# ---- how exact it is ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """A copy of the model, with the same values, whose activations are of another dtype."""
+    yield model if dtype == torch.bfloat16 else copy.deepcopy(model).to(dtype)
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).logits[0].double()
+
+
+def exact(model: PreTrainedModel, vector: ws.SteeringVector, ids: Tensor) -> Tensor:
+    """The logits of `W + dW` in float64 throughout."""
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name, delta in vector.deltas.items():
+            assert delta.u is not None
+            assert delta.v is not None
+            double.get_submodule(name).weight += delta.u.double() @ delta.v.double()
+    return logits(double, ids)
+
+
+def errors(model: PreTrainedModel, size: float) -> dict[str, float]:
+    """Relative errors of the logits, for a change of `size` times the weights in half of the layers."""
+    vector = random_vector(model, PLACES["half_of_the_layers"], size)
+    ids = torch.randint(0, 1000, (1, 16), generator=torch.Generator().manual_seed(3))
+    wanted = exact(model, vector, ids)
+    dense = {name: change.to(torch.bfloat16) for name, change in vector.dense(model)}
+    found = {"effect": float((wanted - exact(model, vector * 0, ids)).norm() / wanted.norm())}
+    for dtype in (torch.bfloat16, torch.float32):
+        with computing_in(model, dtype) as computed, ws.steer(computed, vector):
+            ours = logits(computed, ids)
+        with reference.dense_steering(model, dense, 1.0), computing_in(model, dtype) as computed:
+            usual = logits(computed, ids)
+        key = f"activations_{str(dtype)[6:]}"
+        gone = {n: float((g - wanted).norm() / wanted.norm()) for n, g in (("ours", ours), ("in_place", usual))}
+        found |= {f"{key}_{n}": e for n, e in gone.items()} | {f"{key}_ratio": gone["ours"] / gone["in_place"]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    model = random_model()
+    results: dict[str, object] = {"shape": f"1 x {PROMPT} tokens, rank {RANK}"}
+    for name, layers in PLACES.items():
+        vector = random_vector(model, layers)
+        for what, ratio in forward_costs(model, vector, options.rounds).items():
+            results[f"steered_over_bare_{what}_{name}"] = ratio
+        if layers != "all":
+            results["clone_add_restore_over_dial"] = switching(model, vector, options.rounds)
+    results |= {f"logits_at_{size:g}": errors(model, size) for size in (1e-2, 1e-3)}
+    sys.argv = [sys.argv[0]]
+    harness.record("serving", results)
+
+
+if __name__ == "__main__":
+    main()
