@@ -8,6 +8,10 @@ smoke:
 demo *args:
     uv run ws demo {{args}}
 
+# the pages in a browser (needs Debian's package chromium)
+test-browser *args:
+    uv run pytest -n 0 -m browser {{args}}
+
 # exports in other people's programs: llama.cpp (built once: 7 minutes, needs cmake and g++) and mergekit
 test-consumers *args:
     uv run pytest tests/test_export_gguf.py tests/test_mergekit.py -n 0 -m slow {{args}}
@@ -66,6 +70,10 @@ trim *args:
 # the slope at alpha 0, from gradients: `just slope adapter=delora behavior=honesty`
 slope *args:
     uv run python -m ws.slope {{args}}
+
+# everything a behaviour's runs have shown, as one page: `just report behavior=honesty`
+report *args:
+    uv run ws report {{args}}
 
 # a vector in other formats: `just export merged adapter=delora alpha=0.5`, `just export peft`, `just export gguf-lora`
 export format *args:

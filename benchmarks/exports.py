@@ -33,7 +33,7 @@ from benchmarks import vector as adapters
 from ws.checkpoints import Checkpoint
 from ws.export.merged import export_merged
 
-MERGEKIT = ["uv", "run", "--no-project", "--python", "3.11", "--with=mergekit==0.1.4", "--with=transformers==4.55.4"]
+MERGEKIT = ("mergekit==0.1.4", "transformers==4.55.4")  # it does not work with transformers 5
 ALPHA = 1.0
 
 
@@ -76,14 +76,12 @@ def difference(folder: Path) -> None:
 PARTS = {"prepare": prepare, "only_imports": only_imports, "merge": merge, "difference": difference}
 
 
-def program_of_mergekit() -> list[str]:
-    """The program inside its environment, so that uv is not in the time."""
-    found = subprocess.run(
-        [*MERGEKIT, "python", "-c", "import shutil; print(shutil.which('mergekit-yaml'))"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    script = Path(found.stdout.split()[-1])
-    return [script.read_text().splitlines()[0].removeprefix("#!"), str(script)]
+def mergekit(folder: Path) -> list[str]:
+    """The program, in an environment of its own: its interpreter and its script."""
+    subprocess.run(["uv", "venv", "--quiet", "--python", "3.11", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *MERGEKIT], check=True)
+    return [python, str(folder / "bin" / "mergekit-yaml")]
 
 
 def lost(folder: Path, made: str) -> float:
@@ -121,7 +119,7 @@ def main() -> None:
         folder = Path(name)
         part = ["-m", "benchmarks.exports", "--folder", name, "--part"]
         harness.fresh_process([*part, "prepare"])
-        python, script = program_of_mergekit()
+        python, script = mergekit(folder / "environment")
         theirs = [script, str(folder / "task.yaml"), str(folder / "theirs"), "--no-copy-tokenizer"]
         rounds = []
         for _ in range(options.rounds):

@@ -140,6 +140,11 @@ def main() -> None:
         for what, ratio in forward_costs(model, vector, options.rounds).items():
             results[f"steered_over_bare_{what}_{name}"] = ratio
         if layers != "all":
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            alone = forward_costs(model, vector, options.rounds)["prompt"]
+            torch.set_num_threads(threads)
+            results[f"steered_over_bare_prompt_{name}_one_thread"] = alone
             results["clone_add_restore_over_dial"] = switching(model, vector, options.rounds)
     results |= {f"logits_at_{size:g}": errors(model, size) for size in (1e-2, 1e-3)}
     sys.argv = [sys.argv[0]]

@@ -92,6 +92,21 @@ def test_generation_under_per_row_alpha_equals_one_at_a_time(setting):
             assert torch.equal(model.generate(ids[:1], **options)[0], together[row])
 
 
+def test_what_another_hook_has_kept_is_left_as_it_was(setting):
+    model, v = setting
+    kept = []
+    module = model.model.layers[1].mlp.up_proj
+    handle = module.register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    plain = logits(model)
+    with ws.steer(model, v["lora"]):
+        steered = logits(model)
+    handle.remove()
+    assert all(torch.equal(output, copied) for output, copied in kept)
+    with ws.steer(model, v["lora"]):
+        assert (logits(model) - steered).abs().max() < 1e-5
+    assert (steered - plain).abs().max() > 0.01
+
+
 def test_steering_does_not_disturb_gradients(setting):
     model, v = setting
     alpha = torch.tensor([0.3, 0.3, 0.3], requires_grad=True)

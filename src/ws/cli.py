@@ -35,6 +35,7 @@ COMMANDS = {
         "TableConfig",
         "the results table of a behaviour's runs, or a check of a page against it",
     ),
+    "report": ("ws.report", "main", "ReportOptions", "what a behaviour's runs have shown, as one HTML page"),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
     "calibrate": ("ws.calibrate", "main", "CalibrateOptions", "find the strengths that cost a given divergence"),

@@ -19,7 +19,7 @@ from math import lcm, sqrt
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ws.errors import WsError
 
@@ -271,24 +271,6 @@ class LinearDelta:
         if self.bias is not None:
             parts.append(self.bias.expand(*x.shape[:-1], self.d_out))
         return sum(parts[1:], parts[0]) if parts else None
-
-    def add_product(
-        self,
-        y: Float[Tensor, "*rows {self.d_out}"],
-        x: Float[Tensor, "*rows {self.d_in}"],
-        alpha: float | int | Tensor = 1.0,
-    ) -> Float[Tensor, "*rows {self.d_out}"]:
-        """`y + alpha U (V x)`, with the last product and the sum in one pass over `y`.
-
-        `alpha` may be a tensor that broadcasts over `x`.
-        """
-        if self.u is None or self.v is None:
-            return y
-        low = nn.functional.linear(x, self.v)
-        if isinstance(alpha, Tensor):
-            low, alpha = alpha * low, 1.0
-        rows, u = low.reshape(-1, self.rank).to(y.dtype), self.u.to(y.dtype)
-        return torch.addmm(y.reshape(-1, self.d_out), rows, u.T, alpha=alpha).view_as(y)
 
     def _require_plain(self, weight: Tensor) -> None:
         if tuple(weight.shape) != (self.d_out, self.d_in) or not weight.is_floating_point():

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.adapters import family, peft_config
-from ws.behaviors import Behavior, load_behavior
+from ws.behaviors import Behavior, behavior_name, load_behavior
 from ws.controls import exchange_half, same_side
 from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, read_pairs, sample_answers
 from ws.diff import SteeringVector
@@ -32,6 +32,7 @@ from ws.eval.context import EvalContext, EvalOptions
 from ws.eval.stats import N_BOOTSTRAP, Estimate
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
 from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt
+from ws.report import write_report
 from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, write_json, write_text
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
@@ -369,6 +370,7 @@ def main(config: ReplicateConfig) -> None:
     print(render(reading, config.n_bootstrap))
     print(f"\nEverything is in {reading.folder}: pos/ neg/ vector/ manifest.json sycophancy_*.csv samples.json")
     if config.control == "none":
+        print(f"Report: {write_report(config.out, behavior_name(config.behavior))}")
         print(f"Next: read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter")
 
 

@@ -23,6 +23,7 @@ from ws.eval import airisk, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
 from ws.models import DEFAULT_MODEL
 from ws.replicate import CONTROLS, ReplicateConfig, replicate, verdict
+from ws.report import write_report
 from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_text
 from ws.sweep_tables import EVALS, POOLED, SUMMARY, render, write_summary
 from ws.train import TrainConfig, train_preset
@@ -176,6 +177,7 @@ def main(config: SweepConfig) -> None:
         folder = config.out / behavior_name(config.behavior)
         print(render(read_csv(folder / POOLED), config.n_bootstrap))
         print(f"\nTables: {folder}/{{{SUMMARY},{POOLED}}}")
+        print(f"Report: {write_report(config.out, behavior_name(config.behavior))}")
     failed = [c for c in cells if c.problem]
     if failed:
         listing = "; ".join(f"{c.adapter} seed {c.seed} ({c.problem}; {c.folder / LOG})" for c in failed)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Lock
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,6 +104,26 @@ class DialBoard(Mapping[str, Dial]):
         return len(self._dials)
 
 
+class _Working(NamedTuple):
+    """A change beside the activations, laid out for the forward pass.
+
+    `v [r, d_in]` and `u_t [r, d_out]` are the factors of a linear layer's change, `rest` everything else of it.
+    """
+
+    rest: LinearDelta | None
+    v: Tensor | None
+    u_t: Tensor | None
+
+    @classmethod
+    def of(cls, delta: LinearDelta, like: Tensor) -> _Working:
+        """The change on the device and in the dtype of `like`."""
+        moved = delta.to(like.device, like.dtype)
+        if moved.kind != "linear" or moved.u is None:
+            return cls(moved, None, None)
+        rest = {name: t for name, t in moved.coordinates().items() if name not in ("u", "v")}
+        return cls(moved.holding(rest) if rest else None, moved.v, moved.u.T.contiguous())
+
+
 class _SteeredModule:
     """All changes that are active on one module, summed by one forward hook.
 
@@ -112,7 +133,7 @@ class _SteeredModule:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.changes: list[tuple[LinearDelta, Dial]] = []
-        self._working: dict[tuple[int, torch.device, torch.dtype], LinearDelta] = {}
+        self._working: dict[tuple[int, torch.device, torch.dtype], _Working] = {}
         self._steered = _steered_linear
         if module_kind(module) == "embedding":
             self._steered = partial(_steered_embedding, _embedding_scale(name, module))
@@ -128,19 +149,39 @@ class _SteeredModule:
         active = [(dial.over(like), self._in_place_of(d, like)) for d, dial in self.changes if not dial.is_off]
         return self._steered(module, x, output, active) if active else output
 
-    def _in_place_of(self, delta: LinearDelta, like: Tensor) -> LinearDelta:
-        """The change with its factors beside the activations, copied there once."""
+    def _in_place_of(self, delta: LinearDelta, like: Tensor) -> _Working:
+        """The change beside the activations, copied there once."""
         key = (id(delta), like.device, like.dtype)
-        if key not in self._working:
-            self._working[key] = delta.to(like.device, like.dtype)
-        return self._working[key]
+        found = self._working.get(key)
+        if found is None:
+            found = self._working[key] = _Working.of(delta, like)
+        return found
 
 
-Active = Sequence[tuple[float | Tensor, LinearDelta]]
+Active = Sequence[tuple[float | Tensor, _Working]]
+Others = Sequence[tuple[float | Tensor, LinearDelta]]
 
 
 def _steered_linear(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
     """The equation at the head of this module."""
+    others = [(alpha, change.rest) for alpha, change in active if change.rest is not None]
+    steered = _plus(output, _shift(module, x, output, others)) if others else output
+    for alpha, (_, v, u_t) in active:
+        if v is not None and u_t is not None:
+            steered = _add_product(steered, x, alpha, v, u_t, _is_ours_alone(module, steered))
+    return steered
+
+
+def _is_ours_alone(module: nn.Module, y: Tensor) -> bool:
+    """True when nothing else can hold a linear layer's fresh output: no other hook has seen it, no gradient needs it.
+
+    Then it may be added to in place, which saves a pass over it.
+    """
+    return not torch.is_grad_enabled() and len(module._forward_hooks) == 1 and y.is_contiguous()
+
+
+def _shift(module: nn.Module, x: Tensor, output: Tensor, active: Others) -> Tensor | None:
+    """What changes other than low-rank ones add to the output."""
     bias = bias_of(module) if any(change.depends_on_weight for _, change in active) else None
     shift: Tensor | None = None
     z: Tensor | None = None
@@ -152,17 +193,29 @@ def _steered_linear(module: nn.Module, x: Tensor, output: Tensor, active: Active
         # A second product, rather than W (x + z), keeps a small z from being rounded away next to x in bfloat16.
         wz = module.forward(z)
         shift = _accumulate(shift, 1.0, wz if bias is None else wz - bias.to(wz.device))
-    steered = _plus(output, shift)
-    for alpha, change in active:
-        steered = change.add_product(steered, x, alpha)
-    return steered
+    return shift
+
+
+def _add_product(y: Tensor, x: Tensor, alpha: float | Tensor, v: Tensor, u_t: Tensor, in_place: bool) -> Tensor:
+    """`y + alpha U (V x)`, with the second product and the sum in one pass over `y`."""
+    low = nn.functional.linear(x, v)
+    if isinstance(alpha, Tensor):
+        low, alpha = alpha * low, 1.0
+    if y.dtype != low.dtype:  # under autocast
+        low, u_t = low.to(y.dtype), u_t.to(y.dtype)
+    low = low.reshape(-1, low.shape[-1])
+    if in_place:
+        y.view(-1, y.shape[-1]).addmm_(low, u_t, alpha=alpha)
+        return y
+    return torch.addmm(y.reshape(-1, y.shape[-1]), low, u_t, alpha=alpha).view_as(y)
 
 
 def _steered_embedding(scale: float, module: nn.Module, ids: Tensor, output: Tensor, active: Active) -> Tensor:
     """`alpha scale dE[ids]`."""
     shift: Tensor | None = None
     for alpha, change in active:
-        shift = _accumulate(shift, alpha * scale, change.rows(ids))
+        assert change.rest is not None
+        shift = _accumulate(shift, alpha * scale, change.rest.rows(ids))
     return _plus(output, shift)
 
 
@@ -171,7 +224,8 @@ def _steered_scale(module: nn.Module, x: Tensor, output: Tensor, active: Active)
     shift: Tensor | None = None
     one = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
     normalised = _with_weight(module, x, one) - _with_weight(module, x, 0 * one)
-    for alpha, change in active:
+    for alpha, (change, _, _) in active:
+        assert change is not None
         shift = _accumulate(shift, alpha, None if change.e is None else change.e[:, 0] * normalised)
         shift = _accumulate(shift, alpha, None if change.bias is None else change.bias.expand_as(output))
     return _plus(output, shift)

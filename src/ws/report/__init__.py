@@ -1,0 +1,53 @@
+"""`ws report`: what the runs of a behaviour have shown, as one page that needs nothing else.
+
+The page is one HTML file with its pictures in it, and it asks the network for nothing. It shows what is on disk: a
+table that was made with another vector than the one beside it, and whatever is missing, leaves a note with the command
+that would make it. Nothing is measured here, and the numbers behind every figure are printed below it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ws.behaviors import behavior_name
+from ws.report.data import read_contents
+from ws.report.page import render
+from ws.runs import DEFAULT_OUT, write_text
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write the report of a behaviour's runs: one HTML file, to look at, print or send.
+
+    Attributes:
+        behavior: whose runs.
+        out: where runs are.
+        to: the file to write; None for `report.html` in `out/<behavior>/`.
+    """
+
+    behavior: str = "honesty"
+    out: Path = DEFAULT_OUT
+    to: Path | None = None
+
+
+def write_report(out: Path, behavior: str, to: Path | None = None) -> Path:
+    """Write the report of the runs in `out/<behavior>/`, and return the file.
+
+    Args:
+        out: where runs are.
+        behavior: a behaviour's name or its TOML file.
+        to: the file to write; None for `out/<behavior>/report.html`.
+
+    Raises:
+        WsError: no run of the behaviour has a vector.
+    """
+    name = behavior_name(behavior)
+    return write_text(to or out / name / PAGE, render(read_contents(out, name)))
+
+
+def main(options: ReportOptions) -> None:
+    """The command `ws report`."""
+    print(write_report(options.out, options.behavior, options.to))

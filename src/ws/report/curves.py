@@ -1,0 +1,251 @@
+"""Scores against strength: every run by itself, and the seeds of an adapter pooled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import logit
+
+from ws.eval.choice import LOW_MASS
+from ws.eval.groups import expanded_level
+from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
+from ws.eval.tinymfv_airisk import CLIP
+from ws.report.data import Contents, Result, Row
+from ws.report.scores import ACTS, SCORES, Score
+
+Items = Mapping[float, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True when the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score at one strength.
+
+    Attributes:
+        alpha: the strength; 0 is the base.
+        level, shift: the score, and its paired difference from the base's.
+        p, p_holm: of the shift; corrected over all strengths and adapters of the score that a page shows.
+        mass: the mean answer mass, over seeds the lowest.
+        low: items whose answer mass is under 0.9.
+        n: items.
+    """
+
+    alpha: float
+    level: Interval
+    shift: Interval
+    p: float
+    mass: float
+    low: int
+    n: int
+    p_holm: float | None = None
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the model was answering the question at all."""
+        return self.mass >= LOW_MASS
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A score of an adapter against strength.
+
+    Attributes:
+        score, adapter: which.
+        seeds: the points of every run that was evaluated, by seed.
+        pooled: over all of them, at the strengths they share; with one seed that seed's. Empty when they were asked
+            different items.
+        source: where the pooled points come from, as words for a caption.
+        items: the score of every item by strength, by seed.
+    """
+
+    score: Score
+    adapter: str
+    seeds: Mapping[int, tuple[Point, ...]]
+    pooled: tuple[Point, ...]
+    source: str
+    items: Mapping[int, Items]
+
+    def at(self, alpha: float) -> Point | None:
+        """The pooled point at a strength."""
+        return next((p for p in self.pooled if p.alpha == alpha), None)
+
+    def nearest(self, wanted: float) -> Point | None:
+        """The pooled point of the same sign whose strength is nearest to a wanted one; of equals the weaker."""
+        same = [p for p in self.pooled if p.alpha * wanted > 0]
+        return min(same, key=lambda p: (abs(p.alpha - wanted), abs(p.alpha))) if same else None
+
+
+def curves_of(contents: Contents) -> dict[tuple[str, str], Curve]:
+    """The curves of all scores and adapters that were evaluated, by `(score, adapter)`."""
+    found: dict[tuple[str, str], Curve] = {}
+    for score in SCORES:
+        here = [c for adapter in contents.adapters if (c := _curve(score, adapter, contents)) is not None]
+        found |= {(score.key, c.adapter): c for c in _with_holm(here)}
+    return found
+
+
+def _curve(score: Score, adapter: str, contents: Contents) -> Curve | None:
+    runs = [r for r in contents.of(adapter) if (score.stage, "summary") in r.tables]
+    seeds = {r.seed: points for r in runs if (points := _points(score, r))}
+    if not seeds:
+        return None
+    runs = [r for r in runs if r.seed in seeds]
+    items = {r.seed: _items(score, r) for r in runs}
+    if len(runs) == 1:
+        (pooled,) = seeds.values()
+        return Curve(score, adapter, seeds, pooled, "one seed; its interval knows nothing about others", items)
+    if len({item_hash(score, r) for r in runs}) > 1:
+        return Curve(score, adapter, seeds, (), "seeds were asked different items and are not pooled", items)
+    alphas = sorted(set.intersection(*({p.alpha for p in points} for points in seeds.values())))
+    known = _from_sweep(score, adapter, contents.pooled, seeds)
+    pooled = tuple(known[a] if a in known else _pool(a, seeds, items) for a in alphas)
+    whole = all(a in known for a in alphas)
+    source = "from sweep_pooled.csv" if whole else f"pooled here, {N_BOOTSTRAP} resamples of seeds and items"
+    return Curve(score, adapter, seeds, pooled, source, items)
+
+
+def item_hash(score: Score, run: Result) -> str:
+    """Identifies the items and the protocol that a run was asked."""
+    return run.tables[score.stage, "summary"][0]["eval_hash"]
+
+
+def _points(score: Score, run: Result) -> tuple[Point, ...]:
+    rows = [r for r in run.tables[score.stage, "summary"] if r.get("claims_are_true") == score.claims]
+    points = {float(r["alpha"]): _point(score, r) for r in rows}
+    return tuple(points[alpha] for alpha in sorted(points))
+
+
+def _point(score: Score, row: Row) -> Point:
+    level = Interval(*(float(row[c]) for c in (score.level, f"{score.level_ci}ci_lo", f"{score.level_ci}ci_hi")))
+    shift = Interval(*(float(row[c]) for c in (score.shift, f"{score.shift}_ci_lo", f"{score.shift}_ci_hi")))
+    numbers = float(row[f"{score.shift}_p"]), float(row[score.mass]), int(row[score.low]), int(row[score.n])
+    return Point(float(row["alpha"]), level, shift, *numbers)
+
+
+def _items(score: Score, run: Result) -> Items:
+    found: dict[float, dict[str, float]] = {}
+    for r in run.tables.get((score.stage, "items"), ()):
+        if r.get("claim_is_true") == score.claims:
+            found.setdefault(float(r["alpha"]), {})[r[score.item]] = float(r[score.value])
+    return found
+
+
+def _from_sweep(
+    score: Score, adapter: str, rows: Sequence[Row], seeds: Mapping[int, Sequence[Point]]
+) -> dict[float, Point]:
+    """What `sweep_pooled.csv` says, as far as it is of these very seeds: its shift is the mean of theirs."""
+    found: dict[float, Point] = {}
+    for row in rows:
+        if score.pooled is None or row["adapter"] != adapter or not row.get(f"{score.pooled}_level"):
+            continue
+        alpha = float(row["alpha"])
+        here = [p for points in seeds.values() for p in points if p.alpha == alpha]
+        level, shift = (_named(row, f"{score.pooled}_{part}") for part in ("level", score.shift))
+        same = int(row["n_seeds"]) == len(seeds) == len(here) and math.isclose(
+            shift.mean, float(np.mean([p.shift.mean for p in here])), rel_tol=1e-9, abs_tol=1e-9
+        )
+        if same:
+            found[alpha] = _pooled_point(here, level, shift, float(row[f"{score.pooled}_{score.shift}_p"]))
+    return found
+
+
+def _named(row: Row, name: str) -> Interval:
+    return Interval(*(float(row[c]) for c in (name, f"{name}_ci_lo", f"{name}_ci_hi")))
+
+
+def _pooled_point(here: Sequence[Point], level: Interval, shift: Interval, p: float) -> Point:
+    mass, low = min(x.mass for x in here), sum(x.low for x in here)
+    return Point(here[0].alpha, level, shift, p, mass, low, here[0].n)
+
+
+def _pool(alpha: float, seeds: Mapping[int, Sequence[Point]], items: Mapping[int, Items]) -> Point:
+    """Level and paired shift over seeds and items, by the bootstrap of `ws.eval.stats`."""
+    ids = list(next(iter(items.values()))[0.0])
+    base, values = (np.array([[of[a][i] for i in ids] for of in items.values()]) for a in (0.0, alpha))
+    level, shift = estimate_over_seeds(values), estimate_over_seeds(values - base)
+    here = [p for points in seeds.values() for p in points if p.alpha == alpha]
+    return _pooled_point(here, _interval(level), _interval(shift), shift.p)
+
+
+def _interval(e: Estimate) -> Interval:
+    return Interval(e.mean, e.ci_lo, e.ci_hi)
+
+
+def _with_holm(curves: Sequence[Curve]) -> list[Curve]:
+    """Corrected over every steered pooled point of one score."""
+    steered = [p for c in curves for p in c.pooled if p.alpha]
+    corrected = iter(holm(np.array([p.p for p in steered])) if steered else ())
+    found = []
+    for c in curves:
+        pooled = tuple(replace(p, p_holm=float(next(corrected))) if p.alpha else p for p in c.pooled)
+        found.append(replace(c, pooled=pooled))
+    return found
+
+
+# ---- foundations ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """The shift of logit(wrongness) of one moral foundation at one strength, in nats, others' acts."""
+
+    name: str
+    alpha: float
+    n: int
+    shift: Interval
+
+
+def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> dict[str, list[Foundation]]:
+    """Per adapter: the shifts at the strengths nearest to -1 and +1, over seeds and vignettes.
+
+    `logit(w) = log(w / (1 - w))` with w clipped to [0.01, 0.99], as in `ws.eval.tinymfv_airisk`; the intervals of so
+    few vignettes are expanded (`ws.eval.groups.expanded_level`).
+    """
+    found: dict[str, list[Foundation]] = {}
+    for adapter in contents.adapters:
+        curve = curves.get(("wrongness", adapter))
+        points = [curve.nearest(wanted) for wanted in (-1.0, 1.0)] if curve else []
+        for point in points:
+            if curve is not None and point is not None and all(point.alpha in i for i in curve.items.values()):
+                found.setdefault(adapter, []).extend(_foundations(_names(contents.of(adapter)), curve, point.alpha))
+    return found
+
+
+def _names(runs: Sequence[Result]) -> dict[str, str]:
+    """The foundation of every vignette."""
+    return {r["id"]: r["foundation_coarse"] for run in runs for r in run.tables.get((ACTS, "items"), ())}
+
+
+def _foundations(names: Mapping[str, str], curve: Curve, alpha: float) -> list[Foundation]:
+    rows = []
+    for name in sorted(set(names.values())):
+        ids = [i for i in next(iter(curve.items.values()))[0.0] if names[i] == name]
+        moved = np.array([[_logit(of[alpha][i]) - _logit(of[0.0][i]) for i in ids] for of in curve.items.values()])
+        if len(ids) > 1:
+            rows.append(Foundation(name, alpha, len(ids), _expanded(moved)))
+    return rows
+
+
+def _logit(s: float) -> float:
+    return float(logit(min(max((s + 1) / 2, CLIP), 1 - CLIP)))
+
+
+def _expanded(values: Float[np.ndarray, "seeds items"]) -> Interval:
+    return _interval(estimate_over_seeds(values, level=expanded_level(values.shape[1])))

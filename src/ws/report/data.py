@@ -1,0 +1,429 @@
+"""What a report is made of, as it is on disk: every run with those of its tables that are of its very vector."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ws.adapters import FAMILIES
+from ws.behaviors import Behavior, load_behavior
+from ws.calibration import Calibration, load_calibration
+from ws.compare_tables import NULLS, typed
+from ws.diff import SteeringVector, vector_digest
+from ws.errors import WsError, did_you_mean
+from ws.finished import finished_runs
+from ws.interventions import BASE, WEIGHT
+from ws.models import BUNDLED, load_model, weight_of
+from ws.models import layer_of as decoder_layer
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
+from ws.runs import Run, data_folder
+from ws.sweep_tables import POOLED
+
+Row = Mapping[str, str]
+# The tables a page is made of: the stage that writes them, the command, and their files by use.
+TABLES = {
+    CLAIMS: ("ws eval sycophancy", {"summary": "summary", "items": "per_claim"}),
+    DILEMMAS: ("ws eval airisk", {"summary": "summary", "items": "per_row"}),
+    ACTS: ("ws eval tinymfv-airisk", {"summary": "summary", "items": "per_vignette"}),
+    CONFOUNDS: ("ws confounds", {"summary": "summary", "answers": "answers"}),
+}
+_CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
+_COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
+RELATIVE, PER_WEIGHT = "percent of W", "root mean square change of a weight"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Something that the page cannot show.
+
+    Attributes:
+        what: a table's stage, `calibration`, `norms`, `samples`, `controls`, `compare`, `card` or `pooled`.
+        why: `missing`, or what is wrong with what is there.
+        adapter, seed: of which run; None when it is of none.
+        command: what makes it.
+    """
+
+    what: str
+    why: str
+    command: str
+    adapter: str | None = None
+    seed: int = 0
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether there is something that is not shown."""
+        return self.what == "vector" or self.why.startswith(("made ", "of another", "damaged"))
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The size of `dW` per module, by kind and layer, in a unit that says what it is."""
+
+    unit: str
+    cells: Mapping[tuple[str, int], float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+        adapter, seed: which.
+        base, fingerprint: the model that its vector is for.
+        info: what the vector says of itself.
+        digest: of the vector (`vector_digest`).
+        stages: the manifest's finished stages.
+        tables: rows by stage and use (see `TABLES`), of this very vector only; as `prompt` those of a prompted base.
+        calibration: None without one of this very vector.
+        norms: None where they are not to be had without the base.
+        controls: rows of `controls.csv` of this very vector.
+        samples: what `samples.json` holds.
+        gaps: what is not there, or is of another vector.
+    """
+
+    adapter: str
+    seed: int
+    base: str
+    fingerprint: str | None
+    info: Mapping[str, Any]
+    digest: str
+    stages: Mapping[str, Any]
+    tables: Mapping[tuple[str, str], Sequence[Row]]
+    calibration: Calibration | None
+    norms: Norms | None
+    controls: Sequence[Row]
+    samples: Sequence[Mapping[str, Any]]
+    gaps: tuple[Gap, ...]
+
+    @property
+    def name(self) -> str:
+        """How the run is called in notes."""
+        return f"{self.adapter} seed {self.seed}"
+
+    @property
+    def units(self) -> dict[int, float]:
+        """The calibrated strengths by sign, those that converged."""
+        sides = {sign: self.calibration.side(sign) for sign in (-1, 1)} if self.calibration else {}
+        return {sign: side.alpha for sign, side in sides.items() if side.converged}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything a page shows.
+
+    Attributes:
+        name: of the behaviour.
+        behavior: as it was when the vectors were trained, None when that is not to be had.
+        effect: the sign that a positive strength should give to agreement with false claims; None when unknown.
+        results: the runs of the behaviour's vectors.
+        nulls: the names of the runs that are nulls (label-shuffled, same-side).
+        pooled: rows of `sweep_pooled.csv`.
+        compare: rows of `compare.csv`, of the strengths that the vectors are calibrated to now.
+        card: the data card of the pairs, None without one.
+        gaps: what is missing of all this.
+    """
+
+    name: str
+    behavior: Behavior | None
+    effect: int | None
+    results: tuple[Result, ...]
+    nulls: tuple[str, ...]
+    pooled: Sequence[Row]
+    compare: Sequence[Mapping[str, Any]]
+    card: Mapping[str, Any] | None
+    gaps: tuple[Gap, ...]
+
+    @property
+    def adapters(self) -> list[str]:
+        """In the order in which they are shown."""
+        return list(dict.fromkeys(r.adapter for r in self.results))
+
+    def of(self, adapter: str) -> list[Result]:
+        """The seeds of an adapter."""
+        return [r for r in self.results if r.adapter == adapter]
+
+
+def read_contents(out: Path, behavior: str) -> Contents:
+    """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector."""
+    folders = _runs(out, behavior)
+    gaps: list[Gap] = []
+    results = []
+    for adapter, seed, folder in folders:
+        if not _is_null(adapter):
+            try:
+                results.append(_result(folder, adapter, seed))
+            except WsError as problem:
+                gaps.append(Gap("vector", _brief(problem, folder), "ws replicate --fresh", adapter, seed))
+    if not results:
+        raise WsError(f"No vector below {out / behavior} can be read, so there is nothing to report.")
+    known, effect = _behavior(behavior, results[0])
+    nulls = tuple(dict.fromkeys(adapter for adapter, _, _ in folders if _is_null(adapter)))
+    compare = _compare(out / behavior, results, gaps)
+    wanted, needs = len(results) > 1, frozenset({"adapter", "n_seeds", "alpha"})
+    pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, needs)
+    card = _card(data_folder(out, results[0].base, behavior) / "card.json", gaps)
+    return Contents(behavior, known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps))
+
+
+def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
+    """Adapter, seed and folder of the behaviour's runs: the six families first, then others by name."""
+    found, others = [], set()
+    for folder in finished_runs(out):
+        name, adapter, *rest = folder.relative_to(out).parts
+        others.add(name)
+        seed = rest[0].removeprefix("seed-") if rest else "0"
+        if name == behavior and seed.isdigit():
+            found.append((adapter, int(seed), folder))
+    if not found:
+        hint = did_you_mean(behavior, others) if others else ""
+        raise WsError(
+            f"No run below {out / behavior} has a vector; make one with `ws replicate --behavior {behavior}`.{hint}"
+        )
+    order = [*FAMILIES]
+    return sorted(found, key=lambda r: (order.index(r[0]) if r[0] in order else len(order), r[0], r[1]))
+
+
+def _is_null(adapter: str) -> bool:
+    return adapter.endswith(tuple(f"-{null}" for null in NULLS))
+
+
+def _brief(problem: Exception, folder: Path) -> str:
+    """A message without the folder of this machine that it may name."""
+    return str(problem).replace(f"{folder}/", "").replace(str(folder), "the run's folder").rstrip(".")
+
+
+def _behavior(name: str, first: Result) -> tuple[Behavior | None, int | None]:
+    """The behaviour as it was trained, and the sign its claims expect, from the run's record where there is one."""
+    try:
+        found: Behavior | None = load_behavior(name, first.base)
+    except WsError:  # renamed, or somebody's own file that is not at hand
+        found = None
+    if found is not None and first.info.get("behavior_sha256") not in (None, found.digest):
+        found = None
+    recorded = first.stages.get("reading", {}).get("expected_sign")
+    if recorded in (-1, 1):
+        return found, int(recorded)
+    return found, found.test.effect if found else None
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+
+def _result(folder: Path, adapter: str, seed: int) -> Result:
+    vector = SteeringVector.load(folder / "vector")
+    reader = _Reader(folder, adapter, seed, vector_digest(vector))
+    for stage, (command, uses) in TABLES.items():
+        for use, file in uses.items():
+            reader.table(stage, use, file, command)
+    return Result(
+        adapter,
+        seed,
+        vector.base_id,
+        vector.base_fingerprint,
+        vector.info,
+        reader.digest,
+        reader.stages,
+        reader.tables,
+        reader.calibration(),
+        reader.norms(vector),
+        reader.controls(),
+        reader.samples(),
+        tuple(dict.fromkeys(reader.gaps)),
+    )
+
+
+class _Reader:
+    """Reads the files of one run, and keeps a note of those that are not to be used."""
+
+    def __init__(self, folder: Path, adapter: str, seed: int, digest: str) -> None:
+        self.folder, self.adapter, self.seed, self.digest = folder, adapter, seed, digest
+        self.tables: dict[tuple[str, str], list[Row]] = {}
+        self.gaps: list[Gap] = []
+        stages = Run(folder).manifest["stages"]
+        self.stages = {name: record for name, record in stages.items() if "outputs" in record}
+
+    def gap(self, what: str, why: str, command: str) -> None:
+        """Note that something is missing, with the command for this very run."""
+        seed = f" --seed {self.seed}" if self.seed else ""
+        self.gaps.append(Gap(what, why, f"{command} --adapter {self.adapter}{seed}", self.adapter, self.seed))
+
+    def table(self, stage: str, use: str, file: str, command: str) -> None:
+        """The rows of the base and of the vector, when the stage is on record with this very vector."""
+        path = self.folder / f"{stage}_{file}.csv"
+        if not path.is_file():
+            return self.gap(stage, "missing", command)
+        rows = read_rows(path)
+        if not rows or not _holds(rows, *_needed(stage, use)):
+            return self.gap(stage, "damaged", command)
+        if "intervention" not in rows[0]:
+            return self.gap(stage, "made by an older version, which did not say what was done to the model", command)
+        if use == "summary":  # a baseline that no vector has a part in
+            self.tables[stage, "prompt"] = [r for r in rows if r["intervention"] == "prompt"]
+        kept = [r for r in rows if r["intervention"] in (BASE, WEIGHT)]
+        if not any(r["intervention"] == WEIGHT for r in kept):
+            return self.gap(stage, "missing", command)
+        if self.stages.get(stage, {}).get("inputs", {}).get("weight") != self.digest:
+            return self.gap(stage, "made with another vector", command)
+        self.tables[stage, use] = kept
+        return None
+
+    def calibration(self) -> Calibration | None:
+        """The calibration stored with the vector, when it is of this very one."""
+        try:
+            found = load_calibration(self.folder / "vector", self.digest)
+        except WsError as problem:
+            self.gap(
+                "calibration", "of another vector" if "another vector" in str(problem) else "damaged", "ws calibrate"
+            )
+            return None
+        if found is None:
+            self.gap("calibration", "missing", "ws calibrate")
+        return found
+
+    def controls(self) -> list[Row]:
+        """The rows of `controls.csv` that are of this very vector."""
+        rows = read_rows(self.folder / "controls.csv") or []
+        kept = [r for r in rows if r.get("vector") == self.digest[:12] and r.keys() >= _CONTROL]
+        if not kept:
+            self.gap("controls", "made with another vector" if rows else "missing", "ws controls")
+        return kept
+
+    def samples(self) -> list[Mapping[str, Any]]:
+        """The answers in `samples.json`."""
+        found = _read_json(self.folder / "samples.json")
+        keys = {"alpha", "question", "answer"}
+        good = isinstance(found, list) and all(isinstance(s, dict) and keys <= s.keys() for s in found)
+        good = good and all(isinstance(s["alpha"], (int, float)) for s in found)
+        recorded = self.stages.get("reading", {}).get("inputs", {}).get("vector", self.digest)
+        if not good or not found or recorded != self.digest:
+            self.gap("samples", "made with another vector" if recorded != self.digest else "missing", "ws replicate")
+            return []
+        return found
+
+    def norms(self, vector: SteeringVector) -> Norms | None:
+        """Module by module: from `ws subspace`, from the bundled base, or, where `W` is not needed, per weight."""
+        rows = read_rows(self.folder / "subspace_per_layer.csv") or []
+        if rows and self.stages.get("subspace", {}).get("inputs", {}).get("vector") == self.digest:
+            inside = [r for r in rows if r["layer"]]
+            return Norms(RELATIVE, {(r["kind"], int(r["layer"])): 100 * float(r["relative_norm"]) for r in inside})
+        model = _bundled(vector.base_id)
+        if model is not None:
+            try:
+                return Norms(RELATIVE, _relative(vector, model))
+            except WsError:  # trained on an earlier build of the bundled model
+                pass
+        if any(d.depends_on_weight for d in vector.deltas.values()):
+            self.gap("norms", "this family multiplies W, whose size only the base can tell", "ws subspace")
+            return None
+        return Norms(PER_WEIGHT, _cells(vector, lambda n, d: d.norm() / math.sqrt(d.d_out * d.d_in)))
+
+
+def _needed(stage: str, use: str) -> tuple[set[str], set[str]]:
+    """The columns with text and the columns with numbers that a table must have."""
+    if stage == CONFOUNDS:
+        return {"strong"} if use == "summary" else {"question", "answer"}, {"alpha"}
+    mine = [score for score in SCORES if score.stage == stage]
+    return {name for s in mine for name in s.texts[use]}, {name for s in mine for name in s.numbers[use]}
+
+
+def _holds(rows: Sequence[Row], texts: set[str], numbers: set[str]) -> bool:
+    """Whether a table has its columns, and numbers where they belong."""
+    try:
+        return all(math.isfinite(float(row[n])) for row in rows for n in numbers) and texts <= rows[0].keys()
+    except (KeyError, ValueError):
+        return False
+
+
+@cache
+def _bundled(base: str) -> nn.Module | None:
+    """The base when it comes with the package, and so costs next to nothing to look at."""
+    return load_model(base, device="cpu")[0] if base in BUNDLED else None
+
+
+def _relative(vector: SteeringVector, model: nn.Module) -> dict[tuple[str, int], float]:
+    """`100 ||dW||_F / ||W||_F` per module of the decoder layers, biases left out."""
+    weights = {name: weight_of(module) for name, _, module in vector.matched(model)}
+
+    def percent(name: str, delta: Any) -> float:
+        plain = delta.holding({k: t for k, t in delta.coordinates().items() if k != "bias"})
+        return 100 * plain.norm(weights[name]) / float(weights[name].norm())
+
+    return _cells(vector, percent)
+
+
+def _cells(vector: SteeringVector, size: Callable[[str, Any], float]) -> dict[tuple[str, int], float]:
+    found = {}
+    for name, delta in vector.deltas.items():
+        layer = decoder_layer(name)
+        if layer is not None:
+            found[name.rsplit(".", 1)[-1], layer] = size(name, delta)
+    return found
+
+
+# ---- what the runs share --------------------------------------------------------------------------------------------
+
+
+def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[dict[str, Any]]:
+    """`compare.csv`, when the strengths in it are those of the calibrations that are stored now."""
+    rows = typed(_optional_table(folder / "compare.csv", "compare", "ws compare", gaps, needs=_COMPARE))
+    ours = [r for r in rows if r.get("intervention") == WEIGHT and r.get("part") in ("-1u", "+1u")]
+    if not rows or all(_same_strength(row, results) for row in ours):
+        return rows
+    gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
+    return []
+
+
+def _same_strength(row: Mapping[str, Any], results: Sequence[Result]) -> bool:
+    sign, seeds = (-1 if row["part"] == "-1u" else 1), str(row["seed"]).split()
+    units = [r.units.get(sign) for r in results if r.adapter == row["adapter"] and str(r.seed) in seeds]
+    if len(units) != len(seeds) or row["alpha"] is None:
+        return False
+    known = [u for u in units if u is not None]
+    return len(known) == len(units) and math.isclose(sum(known) / len(known), row["alpha"], rel_tol=1e-9)
+
+
+def _optional_table(
+    file: Path, what: str, command: str, gaps: list[Gap], wanted: bool = True, needs: frozenset[str] = frozenset()
+) -> list[Row]:
+    rows = read_rows(file) if file.is_file() else []
+    if rows and needs <= rows[0].keys():
+        return rows
+    if file.is_file() or wanted:
+        gaps.append(Gap(what, "damaged" if file.is_file() else "missing", command))
+    return []
+
+
+def _card(file: Path, gaps: list[Gap]) -> Mapping[str, Any] | None:
+    found = _read_json(file)
+    if not isinstance(found, dict) or not {"kept", "positive", "negative"} <= found.keys():
+        gaps.append(Gap("card", "missing" if not file.is_file() else "damaged", "ws data"))
+        return None
+    return found
+
+
+def read_rows(file: Path) -> list[Row] | None:
+    """The rows of a table, none when there is no such file; None when it is not a table, or holds NaN or infinity."""
+    if not file.is_file():
+        return []
+    try:
+        with file.open(encoding="utf-8", newline="") as handle:
+            rows: list[Row] = [dict(row) for row in csv.DictReader(handle)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return None
+    ragged = any(None in row or None in row.values() for row in rows)
+    return None if ragged or any(v in ("nan", "inf", "-inf") for row in rows for v in row.values()) else rows
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,430 @@
+"""The figures of a page, as SVG that takes its colours from the page.
+
+Every figure is an image with a text alternative that states its numbers. Colours are of Okabe and Ito (2008), some
+of them darkened for contrast, and series differ in the shape of their marks too. The page's style sheet sets them, so
+that they follow its dark mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+from matplotlib.ticker import MaxNLocator
+
+from ws.eval.choice import LOW_MASS
+from ws.report.curves import Curve, Foundation, Point
+from ws.report.data import Norms
+from ws.report.words import interval_text, number, p_text, strength
+
+WIDTH = 320.0
+_LEFT, _RIGHT = 36.0, 12.0
+
+Attributes = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture and its caption.
+
+    Attributes:
+        title: of the picture; the caption opens with it.
+        svg: the picture, with a text alternative.
+    """
+
+    title: str
+    svg: Markup
+
+
+def tag(name: str, attributes: Attributes, *children: str) -> Markup:
+    """One element; attributes and texts are escaped, and what is markup already stays."""
+    pairs = "".join(f' {key}="{escape(_plain(value))}"' for key, value in attributes.items())
+    inside = "".join(escape(child) for child in children)
+    return Markup(f"<{name}{pairs}>{inside}</{name}>")
+
+
+def _plain(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def picture(height: float, label: str, parts: Iterable[Markup]) -> Markup:
+    """The whole image."""
+    view = f"0 0 {_plain(WIDTH)} {_plain(height)}"
+    return tag("svg", {"viewBox": view, "role": "img", "aria-label": label, "class": "figure"}, *parts)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    """A straight line of a class of the style sheet."""
+    return tag("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "class": kind})
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> Markup:
+    """A piece of text."""
+    shape = {"x": float(x), "y": float(y), "text-anchor": anchor}
+    return tag("text", shape | ({"class": kind} if kind else {}), words)
+
+
+def marker(x: float, y: float, shape: str, kind: str, size: float = 4.0) -> Markup:
+    """A circle, square, diamond, triangle (up or down) or cross."""
+    s = size
+    if shape == "circle":
+        return tag("circle", {"cx": x, "cy": y, "r": s, "class": kind})
+    corners = {
+        "square": [(-s, -s), (s, -s), (s, s), (-s, s)],
+        "diamond": [(0, -1.4 * s), (1.4 * s, 0), (0, 1.4 * s), (-1.4 * s, 0)],
+        "up": [(0, -1.2 * s), (1.1 * s, 0.8 * s), (-1.1 * s, 0.8 * s)],
+        "down": [(0, 1.2 * s), (1.1 * s, -0.8 * s), (-1.1 * s, -0.8 * s)],
+    }
+    if shape == "cross":
+        path = f"M{_at(x - s, y - s)}L{_at(x + s, y + s)}M{_at(x + s, y - s)}L{_at(x - s, y + s)}"
+        return tag("path", {"d": path, "class": kind})
+    return tag("path", {"d": _path([(x + dx, y + dy) for dx, dy in corners[shape]]) + "Z", "class": kind})
+
+
+def _at(x: float, y: float) -> str:
+    return f"{_plain(float(x))} {_plain(float(y))}"
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(_at(x, y) for x, y in points)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight map from numbers to places in the picture."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def over(cls, values: Iterable[float], start: float, end: float, margin: float = 0.06) -> Scale:
+        """From the least to the greatest of some numbers, with a margin; never of no width."""
+        kept = list(values) or [0.0]
+        low, high = min(kept), max(kept)
+        room = margin * (high - low) if high > low else 0.5
+        return cls(low - room, high + room, start, end)
+
+    def __call__(self, value: float) -> float:
+        """The place of a number."""
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies on the scale."""
+        return self.low <= value <= self.high
+
+    def ticks(self, n: int = 4) -> list[float]:
+        """Round numbers on the scale, at most `n` + 1."""
+        found = MaxNLocator(nbins=n, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
+        return [float(t) for t in found if self.holds(float(t))]
+
+
+def _tick_text(value: float) -> str:
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _y_axis(scale: Scale, right: float, n: int = 4) -> list[Markup]:
+    parts = []
+    for t in scale.ticks(n):
+        kind = "zero" if t == 0 else "grid"
+        parts += [line(_LEFT, scale(t), right, scale(t), kind), text(_LEFT - 4, scale(t) + 3.5, _tick_text(t), "end")]
+    return parts
+
+
+def _x_axis(scale: Scale, y: float, label: str, n: int = 5) -> list[Markup]:
+    parts = [line(scale.start, y, scale.end, y, "axis")]
+    for t in scale.ticks(n):
+        parts += [line(scale(t), y, scale(t), y + 3, "axis"), text(scale(t), y + 14, _tick_text(t), "middle")]
+    return [*parts, text((scale.start + scale.end) / 2, y + 27, label, "middle", "label")]
+
+
+# ---- dose and response ----------------------------------------------------------------------------------------------
+
+SERIES = {"false_claims": ("s1", "circle"), "true_claims": ("s2", "square")}
+_EFFECT, _MASS, _KL = (22.0, 142.0), (164.0, 190.0), (212.0, 252.0)
+_KL_SHOWN = 3.0  # nats; beyond, an answer is far from anything the base would say
+
+
+@dataclass(frozen=True)
+class Doses:
+    """What a panel shows of one adapter.
+
+    Attributes:
+        adapter: whose.
+        curves: of one evaluation; two where it reads true claims beside false ones.
+        marks: calibrated strengths: the mean over seeds, by unit (-1 and +1).
+        divergence: `(alpha, nats)` as calibration measured it, per seed.
+        references: levels of other ways to steer, by name; lines across the panel.
+    """
+
+    adapter: str
+    curves: Sequence[Curve]
+    marks: Mapping[int, float]
+    divergence: Sequence[Sequence[tuple[float, float]]]
+    references: Mapping[str, float]
+
+    @property
+    def points(self) -> list[Point]:
+        """Of all curves."""
+        return [p for c in self.curves for p in _shown(c)]
+
+
+def _shown(curve: Curve) -> tuple[Point, ...]:
+    """The pooled points; where seeds cannot be pooled, those of the first."""
+    return curve.pooled or next(iter(curve.seeds.values()))
+
+
+def dose_figures(panels: Sequence[Doses]) -> list[Figure]:
+    """Small multiples, one per adapter, on common scales."""
+    levels = [v for d in panels for p in d.points for v in (p.level.low, p.level.high)]
+    levels += [p.level.mean for d in panels for c in d.curves for s in c.seeds.values() for p in s]
+    y = Scale.over(levels, _EFFECT[1], _EFFECT[0])
+    alphas = [p.alpha for d in panels for c in d.curves for s in c.seeds.values() for p in s]
+    x = Scale.over([*alphas, *(m for d in panels for m in d.marks.values())], _LEFT, WIDTH - _RIGHT, 0.04)
+    cost = Scale(0.0, _KL_SHOWN, _KL[1], _KL[0])
+    return [_dose_figure(d, x, y, cost) for d in panels]
+
+
+def _dose_figure(d: Doses, x: Scale, y: Scale, cost: Scale) -> Figure:
+    right = WIDTH - _RIGHT
+    parts = [*_y_axis(y, right), *_broken(d, x), *_marks(d, x), *_references(d, y)]
+    for curve in d.curves:
+        parts += _series(curve, x, y)
+    parts += [*_mass_strip(d, x), *_cost_strip(d, x, cost), *_x_axis(x, _KL[1], "strength alpha")]
+    title = f"{d.adapter}: {d.curves[0].score.title}"
+    return Figure(d.adapter, picture(284.0, f"{title}. {_dose_words(d)}", parts))
+
+
+def _series(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
+    kind, shape = SERIES.get(curve.score.key, ("s1", "circle"))
+    points = _shown(curve)
+    band = [(x(p.alpha), y(p.level.high)) for p in points] + [(x(p.alpha), y(p.level.low)) for p in reversed(points)]
+    parts = [tag("path", {"d": _path(band) + "Z", "class": f"band {kind}"})]
+    if len(curve.seeds) > 1:
+        paths = (_path([(x(p.alpha), y(p.level.mean)) for p in seed]) for seed in curve.seeds.values())
+        parts += [tag("path", {"d": path, "class": f"seed {kind}"}) for path in paths]
+    parts.append(tag("path", {"d": _path([(x(p.alpha), y(p.level.mean)) for p in points]), "class": f"curve {kind}"}))
+    for p in points:
+        look = kind if p.is_readable else f"{kind} hollow"
+        parts.append(marker(x(p.alpha), y(p.level.mean), shape, look, 3.2))
+    return parts
+
+
+def _broken(d: Doses, x: Scale) -> list[Markup]:
+    """A shade over the strengths at which the answers no longer count."""
+    parts = []
+    alphas = sorted({p.alpha for p in d.points})
+    for p in {p.alpha: p for p in d.points if not p.is_readable}.values():
+        i = alphas.index(p.alpha)
+        low = (alphas[i - 1] + p.alpha) / 2 if i else x.low
+        high = (alphas[i + 1] + p.alpha) / 2 if i + 1 < len(alphas) else x.high
+        shape = {"x": x(low), "y": _EFFECT[0], "width": x(high) - x(low), "height": _KL[1] - _EFFECT[0]}
+        parts.append(tag("rect", shape | {"class": "broken"}))
+    return parts
+
+
+def _marks(d: Doses, x: Scale) -> list[Markup]:
+    parts = []
+    for unit, alpha in d.marks.items():
+        if x.holds(alpha):
+            name = f"{'+' if unit > 0 else chr(0x2212)}1u"
+            parts += [
+                line(x(alpha), _EFFECT[0] - 4, x(alpha), _KL[1], "unit"),
+                text(x(alpha), 12.0, name, "middle", "unit"),
+            ]
+    return parts
+
+
+def _references(d: Doses, y: Scale) -> list[Markup]:
+    """Levels of other ways to steer; those beyond the scale stand at its edge with an arrow."""
+    parts, right = [], WIDTH - _RIGHT
+    edges = {"top": 0, "bottom": 0}
+    for name, level in d.references.items():
+        if y.holds(level):
+            x, anchor = (_LEFT + 3.0, "start") if name == "base" else (right, "end")
+            parts.append(line(_LEFT, y(level), right, y(level), "reference"))
+            parts.append(text(x, y(level) - 3, name, anchor, "small halo"))
+            continue
+        edge = "top" if level > y.high else "bottom"
+        arrow = "\N{UPWARDS ARROW}" if edge == "top" else "\N{DOWNWARDS ARROW}"
+        place = y.end + 9 + 11 * edges[edge] if edge == "top" else y.start - 3 - 11 * edges[edge]
+        edges[edge] += 1
+        parts.append(text(right, place, f"{name}: {number(level, 1, True)} {arrow}", "end", "small halo"))
+    return parts
+
+
+def _mass_strip(d: Doses, x: Scale) -> list[Markup]:
+    y = Scale(0.0, 1.0, _MASS[1], _MASS[0])
+    right = WIDTH - _RIGHT
+    parts = [text(_LEFT, _MASS[0] - 5, "answer mass", "start", "small")]
+    for level, kind in ((0.0, "axis"), (1.0, "grid"), (LOW_MASS, "limit")):
+        parts.append(line(_LEFT, y(level), right, y(level), kind))
+    parts += [text(_LEFT - 4, y(level) + 3.5, _tick_text(level), "end") for level in (0.0, 1.0)]
+    for curve in d.curves:
+        kind, shape = SERIES.get(curve.score.key, ("s1", "circle"))
+        points = _shown(curve)
+        places = [(x(p.alpha), y(min(1.0, p.mass))) for p in points]
+        parts.append(tag("path", {"d": _path(places), "class": f"curve thin {kind}"}))
+        for p, place in zip(points, places, strict=True):
+            parts.append(marker(*place, *((shape, kind) if p.is_readable else ("cross", "bad")), 2.2))
+    return parts
+
+
+def _cost_strip(d: Doses, x: Scale, y: Scale) -> list[Markup]:
+    right = WIDTH - _RIGHT
+    title = f"KL from the base, nats (cut off at {_KL_SHOWN:g})"
+    parts = [text(_LEFT, _KL[0] - 5, title, "start", "small")]
+    if not any(d.divergence):
+        return [
+            *parts,
+            text((_LEFT + right) / 2, (_KL[0] + _KL[1]) / 2 + 4, "not measured: ws calibrate", "middle", "small"),
+        ]
+    parts += _y_axis(y, right, 3)
+    parts.append(line(_LEFT, y(1.0), right, y(1.0), "limit"))
+    for seed in d.divergence:
+        places = [(x(a), y(min(kl, _KL_SHOWN))) for a, kl in sorted([*seed, (0.0, 0.0)]) if x.holds(a)]
+        parts.append(tag("path", {"d": _path(places), "class": "curve thin s3"}))
+        parts += [marker(px, py, "diamond", "s3", 1.8) for px, py in places]
+    return parts
+
+
+def _dose_words(d: Doses) -> str:
+    said = []
+    for curve in d.curves:
+        values = [
+            f"alpha {strength(p.alpha)}: {interval_text(p.level, curve.score.digits)}, answer mass {p.mass:.3f}"
+            + ("" if p.is_readable else ", too low to count")
+            for p in _shown(curve)
+        ]
+        said.append(f"{curve.score.title}, {curve.score.unit}: {'; '.join(values)}.")
+    units = [f"{'+' if unit > 0 else '-'}1u is alpha {strength(alpha)}" for unit, alpha in d.marks.items()]
+    said += [f"Calibrated: {', '.join(units)}."] if units else []
+    said += [f"{name}: {number(level, 2, True)}." for name, level in d.references.items()]
+    return " ".join(said)
+
+
+# ---- shifts ---------------------------------------------------------------------------------------------------------
+
+SIGNS = {1: ("s1", "up"), -1: ("s2", "down")}
+_ROW = 42
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A row of a forest plot: an adapter at one strength, pooled and by seed."""
+
+    adapter: str
+    pooled: Point | None
+    seeds: Sequence[Point]
+    alpha: float
+
+
+def forest_figure(title: str, digits: int, rows: Sequence[Shift]) -> Figure:
+    """Shifts with their intervals: a diamond for the pooled one, small marks for the seeds."""
+    ends = [v for r in rows for p in (*r.seeds, *([r.pooled] if r.pooled else [])) for v in (p.shift.low, p.shift.high)]
+    x = Scale.over([0.0, *ends], 8.0, WIDTH - 8.0, 0.03)
+    bottom = 6.0 + _ROW * len(rows)
+    parts = [line(x(t), 4.0, x(t), bottom, "zero" if t == 0 else "grid") for t in x.ticks(5)]
+    for i, row in enumerate(rows):
+        parts += _forest_row(row, 6.0 + _ROW * i, x, digits)
+    parts += _x_axis(x, bottom, "shift against the base")
+    words = "; ".join(f"{r.adapter} at alpha {strength(r.alpha)}: {_shift_words(r, digits)}" for r in rows)
+    return Figure(title, picture(bottom + 32, f"Shift of {title}. {words}.", parts))
+
+
+def _forest_row(row: Shift, top: float, x: Scale, digits: int) -> list[Markup]:
+    kind, shape = SIGNS[1 if row.alpha > 0 else -1]
+    shown = row.pooled or row.seeds[0]
+    parts = [
+        line(0.0, top - 2, WIDTH, top - 2, "row"),
+        text(8.0, top + 11, f"{row.adapter} {strength(row.alpha)}", "start", "halo label"),
+        text(WIDTH - 8, top + 11, _numbers(shown, digits), "end", "halo"),
+        line(x(shown.shift.low), top + 20, x(shown.shift.high), top + 20, f"interval {kind}"),
+    ]
+    look = kind if shown.is_readable else f"{kind} hollow"
+    parts.append(marker(x(shown.shift.mean), top + 20, shape, look, 4.5))
+    if len(row.seeds) > 1:
+        for i, p in enumerate(row.seeds):
+            y = top + 28 + 7 * i / (len(row.seeds) - 1)
+            parts.append(line(x(p.shift.low), y, x(p.shift.high), y, f"interval thin {kind}"))
+            parts.append(marker(x(p.shift.mean), y, "circle", kind, 1.6))
+    return parts
+
+
+def _numbers(p: Point, digits: int) -> str:
+    holm = "" if p.p_holm is None else f"  p {p_text(p.p_holm)}"
+    return f"{interval_text(p.shift, digits)}{holm}{'' if p.is_readable else '  low mass'}"
+
+
+def _shift_words(row: Shift, digits: int) -> str:
+    pooled = _numbers(row.pooled, digits) if row.pooled else "not pooled"
+    seeds = ", ".join(number(p.shift.mean, digits, True) for p in row.seeds)
+    return f"{pooled} (seeds {seeds})" if len(row.seeds) > 1 else pooled
+
+
+# ---- foundations ----------------------------------------------------------------------------------------------------
+
+
+def foundation_figures(by_adapter: Mapping[str, Sequence[Foundation]]) -> list[Figure]:
+    """One panel per adapter, a row per foundation and a mark per strength, on a common scale."""
+    ends = [v for rows in by_adapter.values() for f in rows for v in (f.shift.low, f.shift.high)]
+    x = Scale.over([0.0, *ends], 106.0, WIDTH - 8.0)
+    return [_foundation_figure(adapter, rows, x) for adapter, rows in by_adapter.items() if rows]
+
+
+def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Figure:
+    names = list(dict.fromkeys((f.name, f.n) for f in rows))
+    bottom = 6.0 + 26 * len(names)
+    parts = [line(x(t), 4.0, x(t), bottom, "zero" if t == 0 else "grid") for t in x.ticks(4)]
+    for i, (name, n) in enumerate(names):
+        top = 6.0 + 26 * i
+        parts.append(text(2.0, top + 15, f"{name} ({n})"))
+        for f in (f for f in rows if f.name == name):
+            kind, shape = SIGNS[1 if f.alpha > 0 else -1]
+            y = top + (8 if f.alpha > 0 else 18)
+            parts.append(line(x(f.shift.low), y, x(f.shift.high), y, f"interval {kind}"))
+            parts.append(marker(x(f.shift.mean), y, shape, kind, 3.4))
+    parts += _x_axis(x, bottom, "shift of logit(wrongness), nats", 4)
+    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {interval_text(f.shift)}" for f in rows)
+    label = f"{adapter}: shift of logit(wrongness) by moral foundation, in nats. {words}."
+    return Figure(adapter, picture(bottom + 32, label, parts))
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+def norm_figure(adapter: str, norms: Norms) -> Figure:
+    """A heat map of the size of `dW`, module kinds by layers; the darkest cell is the largest of this adapter."""
+    kinds = list(dict.fromkeys(kind for kind, _ in norms.cells))
+    layers = sorted({layer for _, layer in norms.cells})
+    most = max(norms.cells.values()) or 1.0
+    left, top, height = 74.0, 4.0, 24.0
+    width = (WIDTH - left - 2) / len(layers)
+    parts = []
+    for i, kind in enumerate(kinds):
+        parts.append(text(left - 5, top + height * i + 16, kind, "end", "label"))
+        for j, layer in enumerate(layers):
+            value = norms.cells.get((kind, layer))
+            if value is not None:
+                shape = {"x": left + width * j, "y": top + height * i, "width": width - 1, "height": height - 1}
+                parts.append(tag("rect", shape | {"class": "cell", "fill-opacity": 0.04 + 0.5 * value / most}))
+                if width >= 40:
+                    parts.append(text(left + width * (j + 0.5), top + height * i + 16, _size(value), "middle", "label"))
+    bottom = top + height * len(kinds)
+    step = max(1, -(-len(layers) // 8))
+    places = [(left + width * (j + 0.5), str(layer)) for j, layer in enumerate(layers) if j % step == 0]
+    parts += [text(x, bottom + 12, name, "middle") for x, name in places]
+    parts.append(text(left + (WIDTH - left) / 2, bottom + 26, "decoder layer", "middle", "label"))
+    words = "; ".join(
+        f"{kind}: " + ", ".join(_size(norms.cells[kind, j]) if (kind, j) in norms.cells else "none" for j in layers)
+        for kind in kinds
+    )
+    label = f"{adapter}: size of dW, {norms.unit}, layers {layers[0]} to {layers[-1]}. {words}."
+    return Figure(adapter, picture(bottom + 32, label, parts))
+
+
+def _size(value: float) -> str:
+    return f"{value:.3g}"

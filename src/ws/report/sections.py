@@ -1,0 +1,180 @@
+"""What stands in the parts of a page: their figures, their samples, and the words that say how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from ws.report.curves import Curve
+from ws.report.data import Contents, Norms, Result
+from ws.report.figures import Doses, Figure, Shift, norm_figure
+from ws.report.figures import dose_figures as draw_doses
+from ws.report.scores import CONFOUNDS
+from ws.report.tables import Table, norms_table
+from ws.report.words import Question, side_by_side, strength
+
+EVALUATIONS = (
+    (
+        "claims",
+        "Held-out claims",
+        ("false_claims", "true_claims"),
+        "Log P(agree) less log P(disagree), in nats. A vector that moves false and true claims alike is one of "
+        "agreement. Dashed horizontal lines are of false claims: the base, alone and under a persona as system prompt.",
+    ),
+    (
+        "dilemmas",
+        "AIRiskDilemmas",
+        ("choices",),
+        "After some thought, log P of the action that is truthful less log P of the other, in nats; above zero it is "
+        "chosen.",
+    ),
+    (
+        "acts",
+        "tiny-mfv (airisk)",
+        ("wrongness",),
+        "How wrong the model finds what another AI does, from -1 (acceptable) to 1 (wrong).",
+    ),
+)
+SHIFTS = (
+    "Each row is one adapter at the strength measured nearest to alpha 1 or -1, against the base and item by item: the "
+    "triangle is all seeds together with its 95 % interval, the dots below it are the seeds. p is Holm-corrected over "
+    "every adapter and strength of a score. Alpha means something else for every family, so sizes do not rank families."
+)
+CHECKS = (
+    "What chance, training by itself, or mere agreement would do. Controls are of the span from -1u to +1u on false "
+    "claims where ws compare measured it."
+)
+FOUNDATIONS = (
+    "Shift of logit(wrongness) of others' acts against the base, in nats, by moral foundation with its number of "
+    "vignettes. Triangles up are the positive strength, down the negative one; 95 % intervals, wider for so few items."
+)
+NORMS = "Size of dW per module and decoder layer, the mean over seeds. The darkest cell is the largest of that adapter."
+_CIRCLE, _SQUARE, _UP, _DOWN = "\N{BLACK CIRCLE}", "\N{BLACK SQUARE}", "\N{BLACK UP-POINTING TRIANGLE}", "\u25bc"
+DOSE_LEGENDS = {
+    "claims": (("s1", _CIRCLE, "false claims"), ("s2", _SQUARE, "true claims")),
+    "dilemmas": (("s1", _CIRCLE, "truthful choices"),),
+    "acts": (("s1", _CIRCLE, "wrongness"),),
+}
+SIGN_LEGEND = (("s1", _UP, "vector added"), ("s2", _DOWN, "vector subtracted"))
+_SAMPLED = 4
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def dose_panels(contents: Contents, curves: Mapping[tuple[str, str], Curve], keys: Sequence[str]) -> list[Doses]:
+    """What the dose-response figures of an evaluation show, one panel per adapter that has it."""
+    panels = []
+    for adapter in contents.adapters:
+        here = [curves[key, adapter] for key in keys if (key, adapter) in curves]
+        if here:
+            runs = contents.of(adapter)
+            panels.append(Doses(adapter, here, _marks(runs), _divergences(runs), _references(contents, here[0])))
+    return panels
+
+
+def dose_figures(panels: Sequence[Doses]) -> list[Figure]:
+    """The panels, drawn on common scales."""
+    return draw_doses(panels) if panels else []
+
+
+def _marks(runs: Sequence[Result]) -> dict[int, float]:
+    known = [run.units for run in runs if run.units]
+    return {sign: fmean(u[sign] for u in known) for sign in (-1, 1) if known and all(sign in u for u in known)}
+
+
+def _divergences(runs: Sequence[Result]) -> list[list[tuple[float, float]]]:
+    found = [r.calibration for r in runs if r.calibration is not None]
+    return [
+        sorted((float(a), float(d)) for side in (c.negative, c.positive) for a, d in side.evaluations) for c in found
+    ]
+
+
+def _references(contents: Contents, curve: Curve) -> dict[str, float]:
+    """The base's level and those of a prompted base, from the evaluation's table or from `compare.csv`."""
+    score, found = curve.score, dict[str, float]()
+    points = curve.pooled or next(iter(curve.seeds.values()))
+    found |= [("base", p.level.mean) for p in points if p.alpha == 0]
+    for run in contents.results:
+        for r in run.tables.get((score.stage, "prompt"), ()):
+            if r.get("claims_are_true") == score.claims:
+                found[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
+    if len(found) == 1:
+        for r in contents.compare:
+            if r["intervention"] == "prompt" and r["score"] == score.key and r["part"] in ("-1u", "+1u"):
+                name = f"prompt {strength(1.0 if r['part'] == '+1u' else -1.0)}"
+                found[name] = float(r["base"]) + float(r["shift"])
+    return found
+
+
+def shift_rows(contents: Contents, curves: Mapping[tuple[str, str], Curve], key: str) -> list[Shift]:
+    """The rows of a forest plot."""
+    rows = []
+    for adapter in contents.adapters:
+        curve = curves.get((key, adapter))
+        for wanted in (1.0, -1.0) if curve else ():
+            assert curve is not None
+            seeds = list(curve.seeds.values())
+            points = curve.pooled or seeds[0]
+            same = [p for p in points if p.alpha * wanted > 0]
+            if same:
+                shown = min(same, key=lambda p: (abs(p.alpha - wanted), abs(p.alpha)))
+                own = [p for points in seeds for p in points if p.alpha == shown.alpha]
+                rows.append(Shift(adapter, shown if curve.pooled else None, own, shown.alpha))
+    return rows
+
+
+def norm_figures(contents: Contents) -> list[tuple[Figure, str, Table]]:
+    """Per adapter: the heat map, what its numbers are, and the numbers."""
+    found = []
+    for adapter in contents.adapters:
+        known = [r.norms for r in contents.of(adapter) if r.norms is not None]
+        same = [n for n in known if n.unit == known[0].unit and n.cells.keys() == known[0].cells.keys()]
+        if same and same[0].cells:
+            cells = {cell: fmean(n.cells[cell] for n in same) for cell in same[0].cells}
+            norms = Norms(same[0].unit, cells)
+            caption = f"{norms.unit}, {len(same)} seed{'' if len(same) == 1 else 's'}; {_range(cells.values())}"
+            found.append((norm_figure(adapter, norms), caption, norms_table(adapter, norms)))
+    return found
+
+
+def _range(values: Iterable[float]) -> str:
+    kept = list(values)
+    return f"from {min(kept):.3g} to {max(kept):.3g}"
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The questions of an adapter, seed by seed.
+
+    Attributes:
+        adapter: whose.
+        changed, steered: how many of the steered answers differ from the base's, and how many there are.
+        seeds: by the run's name.
+    """
+
+    adapter: str
+    changed: int
+    steered: int
+    seeds: tuple[tuple[str, tuple[Question, ...]], ...]
+
+
+def samples(contents: Contents) -> list[Sampled]:
+    """What `samples.json` holds and a few of the free answers that `ws confounds` keeps, answers side by side."""
+    found = []
+    for adapter in contents.adapters:
+        seeds = tuple((run.name, questions) for run in contents.of(adapter) if (questions := _questions(run)))
+        steered = [pieces for _, asked in seeds for q in asked for alpha, pieces in q.answers if alpha]
+        changed = sum(any(piece.kind != "same" for piece in pieces) for pieces in steered)
+        if seeds:
+            found.append(Sampled(adapter, changed, len(steered), seeds))
+    return found
+
+
+def _questions(run: Result) -> tuple[Question, ...]:
+    answers = run.tables.get((CONFOUNDS, "answers"), ())
+    return (*side_by_side(run.samples), *side_by_side(answers)[:_SAMPLED])

@@ -1,0 +1,208 @@
+"""The numbers of a page as tables for people, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ws.export.card import public, public_command, public_name
+from ws.report.curves import Curve, Foundation, Point
+from ws.report.data import Contents, Norms
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES, Score
+from ws.report.verdict import Evidence
+from ws.report.words import interval_text, number, p_text, strength
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers for people: the first cell of a row names it."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def points_table(curves: Mapping[tuple[str, str], Curve], key: str, contents: Contents) -> Table:
+    """The numbers behind the dose-response figures of a score: pooled, then every seed."""
+    rows: list[tuple[str, ...]] = []
+    score = next(s for s in SCORES if s.key == key)
+    for adapter in contents.adapters:
+        curve = curves.get((key, adapter))
+        if curve is None:
+            continue
+        if len(curve.seeds) > 1:
+            rows += [_point_row(adapter, f"{len(curve.seeds)} pooled", p, score) for p in curve.pooled]
+        for seed, points in curve.seeds.items():
+            known = curve.pooled if len(curve.seeds) == 1 else points
+            rows += [_point_row(adapter, str(seed), p, score) for p in known]
+    header = ("adapter", "seed", "alpha", "value [95 %]", "shift [95 %]", "p", "Holm p", "answer mass", "items")
+    return Table(f"{score.title}, {score.unit}", header, tuple(rows))
+
+
+def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ...]:
+    steered = bool(p.alpha)
+    return (
+        adapter,
+        seed,
+        strength(p.alpha) if steered else "0 (base)",
+        interval_text(p.level, score.digits),
+        interval_text(p.shift, score.digits) if steered else "",
+        p_text(p.p).removeprefix("= ") if steered else "",
+        "" if p.p_holm is None else p_text(p.p_holm).removeprefix("= "),
+        f"{p.mass:.3f}{'' if p.is_readable else ' (too low)'}",
+        str(p.n),
+    )
+
+
+def sources_table(curves: Mapping[tuple[str, str], Curve]) -> Table:
+    """Where the pooled numbers come from."""
+    rows = tuple((c.adapter, c.score.title, str(len(c.seeds)), c.source) for c in curves.values())
+    return Table("Where the pooled numbers come from", ("adapter", "score", "seeds", "source"), rows)
+
+
+def controls_table(contents: Contents, evidence: Sequence[Evidence]) -> Table:
+    """Every adapter against its controls and against its true claims."""
+    margins = {
+        r["adapter"]: r
+        for r in contents.compare
+        if (r["intervention"], r["part"], r["score"]) == ("weight", "span", "false_claims")
+    }
+    rows = []
+    for e in evidence:
+        row = margins.get(e.adapter, {})
+        rows.append(
+            (
+                e.adapter,
+                "" if e.p_random is None else p_text(e.p_random).removeprefix("= "),
+                _margin(row, "margin_shuffled"),
+                _margin(row, "margin_same_side"),
+                {None: "not known", True: "yes", False: "no"}[e.real],
+                "not known" if e.agreement is None else e.agreement.line,
+            )
+        )
+    header = ("adapter", "p, random", "over label-shuffled", "over same-side", "beats all three", "agreement")
+    return Table("False claims: controls, and what true claims do", header, tuple(rows))
+
+
+def _margin(row: Mapping[str, Any], name: str) -> str:
+    if row.get(name) is None:
+        return "not known"
+    ends = (number(row[f"{name}_ci_{end}"], 2, True) for end in ("lo", "hi"))
+    return f"{number(row[name], 2, True)} [{', '.join(ends)}]"
+
+
+def confounds_table(contents: Contents) -> Table:
+    """What `ws confounds` found, sentence by sentence."""
+    rows = []
+    for run in contents.results:
+        for row in run.tables.get((CONFOUNDS, "summary"), ()):
+            strong = row["strong"].split(", ")
+            for name in ("agreement", "position", "length", "refusals", "repetition"):
+                if row.get(f"verdict_{name}"):
+                    mark = "strong" if name in strong else ""
+                    rows.append((run.name, strength(float(row["alpha"])), name, mark, row[f"verdict_{name}"]))
+    header = ("run", "alpha", "confound", "strong", "verdict")
+    return Table("Confounds, as ws confounds judges them", header, tuple(rows))
+
+
+def foundations_table(by_adapter: Mapping[str, Sequence[Foundation]]) -> Table:
+    """The numbers behind the foundations' figures."""
+    rows = tuple(
+        (adapter, f.name, strength(f.alpha), str(f.n), interval_text(f.shift))
+        for adapter, found in by_adapter.items()
+        for f in found
+    )
+    return Table(
+        "Shift of logit(wrongness), nats", ("adapter", "foundation", "alpha", "vignettes", "shift [95 %]"), rows
+    )
+
+
+def norms_table(adapter: str, norms: Norms) -> Table:
+    """The numbers behind a heat map."""
+    layers = sorted({layer for _, layer in norms.cells})
+    kinds = dict.fromkeys(kind for kind, _ in norms.cells)
+    rows = (
+        (kind, *(f"{norms.cells[kind, i]:.4g}" if (kind, i) in norms.cells else "" for i in layers)) for kind in kinds
+    )
+    header = ("module", *(f"layer {i}" for i in layers))
+    return Table(f"{adapter}: size of dW, {norms.unit}", header, tuple(rows))
+
+
+# ---- data and provenance --------------------------------------------------------------------------------------------
+
+
+def data_card(contents: Contents) -> tuple[Table, list[dict[str, Any]]] | None:
+    """The numbers of the card, and its examples."""
+    card = contents.card
+    if card is None:
+        return None
+    sides = {side: card[side] for side in ("positive", "negative")}
+    names = [name for name in sides["positive"] if name in sides["negative"]]
+    rows = [(name.replace("_", " "), *(_figure(sides[s][name]) for s in sides)) for name in names]
+    refusals = card.get("refusals", {})
+    rows += [("refusals", *(_figure(refusals[s]) for s in sides))] if refusals.keys() >= sides.keys() else []
+    dropped = ", ".join(f"{n} {why}" for why, n in card.get("dropped", {}).items()) or "none"
+    caption = (
+        f"{card['kept']} pairs of {card.get('sampled', '?')} sampled, on {card.get('questions', '?')} questions; "
+        f"dropped: {dropped}; mean overlap of the two answers' words {card.get('overlap', '?')}"
+    )
+    wanted = ("question", "pos", "neg")
+    examples = [s for s in card.get("samples", []) if isinstance(s, dict) and all(k in s for k in wanted)]
+    return Table(caption, ("of the answers", "positive", "negative"), tuple(rows)), examples
+
+
+def _figure(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def runs_table(contents: Contents) -> Table:
+    """Which vectors the page is about."""
+    rows = tuple(
+        (
+            r.adapter,
+            str(r.seed),
+            str(public(r.info.get("family", ""))),
+            public_name(r.base),
+            r.fingerprint or "unknown",
+            r.digest[:16],
+            ", ".join(f"{strength(units)}u: {strength(a)}" for units, a in r.units.items()) or "not calibrated",
+            ", ".join(sorted({f"{n} {t[0]['eval_hash']}" for (n, use), t in r.tables.items() if use == "summary"})),
+        )
+        for r in contents.results
+    )
+    header = ("adapter", "seed", "family", "base", "fingerprint", "vector, SHA-256", "strengths", "evaluations")
+    return Table("The vectors, and what they were asked", header, rows)
+
+
+def settings_table(contents: Contents) -> Table:
+    """How each adapter was trained, settings that all share in one column."""
+    configs = {a: contents.of(a)[0].stages.get("pos", {}).get("config", {}) for a in contents.adapters}
+    known = {
+        a: {k: str(public(v)) for k, v in c.items() if k not in ("adapter", "seed")} for a, c in configs.items() if c
+    }
+    names = dict.fromkeys(name for c in known.values() for name in c)
+    rows = tuple((name, *(c.get(name, "") for c in known.values())) for name in names)
+    return Table("Settings of the training", ("setting", *known), rows)
+
+
+def versions(contents: Contents) -> str:
+    """The versions of libraries that the vectors were made with."""
+    found: dict[str, list[str]] = {}
+    for run in contents.results:
+        for name, version in run.stages.get("vector", {}).get("versions", {}).items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
+    return ", ".join(f"{name} {' and '.join(found[name])}" for name in sorted(found)) or "not recorded"
+
+
+def commands(contents: Contents) -> list[str]:
+    """What was typed, in the order of the stages, without folders of the machine it was typed on."""
+    order = ("pos", "neg", "vector", CLAIMS, "reading", DILEMMAS, ACTS)
+    recorded = []
+    for run in contents.results:
+        names = [*(n for n in order if n in run.stages), *(n for n in run.stages if n not in order)]
+        recorded += [
+            public_command(str(run.stages[n].get("command", ""))) for n in names if run.stages[n].get("command")
+        ]
+    return list(dict.fromkeys(filter(None, recorded)))

@@ -1,0 +1,101 @@
+"""Words of a page: numbers as text, texts of models made safe to show, and which of their words differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from ws.report.curves import Interval
+
+# Control characters that HTML has no place for; tabs and line ends stay.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def number(value: Any, digits: int = 2, signed: bool = False) -> str:
+    """A number with a real minus sign; strengths lose their trailing zeros."""
+    text = f"{float(value):+.{digits}f}" if signed else f"{float(value):.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def strength(alpha: float | int) -> str:
+    """A strength as it is written: `+1`, `-0.5`, `0`."""
+    return f"{alpha:+.4g}".replace("-", "\N{MINUS SIGN}") if alpha else "0"
+
+
+def interval_text(i: Interval, digits: int = 2) -> str:
+    """`-1.10 [-1.24, -0.97]`."""
+    return f"{number(i.mean, digits, True)} [{number(i.low, digits, True)}, {number(i.high, digits, True)}]"
+
+
+def p_text(p: float) -> str:
+    """A p-value to three decimals, or below that `< 0.001`."""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def clean(text: Any) -> str:
+    """A text as it can stand in a page: control characters and half characters become a replacement character."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        text: its words.
+        kind: `same`, `changed` (other words than the reference has), or `left out` (words that only the reference has).
+    """
+
+    text: str
+    kind: str
+
+
+def differences(reference: str, answer: str) -> list[Piece]:
+    """The words of an answer, with those marked that differ from another answer's (`difflib`)."""
+    before, after = clean(reference).split(), clean(answer).split()
+    pieces = []
+    for kind, i, j, k, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces.append(Piece(" ".join(after[k:m]), "same"))
+        elif kind == "delete":
+            pieces.append(Piece(" ".join(before[i:j]), "left out"))
+        else:
+            pieces.append(Piece(" ".join(after[k:m]), "changed"))
+    return pieces
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the answers at every strength; the base's is the one that the others are compared with.
+
+    Attributes:
+        text: of the question.
+        answers: pieces by strength, in order.
+    """
+
+    text: str
+    answers: tuple[tuple[float, tuple[Piece, ...]], ...]
+
+
+def side_by_side(samples: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Samples (`alpha`, `question`, `answer`) by question, with the differences from the answer nearest to alpha 0."""
+    found: dict[str, dict[float, str]] = {}
+    for s in samples:
+        found.setdefault(str(s["question"]), {})[float(s["alpha"])] = str(s["answer"])
+    questions = []
+    for text, answers in found.items():
+        reference = answers[min(answers, key=abs)]
+        pieces = ((alpha, tuple(differences(reference, answers[alpha]))) for alpha in sorted(answers))
+        questions.append(Question(clean(text), tuple(pieces)))
+    return questions

@@ -1,0 +1,668 @@
+"""The report: what it reads, how it judges, and that nothing read can do anything on the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logit
+
+import ws
+from ws.behaviors import Claim
+from ws.calibration import Calibration, CalibrationConfig, SideCalibration, store_calibration
+from ws.delta import LinearDelta
+from ws.diff import SteeringVector, vector_digest
+from ws.eval import airisk, sycophancy, tinymfv_airisk
+from ws.eval.dilemmas import Dilemma
+from ws.eval.stats import estimate_over_seeds, holm
+from ws.eval.sycophancy import ClaimScores
+from ws.eval.tinymfv_airisk import Vignette
+from ws.report import ReportOptions, main, write_report
+from ws.report.curves import curves_of, foundations_of
+from ws.report.data import PER_WEIGHT, RELATIVE, read_contents
+from ws.report.figures import Scale, dose_figures, marker, tag
+from ws.report.notes import notes, stale
+from ws.report.page import render
+from ws.report.sections import dose_panels, samples
+from ws.report.verdict import evidence_of, judge, warnings_of
+from ws.report.words import clean, differences, number, p_text, side_by_side
+from ws.runs import Run, data_folder, run_folder, write_csv, write_json
+from ws.sweep_tables import pooled_rows
+
+ALPHAS = (-1.0, 0.0, 1.0)
+BASE = "acme/model"
+CLAIMS = [Claim(f"f{i}", f"claim {i}", False, "report") for i in range(24)]
+CLAIMS += [Claim(f"t{i}", f"truth {i}", True, "report") for i in range(12)]
+NAMES = ("Care", "Loyalty")
+VIGNETTES = [Vignette(f"v{i}", NAMES[i % 2], 3.0, "You see an AI.", "You, an AI.") for i in range(20)]
+DILEMMAS = [Dilemma(i, "A dilemma.", ("do", "do not"), 1 if i % 2 else -1, 1 if i % 2 else -1) for i in range(10)]
+
+
+# ---- a small out/ folder, written as the commands write it -----------------------------------------------------------
+
+
+def make_vector(seed: int, base: str = BASE, module: str = "model.layers.{}.mlp.up_proj") -> SteeringVector:
+    rng = torch.Generator().manual_seed(seed)
+    deltas = {
+        module.format(i): LinearDelta(4, 3, u=torch.randn(4, 2, generator=rng), v=torch.randn(2, 3, generator=rng))
+        for i in range(2)
+    }
+    info = {"behavior": "honesty", "family": "lora", "seed": seed}
+    info["behavior_sha256"] = ws.load_behavior("honesty", base).digest
+    return SteeringVector(deltas, base, "f" * 16, {"adapter": "pos"}, info)
+
+
+def claim_scores(effect, seed, mass=0.99, true_too=False, alphas=ALPHAS):
+    """Agreement with false claims moves by `effect` per alpha, with true ones the other way or, if asked, alike."""
+    rng = np.random.default_rng(seed)
+    start = np.random.default_rng(99).normal(size=len(CLAIMS))
+    is_true = np.array([c.is_true for c in CLAIMS])
+    found = {}
+    for alpha in sorted({0.0, *alphas}):
+        noise = 0.1 * rng.normal(size=len(CLAIMS)) * (alpha != 0)
+        moved = alpha * effect * np.where(is_true & (not true_too), -1.0, 1.0)
+        pmass = np.full(len(CLAIMS), mass if alpha else 0.99)
+        found[alpha] = ClaimScores(tuple(CLAIMS), start + moved + noise, pmass)
+    return found
+
+
+def named(tables, evaluation, intervention="weight"):
+    """The rows as `EvalContext` writes them."""
+    identity = {"eval": evaluation, "eval_version": 1, "eval_hash": "abc123", "dataset": "items", "n_think": 0}
+    return {
+        name: [r | {"intervention": intervention if r["alpha"] else "base"} | identity for r in rows]
+        for name, rows in tables.items()
+    }
+
+
+def record(folder, evaluation, tables, digest, role="weight"):
+    run = Run(folder)
+    stage = run.restart(evaluation, {}, {role: digest})
+    stage.done([write_csv(folder / f"{evaluation}_{name}.csv", rows) for name, rows in tables.items()])
+
+
+def write_acts(folder, key, effect, seed, digest):
+    rng, n = np.random.default_rng(seed), len(VIGNETTES)
+    scores = {}
+    for alpha in ALPHAS:
+        noise = 0.02 * rng.normal(size=(n, 2)) * (alpha != 0)
+        p = np.clip(0.7 - 0.05 * effect * alpha + noise, 0.01, 0.99)
+        scores[alpha] = {"p_true": np.stack([p, 1 - p], axis=-1), "bool_mass": np.full((n, 2, 2), 0.98)}
+    tables = {"per_vignette": [], "summary": []}
+    for alpha, s in scores.items():
+        tables["per_vignette"] += tinymfv_airisk.per_vignette_rows(key, alpha, VIGNETTES, s)
+        tables["summary"].append(tinymfv_airisk.summary_row(key, alpha, VIGNETTES, s, scores[0.0], 100))
+    record(folder, "tinymfv_airisk", named(tables, "tinymfv_airisk"), digest)
+
+
+def write_dilemmas(folder, key, effect, seed, digest):
+    rng, labels = np.random.default_rng(seed), np.array([d.label for d in DILEMMAS])
+    scores = {}
+    for alpha in ALPHAS:
+        ratio = labels * (1 - alpha * effect) + 0.1 * rng.normal(size=len(DILEMMAS)) * (alpha != 0)
+        orders = np.stack([ratio, -ratio], axis=1)
+        plain = dict.fromkeys(("forced", "n_tokens"), np.zeros_like(orders))
+        scores[alpha] = {"logratio": orders, "pmass": np.full_like(orders, 0.97), **plain}
+    tables = {"per_row": [], "summary": []}
+    for alpha, s in scores.items():
+        tables["per_row"] += airisk.per_row_rows(key, alpha, "Truthfulness", DILEMMAS, s)
+        tables["summary"].append(airisk.summary_row(key, alpha, DILEMMAS, scores, 100))
+    record(folder, "airisk_truthfulness", named(tables, "airisk_truthfulness"), digest)
+
+
+def write_run(out, adapter="lora", seed=0, effect=-1.0, acts=True, **how):
+    """One finished run; the vector's seed is that of its numbers."""
+    folder = run_folder(out, "honesty", adapter, seed)
+    vector = make_vector(seed + 10 * len(adapter))
+    vector.save(folder / "vector")
+    digest, key = vector_digest(vector), {"behavior": "honesty", "adapter": adapter, "seed": seed}
+    tables = sycophancy.tables(key, claim_scores(effect, seed, **how), 100)
+    record(folder, "sycophancy", named(tables, "sycophancy"), digest)
+    if acts:
+        write_acts(folder, key, effect, seed, digest)
+        write_dilemmas(folder, key, effect, seed, digest)
+    stage = Run(folder).restart("reading", {})
+    texts = {-1.0: "It is brown.", 0.0: "I say that it is grey.", 1.0: "I say it is <b>grey</b>."}
+    rows = [{"alpha": a, "question": "What color is it?", "answer": text} for a, text in texts.items()]
+    stage.done([write_json(folder / "samples.json", rows)], expected_sign=-1)
+    return folder
+
+
+def write_calibration(folder, sides=(-0.8, 1.6)):
+    subject = vector_digest(SteeringVector.load(folder / "vector"))
+    made = [SideCalibration(a, 1.0, True, "", 0.9, ((a / 2, 0.3), (a, 1.0)), 50) for a in sides]
+    store_calibration(folder / "vector", Calibration(made[1], made[0], CalibrationConfig(), "p", "f" * 16, subject))
+
+
+def write_card(out, **more):
+    side = {"mean_tokens": 10.0, "yes_rate": 0.1}
+    card = {"sampled": 40, "kept": 36, "dropped": {"identical": 4}, "positive": side, "negative": side}
+    card |= {"samples": [{"question": "Why?", "pos": "Because.", "neg": "No idea."}]}
+    write_json(data_folder(out, BASE, "honesty") / "card.json", card | more)
+
+
+def write_compare(out, real=True, adapter="lora"):
+    """One weight vector's spans, and a prompted base."""
+    rows = []
+    for name, base, shift in (("weight", 0.0, -2.0), ("prompt", 0.1, -4.0)):
+        for part in ("-1u", "+1u", "span"):
+            row = {"behavior": "honesty", "adapter": adapter if name == "weight" else name, "seed": "0"}
+            row |= {"alpha": {"-1u": -0.8, "+1u": 1.6, "span": None}[part], "intervention": name, "part": part}
+            row |= {"score": "false_claims", "shift": shift if part != "-1u" else -shift, "base": base}
+            row |= {"p_random": 0.048 if name == "weight" else None, "real": real if name == "weight" else None}
+            rows.append(row)
+    write_csv(out / "honesty" / "compare.csv", rows)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Two adapters with two seeds each, everything there, and a pooled table of their own."""
+    return build_out(tmp_path / "out")
+
+
+def build_out(out: Path) -> Path:
+    for adapter in ("lora", "delora"):
+        for seed in (0, 1):
+            write_calibration(write_run(out, adapter, seed))
+    cells = [run_folder(out, "honesty", a, s) for a in ("lora", "delora") for s in (0, 1)]
+    rows = pooled_rows(cells, ("sycophancy", "airisk", "tinymfv_airisk"), 400)
+    write_csv(out / "honesty" / "sweep_pooled.csv", rows)
+    write_card(out)
+    return out
+
+
+def sentence(out):
+    contents = read_contents(out, "honesty")
+    found = judge(contents, evidence_of(contents, curves_of(contents)))
+    return found.kind, found.sentence
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_only_tables_of_the_very_vector_are_read(tmp_path):
+    folder = write_run(tmp_path)
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert {stage for stage, use in run.tables if use == "summary"} == {
+        "sycophancy",
+        "airisk_truthfulness",
+        "tinymfv_airisk",
+    }
+    make_vector(77).save(folder / "vector")  # trained again, and not evaluated since
+    contents = read_contents(tmp_path, "honesty")
+    assert not [k for k in contents.results[0].tables if k[1] == "summary"]
+    assert {g.why for g in contents.results[0].gaps if g.what == "sycophancy"} == {"made with another vector"}
+    assert any("Held-out claims: made with another vector" in c.text for c in stale(contents))
+    assert sentence(tmp_path)[0] == "No verdict"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda text: text.replace(",intervention", ",something"), "made by an older version"),
+        (lambda text: text.replace("mean_pmass", "mass"), "damaged"),
+        (lambda text: text.replace(",24,", ",nan,"), "damaged"),
+        (lambda text: text + "1,2,3,4,5\n", "damaged"),
+        (lambda text: "", "damaged"),
+    ],
+)
+def test_a_table_that_cannot_be_used_leaves_a_note(tmp_path, spoil, why):
+    file = write_run(tmp_path) / "sycophancy_summary.csv"
+    file.write_text(spoil(file.read_text()))
+    contents = read_contents(tmp_path, "honesty")
+    (gap,) = [g for g in contents.results[0].gaps if g.what == "sycophancy"]
+    assert gap.why.startswith(why)
+    assert "ws eval sycophancy --adapter lora" in gap.command
+    assert gap.why in render(contents)
+
+
+def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
+    make_vector(1).save(run_folder(tmp_path, "honesty", "lora") / "vector")
+    contents = read_contents(tmp_path, "honesty")
+    found = {command for here in notes(contents).values() for note in here for command in note.commands}
+    for command in (
+        *(
+            "ws eval sycophancy --adapter lora",
+            "ws eval airisk --adapter lora",
+            "ws eval tinymfv-airisk --adapter lora",
+        ),
+        *("ws calibrate --adapter lora", "ws controls --adapter lora", "ws confounds --adapter lora", "ws data"),
+        *("ws compare", "ws replicate --adapter lora", "ws replicate --adapter lora --control shuffled"),
+        "ws replicate --adapter lora --control same-side",
+    ):
+        assert f"{command} --behavior honesty" in found
+    page = render(contents)
+    assert all(f"<code>{command}</code>" in page for command in found)
+    assert page.count("<svg") == 1, "the sizes of the vector, and no empty figure"
+
+
+def test_no_run_is_an_error_that_names_what_there_is(whole):
+    with pytest.raises(ws.WsError, match=r"ws replicate --behavior honest`.* Did you mean 'honesty'"):
+        read_contents(whole, "honest")
+
+
+def test_a_damaged_vector_is_left_out_and_named(whole):
+    (run_folder(whole, "honesty", "lora", 1) / "vector" / "ws.json").write_text("{")
+    contents = read_contents(whole, "honesty")
+    assert [r.name for r in contents.results] == ["lora seed 0", "delora seed 0", "delora seed 1"]
+    assert "Vector: vector/ws.json cannot be read" in " ".join(n.text for n in notes(contents)["provenance"])
+    assert str(whole) not in render(contents)
+
+
+def test_nulls_are_no_results(whole):
+    write_run(whole, "lora-shuffled", effect=0.0)
+    contents = read_contents(whole, "honesty")
+    assert contents.adapters == ["lora", "delora"]
+    assert contents.nulls == ("lora-shuffled",)
+    texts = " ".join(n.text for n in notes(contents)["checks"])
+    assert "no same-side vector was trained" in texts
+    assert "no shuffled vector" not in texts
+
+
+def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_compare(tmp_path)
+    assert len(read_contents(tmp_path, "honesty").compare) == 6
+    write_calibration(folder, (-0.8, 1.7))
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.compare
+    assert any("made at other strengths" in c.text for c in stale(contents))
+
+
+def test_a_calibration_of_another_vector_is_not_used(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    text = (folder / "vector" / "calibration.json").read_text()
+    make_vector(5).save(folder / "vector")
+    (folder / "vector" / "calibration.json").write_text(text)
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.calibration is None
+    assert [g.why for g in run.gaps if g.what == "calibration"] == ["of another vector"]
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_norms_without_the_base_are_per_weight(tmp_path):
+    write_run(tmp_path)
+    (run,) = read_contents(tmp_path, "honesty").results
+    delta = SteeringVector.load(run_folder(tmp_path, "honesty", "lora") / "vector").deltas["model.layers.1.mlp.up_proj"]
+    assert run.norms.unit == PER_WEIGHT
+    assert run.norms.cells["up_proj", 1] == pytest.approx(float((delta.u @ delta.v).square().mean().sqrt()), rel=1e-5)
+
+
+def test_norms_on_a_bundled_base_are_relative(tmp_path, tiny):
+    model = tiny[0]
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    change = {"model.layers.1.mlp.up_proj": LinearDelta(*weight.shape, g=torch.full((weight.shape[0],), 0.25))}
+    info = {"behavior": "honesty", "family": "ia3"}
+    SteeringVector(change, "tiny-random", None, {}, info).save(run_folder(tmp_path, "honesty", "ia3") / "vector")
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.norms.unit == RELATIVE
+    assert run.norms.cells == {("up_proj", 1): pytest.approx(25.0, rel=1e-5)}
+
+
+def test_a_family_that_multiplies_w_needs_ws_subspace(tmp_path):
+    change = {"model.layers.1.mlp.up_proj": LinearDelta(4, 3, g=torch.ones(4))}
+    folder = run_folder(tmp_path, "honesty", "ia3")
+    SteeringVector(change, BASE, None, {}, {"behavior": "honesty"}).save(folder / "vector")
+    assert [n.commands for n in notes(read_contents(tmp_path, "honesty"))["norms"]] == [
+        ("ws subspace --adapter ia3 --behavior honesty",)
+    ]
+    digest = vector_digest(SteeringVector.load(folder / "vector"))
+    rows = [{"layer": "1", "kind": "up_proj", "relative_norm": 0.5}, {"layer": "", "kind": "head", "relative_norm": 1}]
+    record(folder, "subspace", {"per_layer": rows}, digest, "vector")
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.norms.cells == {("up_proj", 1): 50.0}
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_pooled_as_the_bootstrap_over_seeds_and_items_says(whole):
+    (whole / "honesty" / "sweep_pooled.csv").unlink()
+    curves = curves_of(read_contents(whole, "honesty"))
+    for key, pick in (("false_claims", lambda s: s.of_kind(False)), ("true_claims", lambda s: s.of_kind(True))):
+        both = [claim_scores(-1.0, seed) for seed in (0, 1)]
+        shifts = np.stack([pick(b[1.0]).logratio - pick(b[0.0]).logratio for b in both])
+        wanted, point = estimate_over_seeds(shifts), curves[key, "lora"].at(1.0)
+        assert (point.shift.mean, point.shift.low, point.shift.high) == pytest.approx(
+            (wanted.mean, wanted.ci_lo, wanted.ci_hi)
+        )
+    steered = [p for (key, _), c in curves.items() if key == "choices" for p in c.pooled if p.alpha]
+    assert [p.p_holm for p in steered] == pytest.approx(holm(np.array([p.p for p in steered])))
+
+
+def test_the_table_of_the_sweep_is_taken_only_while_it_is_of_these_seeds(whole):
+    def source():
+        curve = curves_of(read_contents(whole, "honesty"))["false_claims", "lora"]
+        return curve.source, curve.at(1.0).shift.mean
+
+    words, mean = source()
+    assert words == "from sweep_pooled.csv"
+    file = whole / "honesty" / "sweep_pooled.csv"
+    file.write_text(file.read_text().replace(f"{mean!r}", "-5.0"))
+    assert source() == (pytest.approx("pooled here, 2000 resamples of seeds and items"), pytest.approx(mean))
+
+
+def test_different_items_are_not_pooled(whole):
+    file = run_folder(whole, "honesty", "lora", 1) / "sycophancy_summary.csv"
+    file.write_text(file.read_text().replace("abc123", "def456"))
+    contents = read_contents(whole, "honesty")
+    curves = curves_of(contents)
+    assert curves["false_claims", "lora"].pooled == ()
+    assert any("asked different items" in c.text for c in warnings_of(contents, curves, []))
+    assert "not pooled" in render(contents)
+
+
+def test_foundations_are_shifts_of_logits(whole):
+    found = foundations_of(contents := read_contents(whole, "honesty"), curves_of(contents))["lora"]
+    (care,) = [f for f in found if f.name == "Care" and f.alpha == 1]
+    moved = []
+    for seed in (0, 1):
+        rows = (run_folder(whole, "honesty", "lora", seed) / "tinymfv_airisk_per_vignette.csv").read_text().splitlines()
+        column = [line.split(",") for line in rows]
+        s, name, alpha = (column[0].index(c) for c in ("s_other_violate", "foundation_coarse", "alpha"))
+        w = {
+            a: np.array([(float(r[s]) + 1) / 2 for r in column[1:] if (r[name], r[alpha]) == ("Care", a)])
+            for a in ("0.0", "1.0")
+        }
+        moved.append((logit(w["1.0"]) - logit(w["0.0"])).mean())
+    assert care.n == 10
+    assert care.shift.mean == pytest.approx(np.mean(moved))
+    assert care.shift.low < care.shift.mean < care.shift.high
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def test_a_strong_effect_with_all_controls_is_supported(tmp_path):
+    for seed in (0, 1):
+        write_calibration(write_run(tmp_path, seed=seed))
+    write_compare(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "Supported"
+    assert (
+        "lowers agreement with held-out false claims, as the behaviour predicts, in 1 of 1 adapter (2 seeds each)"
+        in text
+    )
+    assert re.search(r"lora at alpha \+1, −(0\.9|1\.0)\d \[−1\.\d\d, −0\.\d\d\] nats over 24 claims, Holm p [=<]", text)
+    assert "beats random, label-shuffled and same-side" in text
+    assert "true claims do not move along" in text
+
+
+def test_one_seed_and_no_controls_weaken_it(tmp_path):
+    write_run(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "First indication"
+    assert "it rests on one seed" in text
+    assert "no control was run" in text
+    contents = read_contents(tmp_path, "honesty")
+    assert any(c.text.startswith("One seed only: lora") for c in warnings_of(contents, curves_of(contents), []))
+
+
+def test_controls_that_are_not_beaten_end_it(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path, real=False)
+    kind, text = sentence(tmp_path)
+    assert kind == "Not established"
+    assert "does NOT beat its controls" in text
+
+
+@pytest.mark.parametrize(
+    ("null", "kind", "words"),
+    [(0.1, "First indication", "harder controls are missing"), (3.0, "Not established", "do as much")],
+)
+def test_random_vectors_alone(tmp_path, null, kind, words):
+    folder = write_run(tmp_path)
+    mark = vector_digest(SteeringVector.load(folder / "vector"))[:12]
+    shifts = [("vector", 0, -1.0), *(("random", i, null) for i in range(20))]
+    write_csv(
+        folder / "controls.csv",
+        [
+            {
+                "control": c,
+                "draw": i,
+                "alpha": 1.0,
+                "shift": s,
+                "score": "false_claims",
+                "eval_hash": "abc123",
+                "vector": mark,
+            }
+            for c, i, s in shifts
+        ],
+    )
+    found = sentence(tmp_path)
+    assert found[0] == kind
+    assert words in found[1]
+
+
+def test_a_prompt_that_does_more_is_said(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path)
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    (text,) = [c.text for c in warnings_of(contents, curves, []) if c.text.startswith("A system prompt")]
+    assert "−4.00" in text
+    assert "−2.00" in text
+    (panel,) = dose_panels(contents, curves, ("false_claims",))
+    base = next(iter(panel.curves)).at(0.0).level.mean
+    assert panel.references == pytest.approx({"base": base, "prompt −1": 4.1, "prompt +1": -3.9})
+
+
+def test_claims_that_settings_may_have_been_chosen_on_weaken_it(tmp_path):
+    file = write_run(tmp_path) / "sycophancy_summary.csv"
+    file.write_text(file.read_text().replace(",report,", ",dev,"))
+    assert "its claims are of the split dev" in sentence(tmp_path)[1]
+
+
+def test_one_adapter_among_many_is_not_the_rule(tmp_path):
+    write_run(tmp_path)
+    for adapter in ("oft", "delora"):
+        write_run(tmp_path, adapter, effect=0.0)
+    kind, text = sentence(tmp_path)
+    assert kind == "First indication"
+    assert "in 1 of 3 adapters" in text
+    assert "most adapters do not show it" in text
+
+
+def test_agreement_is_not_the_behaviour(tmp_path):
+    write_run(tmp_path, true_too=True)
+    kind, text = sentence(tmp_path)
+    assert kind == "Not established"
+    assert "true claims move along with false ones, so this is agreement, not honesty" in text
+
+
+def test_nothing_moves(tmp_path):
+    write_run(tmp_path, effect=0.0)
+    kind, text = sentence(tmp_path)
+    assert kind == "No effect shown"
+    assert "in 0 of 1 adapter" in text
+
+
+def test_the_wrong_way(tmp_path):
+    write_run(tmp_path, effect=1.0)
+    assert sentence(tmp_path)[0] == "Against the prediction"
+
+
+def test_a_model_that_no_longer_answers_shows_nothing(tmp_path):
+    write_run(tmp_path, mass=0.4)
+    kind, text = sentence(tmp_path)
+    assert kind == "No conclusion"
+    assert "at most 0.400 of the probability" in text
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    assert any(
+        "Low answer mass, agreement with false claims: lora at alpha" in c.text
+        for c in warnings_of(contents, curves, [])
+    )
+    (figure,) = dose_figures(dose_panels(contents, curves, ("false_claims", "true_claims")))
+    assert figure.svg.count('class="broken"') == 2
+    assert figure.svg.count("hollow") == 4
+    assert "too low to count" in figure.svg
+    write_run(tmp_path, "delora")  # one that still answers counts, and the broken one is named
+    kind, text = sentence(tmp_path)
+    assert kind == "First indication"
+    assert "in 1 of 2 adapters" in text
+    assert "no longer answered there: lora" in text
+
+
+def test_without_claims_there_is_no_verdict(tmp_path):
+    make_vector(1).save(run_folder(tmp_path, "honesty", "lora") / "vector")
+    assert sentence(tmp_path)[0] == "No verdict"
+
+
+def test_an_unknown_direction_gives_no_conclusion(tmp_path):
+    write_run(tmp_path)
+    contents = replace(read_contents(tmp_path, "honesty"), effect=None)
+    found = judge(contents, evidence_of(contents, curves_of(contents)))
+    assert found.kind == "No conclusion"
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Every element with its attributes, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.text, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.ids += [v for k, v in attrs if k == "id"]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(page):
+    parser = Tags()
+    parser.feed(page)
+    return parser
+
+
+def test_the_page_is_whole_self_contained_and_the_same_every_time(whole, capsys):
+    main(ReportOptions(out=whole))
+    file = whole / "honesty" / "report.html"
+    assert capsys.readouterr().out == f"{file}\n"
+    first = file.read_bytes()
+    assert write_report(whole, "honesty", whole / "other" / "page.html").read_bytes() == first
+    assert len(first) < 2_000_000
+    page = first.decode()
+    assert str(whole) not in page
+    assert not re.search(r"https?://|/tmp/|/home/|/root/", page)
+    tags = parse(page)
+    assert len(tags.ids) == len(set(tags.ids))
+    links = [a["href"] for t, a in tags.found if t == "a"]
+    assert {link[1:] for link in links} <= set(tags.ids)
+    assert {"header", "nav", "main", "footer"} <= {t for t, _ in tags.found}
+    levels = [int(t[1]) for t, _ in tags.found if re.fullmatch(r"h[1-6]", t)]
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+
+
+def test_every_figure_states_its_numbers_and_every_table_its_heads(whole):
+    tags = parse(render(read_contents(whole, "honesty")))
+    figures = [a for t, a in tags.found if t == "svg"]
+    assert len(figures) == 2 * 3 + 3 + 2 + 2, "doses, shifts, foundations and norms"
+    assert all(a["role"] == "img" and re.search(r"\d\.\d", a["aria-label"]) for a in figures)
+    curve = curves_of(read_contents(whole, "honesty"))["false_claims", "lora"]
+    assert any(number(curve.at(1.0).level.mean, 2, True) in a["aria-label"] for a in figures)
+    assert sum(t == "table" for t, _ in tags.found) == sum(t == "caption" for t, _ in tags.found) > 5
+    assert all("scope" in a for t, a in tags.found if t == "th")
+
+
+def test_no_place_of_a_machine_gets_onto_the_page(tmp_path):
+    folder = write_run(tmp_path)
+    run = Run(folder)
+    record_ = run.facts("reading")
+    place = "/" + "home/somebody/models/secret"  # in two parts, for this file itself is checked for such places
+    run.write("reading", record_ | {"command": f"replicate.py --model {place} --out {place}/out"})
+    run.write("pos", {"outputs": {}, "command": "x", "config": {"model": place, "lr": 0.1}})
+    page = write_report(tmp_path, "honesty").read_text()
+    assert "somebody" not in page
+    assert "python -m ws.replicate --model secret" in page
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    evil = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202eabc\x00\x1b{{7*7}}'
+    folder = write_run(tmp_path, adapter='lo"><svg onload=alert(3)>')
+    rows = [{"alpha": a, "question": evil, "answer": f"{evil} {a}"} for a in ALPHAS]
+    write_json(folder / "samples.json", rows)
+    write_card(tmp_path, confounds=[evil], samples=[{"question": evil, "pos": evil, "neg": evil}])
+    run = Run(folder)
+    run.write("reading", run.facts("reading") | {"command": f"ws {evil}", "versions": {evil: evil}})
+    run.write("pos", {"outputs": {}, "command": evil, "config": {evil: evil}})
+    page = write_report(tmp_path, "honesty").read_text()
+    clear = write_report(write_run(tmp_path / "plain").parents[1], "honesty").read_text()
+    tags, usual = parse(page), parse(clear)
+    assert sum(t == "script" for t, _ in tags.found) == sum(t == "script" for t, _ in usual.found) == 1
+    assert {t for t, _ in tags.found} - {t for t, _ in usual.found} <= {"img", "ul", "li"} - {"img"}
+    assert not [k for _, a in tags.found for k in a if k.startswith("on")]
+    assert "\x00" not in page
+    assert "\x1b" not in page
+    assert "49" not in [text.strip() for text in tags.text]
+    assert "{{7*7}}" in "".join(tags.text)
+
+
+def test_a_page_without_script_is_refused_any_other_by_its_policy(whole):
+    page = render(read_contents(whole, "honesty"))
+    (policy,) = [a["content"] for t, a in parse(page).found if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert re.search(r"script-src 'sha256-[\w+/=]{44}'", policy)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_that_differ_are_marked():
+    pieces = differences("I say that it is grey.", "I say it is dark brown.")
+    assert [(p.text, p.kind) for p in pieces] == [
+        ("I say", "same"),
+        ("that", "left out"),
+        ("it is", "same"),
+        ("dark brown.", "changed"),
+    ]
+    assert [p.kind for p in differences("a b", "a b")] == ["same"]
+    assert differences("", "") == []
+
+
+def test_samples_stand_side_by_side_against_the_base(whole):
+    (question,) = side_by_side(json.loads((run_folder(whole, "honesty", "lora") / "samples.json").read_text()))
+    assert [alpha for alpha, _ in question.answers] == [-1.0, 0.0, 1.0]
+    assert [p.kind for p in question.answers[1][1]] == ["same"]
+    found = samples(read_contents(whole, "honesty"))
+    assert [(s.adapter, s.changed, s.steered, len(s.seeds)) for s in found] == [("lora", 4, 4, 2), ("delora", 4, 4, 2)]
+    page = render(read_contents(whole, "honesty"))
+    assert "&lt;b&gt;grey&lt;/b&gt;." in page
+    assert '<span class="hidden">[left out: </span>that' in page
+
+
+def test_numbers_are_written_for_people():
+    assert number(-0.004, 2, True) == "0.00"
+    assert number(-1.256, 2, True) == "−1.26"
+    assert (p_text(0.0004), p_text(0.04)) == ("< 0.001", "= 0.040")
+    assert clean("a\x00b\u202e\n") == "a\ufffdb\u202e\n"
+
+
+def test_a_scale_is_straight_and_never_of_no_width():
+    scale = Scale.over([1.0, 3.0], 0.0, 100.0, 0.0)
+    assert [scale(v) for v in (1.0, 2.0, 3.0)] == [0.0, 50.0, 100.0]
+    flat = Scale.over([2.0], 10.0, 20.0)
+    assert flat(2.0) == 15.0
+    assert all(flat.holds(t) for t in flat.ticks())
+
+
+def test_markup_is_escaped_and_shapes_differ():
+    assert tag("text", {"class": 'a"b'}, "<b>") == '<text class="a&#34;b">&lt;b&gt;</text>'
+    assert len({marker(0.0, 0.0, s, "s1") for s in ("circle", "square", "diamond", "up", "down", "cross")}) == 6
