@@ -75,6 +75,14 @@ slope *args:
 report *args:
     uv run ws report {{args}}
 
+# the base beside the steered model in a browser: `just play adapter=delora`
+play *args:
+    uv run ws play {{args}}
+
+# the same in the terminal: `just chat adapter=lora --compare`
+chat *args:
+    uv run ws chat {{args}}
+
 # a vector in other formats: `just export merged adapter=delora alpha=0.5`, `just export peft`, `just export gguf-lora`
 export format *args:
     uv run ws export {{format}} {{args}}
@@ -106,6 +114,10 @@ eval-capability *args:
 # the results table of a behaviour's runs: `just summarize-airisk behavior=honesty`
 summarize-airisk *args:
     uv run python -m ws.eval.readme_airisk_table {{args}}
+
+# the documentation as a site, at http://127.0.0.1:8000
+docs *args:
+    NO_MKDOCS_2_WARNING=1 uv run mkdocs serve {{args}}
 
 # one benchmark: `just bench vector`, `just bench pocket_effects`
 bench name *args:

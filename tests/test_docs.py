@@ -80,6 +80,30 @@ def test_the_documented_prompts_file_is_valid(tmp_path):
     assert load_prompts(Prompts(), tmp_path / "prompts.toml", _SLOTS) != Prompts()
 
 
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Strictly: a link, an anchor or a name in the API page that leads nowhere is an error."""
+    command = [
+        str(Path(sys.executable).with_name("mkdocs")),
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=quiet)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "api" / "index.html").read_text()
+    assert all(f'id="ws.{name}"' in api for name in ("diff.SteeringVector.from_checkpoints", "steer.steer"))
+    assert 'id="the-hub"' in (tmp_path / "exports" / "index.html").read_text()  # no fence has swallowed a heading
+    assert "fonts.googleapis" not in (tmp_path / "index.html").read_text()
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
+    assert not [p.name for p in PAGES[1:] if p.name not in nav]
+
+
 def test_every_relative_link_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

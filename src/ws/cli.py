@@ -47,6 +47,8 @@ COMMANDS = {
     "trim": ("ws.trim", "main", "TrimOptions", "fewer layers, modules or columns of a vector, or a depth profile"),
     "monitor": ("ws.monitor", "main", "MonitorOptions", "how far fine-tunes have moved along known behaviours"),
     "subspace": ("ws.subspace", "main", "SubspaceOptions", "where a vector lies, its pair, cosines between vectors"),
+    "chat": ("ws.chat", "main", "ChatOptions", "talk to a steered model in the terminal"),
+    "play": ("ws.playground", "main", "PlayOptions", "the base beside the steered model in a page, with sliders"),
     "diff": ("ws.fine_tunes", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
     "export-peft": ("ws.export.lora", "main", "LoraOptions", "a vector at a fixed strength as a PEFT LoRA (vLLM)"),
     "export-merged": ("ws.export.merged", "main", "MergedOptions", "a vector written into a copy of its base"),
