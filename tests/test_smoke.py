@@ -18,7 +18,9 @@ from ws.eval import airisk, tinymfv_airisk
 from ws.eval.airisk import AiriskOptions
 from ws.eval.context import open_context
 from ws.eval.readme_airisk_table import COLUMNS, TableConfig, build_table
+from ws.new_behavior import behavior_template
 from ws.replicate import ReplicateConfig, render, replicate
+from ws.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,16 @@ def test_evaluations_and_table_end_to_end(out):
     assert {r["adapter"] for r in rows} == {"base", *families}
     assert all(tuple(r) == COLUMNS for r in rows)
     assert len(list((out / "base").rglob("airisk_truthfulness-*.json"))) == 1, "one base for all families"
+
+
+def test_a_behaviour_of_ones_own_goes_the_same_way(tmp_path):
+    file = tmp_path / "accuracy.toml"
+    file.write_text(behavior_template("accuracy"))
+    preset = ReplicateConfig.preset("tiny-random", "lora")
+    data = replace(preset.data, n_topics=4)
+    reading = replicate(
+        replace(preset, behavior=str(file), out=tmp_path / "out", data=data, split="dev", alphas=(-1.0, 0.0, 1.0))
+    )
+    assert reading.folder == tmp_path / "out" / "accuracy" / "lora"
+    assert reading.vector.info["behavior"] == "accuracy"
+    assert write_report(tmp_path / "out", str(file)).is_file()

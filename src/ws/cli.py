@@ -37,6 +37,13 @@ COMMANDS = {
     ),
     "report": ("ws.report", "main", "ReportOptions", "what a behaviour's runs have shown, as one HTML page"),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
+    "init-behavior": ("ws.new_behavior", "main_init", "InitOptions", "write a commented file for your own behaviour"),
+    "check-behavior": (
+        "ws.new_behavior",
+        "main_check",
+        "CheckOptions",
+        "all that is wrong with a behaviour file",
+    ),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
     "calibrate": ("ws.calibrate", "main", "CalibrateOptions", "find the strengths that cost a given divergence"),
     "compare": ("ws.compare", "main", "CompareOptions", "every way of steering at the same cost, beside its nulls"),

@@ -244,7 +244,7 @@ def _read(
 ) -> Reading:
     alphas = _alphas(config)
     console.say(f"[5/5] held-out claims ({config.split})")
-    context = EvalContext(_eval_options(config, behavior), model, tok, vector, run)
+    context = EvalContext(_eval_options(config), model, tok, vector, run)
     evaluation = sycophancy.evaluation(context, behavior, config.split)
     measured = context.measure(evaluation)
     context.record(evaluation, measured)
@@ -262,9 +262,9 @@ def _read(
     return reading
 
 
-def _eval_options(config: ReplicateConfig, behavior: Behavior) -> EvalOptions:
+def _eval_options(config: ReplicateConfig) -> EvalOptions:
     shared = {k: getattr(config, k) for k in ("model", "seed", "out", "alphas", "n_bootstrap", "device", "dtype")}
-    return EvalOptions(**shared, adapter=config.run_name, behavior=behavior.name)
+    return EvalOptions(**shared, adapter=config.run_name, behavior=config.behavior)
 
 
 def _alphas(config: ReplicateConfig) -> list[float]:
