@@ -7,7 +7,6 @@ meta device, which says what every parameter is without holding any.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ws.delta import LinearDelta
+from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
 from ws.hub import find
 from ws.models import (
@@ -87,6 +86,11 @@ class Checkpoint:
                 f"({', '.join(missing[:3])}, ...); it cannot be read tensor by tensor."
             )
         return self
+
+    def stored_name(self, parameter: str) -> str:
+        """The name under which a parameter is stored: for tied weights that of the first."""
+        wanted = self.model.get_parameter(parameter)
+        return next(n for n, p in self.model.named_parameters() if p is wanted)
 
     def tensor(self, parameter: str) -> Tensor:
         """A parameter's value as it is stored; it is mapped from the file and freed with the tensor."""
@@ -197,9 +201,7 @@ class Difference:
                 deltas[name] = change.holding({"u": low.u, "v": low.v, "bias": change.bias})
         facts: dict[str, Any] = {"modules": len(deltas), "equal": len(self.modules) - len(deltas)}
         if rank is not None:
-            lost, whole = math.hypot(*(errors[n] * sizes[n] for n in errors)), math.hypot(*sizes.values())
-            facts |= {"rank": rank, "errors": errors, "error": max(errors.values(), default=0.0)}
-            facts["total_error"] = lost / whole if whole else 0.0
+            facts |= {"rank": rank} | approximation_errors(errors, sizes)
         return deltas, facts
 
 
@@ -240,14 +242,8 @@ def _change(name: str, module: nn.Module, ours: Checkpoint, theirs: Checkpoint) 
 
 def _parts(name: str, module: nn.Module, ours: Checkpoint, theirs: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for leaf, _ in module.named_parameters(recurse=False):
-        parameter = _canonical(ours.model, f"{name}.{leaf}" if name else leaf)
+        parameter = ours.stored_name(f"{name}.{leaf}" if name else leaf)
         part = ours.tensor(parameter).float() - theirs.tensor(parameter).float()
         if not torch.isfinite(part).all():
             raise WsError(f"{parameter} of {ours.name} or {theirs.name} holds NaN or infinity.")
         yield leaf, part
-
-
-def _canonical(model: PreTrainedModel, parameter: str) -> str:
-    """The first name of a tied parameter, under which it is stored."""
-    wanted = model.get_parameter(parameter)
-    return next(n for n, p in model.named_parameters() if p is wanted)

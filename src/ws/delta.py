@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from math import lcm, sqrt
+from math import hypot, lcm, sqrt
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -287,6 +288,16 @@ class LinearDelta:
         parts = [f"rank {self.rank}"] if self.rank else []
         parts += [name for name in self.coordinates() if name not in ("u", "v")]
         return f"LinearDelta({self._shape}, {', '.join(parts) or 'zero'})"
+
+
+def approximation_errors(errors: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, Any]:
+    """What a recipe says of an approximation: the relative `errors` of modules, the worst (`error`), and that of all.
+
+    `total_error` is the error of all changes as one vector, from the Frobenius norms `sizes` of the whole changes.
+    """
+    lost, whole = hypot(*(errors[n] * sizes[n] for n in errors)), hypot(*sizes.values())
+    worst = max(errors.values(), default=0.0)
+    return {"errors": dict(errors), "error": worst, "total_error": lost / whole if whole else 0.0}
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

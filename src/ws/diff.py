@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ws.adapters import read_adapter
 from ws.checkpoints import Checkpoint, Difference
-from ws.delta import COORDINATES, LinearDelta
+from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError
 from ws.hub import find
 from ws.models import (
@@ -303,10 +303,8 @@ class SteeringVector:
             )
         errors = {n: error for n, (_, error) in parts.items()}
         sizes = {n: LinearDelta(d.d_out, d.d_in, u=d.u, v=d.v).norm() for n, d in self.deltas.items()}
-        lost, whole = math.hypot(*(errors[n] * sizes[n] for n in errors)), math.hypot(*sizes.values())
         asked = {"rank": rank} if energy is None else {"energy": float(energy)}
-        found = {"errors": errors, "error": max(errors.values()), "total_error": lost / whole if whole else 0.0}
-        recipe = {"op": "compress", **asked, **found, "of": self.recipe}
+        recipe = {"op": "compress", **asked, **approximation_errors(errors, sizes), "of": self.recipe}
         return replace(self, deltas={n: d for n, (d, _) in parts.items()}, recipe=recipe)
 
     def factorised(
@@ -338,10 +336,9 @@ class SteeringVector:
                 bias = 0.0 if delta.bias is None else float(delta.bias.norm()) / sizes[name]
                 errors[name] = math.hypot(part * math.sqrt(max(1 - bias**2, 0.0)), bias)
                 deltas |= {name: low} if low.rank else {}
-        lost, whole = math.hypot(*(errors[n] * sizes[n] for n in errors)), math.hypot(*sizes.values())
         asked = {"rank": rank} if error is None else {"allowed": float(error)}
-        found = {"errors": errors, "error": max(errors.values()), "total_error": lost / whole if whole else 0.0}
-        return replace(self, deltas=deltas, recipe={"op": "factorise", **asked, **found, "of": self.recipe})
+        recipe = {"op": "factorise", **asked, **approximation_errors(errors, sizes), "of": self.recipe}
+        return replace(self, deltas=deltas, recipe=recipe)
 
     # ---- in a model ---------------------------------------------------------------------------------------------
 

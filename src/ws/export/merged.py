@@ -110,7 +110,7 @@ def _require_base(vector: SteeringVector, base: Checkpoint) -> None:
 def _write(base: Checkpoint, changes: list[Change], alpha: float, part: Path) -> Merge:
     by_file: dict[Path, list[Change]] = {}
     for change in changes:
-        for file in {base.places[_parameter(base, change[0], leaf)][0] for leaf in _leaves(change[1])}:
+        for file in {base.places[base.stored_name(f"{change[0]}.{leaf}")][0] for leaf in _leaves(change[1])}:
             by_file.setdefault(file, []).append(change)
     linked = [f for f in sorted({file for file, _ in base.places.values()}) if f not in by_file]
     for file in linked:
@@ -140,7 +140,7 @@ def _patch(
     """Write one module's tensors that are in `file`; yields the squared norms of `write_step`, and the dtype."""
     name, delta, module = change
     for leaf in _leaves(delta):
-        parameter = _parameter(base, name, leaf)
+        parameter = base.stored_name(f"{name}.{leaf}")
         home, key = base.places[parameter]
         if home != file:
             continue
@@ -169,12 +169,6 @@ def _leaves(delta: LinearDelta) -> list[str]:
     """Which parameters of its module a change is of."""
     names = delta.coordinates().keys()
     return [*(["weight"] if names - {"bias"} else []), *(["bias"] if "bias" in names else [])]
-
-
-def _parameter(base: Checkpoint, module: str, leaf: str) -> str:
-    """The name under which a module's parameter is stored: for tied weights that of the first module."""
-    wanted = base.model.get_parameter(f"{module}.{leaf}")
-    return next(n for n, p in base.model.named_parameters() if p is wanted)
 
 
 def _side_files(folder: Path) -> list[Path]:
