@@ -249,7 +249,7 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def run(context: EvalContext) -> str:
-    return context.carry_out(evaluation(context))
+    return context.carry_out(evaluation(context)).text
 
 
 def test_the_command_writes_the_documented_tables(options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import ws
+from ws import console
 from ws.chat import Chat, ChatOptions, carry_out, main, talk
 from ws.console import parse
 from ws.diff import Units, vector_digest
@@ -199,6 +201,24 @@ def test_the_command_says_what_it_is_told_or_what_comes_through_a_pipe(out, monk
     monkeypatch.setattr(sys, "stdin", io.StringIO("/alfa\nhello\n"))
     with pytest.raises(ws.WsError, match="Did you mean 'alpha'"):
         main(replace(options, say=()))
+
+
+def test_for_scripts_the_talk_is_one_json_object(out, monkeypatch, capsys):
+    said = ["/alpha -2", QUESTION, "/probs yes no"]
+    monkeypatch.setattr(sys, "argv", ["ws", "--out", str(out), "--device", "cpu", "--json", "--quiet", "--say", *said])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        console.run(main, ChatOptions, "ws chat")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    printed = capsys.readouterr()
+    answer, words = json.loads(printed.out)["data"]["chat"]
+    assert (answer["question"], answer["strengths"]) == (QUESTION, {"honesty": -2.0})
+    assert answer["steered"]
+    assert answer["base"]
+    assert {*words["first_word"]} == {"yes", "no"}
+    assert 0 < words["first_word"]["yes"]["steered"] < 1
+    assert printed.err == ""
 
 
 def test_a_prompt_for_a_person_whose_output_is_piped_goes_to_stderr(out, monkeypatch, capsys):

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import ws
-from ws.data import Answer, DataConfig, Pair, _drop_reason, data_card, generate_pairs, read_pairs, sample_answers
+from ws.data import (
+    Answer,
+    DataConfig,
+    Pair,
+    _drop_reason,
+    data_card,
+    data_preset,
+    generate_pairs,
+    read_pairs,
+    sample_answers,
+)
 from ws.models import render_prompt
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5)
@@ -51,6 +61,20 @@ def test_pairs_depend_on_the_data_seed_only(tiny, tmp_path, behavior):
     assert generate_pairs(model, tok, behavior, tmp_path / "c", replace(SMALL, data_seed=1)) != first
 
 
+def test_more_topics_than_there_are_means_all(tiny, tmp_path, capsys):
+    """A preset may allow for more questions than somebody's own behaviour has."""
+    model, tok = tiny
+    behavior = replace(ws.load_behavior("honesty", "pocket"), questions=("What is ice?", "Why?", "Who makes honey?"))
+    preset = replace(data_preset("pocket"), n_samples=1, max_new_tokens=48)
+    pairs = generate_pairs(model, tok, behavior, tmp_path, preset)
+    assert {p.question for p in pairs} == set(behavior.questions)
+    assert "All 3 questions of honesty are used" in capsys.readouterr().err
+    assert generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=3)) == pairs, "the same settings"
+    assert "All 3" not in capsys.readouterr().err
+    with pytest.raises(ws.WsError, match="n_topics: 3 -> 2"):
+        generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=2))
+
+
 @pytest.mark.parametrize("torn", [0, 3, 5, 7, 11])
 def test_an_interrupted_run_continues_with_the_same_pairs(tiny, tmp_path, behavior, torn, monkeypatch):
     model, tok = tiny
@@ -78,6 +102,16 @@ def test_finished_pairs_are_read_not_sampled(tiny, tmp_path, behavior, monkeypat
     assert generate_pairs(model, tok, behavior, tmp_path, SMALL) == first
     with pytest.raises(ws.WsError, match="n_samples: 2 -> 3"):
         generate_pairs(model, tok, behavior, tmp_path, replace(SMALL, n_samples=3))
+
+
+def test_pairs_of_somebodys_own_are_not_overwritten(tiny, tmp_path, behavior):
+    model, tok = tiny
+    line = '{"id": "a", "question": "q", "pos": "x", "neg": "y", "pos_tokens": 1, "neg_tokens": 1}\n'
+    (tmp_path / "pairs.jsonl").write_text(line)
+    with pytest.raises(ws.WsError, match=r"was not sampled here and is not overwritten.*ws train.*--fresh"):
+        generate_pairs(model, tok, behavior, tmp_path, SMALL)
+    assert (tmp_path / "pairs.jsonl").read_text() == line
+    assert len(generate_pairs(model, tok, behavior, tmp_path, SMALL, fresh=True)) > 1
 
 
 @pytest.mark.parametrize(
@@ -140,7 +174,7 @@ def test_answers_end_by_themselves_and_greedy_ignores_the_seed(tiny):
     ("change", "flag"),
     [
         ({"n_topics": 0}, "--n-topics"),
-        ({"n_topics": 10**6}, "--n-topics"),
+        ({"n_topics": -1}, "--n-topics"),
         ({"n_personas": 2}, "--n-personas"),
         ({"n_samples": 0}, "--n-samples"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),

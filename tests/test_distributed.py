@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_only_the_main_process_writes_and_speaks(trained):
     assert second.stdout == ""
     assert "train:" in first.stderr
     assert "train:" not in second.stderr
-    said = [line.rsplit(": ", 1)[1] for line in first.stdout.splitlines()]
+    said = re.findall(r"^(?:pos|neg): (.+)", first.stdout, re.MULTILINE)
     assert said == ["trained"] * len(ARMS) + ["already there"] + ["trained"] * 2
     for adapter, sign in ARMS:
         folders = [top / n / FOLDER / adapter for n in ("one", "two")]

@@ -270,10 +270,9 @@ def test_the_command_writes_beside_the_run_and_says_how_to_serve_it(tiny, tmp_pa
     main(console.parse(GgufOptions, ["--out", str(tmp_path), "--alpha", "-0.5"]))
     file = tmp_path / "honesty" / "lora" / "exports" / "honesty-lora.gguf"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(file)
     size = f"{file.stat().st_size / 1e6:.2f} MB"
-    assert lines[1] == f"27 modules of a qwen3 model, ranks 1 to 4, {size}, strength -0.5 at scale 1"
-    assert lines[-1] == f"llama-server -m base.gguf --lora-scaled {file}:1"
+    assert lines[0] == f"27 modules of a qwen3 model, ranks 1 to 4, {size}, strength -0.5 at scale 1"
+    assert lines[-2:] == [f"in {file}", f"Next: llama-server -m base.gguf --lora-scaled {file}:1"]
     direct = write_gguf_lora(vector, tmp_path / "honesty-lora.gguf", -0.5, model.config)
     assert direct.file.read_bytes() == file.read_bytes()
 

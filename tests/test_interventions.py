@@ -131,7 +131,7 @@ def test_rows_are_keyed_by_intervention(out, weights_hash):
     options = EvalOptions(out=out, interventions=names, limit=3, n_bootstrap=100, device="cpu")
     context = open_context(options)
     before = weights_hash(context.model)
-    text = context.carry_out(sycophancy.evaluation(context, context.behavior))
+    text = context.carry_out(sycophancy.evaluation(context, context.behavior)).text
     assert weights_hash(context.model) == before
     assert all(name in text for name in names)
     rows = read_csv(context.run.folder / "sycophancy_per_claim.csv")
@@ -238,7 +238,7 @@ def test_a_trained_null_is_a_run_beside_the_vector_s_own(out, control):
     again = replicate(replace(config, control=control))
     assert vector_digest(again.vector) == vector_digest(reading.vector)
     context = open_context(EvalOptions(out=out, adapter=f"lora-{control}", limit=2, n_bootstrap=100, device="cpu"))
-    assert "Worked example" in context.carry_out(sycophancy.evaluation(context, context.behavior))
+    assert "Worked example" in context.carry_out(sycophancy.evaluation(context, context.behavior)).text
 
 
 def test_an_unknown_control_is_refused_before_anything_is_loaded(tmp_path):

@@ -45,6 +45,9 @@ ERRORS = {
     "same persona": ('"a deceptive"', '"A truthful"', "[personas]", "positive 1 and negative 2 are the same"),
     "same persona twice": ('"a sincere"', '"a truthful"', "[personas] positive", "occurs 2 times"),
     "no slot": ("You are {persona} assistant.", "You are.", "[personas]", "must contain {persona}"),
+    "format": ("{persona} assistant.", "{persona:d} assistant.", "[personas]", "a format of the slot 'persona'"),
+    "conversion": ('["{topic}"]', '["{topic!r}"]', "[questions]", "write {topic} without anything"),
+    "format of a claim": ("I think {claim}.", "I think {claim:>9}.", "[claims]", "a format of the slot 'claim'"),
     "empty question": ('"What is ice?"', '" "', "[questions]", "non-empty strings"),
     "repeated question": ('"What color is snow?"', '"what color is grass?"', "[questions] topics", "occurs 2 times"),
     "effect": ("effect = -1", "effect = 0", "[claims]", "effect must be 1 or -1"),
@@ -269,7 +272,7 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.startswith("[ok] mine.toml: 0 errors, 0 warnings\n")
     assert "report 12 false and 12 true; dev 4 false and 4 true" in out
-    assert out.endswith("ws replicate --model pocket --behavior mine.toml --n-topics 40 --adapter delora\n")
+    assert out.endswith("ws replicate --model pocket --behavior mine.toml --adapter delora\n")
     (tmp_path / "mine.toml").write_text(planted("effect = -1", "effect = 0").replace(QUESTION, ""))
     with pytest.raises(SystemExit) as stop:
         main_check(CheckOptions("mine.toml"))

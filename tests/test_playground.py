@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -214,6 +216,23 @@ def test_the_command_prints_the_address_and_ends_with_an_interrupt(tmp_path, mon
     assert "Ctrl-C" in printed.err
 
 
+@pytest.mark.slow
+def test_an_interrupt_from_outside_ends_the_command(tmp_path):
+    """As a process of its own, for libraries change what a signal does to a process."""
+    pytest.importorskip("gradio")
+    a_vector(1).save(tmp_path / "honesty" / "lora" / "vector")
+    arguments = [sys.executable, "-m", "ws.playground", "--out", str(tmp_path), "--device", "cpu"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline().startswith(f"http://{HOST}:")
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "Ended." in said
+
+
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +318,10 @@ def test_the_page_loads_from_this_machine_alone_and_without_complaint(tab, size,
     page.ask(QUESTION)
     page.page.locator("#ws-base .bot.message").wait_for()
     assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
+    parts = ["#ws-base", "#ws-steered", "#ws-box", ".ws-slider", ".ws-examples", ".ws-sampling", ".ws-panel svg"]
+    boxes = [page.page.locator(part).first.bounding_box() for part in parts]
+    assert all(b["width"] > 200 and b["x"] >= 0 for b in boxes)
+    assert all(b["x"] + b["width"] <= SIZES[size]["width"] for b in boxes), "nothing is cut off"
     page.page.wait_for_timeout(1000)  # whatever else it might want to fetch; the stream of events never falls silent
     assert page.wrong == []
     assert page.elsewhere == []

@@ -21,19 +21,22 @@ from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.eval import airisk, sycophancy, tinymfv_airisk
 from ws.eval.dilemmas import Dilemma
-from ws.eval.stats import estimate_over_seeds, holm
+from ws.eval.stats import Estimate, estimate_over_seeds, holm
 from ws.eval.sycophancy import ClaimScores
 from ws.eval.tinymfv_airisk import Vignette
+from ws.new_behavior import behavior_template
+from ws.replicate import Reading, Sample, _record
 from ws.report import ReportOptions, main, write_report
-from ws.report.curves import curves_of, foundations_of
+from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of
 from ws.report.data import PER_WEIGHT, RELATIVE, read_contents
 from ws.report.figures import Scale, dose_figures, marker, tag
 from ws.report.notes import notes, stale
 from ws.report.page import render
-from ws.report.sections import dose_panels, samples
-from ws.report.verdict import evidence_of, judge, warnings_of
-from ws.report.words import clean, differences, number, p_text, side_by_side
-from ws.runs import Run, data_folder, run_folder, write_csv, write_json
+from ws.report.sections import Sampled, dose_panels, example, samples
+from ws.report.tables import commands, other_dilemmas_table
+from ws.report.verdict import evidence_of, judge, plain_words, warnings_of
+from ws.report.words import clean, differences, number, odds, p_text, side_by_side
+from ws.runs import Run, data_folder, read_csv, run_folder, write_csv, write_json
 from ws.sweep_tables import pooled_rows
 
 ALPHAS = (-1.0, 0.0, 1.0)
@@ -128,7 +131,7 @@ def write_run(out, adapter="lora", seed=0, effect=-1.0, acts=True, **how):
     if acts:
         write_acts(folder, key, effect, seed, digest)
         write_dilemmas(folder, key, effect, seed, digest)
-    stage = Run(folder).restart("reading", {})
+    stage = Run(folder).restart("reading", {}, {"vector": digest})
     texts = {-1.0: "It is brown.", 0.0: "I say that it is grey.", 1.0: "I say it is <b>grey</b>."}
     rows = [{"alpha": a, "question": "What color is it?", "answer": text} for a, text in texts.items()]
     stage.done([write_json(folder / "samples.json", rows)], expected_sign=-1)
@@ -233,14 +236,110 @@ def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
             "ws eval airisk --adapter lora",
             "ws eval tinymfv-airisk --adapter lora",
         ),
-        *("ws calibrate --adapter lora", "ws controls --adapter lora", "ws confounds --adapter lora", "ws data"),
-        *("ws compare", "ws replicate --adapter lora", "ws replicate --adapter lora --control shuffled"),
-        "ws replicate --adapter lora --control same-side",
+        *("ws calibrate --adapter lora", "ws controls --adapter lora", "ws confounds --adapter lora", "ws compare"),
+        *(f"{begun} --model {BASE}" for begun in ("ws data", "ws replicate --adapter lora")),
+        *(f"ws replicate --adapter lora --control {null} --model {BASE}" for null in ("shuffled", "same-side")),
     ):
         assert f"{command} --behavior honesty" in found
     page = render(contents)
     assert all(f"<code>{command}</code>" in page for command in found)
     assert page.count("<svg") == 1, "the sizes of the vector, and no empty figure"
+
+
+def test_samples_of_another_vector_are_left_out(tmp_path):
+    folder = write_run(tmp_path)
+    assert read_contents(tmp_path, "honesty").results[0].samples
+    run = Run(folder)
+    run.write("reading", run.facts("reading") | {"inputs": {"vector": "0" * 64}})
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.results[0].samples
+    assert [g.why for g in contents.results[0].gaps if g.what == "samples"] == ["made with another vector"]
+    assert any("Samples: made with another vector" in c.text for c in stale(contents))
+    assert "What color is it?" not in render(contents)
+
+
+def test_samples_that_do_not_say_of_which_vector_they_are_come_with_a_note(tmp_path):
+    folder = write_run(tmp_path)
+    run = Run(folder)
+    run.write("reading", run.facts("reading") | {"inputs": {}})  # as it was recorded before it named its vector
+    contents = read_contents(tmp_path, "honesty")
+    assert contents.results[0].samples
+    (note,) = notes(contents)["samples"]
+    assert note.is_shown
+    assert not note.is_left_out
+    assert not [c for c in stale(contents) if "Samples" in c.text]
+    page = render(contents)
+    assert "What color is it?" in page
+    assert page.count("it is not on record which vector gave them") == 1, "it is not among the missing pieces"
+
+
+def test_replicate_records_which_vector_the_samples_are_of(tmp_path):
+    vector, found = make_vector(3), claim_scores(-1.0, 0)
+    span, answers = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1.0), (Sample(0.0, "Why?", "So."),)
+    reading = Reading(tmp_path, tmp_path, vector, found, found, span, (-1.0, 1.0), -1, answers)
+    _record(reading, Run(tmp_path))
+    assert Run(tmp_path).facts("reading")["inputs"] == {"vector": vector_digest(vector)}
+
+
+def test_a_behaviour_of_ones_own_is_called_by_its_file(tmp_path, whole):
+    file = tmp_path / "accuracy.toml"
+    file.write_text(behavior_template("accuracy"))
+    (whole / "honesty").rename(whole / "accuracy")
+    by_name, by_file = (read_contents(whole, name) for name in ("accuracy", str(file)))
+    assert (by_name.name, by_name.called) == (by_file.name, by_file.called) == ("accuracy", "accuracy.toml")
+    commands = [c for here in notes(by_name).values() for note in here for c in note.commands if c.startswith("ws")]
+    assert commands
+    assert all(c.endswith(" --behavior accuracy.toml") for c in commands)
+    assert by_name.behavior is by_file.behavior is None, "the vectors were trained on another file"
+    digest = ws.load_behavior(str(file)).digest
+    for folder in (whole / "accuracy").glob("*"):
+        manifest = folder / "vector" / "ws.json"
+        if manifest.is_file():
+            made = json.loads(manifest.read_text())
+            made["info"]["behavior_sha256"] = digest
+            manifest.write_text(json.dumps(made))
+    found = read_contents(whole, str(file)).behavior
+    assert found is not None
+    assert found.summary == "Gives the right answer to a plain question, rather than a wrong one."
+    assert found.summary in write_report(whole, str(file)).read_text()
+    assert (whole / "accuracy" / "report.html").is_file()
+
+
+def test_dilemmas_of_other_values_are_a_table_of_their_own(tmp_path):
+    folder = write_run(tmp_path)
+    digest = vector_digest(SteeringVector.load(folder / "vector"))
+    rows = read_csv(folder / "airisk_truthfulness_summary.csv")
+    asked = [r | {"value_class": "Care & <i>", "protocol": "published"} for r in rows]
+    record(folder, "airisk_care", {"summary": asked}, digest)
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert list(run.others) == ["airisk_care"]
+    table = other_dilemmas_table(read_contents(tmp_path, "honesty"))
+    assert [row[:4] for row in table.rows] == [
+        ("lora seed 0", "Care & <i>", "published", a) for a in ("−1", "0 (base)", "+1")
+    ]
+    assert len({len(row) for row in (table.header, *table.rows)}) == 1
+    page = render(read_contents(tmp_path, "honesty"))
+    assert "Care &amp; &lt;i&gt;" in page
+    assert table.caption in page
+    record(folder, "airisk_care", {"summary": asked}, "0" * 64)
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.results[0].others
+    assert any("airisk_care was made with another vector" in c.text for c in stale(contents))
+    assert not other_dilemmas_table(contents).rows
+
+
+def test_a_prompted_base_that_is_missing_is_noted(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    texts = {
+        anchor: " ".join(n.text for n in here) for anchor, here in notes(read_contents(tmp_path, "honesty")).items()
+    }
+    assert all("under a system prompt" in texts[anchor] for anchor in ("claims", "dilemmas", "acts"))
+    write_compare(tmp_path)
+    found = notes(read_contents(tmp_path, "honesty"))
+    assert not [n for n in found["claims"] if "under a system prompt" in n.text]
+    (note,) = [n for n in found["dilemmas"] if "under a system prompt" in n.text]
+    assert note.commands == ("ws compare --evals sycophancy tinymfv_airisk airisk --behavior honesty",)
 
 
 def test_no_run_is_an_error_that_names_what_there_is(whole):
@@ -379,6 +478,88 @@ def test_foundations_are_shifts_of_logits(whole):
     assert care.n == 10
     assert care.shift.mean == pytest.approx(np.mean(moved))
     assert care.shift.low < care.shift.mean < care.shift.high
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+def test_the_divergence_stands_beside_every_effect(tmp_path):
+    """Measured, between two measured ones, and beyond them; of several seeds the largest."""
+    write_calibration(write_run(tmp_path, seed=0), (-0.8, 1.6))  # 0.3 nats at half of that, 1 nat there
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.divergence == [(-0.8, 1.0), (-0.4, 0.3), (0.0, 0.0), (0.8, 0.3), (1.6, 1.0)]
+    assert divergence_at([run], 0.8) == Divergence(0.3, True)
+    between = divergence_at([run], 1.0)
+    assert between.nats == pytest.approx(0.3 + 0.7 * 0.2 / 0.8)
+    assert not between.is_exact
+    assert divergence_at([run], -1.0) is None
+    write_calibration(write_run(tmp_path, seed=1), (-0.8, 2.0))
+    contents = read_contents(tmp_path, "honesty")
+    both = divergence_at(contents.results, 1.0)
+    assert (both.nats, both.is_exact) == (between.nats, False), "0.3 nats of the other seed are less"
+    curve = curves_of(contents)["false_claims", "lora"]
+    assert curve.at(1.0).kl == both
+    assert next(p for p in curve.seeds[1] if p.alpha == 1).kl == Divergence(0.3, True)
+    page, between = render(contents), f"KL ≈{number(between.nats)}"
+    rows = [a["aria-label"] for t, a in parse(page).found if t == "svg" and a["aria-label"].startswith("Shift of")]
+    assert len(rows) == 3
+    assert all("answer mass 0.9" in label and between in label and "KL not measured" in label for label in rows)
+    assert f"alpha +1: answer mass 0.980, {between}" in page, "beside the foundations too"
+
+
+def test_the_verdict_is_said_in_odds_too(tmp_path):
+    write_run(tmp_path)
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    text = plain_words(contents, evidence_of(contents, curves))
+    curve = curves["false_claims", "lora"]
+    for alpha in (0.0, 1.0):
+        assert odds(curve.at(alpha).level.mean) in text
+    assert "answers Yes rather than No" in text
+    assert "Lower odds are what the behaviour predicts." in text
+    assert "KL not measured" in text
+    assert plain_words(contents, []) == ""
+
+
+def test_odds():
+    """By their definition: p / (1 - p) of the probability that has this log ratio."""
+    assert odds(np.log(0.8 / 0.2)) == "4.0 to 1"
+    assert odds(np.log(0.02 / 0.98)) == "1 to 49"
+    assert odds(0.0) == "1.0 to 1"
+    assert odds(-900.0) == "1 to more than 1000"
+
+
+def test_an_example_stands_at_the_top(whole):
+    found = samples(read_contents(whole, "honesty"))
+    name, question = example(found, "delora")
+    assert name == "delora seed 0"
+    assert [alpha for alpha, _ in question.answers] == [-1.0, 0.0, 1.0]
+    assert example(found, None)[0] == "lora seed 0"
+    assert example([], "lora") is None
+    page = render(read_contents(whole, "honesty"))
+    assert page.index('id="verdict"') < page.index('id="example"') < page.index('id="warnings"')
+
+
+def test_an_example_prefers_answers_that_differ():
+    same = side_by_side([{"alpha": a, "question": "Same?", "answer": "yes"} for a in (-2, 0, 2)])
+    differ = side_by_side([{"alpha": a, "question": "Differs?", "answer": f"it is {a}"} for a in (-1, 0, 0.5, 1, 2)])
+    found = [Sampled("a", 0, 2, (("a seed 0", (*same, *differ)),)), Sampled("b", 0, 2, (("b seed 0", tuple(same)),))]
+    name, question = example(found, "b")
+    assert (name, question.text) == ("a seed 0", "Differs?")
+    assert [alpha for alpha, _ in question.answers] == [-1, 0, 1]
+    assert example(found[1:], "b")[1].answers == same[0].answers
+
+
+def test_commands_that_are_nobodys_but_a_script_are_said_to_be(tmp_path):
+    folder = write_run(tmp_path)
+    run = Run(folder)
+    for name, command in (("pos", "run_sweep.py --model pocket"), ("reading", "mine.py --fast")):
+        run.write(name, run.manifest["stages"].get(name, {"outputs": {}}) | {"command": command})
+    run.write("sycophancy", run.facts("sycophancy") | {"command": "ws eval-sycophancy --adapter lora"})
+    found = commands(read_contents(tmp_path, "honesty"))
+    assert found[:2] == ["python -m ws.run_sweep --model pocket", "ws eval-sycophancy --adapter lora"]
+    assert found[2].startswith("# a script: mine.py")
+    assert found[-1] == "ws report --behavior honesty"
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
@@ -554,7 +735,7 @@ def parse(page):
 def test_the_page_is_whole_self_contained_and_the_same_every_time(whole, capsys):
     main(ReportOptions(out=whole))
     file = whole / "honesty" / "report.html"
-    assert capsys.readouterr().out == f"{file}\n"
+    assert capsys.readouterr().out.endswith(f"{file}\n")
     first = file.read_bytes()
     assert write_report(whole, "honesty", whole / "other" / "page.html").read_bytes() == first
     assert len(first) < 2_000_000

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 import ws
+from test_report import write_run
 from ws.diff import vector_digest
+from ws.eval.stats import holm
 from ws.run_sweep import SweepConfig, main, run_sweep
+from ws.runs import read_csv, write_csv
+from ws.sweep_tables import pooled_rows, render, sweep_rows, write_summary
 
 
 @pytest.fixture
@@ -93,6 +97,73 @@ def test_nulls_are_trained_beside_their_vectors_and_stay_out_of_the_tables(confi
         assert {r["adapter"] for r in csv.DictReader(file)} == {"lora"}
     again = run_sweep(replace(wanted, fresh=True))
     assert {vector_digest(ws.SteeringVector.load(c.folder / "vector")) for c in again} == digests, "made anew, the same"
+
+
+ALL = ("sycophancy", "airisk", "tinymfv_airisk")
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Two adapters with two seeds each, finished, with all three evaluations at -1, 0 and 1."""
+    return [write_run(tmp_path, adapter, seed) for adapter in ("lora", "delora") for seed in (0, 1)]
+
+
+def drop(folder, prefix, alpha=None):
+    """Remove an evaluation, or one of its strengths, from a run."""
+    for file in folder.glob(f"{prefix}_*.csv"):
+        rows = [] if alpha is None else [r for r in read_csv(file) if float(r["alpha"]) != alpha]
+        if rows:
+            write_csv(file, rows)
+        else:
+            file.unlink()
+
+
+def test_strengths_that_one_evaluation_lacks_stay_empty(cells):
+    whole = {(r["adapter"], r["alpha"]): r for r in pooled_rows(cells, ALL, 200)}
+    drop(cells[0], "airisk_truthfulness", -1.0)
+    rows = sweep_rows(cells, ALL)
+    assert len(rows) == 4 * 3
+    assert len({tuple(r) for r in rows}) == 1, "every row has every column"
+    (empty,) = [r for r in rows if r["airisk_shift"] is None]
+    assert (empty["adapter"], empty["seed"], empty["alpha"]) == ("lora", "0", -1.0)
+    assert empty["sycophancy_shift"] is not None
+    for name, n in (("sycophancy_shift", 8), ("airisk_shift", 7)):
+        tested = [r for r in rows if r["alpha"] != 0 and r[f"{name}_p"] is not None]
+        assert len(tested) == n
+        corrected = holm(np.array([float(r[f"{name}_p"]) for r in tested]))
+        assert [r[f"{name}_p_holm"] for r in tested] == pytest.approx(list(corrected))
+    pooled = {(r["adapter"], r["alpha"]): r for r in pooled_rows(cells, ALL, 200)}
+    assert pooled.keys() == whole.keys()
+    assert pooled["lora", -1.0]["airisk_shift"] is None, "one of its two seeds lacks it"
+    assert pooled["lora", 1.0]["airisk_shift"] == whole["lora", 1.0]["airisk_shift"]
+    assert pooled["lora", -1.0]["sycophancy_shift_p_holm"] == whole["lora", -1.0]["sycophancy_shift_p_holm"]
+
+
+def test_tables_with_holes_are_written_and_rendered(cells, tmp_path):
+    for folder in cells[:2]:
+        drop(folder, "airisk_truthfulness")
+        drop(folder, "sycophancy", -1.0)
+    write_summary(tmp_path / "sums", cells, ALL, 200)
+    rows = read_csv(tmp_path / "sums" / "sweep_pooled.csv")
+    assert [(r["adapter"], float(r["alpha"])) for r in rows] == [
+        (adapter, alpha) for adapter in ("lora", "delora") for alpha in (-1.0, 0.0, 1.0)
+    ]
+    assert {r["airisk_level"] == "" for r in rows if r["adapter"] == "lora"} == {True}
+    text = render(rows, 200)
+    lines = [line for line in text.splitlines() if line.startswith("| lora")]
+    cell = [[part.strip() for part in line.split("|")[4:-1]] for line in lines]
+    assert [[bool(part) for part in parts] for parts in cell] == [[False, False, True], [True, False, True]]
+    assert "Holm's correction over the shifts of its column" in text
+    only = sweep_rows(cells[:2], ALL)
+    assert not any(column.startswith("airisk_") for column in only[0]), "no column that is empty throughout"
+
+
+def test_seeds_that_were_asked_different_items_are_not_pooled(cells, capsys):
+    for file in cells[0].glob("airisk_truthfulness_per_row.csv"):
+        write_csv(file, [r for r in read_csv(file) if r["dilemma_idx"] != "0"])
+    rows = pooled_rows(cells, ALL, 200)
+    assert [r["airisk_shift"] is None for r in rows] == [True] * 3 + [False] * 3
+    assert "airisk is not pooled" in capsys.readouterr().err
 
 
 def test_mistakes_are_found_before_anything_runs(config):

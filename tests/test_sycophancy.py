@@ -67,7 +67,7 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
     prompts = tmp_path / "p.toml"
     prompts.write_text('question = "Is it so that {claim}?"\nagree = "Right"\ndisagree = "Wrong"\n')
     context = open_context(replace(options, dataset=str(table), prompts=prompts, limit=None))
-    text = context.carry_out(evaluation(context, ws.load_behavior("honesty", "tiny-random"), "dev"))
+    text = context.carry_out(evaluation(context, ws.load_behavior("honesty", "tiny-random"), "dev")).text
     assert "Is it so that the moon is a cheese?" in text
     assert "Right:" in text
     table.write_text("claim,is_true\nfire is hot,true\n")

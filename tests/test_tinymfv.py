@@ -155,7 +155,7 @@ def finished_run(tiny, tmp_path):
 
 
 def run(context: EvalContext) -> str:
-    return context.carry_out(evaluation(context))
+    return context.carry_out(evaluation(context)).text
 
 
 def read(file: Path) -> list[dict[str, str]]:

@@ -14,9 +14,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from io import TextIOBase
-from typing import TextIO
+from dataclasses import asdict, dataclass
+from io import StringIO, TextIOBase
+from typing import Any, TextIO
 
 from tabulate import tabulate
 
@@ -50,12 +50,16 @@ class Chat:
         conversation: who is talked to.
         out: where answers go.
         compare: whether the base's answer is shown, too.
+
+    Attributes:
+        record: what was answered so far, for scripts: answers with the strengths they were given at, and probabilities.
     """
 
     def __init__(self, conversation: Conversation, out: TextIO | TextIOBase, compare: bool = False) -> None:
         self.conversation, self.out, self.compare = conversation, out, compare
         self.color = out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         self.over = False
+        self.record = list[dict[str, Any]]()
         self.commands: dict[str, tuple[str, str, Callable[[list[str]], None]]] = {
             "alpha": ("1.5", "the strength of every vector, a number or calibrated units (+1u)", self._alpha),
             "vector": ("NAME 0.5", "the strength of one vector; alone, a list of them", self._vector),
@@ -97,6 +101,8 @@ class Chat:
             say("\n(stopped)")
         finally:
             self._end()
+        if turn is not None:
+            self.record.append(asdict(turn))
         if self.compare and turn is not None:
             self._begin(BASE)
             self.out.write(turn.base)
@@ -142,9 +148,10 @@ class Chat:
         self._answer(self.conversation.again())
 
     def _probs(self, arguments: list[str]) -> None:
-        found = self.conversation.probe(arguments)
-        rows = [(word, *map("{:.3f}".format, p)) for word, p in zip(arguments, found.T.tolist(), strict=True)]
+        found = dict(zip(arguments, self.conversation.probe(arguments).T.tolist(), strict=True))
+        rows = [(word, *map("{:.3f}".format, p)) for word, p in found.items()]
         print(tabulate(rows, ["first word", BASE, STEERED], disable_numparse=True), file=self.out)
+        self.record.append({"first_word": {word: {BASE: p, STEERED: q} for word, (p, q) in found.items()}})
 
     def _snippet(self, arguments: list[str]) -> None:
         print(self.conversation.snippet(), end="", file=self.out)
@@ -216,11 +223,13 @@ def main(options: ChatOptions) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep, and an interrupt only stops an answer
     with options.engine() as engine:
-        chat = Chat(options.converse(engine), sys.stdout, options.compare)
+        chat = Chat(options.converse(engine), StringIO() if console.wants_json() else sys.stdout, options.compare)
         if options.say or not sys.stdin.isatty():
             carry_out(chat, options.say or sys.stdin)
         else:
             talk(chat)
+        if console.wants_json():
+            console.show(console.Result("", {"chat": chat.record}))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ws.console import progress
 from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
 from ws.hub import find
@@ -168,7 +168,7 @@ class Difference:
         """The modules that differ, with their change, or with the name of an earlier module that shares the weight."""
         first: dict[int, str] = {}
         equal = set[str]()
-        for name, module in tqdm(self.modules, desc="difference", unit="module"):
+        for name, module in progress(self.modules, desc="difference", unit="module"):
             owner = first.setdefault(id(next(module.parameters(recurse=False))), name)
             if owner != name:
                 if owner not in equal:

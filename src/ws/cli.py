@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tyro
 from tabulate import tabulate
@@ -87,9 +88,11 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     """The command `ws demo`."""
     from ws.adapters import FAMILIES
-    from ws.replicate import ReplicateConfig, render, replicate
+    from ws.replicate import ReplicateConfig, as_data, render, replicate, verdict, written
+    from ws.report import write_report
 
     chosen = list(FAMILIES) if config.adapter == "all" else [choose("adapter", config.adapter, [*FAMILIES, "all"])]
+    texts, data, files = list[str](), dict[str, Any](), list[Path]()
     for number, adapter in enumerate(chosen):
         options = replace(
             ReplicateConfig.preset("pocket", adapter),
@@ -100,9 +103,15 @@ def demo(config: DemoConfig) -> None:
         )
         # The pairs are shared by the families: sampling them again for each would only cost time.
         reading = replicate(options if number == 0 else replace(options, fresh_data=False))
-        print(f"\n{config.behavior} x {adapter} on pocket\n\n{render(reading)}\n\nin {reading.folder}\n")
-    print("Honesty is built into the pocket model, so this shows that the pipeline works, not how large models behave.")
-    print("Next: ws replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora")
+        console.say(verdict(reading))
+        texts.append(f"{config.behavior} x {adapter} on pocket\n\n{render(reading)}\n")
+        data[adapter], files = as_data(reading), files + written(reading)
+    texts.append(
+        "Honesty is built into the pocket model, so this shows that the pipeline works, not how large models behave."
+    )
+    files.append(write_report(config.out, config.behavior))
+    following = f"open {files[-1]}, then ws replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora"
+    console.show(console.Result("\n".join(texts), {"runs": data}, files, following))
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def inspect(config: InspectConfig) -> None:
     from ws.models import load_model
 
     vector = SteeringVector.load(config.vector)
-    facts = {
+    facts: dict[str, Any] = {
         "base": f"{vector.base_id} ({vector.base_fingerprint or 'fingerprint unknown'})",
         **{k: v for k, v in vector.info.items() if not k.endswith("sha256")},
         "modules": len(vector.deltas),
@@ -138,7 +147,7 @@ def inspect(config: InspectConfig) -> None:
         facts |= {f"fits {config.model}": "yes", "norm": f"{vector.norm(model):.4g}"}
     elif not any(d.depends_on_weight for d in vector.deltas.values()):
         facts["norm"] = f"{vector.norm():.4g}"
-    print(tabulate(facts.items(), tablefmt="plain", disable_numparse=True))
+    console.show(console.Result(tabulate(facts.items(), tablefmt="plain", disable_numparse=True), facts))
 
 
 def main() -> None:
@@ -153,7 +162,7 @@ def main() -> None:
     if arguments[0] in ("eval", "export") and len(arguments) > 1 and not arguments[1].startswith("-"):
         sys.argv[1:3] = ["-".join(arguments[:2])]  # `ws eval airisk` is `ws eval-airisk`
     name = sys.argv[1]
-    console.guard(lambda: _run(name), debug="--debug" in arguments)
+    console.guard(lambda: _run(name))
 
 
 def _run(name: str) -> None:
@@ -166,7 +175,8 @@ def _run(name: str) -> None:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, _, _, text) in COMMANDS.items()]
-    return "\n".join(["usage: ws COMMAND [options]", "", *lines, "", "ws COMMAND --help lists a command's options."])
+    last = ["", "ws COMMAND --help lists a command's options.", console.COMMON_FLAGS]
+    return "\n".join(["usage: ws COMMAND [options]", "", *lines, *last])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from ws import console
-from ws.adapters import FAMILIES
+from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name, load_behavior
 from ws.calibrate import calibration_for
 from ws.calibration import CalibrationConfig
@@ -90,8 +90,9 @@ class CompareOptions:
 
     def check(self) -> None:
         """`WsError` for names and numbers that make no sense."""
+        for name in self.adapters:
+            family(name)
         for kind, names, known in (
-            ("adapter", self.adapters, FAMILIES),
             ("intervention", self.interventions, INTERVENTIONS),
             ("evaluation", self.evals, EVALS),
         ):
@@ -158,7 +159,7 @@ class _Bench:
         usable = {sign: s for sign, s in sides.items() if s.converged or not chosen.has_dial}
         alphas = {sign: s.alpha for sign, s in usable.items()}
         for sign in set(SIGNS) - set(usable):
-            console.say(f"note: {name} has no {sign:+d}u: {sides[sign].reason}.")
+            console.warn(f"{name} has no {sign:+d}u: {sides[sign].reason}.")
         return Cell(
             intervention=name,
             adapter=str(key["adapter"]),
@@ -237,8 +238,9 @@ def compare(options: CompareOptions) -> list[Cell]:
     wanted = [name for name in options.interventions if name in TRAINED]
     shared = [name for name in options.interventions if name not in TRAINED]
     runs = list(_runs(options))
-    for number, (adapter, seed) in enumerate(runs, start=1):
-        console.say(f"== {adapter}, seed {seed} ({number} of {len(runs)})")
+    countdown = console.Countdown(len(runs))
+    for adapter, seed in runs:
+        console.say(f"== {adapter}, seed {seed} ({countdown})")
         o = options
         opened = open_run(o.out, o.behavior, adapter, seed, o.model, o.device, o.dtype, loaded)
         loaded = (opened.model, opened.tok)
@@ -246,6 +248,7 @@ def compare(options: CompareOptions) -> list[Cell]:
         bench = _Bench(options, context)
         cells += [bench.cell(name) for name in wanted]
         last = last or [bench.cell(name) for name in shared]
+        countdown.step()
     return cells + last
 
 
@@ -271,8 +274,7 @@ def main(options: CompareOptions) -> None:
     if pairs:
         files.append(write_csv(options.folder / "compare_pairs.csv", pairs))
     files.append(save_svg(plot(rows), options.folder / "compare.svg"))
-    print(render(rows, pairs))
-    print(f"\nin {', '.join(map(str, files))}")
+    console.show(console.Result(render(rows, pairs), {"rows": rows, "pairs": pairs}, files))
 
 
 if __name__ == "__main__":

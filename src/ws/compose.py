@@ -49,7 +49,7 @@ from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, resampled_means
 from ws.finished import finished_runs
 from ws.interventions import WEIGHT, Intervention
 from ws.models import load_model, render_prompt
-from ws.runs import DEFAULT_OUT, Run, read_csv, run_folder, write_csv
+from ws.runs import DEFAULT_OUT, Run, read_csv, read_values, run_folder, write_csv
 from ws.steer import steer
 
 STAGES = ("compose", "trim")
@@ -579,8 +579,8 @@ def carry_out(options: ComposeOptions) -> Composition:
     return Composition(operands, SteeringVector.load(run.folder / "vector"), run, behavior, name)
 
 
-def report(made: Composition, options: ComposeOptions) -> str:
-    """Measure the interference unless exactly that is on disk, write `interference.csv`, and return it as text."""
+def report(made: Composition, options: ComposeOptions) -> Path:
+    """Measure the interference unless exactly that is on disk, and write `interference.csv`."""
     o, folder = options, made.run.folder
     eval_options = o.eval_options(made.behavior, made.name)
     eval_options.check()
@@ -595,7 +595,7 @@ def report(made: Composition, options: ComposeOptions) -> str:
         key = {"adapter": made.name, "seed": o.seed}
         found = [measure(context, made.operands, behavior, o) for behavior in behaviors]
         stage.done([write_csv(folder / TABLE, [r for f in found for r in interference_rows(f, key, o.n_bootstrap)])])
-    return f"{render_interference(read_csv(folder / TABLE))}\n\nin {folder / TABLE}"
+    return folder / TABLE
 
 
 def _measured(made: Composition, options: ComposeOptions) -> list[str]:
@@ -613,12 +613,17 @@ def main(options: ComposeOptions) -> None:
     """The command `python -m ws.compose`."""
     made = carry_out(options)
     strengths = ", ".join(f"{o.term.name} at {o.alpha:+.4g}" for o in made.operands)
-    print(f"{made.vector.recipe['expression']} ({strengths}): {made.vector}\nin {made.run.folder}")
+    text, files = f"{made.vector.recipe['expression']} ({strengths}): {made.vector}", [made.run.folder / "vector"]
+    coefficients = {o.term.name: o.alpha for o in made.operands}
+    data = {"expression": made.vector.recipe["expression"], "coefficients": coefficients}
     if options.report:
-        print(f"\n{report(made, options)}")
-    else:
-        flag = f" --seed {options.seed}" if options.seed else ""
-        print(f"Next: python -m ws.eval.sycophancy --behavior {made.behavior} --adapter {made.name}{flag}")
+        table = report(made, options)
+        text, files = f"{text}\n\n{render_interference(read_csv(table))}", [*files, table]
+        console.show(console.Result(text, {**data, "interference": read_values(table)}, files))
+        return
+    flag = f" --seed {options.seed}" if options.seed else ""
+    following = f"python -m ws.eval.sycophancy --behavior {made.behavior} --adapter {made.name}{flag}"
+    console.show(console.Result(text, data, files, following))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,32 @@
-"""The edge to the terminal: options from dataclasses, errors as one sentence, only results on stdout."""
+"""The edge to the terminal: options from dataclasses, errors as one sentence, only results on stdout.
+
+A command says what it does with `say` and `progress` (stderr) and hands what it found to `show` (stdout). Every command
+takes `--quiet` (no progress), `--json` (what it found as one JSON object) and `--debug` (tracebacks).
+"""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from io import TextIOBase
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import tyro
+from tqdm.auto import tqdm
 
 from ws.errors import WsError
 
@@ -22,6 +34,49 @@ Options = TypeVar("Options")
 
 INTERRUPTED = 130
 PATIENCE = 30.0  # seconds that the other processes give the main one to say what is wrong
+FLAGS = ("--quiet", "--json", "--debug")
+COMMON_FLAGS = "Everywhere: --quiet (no progress), --json (the result as one JSON object), --debug (tracebacks)."
+_COLORS = {"bold": "1", "red": "1;31", "yellow": "33"}
+
+
+@dataclass
+class _Terminal:
+    """How the command that is running was asked to speak.
+
+    Attributes:
+        quiet: no progress.
+        json: what is found goes to stdout as JSON.
+        command: its name; empty while no command runs, as in a library.
+        shown: whether stdout has its result already.
+    """
+
+    quiet: bool = False
+    json: bool = False
+    command: str = ""
+    shown: bool = False
+
+
+_terminal = _Terminal()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Attributes:
+        text: for people.
+        data: the same for scripts; plain values, paths, arrays and dataclasses.
+        files: where it is on disk.
+        next_step: the command or page that a reader would want now.
+    """
+
+    text: str
+    data: Mapping[str, Any]
+    files: Sequence[Path] = ()
+    next_step: str = ""
+
+
+# ---- while it works -------------------------------------------------------------------------------------------------
 
 
 def processes() -> int:
@@ -34,10 +89,155 @@ def is_main() -> bool:
     return processes() == 1 or os.environ.get("RANK") == "0"
 
 
+def is_command() -> bool:
+    """Whether a command is running, rather than somebody's own program that uses the library."""
+    return bool(_terminal.command)
+
+
+def wants_json() -> bool:
+    """Whether stdout is to hold one JSON object and nothing else."""
+    return _terminal.json
+
+
 def say(text: str = "") -> None:
     """A progress line: stderr, so that stdout holds nothing but results; of several processes only the main one's."""
-    if is_main():
+    if is_main() and not _terminal.quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Something that limits the result and must be read, also with `--quiet`."""
+    if is_main():
+        print(f"{paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+
+def progress(
+    items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0
+) -> tqdm:
+    """A bar with the time that is left, on stderr; it shows when there is something to wait for, and goes when done.
+
+    In a log file, where a bar cannot be redrawn, it is a line every half minute.
+    """
+    shown = is_main() and not _terminal.quiet
+    look: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
+    look |= {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 30.0}
+    return tqdm(items, disable=not shown, leave=False, delay=1.0, **look)
+
+
+class Countdown:
+    """How far a number of like steps is, and how long the rest will take at the pace so far.
+
+    `str(countdown)` is "3 of 12, about 0:04:10 left"; steps that were `quick` (found on disk) set no pace.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.finished, self._measured = total, 0, 0
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    def step(self, quick: bool = False) -> None:
+        """One more step has ended."""
+        now = time.perf_counter()
+        self._seconds, self._since = self._seconds + (0.0 if quick else now - self._since), now
+        self.finished, self._measured = self.finished + 1, self._measured + (not quick)
+
+    @property
+    def left(self) -> str:
+        """`, about 0:04:10 left`, or nothing while that is unknown or no longer matters."""
+        if not self._measured:
+            return ""
+        rest = self._seconds / self._measured * (self.total - self.finished)
+        return "" if rest < 1 else f", about {timedelta(seconds=round(rest))} left"
+
+    def __str__(self) -> str:
+        return f"{min(self.finished + 1, self.total)} of {self.total}{self.left}"
+
+
+class Stages:
+    """The numbered stages of a long command: each is announced and timed."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.took = total, dict[str, float]()
+        self._name, self._since = "", time.perf_counter()
+
+    def begin(self, name: str, detail: str = "", like: str = "") -> None:
+        """The next stage; `like` is an earlier one that takes as long."""
+        self.end()
+        self._name = name
+        expected = f", about {_seconds(self.took[like])}" if self.took.get(like, 0) >= 1 else ""
+        number = paint(f"[{len(self.took) + 1}/{self.total}]", "bold", sys.stderr)
+        say(f"{number} {name}{f' {detail}' if detail else ''}{expected}")
+
+    def end(self) -> None:
+        """The stage that is running has ended."""
+        now = time.perf_counter()
+        if self._name:
+            self.took[self._name] = now - self._since
+        self._name, self._since = "", now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_seconds(took)}" for name, took in self.took.items())
+        return f"{_seconds(sum(self.took.values()))} in all: {parts}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s" if value < 100 else str(timedelta(seconds=round(value)))
+
+
+def paint(text: str, color: str, stream: TextIO | TextIOBase) -> str:
+    """The text in a colour where the stream is a terminal that has them and nobody asked for none (NO_COLOR)."""
+    plain = not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{_COLORS[color]}m{text}\x1b[0m"
+
+
+# ---- what it found --------------------------------------------------------------------------------------------------
+
+
+def show(result: Result) -> None:
+    """The result of a command on stdout: text with its paths and the next step, or with `--json` one JSON object."""
+    if not is_main():
+        return
+    _terminal.shown = True
+    if _terminal.json:
+        files = [str(f) for f in result.files]
+        _emit({"data": result.data, "files": files, **({"next": result.next_step} if result.next_step else {})})
+        return
+    parts = [result.text, places(result.files), result.next_step and f"Next: {result.next_step}"]
+    print("\n".join([p for p in parts if p]).lstrip("\n"), flush=True)
+
+
+def places(files: Sequence[Path]) -> str:
+    """Where files are, folder by folder: `in out/honesty/lora: a.csv b.csv`."""
+    by_folder: dict[Path, list[str]] = {}
+    for file in files:
+        by_folder.setdefault(file.parent, []).append(file.name)
+    lines = [f"in {folder / n[0] if len(n) == 1 else f'{folder}: ' + ' '.join(n)}" for folder, n in by_folder.items()]
+    return "\n".join(["", *lines]) if lines else ""
+
+
+def _emit(value: Mapping[str, Any]) -> None:
+    head = {"command": _terminal.command, "version": version("weight-steering")}
+    print(json.dumps(plain({**head, **value}), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON has it: dataclasses and mappings as objects, paths as text, arrays as lists.
+
+    What is not a finite number becomes null: JSON has no NaN.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy and torch, arrays and single numbers
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
 
 
 def run(function: Callable[[Options], None], options: type[Options], prog: str = "") -> None:
@@ -47,15 +247,16 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
     that running again resumes. Options with `several_processes = True` may be started by a launcher; every other
     command would do everything several times over, into the same files, and is refused.
     """
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
+    arguments = [a for a in sys.argv[1:] if a not in FLAGS]
 
     def action() -> None:
         if processes() > 1 and not getattr(options, "several_processes", False):
             raise WsError(f"{prog or 'This command'} runs on one process; only `ws.train` runs on several processes.")
-        function(parse(options, [a for a in arguments if a != "--debug"], prog))
+        # Polars lets what waits go on waiting after an interrupt (https://github.com/pola-rs/polars/issues/21739).
+        signal.siginterrupt(signal.SIGINT, True)
+        function(parse(options, arguments, prog))
 
-    guard(action, debug)
+    guard(action, prog)
 
 
 def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> Options:
@@ -74,7 +275,9 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
         for name, parameter in inspect.signature(preset).parameters.items():
             first.add_argument(f"--{name}", default=parameter.default)
         known = {"default": preset(**vars(first.parse_known_args(list(arguments))[0]))}
-    return tyro.cli(options, args=list(arguments), prog=prog or None, config=(tyro.conf.OmitArgPrefixes,), **known)
+    about = f"{(inspect.getdoc(options) or '').split('Attributes:')[0].strip()}\n\n{COMMON_FLAGS}"
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(options, args=list(arguments), prog=prog or None, description=about, config=config, **known)
 
 
 def _as_flag(argument: str) -> str:
@@ -82,35 +285,68 @@ def _as_flag(argument: str) -> str:
     return f"--{found.group(1).replace('_', '-')}={found.group(2)}" if found else argument
 
 
-def guard(action: Callable[[], None], debug: bool = False) -> None:
+def guard(action: Callable[[], None], command: str = "") -> None:
     """Run `action`, turning a `WsError` into one sentence and exit code 2 and an interrupt into exit code 130.
 
-    Of several processes only the main one speaks: the others wait, to be ended by the launcher when it has done so and
-    has cleared up.
+    With `--json` an error is a JSON object on stdout, too. Of several processes only the main one speaks: the others
+    wait, to be ended by the launcher when it has done so and has cleared up.
     """
+    asked = {flag.removeprefix("--"): flag in sys.argv[1:] for flag in FLAGS}
+    debug = asked.pop("debug")
+    before = vars(_terminal).copy()
+    vars(_terminal).update(asked, command=command or "ws", shown=False)
     _quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         action()
     except WsError as problem:
+        _report(problem)
         if debug:
             raise
         if not is_main():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"{paint('error:', 'red', sys.stderr)} {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        _report("interrupted")
         say("\nInterrupted; run the same command again to resume.")
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        vars(_terminal).update(before)
+
+
+def _report(problem: WsError | str) -> None:
+    """An error as JSON, where that was asked for and stdout has nothing yet."""
+    if _terminal.json and not _terminal.shown and is_main():
+        _terminal.shown = True
+        _emit({"error": str(problem)})
 
 
 def _quiet_libraries() -> None:
     """Library notices that a user can do nothing about stay off the terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
+    if not _bars():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        if (hub := sys.modules.get("huggingface_hub.utils")) is not None:  # it has read the environment already
+            hub.disable_progress_bars()
+
+
+def _bars() -> bool:
+    """Whether bars of other libraries, which know nothing of log files, are welcome."""
+    return sys.stderr.isatty() and not _terminal.quiet
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own notices and bars off the terminal, when a command is running; downloads keep theirs."""
+    if is_command():
+        import huggingface_hub.utils
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if _bars():
+            huggingface_hub.utils.enable_progress_bars()

@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ws import console
 from ws.data import Pair, _same
@@ -254,7 +253,7 @@ def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:
         base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
-        for control, draw in tqdm(wanted, desc=evaluation.name, unit="vector"):
+        for control, draw in console.progress(wanted, desc=evaluation.name, unit="vector"):
             missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
             if missing:
                 table.add(_control_rows(context, evaluation, base, control, draw, missing))
@@ -346,8 +345,8 @@ def main(options: ControlOptions) -> None:
     """The command `python -m ws.controls`."""
     options.check()
     context = open_context(options.eval_options(options.alphas))
-    print(render_controls(summarize_controls(measure_controls(context, options))))
-    print(f"\nin {context.run.folder / TABLE}")
+    found = summarize_controls(measure_controls(context, options))
+    console.show(console.Result(render_controls(found), {"rows": found}, [context.run.folder / TABLE]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from tabulate import tabulate
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -72,7 +71,7 @@ class DataConfig:
     """How many pairs to sample, and how.
 
     Attributes:
-        n_topics: questions to use, evenly spread over the pool; None for all.
+        n_topics: questions to use at most, evenly spread over the pool; None for all.
         n_personas: persona pairs to use; None for all.
         n_samples: answers per question and persona, on each side.
         max_new_tokens: answers that have not ended by then are dropped as truncated.
@@ -129,11 +128,18 @@ def generate_pairs(
     run = Run(folder, fresh)
     if fresh:
         (folder / _PARTIAL_FILE).unlink(missing_ok=True)
-    described = asdict(config) | {"model": model_id(model), "fingerprint": fingerprint(model)}
+    elif (folder / PAIRS_FILE).exists() and "pairs" not in run.manifest["stages"]:
+        raise WsError(
+            f"{folder / PAIRS_FILE} was not sampled here and is not overwritten; train on it with `ws train`, move it "
+            "away, or use --fresh."
+        )
+    described = asdict(_within(config, behavior)) | {"model": model_id(model), "fingerprint": fingerprint(model)}
     described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest}
     stage = run.stage("pairs", described)
     if stage is None:
         return read_pairs(folder)
+    if config.n_topics is not None and config.n_topics > len(behavior.questions):
+        console.say(f"All {len(behavior.questions)} questions of {behavior.name} are used; --n-topics allows for more.")
     pairs = _sample_all(model, tok, behavior, jobs, config, folder / _PARTIAL_FILE)
     card = data_card(pairs, behavior.keep_refusals)
     if not card["kept"]:
@@ -216,7 +222,7 @@ class _Job:
 def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     """Every (sample, persona, question), the question varying fastest, so that a cut-off run is still balanced."""
     questions = list(enumerate(behavior.questions))
-    n_topics = _count("--n-topics", config.n_topics, len(questions))
+    n_topics = _count("--n-topics", _within(config, behavior).n_topics, len(questions))
     n_personas = _count("--n-personas", config.n_personas, len(behavior.positive))
     for flag, value in (("--n-samples", config.n_samples), ("--max-new-tokens", config.max_new_tokens)):
         if value < 1:
@@ -224,6 +230,12 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     picked = [questions[i * len(questions) // n_topics] for i in range(n_topics)]
     order = product(range(config.n_samples), range(n_personas), picked)
     return [_Job(f"q{i:04d}-p{p}-s{s}", question, p) for s, p, (i, question) in order]
+
+
+def _within(config: DataConfig, behavior: Behavior) -> DataConfig:
+    """The configuration with no more questions than the behaviour has."""
+    wanted, available = config.n_topics, len(behavior.questions)
+    return config if wanted is None else replace(config, n_topics=min(wanted, available))
 
 
 def _count(flag: str, wanted: int | None, available: int) -> int:
@@ -246,7 +258,7 @@ def _sample_all(
     pairs = _resume(file, config.data_batch, len(jobs))
     finished = -(-len(pairs) // config.data_batch)
     with (
-        tqdm(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
+        console.progress(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
         file.open("a", encoding="utf-8") as out,
     ):
         for number, batch in enumerate(batches[finished:], start=finished):
@@ -532,8 +544,9 @@ def main(command: DataCommand) -> None:
     model, tok = load_model(command.model, command.device, command.dtype)
     folder = data_folder(command.out, command.model, behavior.name)
     generate_pairs(model, tok, behavior, folder, command.data, command.fresh)
-    print((folder / "card.md").read_text(encoding="utf-8"))
-    print(f"Pairs: {folder / PAIRS_FILE}")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    text = (folder / "card.md").read_text(encoding="utf-8").rstrip()
+    console.show(console.Result(text, {"card": card}, [folder / PAIRS_FILE, folder / "card.md"]))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from jaxtyping import Float
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ws.adapters import read_adapter
 from ws.checkpoints import Checkpoint, Difference
+from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError
 from ws.hub import find
@@ -328,7 +328,7 @@ class SteeringVector:
             raise WsError("The change of this vector is not low-rank; factorising it needs the base model.")
         modules = {} if model is None else {n: m for n, _, m in self.matched(model)}
         deltas, errors, sizes = dict[str, LinearDelta](), dict[str, float](), dict[str, float]()
-        for name, delta in tqdm(self.deltas.items(), desc="factors", unit="module", disable=self.is_low_rank):
+        for name, delta in progress(self.deltas.items(), desc="factors", unit="module"):
             weight = _weight(modules.get(name))
             sizes[name], errors[name] = delta.norm(weight), 1.0
             if delta.kind == "linear" and sizes[name]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ws.console import progress
 from ws.errors import WsError
 from ws.eval.choice import left_pad
 from ws.eval.rollout import PLAIN, new_cache
@@ -89,7 +90,7 @@ def divergence(
 
     def run(batch_size: int) -> dict[int, tuple[np.ndarray, str]]:
         found: dict[int, tuple[np.ndarray, str]] = {}
-        for start in range(0, len(order), batch_size):
+        for start in progress(range(0, len(order), batch_size), desc="answers", unit="batch"):
             part = order[start : start + batch_size]
             with condition():
                 answers, steps = _answer(model, tok, [ids[i] for i in part], n_tokens)

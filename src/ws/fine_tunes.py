@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +86,15 @@ def _stream(difference: Difference, file: Path) -> dict[str, dict[str, Any]]:
 def main(options: DiffOptions) -> None:
     """The command `ws diff`."""
     recipe = diff_checkpoints(options)
-    print(f"{recipe['modules']} modules differ, {recipe['equal']} are equal.")
+    lines = [f"{recipe['modules']} modules differ, {recipe['equal']} are equal."]
     if "total_error" in recipe:
         worst = max(recipe["errors"], key=recipe["errors"].__getitem__)
-        print(
+        lines.append(
             f"Rank {options.rank}: relative error {recipe['total_error']:.2%}, worst {recipe['error']:.2%} ({worst})."
         )
         for name, error in recipe["errors"].items():
-            print(f"  {error:8.3%}  {name}", file=sys.stderr)
-    print(f"in {options.to}")
+            console.say(f"  {error:8.3%}  {name}")
+    console.show(console.Result("\n".join(lines), recipe, [options.to]))
 
 
 if __name__ == "__main__":

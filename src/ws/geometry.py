@@ -32,8 +32,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta
 from ws.diff import MANIFEST, NATIVE_WEIGHTS, PEFT_WEIGHTS, SteeringVector, deltas_from_tensors
 from ws.errors import WsError
@@ -153,7 +153,7 @@ def inner_products(vectors: Sequence[Vector], model: nn.Module | None = None) ->
     for name in names:
         groups.setdefault(layer_of(name), []).append(name)
     found = []
-    for group in tqdm(groups.values(), desc="inner products", unit="layer", leave=False):
+    for group in progress(groups.values(), desc="inner products", unit="layer"):
         held = [_read(v, group) for v in vectors]
         for name in group:
             found += _of_module(name, [h.get(name) for h in held], model)

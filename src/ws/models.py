@@ -38,6 +38,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ws.console import quiet_transformers
 from ws.errors import WsError, choose, did_you_mean
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
@@ -71,6 +72,7 @@ def load_model(
     Raises:
         WsError: the name is unknown, the hub cannot be reached, or the files are not a safetensors checkpoint.
     """
+    quiet_transformers()
     options = _placement(device, dtype, offload, max_memory)
     if name == "tiny-random":
         if "device_map" in options:

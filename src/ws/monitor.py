@@ -36,7 +36,6 @@ from peft.utils import get_peft_model_state_dict
 from scipy import stats
 from tabulate import tabulate
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from ws import console
@@ -551,8 +550,7 @@ def monitor_changes(options: MonitorOptions) -> dict[str, list[Movement]]:
         raise WsError("The library is empty; give folders of steering vectors with --library.")
     base, _ = load_model(options.model or next(iter(library.values())).base_id, device="cpu", dtype=options.dtype)
     controls = (
-        open_change(c, base, options.dtype)
-        for c in tqdm(options.controls, desc="controls", disable=not options.controls)
+        open_change(c, base, options.dtype) for c in console.progress(options.controls, desc="controls", unit="vector")
     )
     monitor = Monitor(library, base, controls, options.fpr)
     found = {}
@@ -605,9 +603,9 @@ def main(options: MonitorOptions) -> None:
     stage = run.restart("monitor", settings | {"fpr": options.fpr, "model": options.model, "dtype": options.dtype})
     rows = [{"change": name, **m.columns} for name, movements in found.items() for m in movements]
     layers = [{"change": name, **r} for name, movements in found.items() for m in movements for r in per_layer(m)]
-    stage.done([write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)])
-    print(render_movements(found))
-    print(f"\nin {run.folder / TABLE}")
+    files = [write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)]
+    stage.done(files)
+    console.show(console.Result(render_movements(found), {"rows": rows}, files))
 
 
 if __name__ == "__main__":

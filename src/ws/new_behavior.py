@@ -22,6 +22,7 @@ import tyro
 from scipy.stats import t as student
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ws import console
 from ws.behaviors import (
     SCHEMA,
     SPLITS,
@@ -34,7 +35,7 @@ from ws.behaviors import (
     check_slots,
     load_behavior,
 )
-from ws.data import DataConfig, data_preset
+from ws.data import DataConfig
 from ws.errors import WsError, did_you_mean
 from ws.models import chat_format, encode, load_tokenizer, render_prompt
 from ws.runs import write_text
@@ -443,7 +444,7 @@ def _read_claim(draft: Draft, item: Mapping[str, Any], text: str, place: str) ->
 def _known(draft: Draft, table: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
     """The table with its known keys; a misspelt one is noted and read as what it is nearest to."""
     kept = {key: value for key, value in table.items() if key in known}
-    for key in table.keys() - known:
+    for key in sorted(table.keys() - known):
         missing = known - kept.keys()
         draft.error(where, f"There is no key {key!r} here.{did_you_mean(key, missing) or ' Remove it.'}")
         for meant in get_close_matches(key, missing, n=1, cutoff=0.5):
@@ -660,14 +661,16 @@ def main_init(options: InitOptions) -> None:
         raise WsError(f"A behaviour file ends in .toml, and {file} does not; give --to {file}.toml.")
     if file.exists():
         raise WsError(f"{file} exists and is not overwritten; give another name, or another place with --to.")
-    print(f"{write_text(file, text)}\n\nNext: fill it in, then  ws check-behavior {file}")
+    write_text(file, text)
+    console.show(console.Result("", {}, [file], f"fill it in, then ws check-behavior {file}"))
 
 
 def main_check(options: CheckOptions) -> None:
     """The command `ws check-behavior`."""
     tok = load_tokenizer(options.model) if options.model else None
     draft = read_draft(options.file, tok, options.model)
-    print(render_check(options.file, draft, options.model))
+    text = render_check(options.file, draft, options.model)
+    console.show(console.Result(text, {"file": options.file, "findings": draft.findings}))
     if any(f.severity == "error" for f in draft.findings):
         raise SystemExit(2)
 
@@ -689,9 +692,6 @@ def render_check(name: str, draft: Draft, model: str | None = None) -> str:
         f"  claims     {'; '.join(splits)}{borrowed}",
     ]
     model = model or "pocket"
-    topics = f" --n-topics {n}" * (
-        n < (data_preset(model).n_topics or 0)
-    )  # the preset's count must not exceed the pool
     adapter = "delora" if model == "pocket" else "lora"  # of few pairs, lora learns little in the pocket preset's steps
-    following = f"ws replicate --model {model} --behavior {name}{topics} --adapter {adapter}"
+    following = f"ws replicate --model {model} --behavior {name} --adapter {adapter}"
     return "\n".join([*lines, *([""] if lines else []), *summary, "", f"Next: {following}"])

@@ -292,7 +292,8 @@ _STYLE = """
 .ws-examples .gallery { flex-direction: column; }
 .ws-examples .gallery-item { text-align: left; }
 .ws-examples .gallery-item div { --local-text-width: 100% !important; white-space: normal !important; }
-#ws-box .submit-button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color); }
+#ws-box .submit-button { background: #1d4ed8; color: #fff; }
+.ws-snippet .cm-content span { color: inherit !important; }
 .ws-actions { flex-wrap: nowrap !important; }
 .ws-actions button { min-width: 0 !important; }
 .ws-panel { margin: 0; color: var(--body-text-color); }
@@ -315,6 +316,13 @@ _STYLE = """
   background: var(--border-color-primary); vertical-align: -0.05em; }
 .ws-bar { display: block; height: 100%; }
 .ws-key { display: inline-block; width: 0.7em; height: 0.7em; margin-right: 0.5em; border-radius: 2px; }
+@media (max-width: 700px) {  /* on a phone the answers come right below the sliders, and what is rarely used last */
+  .ws-main { flex-direction: column !important; flex-wrap: nowrap !important; }
+  .ws-main > .ws-left { display: contents; }
+  .ws-main > .ws-right { order: 1; flex: none; width: 100%; min-width: 0 !important; }
+  .ws-main .ws-examples, .ws-main .ws-sampling { order: 2; }
+  .ws-panel svg text { font-size: 17px; }
+}
 """
 
 
@@ -339,19 +347,19 @@ class _Widgets:
         self.gr, self.engine = gr, engine
         self.page = gr.State(None)
         gr.HTML(_head(engine), elem_classes="ws-head")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
+        with gr.Row(elem_classes="ws-main"):
+            with gr.Column(scale=1, min_width=300, elem_classes="ws-left"):
                 self.sliders = [self._slider(name, start.strengths[name]) for name in engine.vectors]
                 self.live = gr.Checkbox(True, label="Answer again when a strength changes")
                 self._examples(shown)
-                with gr.Accordion("Sampling", open=False):
+                with gr.Accordion("Sampling", open=False, elem_classes="ws-sampling"):
                     self._sampling(start.sampling)
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3, min_width=320, elem_classes="ws-right"):
                 self._chat()
                 self._probabilities(shown[0])
                 with gr.Accordion("Share these settings", open=False):
                     title = "Python that gives these answers again"
-                    self.snippet = gr.Code(label=title, language="python", interactive=False)
+                    self.snippet = gr.Code(label=title, language="python", interactive=False, elem_classes="ws-snippet")
 
     def _slider(self, name: str, alpha: float) -> Any:
         """A slider with its marks, and a button for each of them."""
@@ -431,7 +439,7 @@ def _head(engine: Engine) -> str:
     names = ", ".join(map(escape, engine.vectors))
     model = escape(engine.model.name_or_path)
     return (
-        f"<h1>Weight steering of {model}</h1><p>The base model on the left; on the right the same model with "
+        f"<h1>Weight steering of {model}</h1><p>The base model, and beside it the same model with "
         f"<i>strength × vector</i> added to its weights ({names}). Both answer in one batch with the same random "
         "numbers, so at strength 0 they write the same.</p>"
     )
@@ -550,7 +558,7 @@ def _wire(blocks: Any, w: _Widgets, new_page: Callable[[], Page], shown: Sequenc
 
 
 def launch(blocks: Any, port: int | None = None, share: bool = False) -> str:
-    """Serve the page from threads of its own, and return its address."""
+    """Serve the page from threads of its own, and return its address; Ctrl-C then reaches whoever waits."""
     gr = _gradio()
     system = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
     try:
@@ -582,7 +590,8 @@ def main(options: PlayOptions) -> None:
     _gradio()
     with options.engine() as engine:
         blocks = build(options, engine)
-        print(launch(blocks, options.port, options.share), flush=True)
+        address = launch(blocks, options.port, options.share)
+        console.show(console.Result(address, {"address": address}))
         say("Open this address in a browser; Ctrl-C ends it.")
         try:
             Event().wait()

@@ -13,6 +13,6 @@ def save_svg(figure: Figure, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
     with matplotlib.rc_context({"svg.hashsalt": "ws", "svg.fonttype": "none"}):
-        figure.savefig(part, format="svg", metadata={"Date": None})
+        figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
     part.replace(file)
     return file

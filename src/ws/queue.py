@@ -236,10 +236,10 @@ def main(config: QueueConfig) -> None:
     """The command `python -m ws.queue`."""
     jobs = sweep_jobs(config)
     if config.dry_run:
-        print(preview(config, jobs))
+        console.show(console.Result(preview(config, jobs), {"jobs": jobs}))
         return
     outcomes = run_queue(config, jobs)
-    print(report(outcomes))
+    console.show(console.Result(report(outcomes), {"jobs": outcomes}))
     failed = [f"{o.name} ({o.where})" for o in outcomes if o.state == FAILED]
     idle = [o.name for o in outcomes if o.state == NOT_RUN]
     if failed:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,6 @@ class Ledger:
         self.folder, self.jobs = folder, in_order(jobs)
         self.outcomes: dict[str, Outcome] = {}
         self.finished = self._read()
-        self.started = time.perf_counter()
         for job in self.jobs:
             record = {} if fresh else self.finished.pop(job.name, {})
             self.finished.pop(job.name, None)
@@ -111,10 +110,10 @@ class Ledger:
                 self.outcomes[job.name] = Outcome(job.name, KEPT, record["seconds"], str(self.log(job)))
             else:
                 self.log(job).unlink(missing_ok=True)
-        self.kept = len(self.outcomes)
         self._write()
-        if self.kept:
-            console.say(f"{self.kept} of {len(self.jobs)} jobs are finished already")
+        if self.outcomes:
+            console.say(f"{len(self.outcomes)} of {len(self.jobs)} jobs are finished already")
+        self.countdown = console.Countdown(len(self.jobs) - len(self.outcomes))
 
     def log(self, job: Job) -> Path:
         """The file that takes what a job prints."""
@@ -132,11 +131,10 @@ class Ledger:
             record = {"command": list(job.command), "after": self._runs(job), "seconds": outcome.seconds}
             self.finished[job.name] = record | {"finished": now}
             self._write()
-        ran, left = len(self.outcomes) - self.kept, len(self.jobs) - len(self.outcomes)
-        rest = timedelta(seconds=round((time.perf_counter() - self.started) / ran * left))
+        self.countdown.step()
         what = f"failed ({outcome.problem})" if outcome.state == FAILED else outcome.state
-        estimate = f", about {rest} left" if left else ""
-        console.say(f"[{len(self.outcomes)}/{len(self.jobs)}] {job.name}: {what}, {outcome.seconds:.0f} s{estimate}")
+        number, left = f"[{len(self.outcomes)}/{len(self.jobs)}]", self.countdown.left
+        console.say(f"{number} {job.name}: {what}, {outcome.seconds:.0f} s{left}")
 
     def close(self) -> list[Outcome]:
         """One outcome per job; those without one were not run."""

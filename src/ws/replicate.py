@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.adapters import family, peft_config
-from ws.behaviors import Behavior, behavior_name, load_behavior
+from ws.behaviors import Behavior, load_behavior
 from ws.controls import exchange_half, same_side
 from ws.data import PAIRS_FILE, DataConfig, data_preset, generate_pairs, read_pairs, sample_answers
-from ws.diff import SteeringVector
+from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
 from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
@@ -33,7 +33,7 @@ from ws.eval.stats import N_BOOTSTRAP, Estimate
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
 from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt
 from ws.report import write_report
-from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, sha256_file, write_json, write_text
+from ws.runs import DEFAULT_OUT, Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
 
@@ -152,14 +152,21 @@ def replicate(config: ReplicateConfig) -> Reading:
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
     peft_config(model, config.train.spec(config.adapter))  # bad settings show now, not after the sampling
     run = Run(run_folder(config.out, behavior.name, config.run_name, config.seed), config.fresh)
+    stages = console.Stages(5)
+    stages.begin("contrast pairs", f"in {data_folder(config.out, config.model, behavior.name)}")
     pairs_file = _pairs(model, tok, behavior, config)
     if config.control != "none":
         pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
-    for number, sign in enumerate(SIGNS, start=2):
-        console.say(f"[{number}/5] train {sign} in {run.folder / sign}")
+    for sign in SIGNS:
+        stages.begin(f"train {sign}", f"in {run.folder / sign}", like=f"train {SIGNS[0]}")
         train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, config.seed)
+    stages.begin("vector", f"in {run.folder / 'vector'}")
     vector = _vector(model, run, behavior, config)
-    return _read(model, tok, vector, behavior, run, config)
+    stages.begin("held-out claims", f"({config.split})")
+    reading = _read(model, tok, vector, behavior, run, config)
+    stages.end()
+    console.say(str(stages))
+    return reading
 
 
 def _check(config: ReplicateConfig) -> None:
@@ -177,7 +184,6 @@ def _check(config: ReplicateConfig) -> None:
 
 def _pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> Path:
     folder = data_folder(config.out, config.model, behavior.name)
-    console.say(f"[1/5] contrast pairs in {folder}")
     generate_pairs(model, tok, behavior, folder, config.data, config.fresh and config.fresh_data)
     return folder / PAIRS_FILE
 
@@ -205,7 +211,6 @@ def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: Replic
     inputs = {sign: sha256_file(folder / "adapter_model.safetensors") for sign, folder in arms.items()}
     stage = run.stage("vector", {"format": 1}, inputs)
     folder = run.folder / "vector"
-    console.say(f"[4/5] vector in {folder}{' (done)' if stage is None else ''}")
     if stage is None:
         return SteeringVector.load(folder)
     sides = {sign: SteeringVector.from_adapter(arm, model) for sign, arm in arms.items()}
@@ -243,7 +248,6 @@ def _read(
     config: ReplicateConfig,
 ) -> Reading:
     alphas = _alphas(config)
-    console.say(f"[5/5] held-out claims ({config.split})")
     context = EvalContext(_eval_options(config), model, tok, vector, run)
     evaluation = sycophancy.evaluation(context, behavior, config.split)
     measured = context.measure(evaluation)
@@ -287,7 +291,8 @@ def _samples(
 
 def _record(reading: Reading, run: Run) -> None:
     span = asdict(reading.span) | {"alphas": list(reading.span_alphas)}
-    stage = run.restart("reading", {"alphas": sorted(reading.false_claims)})
+    inputs = {"vector": vector_digest(reading.vector)}
+    stage = run.restart("reading", {"alphas": sorted(reading.false_claims)}, inputs)
     files = [write_json(run.folder / "samples.json", [asdict(s) for s in reading.samples])]
     stage.done(files, span=span, control=reading.control, expected_sign=reading.effect, as_expected=reading.as_expected)
 
@@ -348,6 +353,25 @@ def plot(reading: Reading, width: int = 41) -> str:
     return "\n".join([*lines, "              disagrees" + " " * (width - 16) + "agrees"])
 
 
+def as_data(reading: Reading) -> dict[str, Any]:
+    """The reading for scripts: the verdict with the numbers behind it, the dose-response table and the answers."""
+    return {
+        "verdict": verdict(reading),
+        "as_expected": reading.as_expected,
+        "span": {**asdict(reading.span), "alphas": reading.span_alphas},
+        "lowest_mass": reading.lowest_mass,
+        "control": reading.control,
+        "rows": read_values(reading.folder / "sycophancy_summary.csv"),
+        "samples": reading.samples,
+    }
+
+
+def written(reading: Reading) -> list[Path]:
+    """What a replication leaves, in the order in which a reader wants it."""
+    names = ("vector", "sycophancy_summary.csv", "samples.json", "manifest.json")
+    return [reading.folder / name for name in names]
+
+
 def verdict(reading: Reading) -> str:
     """One sentence on the span between two strengths."""
     s, n, (low, high) = reading.span, len(reading.false_claims[0.0].claims), reading.span_alphas
@@ -367,11 +391,12 @@ def verdict(reading: Reading) -> str:
 def main(config: ReplicateConfig) -> None:
     """The command `ws replicate`."""
     reading = replicate(config)
-    print(render(reading, config.n_bootstrap))
-    print(f"\nEverything is in {reading.folder}: pos/ neg/ vector/ manifest.json sycophancy_*.csv samples.json")
+    files, following = written(reading), ""
     if config.control == "none":
-        print(f"Report: {write_report(config.out, behavior_name(config.behavior))}")
-        print(f"Next: read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter")
+        files.append(write_report(config.out, config.behavior))
+        following = f"read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter"
+    text = render(reading, config.n_bootstrap)
+    console.show(console.Result(text, as_data(reading), files, following))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ again fills only what is missing. Writes the tables of `ws.sweep_tables`.
 
 from __future__ import annotations
 
-import time
 import traceback
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
 from ws.models import DEFAULT_MODEL
 from ws.replicate import CONTROLS, ReplicateConfig, replicate, verdict
 from ws.report import write_report
-from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_text
+from ws.runs import DEFAULT_OUT, read_csv, read_values, run_folder, write_text
 from ws.sweep_tables import EVALS, POOLED, SUMMARY, render, write_summary
 from ws.train import TrainConfig, train_preset
 
@@ -103,16 +101,14 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         choose("control", name, CONTROLS[1:])
     behavior = load_behavior(config.behavior, config.model).name
     plan = list(product(config.seeds, config.adapters, (CONTROLS[0], *config.controls)))
-    done: list[Cell] = []
-    start = time.perf_counter()
+    done, countdown = list[Cell](), console.Countdown(len(plan))
     for number, (seed, adapter, control) in enumerate(plan):
-        left = (time.perf_counter() - start) / number * (len(plan) - number) if number else 0
-        estimate = f", about {timedelta(seconds=round(left))} left" if number else ""
         name = _replicate_config(config, adapter, seed, control).run_name
-        console.say(f"== {name}, seed {seed} ({number + 1} of {len(plan)}{estimate})")
+        console.say(f"== {name}, seed {seed} ({countdown})")
         # The second sampling belongs to `same-side`, so with --fresh its first cell samples anew as well.
         first = number == 0 or (control == "same-side" and number <= len(config.controls))
         done.append(_run_cell(config, behavior, adapter, seed, control, first))
+        countdown.step()
     fine = [c.folder for c in done if c.problem is None and c.control == CONTROLS[0]]
     write_summary(config.out / behavior, fine, config.evals, config.n_bootstrap)
     return done
@@ -128,7 +124,7 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
         if others and control == CONTROLS[0]:
             context = open_context(_eval_options(config, behavior, adapter, seed))
             for name in others:
-                console.say(context.carry_out(_evaluation(name, context)))
+                console.say(context.carry_out(_evaluation(name, context)).text)
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
@@ -175,9 +171,10 @@ def main(config: SweepConfig) -> None:
     cells = run_sweep(config)
     if any(c.problem is None for c in cells):
         folder = config.out / behavior_name(config.behavior)
-        print(render(read_csv(folder / POOLED), config.n_bootstrap))
-        print(f"\nTables: {folder}/{{{SUMMARY},{POOLED}}}")
-        print(f"Report: {write_report(config.out, behavior_name(config.behavior))}")
+        tables = [folder / SUMMARY, folder / POOLED]
+        text = render(read_csv(tables[1]), config.n_bootstrap)
+        files = [*tables, write_report(config.out, config.behavior)]
+        console.show(console.Result(text, {"rows": read_values(tables[1]), "cells": cells}, files))
     failed = [c for c in cells if c.problem]
     if failed:
         listing = "; ".join(f"{c.adapter} seed {c.seed} ({c.problem}; {c.folder / LOG})" for c in failed)

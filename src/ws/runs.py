@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -117,6 +118,26 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         raise WsError(f"The table {file} is missing; run its evaluation again.")
     with file.open(encoding="utf-8", newline="") as handle:
         return list(csv.DictReader(handle))
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$")
+
+
+def read_values(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table with numbers as numbers, True and False as such and empty cells as None.
+
+    Identifiers stay text, also those that happen to be made of digits.
+    """
+    return [{k: v if _TEXT_COLUMN.search(k) else _value(v) for k, v in row.items()} for row in read_csv(file)]
+
+
+def _value(text: str) -> Any:
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    if not _NUMBER.fullmatch(text):
+        return text
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
 
 # ---- hashes and versions --------------------------------------------------------------------------------------
@@ -260,5 +281,6 @@ class Run:
 
 
 def _command() -> str:
-    """The command line that is running, without the folder of the interpreter or script."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
+    """The command line that is running, without the folder of the interpreter or script; a notebook has none."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    return "" if program.startswith("ipykernel") else shlex.join([program, *sys.argv[1:]])

@@ -64,7 +64,7 @@ from ws.eval.context import EvalContext, Evaluation, Rows, open_context
 from ws.eval.dilemmas import Dilemma
 from ws.eval.tinymfv_airisk import Vignette
 from ws.models import encode, layer_of, linear_size, render_prompt, weight_of
-from ws.runs import read_csv, write_csv
+from ws.runs import read_csv, read_values, write_csv
 from ws.steer import uncompiled
 
 START_BATCH = 32
@@ -482,8 +482,8 @@ def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str
     return [claim_score(context.model, context.tok, part, prompts, n) for n, part in chosen.items() if part]
 
 
-def carry_out(context: EvalContext, options: SlopeOptions) -> str:
-    """Test every score unless exactly that is on disk, write both tables, and return the text to print."""
+def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
+    """Test every score unless exactly that is on disk, write both tables, and return what to show."""
     evaluations = headline_evaluations(context, options.split, options.scores)
     settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
     stage = context.run.refresh("slope", settings, {"vector": vector_digest(context.vector)})
@@ -497,7 +497,7 @@ def carry_out(context: EvalContext, options: SlopeOptions) -> str:
                 rows.append(summary_row(context.key, test) | evaluation.brief)
                 parts += [row | evaluation.brief for row in per_module_rows(context.key, test)]
         stage.done([write_csv(file, table) for file, table in zip(files, (rows, parts), strict=True)])
-    return f"{render(*map(read_csv, files))}\n\nin {files[0]}"
+    return console.Result(render(*map(read_csv, files)), {"rows": read_values(files[0])}, files)
 
 
 def summary_row(key: Mapping[str, Any], test: SlopeTest) -> dict[str, Any]:
@@ -546,7 +546,7 @@ def _layer_sum(parts: Sequence[Mapping[str, str]], score: str, layer: str) -> st
 
 def main(options: SlopeOptions) -> None:
     """The command `python -m ws.slope`."""
-    print(carry_out(open_context(options.eval_options()), options))
+    console.show(carry_out(open_context(options.eval_options()), options))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import beta
 from tabulate import tabulate
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ws import console
@@ -67,7 +66,7 @@ from ws.geometry import (
 )
 from ws.models import fingerprint, layer_of, load_model
 from ws.plots import save_svg
-from ws.runs import lock, read_csv, sha256_file, slug, write_csv
+from ws.runs import lock, read_csv, read_values, sha256_file, slug, write_csv
 
 SHARES = ("left_top", "left_bottom", "right_top", "right_bottom", "readout_weak")
 # What modules that write to the residual stream are called in transformers.
@@ -252,7 +251,7 @@ def measure_subspaces(
     for name, delta, _ in found:
         _count(name, min(delta.d_out, delta.d_in), k, part)
     measured = []
-    for name, delta, module in tqdm(found, desc="subspaces", unit="module", leave=False):
+    for name, delta, module in console.progress(found, desc="subspaces", unit="module"):
         kind = name.rsplit(".", 1)[-1]
         writes = weak is not None and kind in WRITERS and delta.d_out == weak.shape[0]
         readout = weak[:, : _count(name, delta.d_out, k, part)] if weak is not None and writes else None
@@ -445,8 +444,8 @@ class SubspaceOptions(RunOptions):
             raise WsError("--vectors names the vectors to compare and --all takes every run; give one of them.")
 
 
-def carry_out(options: SubspaceOptions) -> str:
-    """Measure a run unless exactly that is on disk, write its tables and pictures, and return the text to print."""
+def carry_out(options: SubspaceOptions) -> console.Result:
+    """Measure a run unless exactly that is on disk, write its tables and pictures, and return what to show."""
     o = options
     opened = o.open()
     folder, key = opened.run.folder, o.key
@@ -459,9 +458,11 @@ def carry_out(options: SubspaceOptions) -> str:
         written = _write_subspaces(opened, o, key | {"alpha": 1.0})
         written += _write_pair(opened, key | {"alpha": 1.0}) if paired else []
         stage.done(written)
-    text = render_subspaces(read_csv(folder / "subspace_summary.csv"))
-    pair = render_pair(read_csv(folder / "geometry.csv")) if paired else "pos/ and neg/ are gone; nothing of the pair."
-    return f"{text}\n\n{pair}\n\nin {folder}"
+    table, of_pair = folder / "subspace_summary.csv", folder / "geometry.csv"
+    pair = render_pair(read_csv(of_pair)) if paired else "pos/ and neg/ are gone; nothing of the pair."
+    data = {"rows": read_values(table), "pair": read_values(of_pair) if paired else []}
+    files = [folder / name for name in opened.run.facts("subspace")["outputs"]]
+    return console.Result(f"{render_subspaces(read_csv(table))}\n\n{pair}", data, files)
 
 
 def _write_subspaces(opened: FinishedRun, options: SubspaceOptions, key: Mapping[str, Any]) -> list[Path]:
@@ -482,8 +483,8 @@ def _write_pair(opened: FinishedRun, key: Mapping[str, Any]) -> list[Path]:
     return [write_csv(opened.run.folder / "geometry.csv", rows)]
 
 
-def compare_vectors(options: SubspaceOptions) -> str:
-    """Write `out/cosines.csv` and `cosines.svg`, and return the matrix to print."""
+def compare_vectors(options: SubspaceOptions) -> console.Result:
+    """Write `out/cosines.csv` and `cosines.svg`, and return the matrix to show."""
     folders = list(options.vectors) or finished_runs(options.out)
     if len(folders) < 2:
         where = f"below {options.out}" if options.all else "after --vectors"
@@ -498,10 +499,11 @@ def compare_vectors(options: SubspaceOptions) -> str:
         if size == 0:
             raise WsError(f"The vector {name} is zero; it has no cosine with any other.")
     file = write_csv(options.out / "cosines.csv", cosine_rows(vectors, names, products, options.per_layer))
-    save_svg(
+    picture = save_svg(
         heat_map(found.cosine, names, names, "Cosines of steering vectors", diverging=True), file.with_suffix(".svg")
     )
-    return f"{render_cosines(found, names)}\n\nin {file}"
+    data = {"vectors": names, "norms": found.norms, "cosines": found.cosine, "random_sd": found.random_sd}
+    return console.Result(render_cosines(found, names), data, [file, picture])
 
 
 def render_cosines(found: Cosines, names: Sequence[str]) -> str:
@@ -522,7 +524,7 @@ def render_cosines(found: Cosines, names: Sequence[str]) -> str:
 def main(options: SubspaceOptions) -> None:
     """The command `python -m ws.subspace`."""
     options.check()
-    print(compare_vectors(options) if options.vectors or options.all else carry_out(options))
+    console.show(compare_vectors(options) if options.vectors or options.all else carry_out(options))
 
 
 if __name__ == "__main__":

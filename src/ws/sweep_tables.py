@@ -1,8 +1,8 @@
 """The tables of a sweep: every cell by itself, and the seeds of each adapter pooled.
 
 `sweep_summary.csv` has one row per adapter, seed and strength; its intervals know nothing about seeds.
-`sweep_pooled.csv` has one row per adapter and strength, from a bootstrap over seeds and items. The p-values of a table
-are Holm-corrected over all of its steered rows, per evaluation.
+`sweep_pooled.csv` has one row per adapter and strength, from a bootstrap over seeds and items. What was not evaluated
+is left empty. The p-values of a table are Holm-corrected over those that it has, per evaluation.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from ws.console import say
 from ws.eval import airisk
 from ws.eval.context import select
 from ws.eval.stats import estimate_over_seeds, holm, least_p
+from ws.interventions import WEIGHT
 from ws.runs import read_csv, write_csv
 
 EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
@@ -52,6 +54,7 @@ _HEADS = {
 }
 
 Row = dict[str, Any]
+Items = dict[float, dict[str, float]]  # an averaged column by strength and item
 
 
 def write_summary(folder: Path, cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> None:
@@ -64,13 +67,13 @@ def write_summary(folder: Path, cells: Sequence[Path], evals: Sequence[str], n_b
 def sweep_rows(cells: Sequence[Path], evals: Sequence[str]) -> list[Row]:
     """One row per cell and strength: the headline columns of every evaluation, each under the evaluation's name."""
     rows = [row for folder in cells for row in _cell_rows(folder, evals)]
-    return _with_holm(rows, evals)
+    return _with_holm(_filled(rows, evals), evals)
 
 
 def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
     merged: dict[float, Row] = {}
     for name in evals:
-        for row in select(read_csv(folder / _TABLES[name])):
+        for row in _steered(folder / _TABLES[name]):
             if row.get("claims_are_true") == "True":
                 continue
             alpha = float(row["alpha"])
@@ -79,64 +82,108 @@ def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
     return [merged[alpha] for alpha in sorted(merged)]
 
 
+def _steered(file: Path) -> Sequence[Mapping[str, str]]:
+    """A table's rows of the base and of the vector; none where the evaluation was not carried out."""
+    rows = read_csv(file) if file.is_file() else []
+    return select(rows) if any(r.get("intervention") == WEIGHT for r in rows) else []
+
+
 def pooled_rows(cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> list[Row]:
     """One row per adapter and strength, over its seeds: level and paired shift of every evaluation.
 
-    A strength that some seed of the adapter lacks is left out.
+    An evaluation that some seed of the adapter lacks at a strength is left empty there.
     """
-    merged: dict[tuple[str, float], Row] = {}
-    for name in evals:
-        for (behavior, adapter), seeds in _seeds(cells, name).items():
-            items = list(seeds[0][0.0])
-            base = np.array([[seed[0.0][i] for i in items] for seed in seeds])
-            for alpha in sorted(set.intersection(*(set(seed) for seed in seeds))):
-                values = np.array([[seed[alpha][i] for i in items] for seed in seeds])
-                key = {"behavior": behavior, "adapter": adapter, "n_seeds": len(seeds), "alpha": alpha}
-                level, shift = estimate_over_seeds(values, n_boot), estimate_over_seeds(values - base, n_boot)
-                row = merged.setdefault((adapter, alpha), key)
-                row |= level.columns(f"{name}_level", "ci_lo", "ci_hi")
-                row |= shift.columns(f"{name}_{_SHIFTS[name]}", "ci_lo", "ci_hi", "p") | {f"{name}_n": level.n}
-    return _with_holm(list(merged.values()), evals)
+    rows: list[Row] = []
+    for (behavior, adapter), folders in _by_adapter(cells, evals).items():
+        key = {"behavior": behavior, "adapter": adapter, "n_seeds": len(folders)}
+        merged: dict[float, Row] = {}
+        for name in evals:
+            for alpha, columns in _pooled(name, [_items(folder, name) for folder in folders], n_boot).items():
+                merged.setdefault(alpha, key | {"alpha": alpha}).update(columns)
+        rows += [merged[alpha] for alpha in sorted(merged)]
+    return _with_holm(_filled(rows, evals), evals)
 
 
-def _seeds(cells: Sequence[Path], name: str) -> dict[tuple[str, str], list[dict[float, dict[str, float]]]]:
-    """Per behaviour and adapter, for every seed: the averaged column by strength and item."""
-    file, item, column = _ITEMS[name]
-    found: dict[tuple[str, str], list[dict[float, dict[str, float]]]] = {}
+def _by_adapter(cells: Sequence[Path], evals: Sequence[str]) -> dict[tuple[str, str], list[Path]]:
+    """The seeds' folders of every behaviour and adapter that was evaluated at all."""
+    found: dict[tuple[str, str], list[Path]] = {}
     for folder in cells:
-        rows = [r for r in select(read_csv(folder / file)) if r.get("claim_is_true") != "True"]
-        by_alpha: dict[float, dict[str, float]] = {}
-        for r in rows:
-            by_alpha.setdefault(float(r["alpha"]), {})[r[item]] = float(r[column])
-        found.setdefault((rows[0]["behavior"], rows[0]["adapter"]), []).append(by_alpha)
+        rows = [row for name in evals for row in _steered(folder / _TABLES[name])]
+        if rows:
+            found.setdefault((rows[0]["behavior"], rows[0]["adapter"]), []).append(folder)
     return found
 
 
+def _items(folder: Path, name: str) -> Items:
+    file, item, column = _ITEMS[name]
+    found: Items = {}
+    for row in _steered(folder / file):
+        if row.get("claim_is_true") != "True":
+            found.setdefault(float(row["alpha"]), {})[row[item]] = float(row[column])
+    return found
+
+
+def _pooled(name: str, seeds: Sequence[Items], n_boot: int) -> dict[float, Row]:
+    """One evaluation's level and paired shift at the strengths that all seeds have; none if their items differ."""
+    shared = set.intersection(*map(set, seeds))
+    if 0.0 not in shared:
+        return {}
+    items, found = list(seeds[0][0.0]), dict[float, Row]()
+    if any(seed[0.0].keys() != set(items) for seed in seeds):
+        say(f"{name} is not pooled over the seeds of an adapter that were asked different items.")
+        return {}
+    base = np.array([[seed[0.0][i] for i in items] for seed in seeds])
+    for alpha in sorted(shared):
+        values = np.array([[seed[alpha][i] for i in items] for seed in seeds])
+        level, shift = estimate_over_seeds(values, n_boot), estimate_over_seeds(values - base, n_boot)
+        row = level.columns(f"{name}_level", "ci_lo", "ci_hi")
+        row |= shift.columns(f"{name}_{_SHIFTS[name]}", "ci_lo", "ci_hi", "p")
+        found[alpha] = row | {f"{name}_n": level.n}
+    return found
+
+
+def _filled(rows: Sequence[Row], evals: Sequence[str]) -> list[Row]:
+    """All rows with the columns of all: first what names a row, then evaluation by evaluation."""
+    found = dict.fromkeys(column for row in rows for column in row)
+    own = {name: [column for column in found if column.startswith(f"{name}_")] for name in evals}
+    known = {column for columns in own.values() for column in columns}
+    columns = [*(c for c in found if c not in known), *(c for name in evals for c in own[name])]
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
 def _with_holm(rows: list[Row], evals: Sequence[str]) -> list[Row]:
-    """Every evaluation's p-values of a shift, corrected over all rows but the base's."""
+    """Every evaluation's p-values of a shift, corrected over all that there are; the base is not tested."""
     for name in evals:
         column = f"{name}_{_SHIFTS[name]}_p"
-        steered = [r for r in rows if r["alpha"] != 0]
-        adjusted = holm(np.array([float(r[column]) for r in steered])) if steered else ()
-        holms = {id(r): float(p) for r, p in zip(steered, adjusted, strict=True)}
-        for row in rows:
+        tested = [r for r in rows if r["alpha"] != 0 and r.get(column) is not None]
+        adjusted = holm(np.array([float(r[column]) for r in tested])) if tested else ()
+        holms = {id(r): float(p) for r, p in zip(tested, adjusted, strict=True)}
+        for row in rows if column in rows[0] else ():
             row[f"{column}_holm"] = holms.get(id(row))
     return rows
 
 
 def render(rows: Sequence[Mapping[str, Any]], n_boot: int) -> str:
     """The pooled rows as a table for people: every shift with its interval, and `*` where it survives Holm."""
-    table, names = [], [n for n in EVALS if f"{n}_{_SHIFTS[n]}" in rows[0]]
+    keys = {n: f"{n}_{_SHIFTS[n]}" for n in EVALS if f"{n}_{_SHIFTS[n]}" in rows[0]}
     steered = [r for r in rows if float(r["alpha"]) != 0]
-    for r in steered:
-        cells = [r["adapter"], r["n_seeds"], f"{float(r['alpha']):+g}"]
-        for key in (f"{n}_{_SHIFTS[n]}" for n in names):
-            low, high = (float(r[f"{key}_{end}"]) for end in ("ci_lo", "ci_hi"))
-            star = "*" if float(r[f"{key}_p_holm"]) < 0.05 else ""
-            cells.append(f"{float(r[key]):+.2f} [{low:+.2f}, {high:+.2f}]{star}")
-        table.append(cells)
-    header = ["adapter", "seeds", "alpha", *(f"shift of {_HEADS[n]}" for n in names)]
-    note = f"* p < 0.05 after Holm's correction over the {len(steered)} rows of a column"
-    if len(steered) * least_p(n_boot) >= 0.05:
-        note = f"{n_boot} resamples are too few to tell which of {len(steered)} shifts survive Holm's correction"
+    table = [
+        [r["adapter"], r["n_seeds"], f"{float(r['alpha']):+g}", *(_shift(r, key) for key in keys.values())]
+        for r in steered
+    ]
+    header = ["adapter", "seeds", "alpha", *(f"shift of {_HEADS[n]}" for n in keys)]
+    counts = [sum(r[key] not in (None, "") for r in steered) for key in keys.values()]
+    tests = f"the {counts[0]} rows of a column" if len(set(counts)) == 1 else "the shifts of its column"
+    note = f"* p < 0.05 after Holm's correction over {tests}"
+    if max(counts, default=0) * least_p(n_boot) >= 0.05:
+        note = f"{n_boot} resamples are too few to tell which of {max(counts)} shifts survive Holm's correction"
     return f"{tabulate(table, header, tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
+def _shift(row: Mapping[str, Any], key: str) -> str:
+    """A shift with its interval; empty where nothing was measured."""
+    if row[key] in (None, ""):
+        return ""
+    low, high = (float(row[f"{key}_{end}"]) for end in ("ci_lo", "ci_hi"))
+    star = "*" if float(row[f"{key}_p_holm"]) < 0.05 else ""
+    return f"{float(row[key]):+.2f} [{low:+.2f}, {high:+.2f}]{star}"

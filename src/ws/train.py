@@ -31,7 +31,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -531,8 +530,7 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Opens the bar, at the resumed step if there is one."""
-        hidden = not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=hidden)
+        self.bar = console.progress(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
 
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the bar."""
@@ -680,10 +678,11 @@ def main(command: TrainCommand) -> None:
     read_pairs(pairs)
     model, tok = load_model(command.model, command.device, command.dtype)
     run = on_main(lambda: Run(run_folder(command.out, behavior.name, command.adapter, command.seed), command.fresh))
+    made = dict[str, bool]()
     for sign in command.signs:
-        made = train_stage(model, tok, pairs, sign, run, command.adapter, command.train, command.seed)
-        if console.is_main():
-            print(f"{run.folder / sign}: {'trained' if made else 'already there'}")
+        made[sign] = train_stage(model, tok, pairs, sign, run, command.adapter, command.train, command.seed)
+    lines = [f"{sign}: {'trained' if new else 'already there'}" for sign, new in made.items()]
+    console.show(console.Result("\n".join(lines), {"trained": made}, [run.folder / sign for sign in made]))
 
 
 if __name__ == "__main__":

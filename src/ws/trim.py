@@ -198,10 +198,13 @@ def main(options: TrimOptions) -> None:
     config = o.settings | {"adapter": o.adapter}
     run = save_run(trimmed, (o.out, behavior, o.name, o.seed), "trim", config, inputs, o.fresh)
     key = {"behavior": behavior, "adapter": o.name, "seed": o.seed}
-    write_csv(run.folder / TABLE, [key | vars(m) | {"error": m.error} for m in found])
+    rows = [key | vars(m) | {"error": m.error} for m in found]
+    table = write_csv(run.folder / TABLE, rows)
     flag = f" --seed {o.seed}" if o.seed else ""
-    print(f"{render(found, opened.vector, trimmed)}\n\nin {run.folder}, every module in {TABLE}")
-    print(f"Next: python -m ws.eval.sycophancy --behavior {o.behavior} --adapter {o.name}{flag}")
+    following = f"python -m ws.eval.sycophancy --behavior {o.behavior} --adapter {o.name}{flag}"
+    data = {"total_error": total_error(found), "modules": rows}
+    files = [run.folder / "vector", table]
+    console.show(console.Result(render(found, opened.vector, trimmed), data, files, following))
 
 
 def _weights(opened: FinishedRun) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import Behavior, Claim
+from ws.console import progress
 from ws.data import Pair, prompt_ids
 from ws.errors import WsError, choose
 from ws.eval.choice import LOW_MASS, left_pad, score_choices
@@ -248,7 +249,6 @@ def activation_vector(
     pairs: Sequence[Pair],
     behavior: str = "",
     batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> ActivationVector:
     """The mean difference of response activations between the two sides of contrast pairs; see the module's equation.
 
@@ -262,7 +262,6 @@ def activation_vector(
         pairs: contrast pairs; those with a `drop` reason are skipped.
         behavior: its name, recorded in `info`.
         batch_size: answers per forward pass; None starts at 64 and halves while memory does not suffice.
-        progress: called with the number of answers after every batch.
 
     Raises:
         WsError: no usable pair, an answer without tokens, or activations that are NaN.
@@ -272,11 +271,11 @@ def activation_vector(
 
     def run(batch_size: int) -> Tensor:
         total = torch.zeros(len(blocks), model.config.get_text_config().hidden_size, dtype=torch.float64)
-        for start in range(0, len(readings), batch_size):
-            part = readings[start : start + batch_size]
-            total += _signed_sum(model, tok.pad_token_id, blocks, part)
-            if progress:
-                progress(len(part))
+        with progress(total=len(readings), desc="activations", unit="answer") as bar:
+            for start in range(0, len(readings), batch_size):
+                part = readings[start : start + batch_size]
+                total += _signed_sum(model, tok.pad_token_id, blocks, part)
+                bar.update(len(part))
         return total
 
     total = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=START_BATCH)()

@@ -266,13 +266,17 @@ def _template(table: Mapping[str, Any], key: str, slot: str, where: str, default
 
 
 def check_slots(template: str, slots: Sequence[str], where: str) -> None:
-    """`WsError` unless a template contains exactly these slots."""
+    """`WsError` unless a template contains exactly these slots, each as it is: without a conversion or a format."""
     try:
-        found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        fields = [field for field in Formatter().parse(template) if field[1] is not None]
     except ValueError as problem:
         text = f"{where}: the template {template!r} is malformed ({problem}); a plain {{ is written {{{{."
         raise WsError(text) from problem
-    if found != set(slots):
+    for _, name, form, conversion in fields:
+        if form or conversion:
+            text = f"{where}: the template {template!r} asks for a format of the slot {name!r}"
+            raise WsError(f"{text}; write {{{name}}} without anything behind the name.")
+    if {name for _, name, _, _ in fields} != set(slots):
         wanted = " and ".join(f"{{{slot}}}" for slot in slots)
         raise WsError(f"{where}: the template {template!r} must contain {wanted} and no other slot.")
 

@@ -338,7 +338,7 @@ def main(options: AiriskOptions) -> None:
     """The command `python -m ws.eval.airisk`."""
     choose("protocol", options.protocol, PROTOCOLS)
     context = open_context(options)
-    print(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(evaluation(context)))
 
 
 if __name__ == "__main__":

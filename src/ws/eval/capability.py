@@ -187,9 +187,11 @@ def _in_batches(
 
     def attempt(batch_size: int) -> dict[int, Item]:
         found: dict[int, Item] = {}
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            found |= zip(part, run([items[i] for i in part]), strict=True)
+        with console.progress(total=len(order), desc="neutral texts", unit="text") as bar:
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                found |= zip(part, run([items[i] for i in part]), strict=True)
+                bar.update(len(part))
         return found
 
     found = attempt(size) if fixed else find_executable_batch_size(attempt, starting_batch_size=size)()
@@ -516,7 +518,7 @@ def _some(texts: Sequence[str], source: str) -> tuple[str, ...]:
 def main(options: CapabilityOptions) -> None:
     """The command `python -m ws.eval.capability`."""
     context = open_context(options)
-    print(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(evaluation(context)))
 
 
 if __name__ == "__main__":

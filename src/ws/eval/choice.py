@@ -7,7 +7,7 @@ from a float32 log-softmax at the answer position.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ws.console import progress
 from ws.errors import WsError
 from ws.models import encode
 
@@ -90,7 +91,6 @@ def score_choices(
     prompts: Sequence[str],
     choices: Sequence[Choice],
     batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> ChoiceScores:
     """Score rendered prompts (openers included) at their next token.
 
@@ -106,11 +106,11 @@ def score_choices(
 
     def run(batch_size: int) -> Tensor:
         logp = torch.empty(len(prompts), len(choices), device=model.device)
-        for part in _batches(families, batch_size):
-            rows = [row for family in part for row in family.rows]
-            logp[rows] = _score_batch(model, tok.pad_token_id, part, variants)
-            if progress:
-                progress(len(rows))
+        with progress(total=len(prompts), desc="answers", unit="prompt") as bar:
+            for part in _batches(families, batch_size):
+                rows = [row for family in part for row in family.rows]
+                logp[rows] = _score_batch(model, tok.pad_token_id, part, variants)
+                bar.update(len(rows))
         return logp
 
     scored = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=64)()

@@ -527,8 +527,8 @@ def pair_set(context: EvalContext) -> str:
 def main(options: ConfoundOptions) -> None:
     """The command `python -m ws.eval.confounds`."""
     context = open_context(options)
-    print(context.carry_out(evaluation(context)))
-    print(f"\n{pair_set(context)}")
+    found, pairs = context.carry_out(evaluation(context)), pair_set(context)
+    console.show(replace(found, text=f"{found.text}\n\n{pairs}", data={**found.data, "pairs": pairs.splitlines()}))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import Behavior, load_behavior
-from ws.console import say
+from ws.console import Countdown, Result, say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
 from ws.finished import FinishedRun, RunOptions
 from ws.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
 from ws.models import BUNDLED, fingerprint
-from ws.runs import Run, lock, read_csv, sha256_json, slug, write_csv, write_json
+from ws.runs import Run, lock, read_csv, read_values, sha256_json, slug, write_csv, write_json
 
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]
@@ -154,18 +154,20 @@ class EvalContext:
         """Where the items come from: what was asked for, else the published set, or ours on a bundled model."""
         return self.options.dataset or ("pocket" if self.model.name_or_path in BUNDLED else hub_id)
 
-    def carry_out(self, evaluation: Evaluation) -> str:
-        """Evaluate unless exactly that is on disk, write the tables, and return the text to print."""
+    def carry_out(self, evaluation: Evaluation) -> Result:
+        """Evaluate unless exactly that is on disk, write the tables, and return what to show."""
         chosen = [self.intervention(name) for name in self.options.interventions]
         stage = self.run.refresh(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
         if stage is not None:
             scores = {i.name: self.scores(evaluation, i, self._strengths(i)) for i in chosen}
             files = self._write(evaluation, scores)
             stage.done(files, example=evaluation.example(scores[chosen[0].name]))
-        summary = read_csv(self.run.folder / f"{evaluation.name}_summary.csv")
-        example = self.run.facts(evaluation.name)["example"]
+        table = self.run.folder / f"{evaluation.name}_summary.csv"
+        recorded, summary = self.run.facts(evaluation.name), read_csv(table)
         parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name)) for i in chosen]
-        return "\n\n".join([example, *parts, f"in {self.run.folder}"])
+        data = {"evaluation": evaluation.identity, "example": recorded["example"], "rows": read_values(table)}
+        files = [self.run.folder / name for name in recorded["outputs"]]
+        return Result("\n\n".join([recorded["example"], *parts]), data, files)
 
     def record(self, evaluation: Evaluation, scores: ByAlpha) -> None:
         """Write the tables of the vector's scores that were measured already, in place of what is on disk."""
@@ -183,15 +185,18 @@ class EvalContext:
         """Scores at given strengths of an intervention. All are kept; the base's, and those of what needs no adapter,
         serve every run of the model."""
         mark = f"{evaluation.digest}-{fingerprint(self.model)}-{str(self.model.dtype)[6:]}"
-        found = {}
+        found, countdown = {}, Countdown(len(alphas))
         for alpha in alphas:
-            say(f"{evaluation.name}, {intervention.name} at alpha {alpha:+g}")
+            say(f"{evaluation.name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
             if alpha == 0:
                 folder, name = self.options.out / "base" / slug(str(self.model.name_or_path)), mark
             else:
                 folder, name = intervention.home.folder / "scores", f"{mark}-{intervention.subject[:12]}-{alpha!r}"
+            file = folder / f"{evaluation.name}-{name}.json"
+            known = file.is_file()
             with intervention.at(alpha):
-                found[alpha] = _kept(folder / f"{evaluation.name}-{name}.json", evaluation.ask)
+                found[alpha] = _kept(file, evaluation.ask)
+            countdown.step(quick=known)
         return found
 
     def _strengths(self, chosen: Intervention) -> list[float]:

@@ -367,7 +367,7 @@ def main(options: LmEvalOptions) -> None:
     """The command `python -m ws.eval.lm_eval`."""
     require_harness()
     context = open_context(options)
-    print(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(evaluation(context)))
 
 
 if __name__ == "__main__":

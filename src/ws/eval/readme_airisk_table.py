@@ -212,13 +212,13 @@ def main(config: TableConfig) -> None:
     folder = config.out / behavior_name(config.behavior)
     if config.check is not None:
         check(config.check, config.csv or folder / f"{TABLE}.csv")
-        print(f"The table of {config.check} is the CSV's.")
+        console.show(console.Result(f"The table of {config.check} is the CSV's.", {"checked": config.check}))
         return
     rows = build_table(config)
     file = write_csv(folder / f"{TABLE}.csv", rows)
     text = render(rows)
-    write_text(folder / f"{TABLE}.md", text + "\n")
-    print(f"{text}\n\nin {file}")
+    page = write_text(folder / f"{TABLE}.md", text + "\n")
+    console.show(console.Result(text, {"rows": rows}, [file, page]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ the same keys and values. Models whose template has no think block think in plai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ws.console import progress
 from ws.errors import WsError
 from ws.eval.choice import (
     Choice,
@@ -76,7 +77,6 @@ def roll_out(
     anchors: Sequence[str],
     n_think: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Rollouts:
     """Ask every question (a user's turn), let the model think greedily, and score the choices behind the anchor.
 
@@ -97,7 +97,7 @@ def roll_out(
     if n_think == 0:
         prompts = [render_prompt(tok, q, opener=a) for q, a in zip(questions, anchors, strict=True)]
         nothing = np.zeros(len(prompts), dtype=np.int64)
-        scores = score_choices(model, tok, prompts, choices, batch_size, progress)
+        scores = score_choices(model, tok, prompts, choices, batch_size)
         return Rollouts(scores, ("",) * len(prompts), nothing, nothing.astype(bool))
     if not questions:
         raise WsError("There are no questions to ask.")
@@ -107,11 +107,11 @@ def roll_out(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
 
     def run(batch_size: int) -> None:
-        for start in range(0, len(order), batch_size):
-            part = [rows[i] for i in order[start : start + batch_size]]
-            _think_and_answer(model, tok, part, variants, n_think)
-            if progress:
-                progress(len(part))
+        with progress(total=len(order), desc="thoughts", unit="question") as bar:
+            for start in range(0, len(order), batch_size):
+                part = [rows[i] for i in order[start : start + batch_size]]
+                _think_and_answer(model, tok, part, variants, n_think)
+                bar.update(len(part))
 
     if batch_size:
         run(batch_size)

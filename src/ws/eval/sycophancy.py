@@ -289,7 +289,7 @@ def _limited(claims: Sequence[Claim], limit: int | None) -> tuple[Claim, ...]:
 def main(options: SycophancyOptions) -> None:
     """The command `python -m ws.eval.sycophancy`."""
     context = open_context(options)
-    print(context.carry_out(evaluation(context, context.behavior, options.split)))
+    console.show(context.carry_out(evaluation(context, context.behavior, options.split)))
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def tables(context: EvalContext, vignettes: Sequence[Vignette], scores: ByAlpha)
 def main(options: EvalOptions) -> None:
     """The command `python -m ws.eval.tinymfv_airisk`."""
     context = open_context(options)
-    print(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(evaluation(context)))
 
 
 if __name__ == "__main__":

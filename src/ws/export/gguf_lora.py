@@ -70,14 +70,13 @@ class GgufLora:
     ranks: Mapping[str, int]
 
     def describe(self) -> str:
-        """The path, what the file holds, and how it is served."""
+        """What the file holds."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         rank = f"rank {high}" if low == high else f"ranks {low} to {high}"
         size = self.file.stat().st_size / 1e6
         return (
-            f"{self.file}\n{len(self.ranks)} modules of a {self.architecture} model, {rank}, {size:.2f} MB, "
-            f"strength {self.strength:g} at scale 1\n\n"
-            f"llama-server -m base.gguf --lora-scaled {self.file}:1"
+            f"{len(self.ranks)} modules of a {self.architecture} model, {rank}, {size:.2f} MB, "
+            f"strength {self.strength:g} at scale 1"
         )
 
 
@@ -263,7 +262,9 @@ def main(options: GgufOptions) -> None:
     file = options.target(f"{options.name}.gguf")
     vector = options.open()
     config = None if options.model is None else load_config(options.model)
-    print(write_gguf_lora(vector, file, vector.strength(options.alpha), config).describe())
+    written = write_gguf_lora(vector, file, vector.strength(options.alpha), config)
+    serve = f"llama-server -m base.gguf --lora-scaled {file}:1"
+    console.show(console.Result(written.describe(), {"lora": written}, [file], serve))
 
 
 if __name__ == "__main__":

@@ -104,13 +104,15 @@ def main(options: LoraOptions) -> None:
     folder = options.target(f"peft{strength_text(alpha)}")
     low = as_lora(vector, alpha, options.rank, options.max_error, options.model)
     low.save(folder)
-    if low.recipe.get("op") == "factorise":
-        print(error_table(low))
-        print(f"\nrelative error of the whole change: {low.recipe['total_error']:.3%}")
-    else:
-        print("exact: the vector is low-rank")
-    print(f"{len(low.deltas)} modules, rank up to {low.max_rank}, in {folder}")
-    print("\n".join(vllm_lines(folder, name, vector.base_id, low.max_rank)))
+    exact = low.recipe.get("op") != "factorise"
+    error = 0.0 if exact else low.recipe["total_error"]
+    lines = ["exact: the vector is low-rank"]
+    if not exact:
+        lines = [error_table(low), "", f"relative error of the whole change: {error:.3%}"]
+    lines.append(f"{len(low.deltas)} modules, rank up to {low.max_rank}")
+    serve = "\n".join(vllm_lines(folder, name, vector.base_id, low.max_rank))
+    data = {"alpha": alpha, "modules": len(low.deltas), "rank": low.max_rank, "total_error": error, "serve": serve}
+    console.show(console.Result("\n".join(lines), data, [folder], serve))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ws import console
 from ws.checkpoints import SIDE_FILES, Checkpoint
@@ -118,7 +117,7 @@ def _write(base: Checkpoint, changes: list[Change], alpha: float, part: Path) ->
     for file in _side_files(base.folder):
         shutil.copyfile(file, part / file.name)
     lost, wanted, dtypes = dict[str, float](), dict[str, float](), set[str]()
-    with tqdm(total=len(changes), desc="merge", unit="module") as bar:
+    with console.progress(total=len(changes), desc="merge", unit="module") as bar:
         for file, here in by_file.items():
             shutil.copyfile(file, part / file.name)
             with tensor_patcher(part / file.name) as patcher:
@@ -191,11 +190,12 @@ def main(options: MergedOptions) -> None:
     folder = options.target(f"merged{strength_text(alpha)}")
     merge = export_merged(vector, alpha, folder, options.model, options.run_folder)
     worst = max(merge.by_module, key=merge.by_module.__getitem__)
-    print(f"{len(merge.by_module)} modules written at alpha {alpha:+g}, in {len(merge.patched)} files;", end=" ")
-    print(f"{len(merge.linked)} untouched files are the base's own.")
-    print(f"The cast to {'/'.join(merge.dtypes)} destroyed {merge.lost:.2g} of alpha dW (worst: {worst}, ", end="")
-    print(f"{merge.by_module[worst]:.2g}).")
-    print(f"in {folder}")
+    text = (
+        f"{len(merge.by_module)} modules written at alpha {alpha:+g}, in {len(merge.patched)} files; "
+        f"{len(merge.linked)} untouched files are the base's own.\nThe cast to {'/'.join(merge.dtypes)} destroyed "
+        f"{merge.lost:.2g} of alpha dW (worst: {worst}, {merge.by_module[worst]:.2g})."
+    )
+    console.show(console.Result(text, {"alpha": alpha, **asdict(merge)}, [folder]))
 
 
 if __name__ == "__main__":

@@ -98,15 +98,18 @@ def main(options: PushOptions) -> None:
         folder = o.to or Path(scratch) / "vector"
         files = prepare(about, source, folder)
         _warn(about)
-        print(
-            tabulate([[f.name, f"{f.stat().st_size:,}"] for f in files], ["file", "bytes"], colalign=("left", "right"))
-        )
+        sizes = {f.name: f.stat().st_size for f in files}
+        table = tabulate([[n, f"{s:,}"] for n, s in sizes.items()], ["file", "bytes"], colalign=("left", "right"))
         if o.dry_run:
-            card = f"the card is {folder / CARD}" if o.to else f"the card:\n\n{(folder / CARD).read_text('utf-8')}"
-            print(f"\nNothing was sent to {o.repo}; {card}")
+            text = (folder / CARD).read_text("utf-8")
+            card = f"the card is {folder / CARD}" if o.to else f"the card:\n\n{text}"
+            data = {"sent": False, "repo": o.repo, "bytes": sizes, "card": text}
+            table = f"{table}\n\nNothing was sent to {o.repo}; {card}"
+            console.show(console.Result(table, data, files if o.to else ()))
             return
         address = hub.send(folder, o.repo, o.message, o.private, replaces=VECTOR_FILES)
-    print(f'\nin {address}\nNext: ws.SteeringVector.load("{o.repo}")')
+    data = {"sent": True, "repo": o.repo, "bytes": sizes, "address": address}
+    console.show(console.Result(f"{table}\n\nin {address}", data, (), f'ws.SteeringVector.load("{o.repo}")'))
 
 
 def _source(options: PushOptions) -> Path:
@@ -128,12 +131,12 @@ def _warn(about: Subject) -> None:
     """Say what a reader of the card will miss."""
     base = about.vector.base_id
     if is_local(base):
-        console.say(
-            f"note: the base {base} is a folder of this machine and is published as {public_name(base)!r}; add to the "
+        console.warn(
+            f"the base {base} is a folder of this machine and is published as {public_name(base)!r}; add to the "
             "card where others can get it."
         )
     if stale := stale_evaluations(about):
-        console.say(f"note: the tables of {', '.join(stale)} are of another vector and left off the card.")
+        console.warn(f"the tables of {', '.join(stale)} are of another vector and left off the card.")
 
 
 if __name__ == "__main__":

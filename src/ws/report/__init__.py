@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ws.behaviors import behavior_name
+from ws import console
 from ws.report.data import read_contents
 from ws.report.page import render
 from ws.runs import DEFAULT_OUT, write_text
@@ -23,7 +23,7 @@ class ReportOptions:
     """Write the report of a behaviour's runs: one HTML file, to look at, print or send.
 
     Attributes:
-        behavior: whose runs.
+        behavior: whose runs, by name or by the behaviour's own TOML file.
         out: where runs are.
         to: the file to write; None for `report.html` in `out/<behavior>/`.
     """
@@ -44,10 +44,11 @@ def write_report(out: Path, behavior: str, to: Path | None = None) -> Path:
     Raises:
         WsError: no run of the behaviour has a vector.
     """
-    name = behavior_name(behavior)
-    return write_text(to or out / name / PAGE, render(read_contents(out, name)))
+    contents = read_contents(out, behavior)
+    return write_text(to or out / contents.name / PAGE, render(contents))
 
 
 def main(options: ReportOptions) -> None:
     """The command `ws report`."""
-    print(write_report(options.out, options.behavior, options.to))
+    page = write_report(options.out, options.behavior, options.to)
+    console.show(console.Result("", {"bytes": page.stat().st_size}, [page]))

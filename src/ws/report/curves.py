@@ -35,6 +35,19 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """The KL divergence from the base at one strength, as calibration measures it, in nats.
+
+    Attributes:
+        nats: of several seeds the largest.
+        is_exact: whether it was measured at this very strength; otherwise it lies on a straight line between two.
+    """
+
+    nats: float
+    is_exact: bool
+
+
+@dataclass(frozen=True)
 class Point:
     """A score at one strength.
 
@@ -42,6 +55,7 @@ class Point:
         alpha: the strength; 0 is the base.
         level, shift: the score, and its paired difference from the base's.
         p, p_holm: of the shift; corrected over all strengths and adapters of the score that a page shows.
+        kl: the KL divergence from the base there; None where it was not measured.
         mass: the mean answer mass, over seeds the lowest.
         low: items whose answer mass is under 0.9.
         n: items.
@@ -55,6 +69,7 @@ class Point:
     low: int
     n: int
     p_holm: float | None = None
+    kl: Divergence | None = None
 
     @property
     def is_readable(self) -> bool:
@@ -108,6 +123,7 @@ def _curve(score: Score, adapter: str, contents: Contents) -> Curve | None:
         return None
     runs = [r for r in runs if r.seed in seeds]
     items = {r.seed: _items(score, r) for r in runs}
+    seeds = {r.seed: tuple(replace(p, kl=divergence_at([r], p.alpha)) for p in seeds[r.seed]) for r in runs}
     if len(runs) == 1:
         (pooled,) = seeds.values()
         return Curve(score, adapter, seeds, pooled, "one seed; its interval knows nothing about others", items)
@@ -116,9 +132,26 @@ def _curve(score: Score, adapter: str, contents: Contents) -> Curve | None:
     alphas = sorted(set.intersection(*({p.alpha for p in points} for points in seeds.values())))
     known = _from_sweep(score, adapter, contents.pooled, seeds)
     pooled = tuple(known[a] if a in known else _pool(a, seeds, items) for a in alphas)
+    pooled = tuple(replace(p, kl=divergence_at(runs, p.alpha)) for p in pooled)
     whole = all(a in known for a in alphas)
     source = "from sweep_pooled.csv" if whole else f"pooled here, {N_BOOTSTRAP} resamples of seeds and items"
     return Curve(score, adapter, seeds, pooled, source, items)
+
+
+def divergence_at(runs: Sequence[Result], alpha: float) -> Divergence | None:
+    """What the calibrations of all these runs say of a strength; None where one of them does not reach it."""
+    found = [_divergence(run.divergence, alpha) for run in runs]
+    known = [d for d in found if d is not None]
+    if not known or len(known) < len(found):
+        return None
+    return Divergence(max(d.nats for d in known), all(d.is_exact for d in known))
+
+
+def _divergence(measured: Sequence[tuple[float, float]], alpha: float) -> Divergence | None:
+    alphas, nats = [a for a, _ in measured], [d for _, d in measured]
+    if not alphas or not alphas[0] <= alpha <= alphas[-1]:
+        return None
+    return Divergence(float(np.interp(alpha, alphas, nats)), any(math.isclose(a, alpha, abs_tol=1e-9) for a in alphas))
 
 
 def item_hash(score: Score, run: Result) -> str:
@@ -128,11 +161,12 @@ def item_hash(score: Score, run: Result) -> str:
 
 def _points(score: Score, run: Result) -> tuple[Point, ...]:
     rows = [r for r in run.tables[score.stage, "summary"] if r.get("claims_are_true") == score.claims]
-    points = {float(r["alpha"]): _point(score, r) for r in rows}
+    points = {float(r["alpha"]): point(score, r) for r in rows}
     return tuple(points[alpha] for alpha in sorted(points))
 
 
-def _point(score: Score, row: Row) -> Point:
+def point(score: Score, row: Row) -> Point:
+    """A row of a score's summary."""
     level = Interval(*(float(row[c]) for c in (score.level, f"{score.level_ci}ci_lo", f"{score.level_ci}ci_hi")))
     shift = Interval(*(float(row[c]) for c in (score.shift, f"{score.shift}_ci_lo", f"{score.shift}_ci_hi")))
     numbers = float(row[f"{score.shift}_p"]), float(row[score.mass]), int(row[score.low]), int(row[score.n])
@@ -204,12 +238,24 @@ def _with_holm(curves: Sequence[Curve]) -> list[Curve]:
 
 @dataclass(frozen=True)
 class Foundation:
-    """The shift of logit(wrongness) of one moral foundation at one strength, in nats, others' acts."""
+    """The shift of logit(wrongness) of one moral foundation at one strength, in nats, others' acts.
+
+    Attributes:
+        name: of the foundation.
+        point: of all foundations together at that strength.
+        n: vignettes.
+        shift: of this foundation.
+    """
 
     name: str
-    alpha: float
+    point: Point
     n: int
     shift: Interval
+
+    @property
+    def alpha(self) -> float:
+        """The strength."""
+        return self.point.alpha
 
 
 def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> dict[str, list[Foundation]]:
@@ -224,7 +270,7 @@ def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) 
         points = [curve.nearest(wanted) for wanted in (-1.0, 1.0)] if curve else []
         for point in points:
             if curve is not None and point is not None and all(point.alpha in i for i in curve.items.values()):
-                found.setdefault(adapter, []).extend(_foundations(_names(contents.of(adapter)), curve, point.alpha))
+                found.setdefault(adapter, []).extend(_foundations(_names(contents.of(adapter)), curve, point))
     return found
 
 
@@ -233,13 +279,13 @@ def _names(runs: Sequence[Result]) -> dict[str, str]:
     return {r["id"]: r["foundation_coarse"] for run in runs for r in run.tables.get((ACTS, "items"), ())}
 
 
-def _foundations(names: Mapping[str, str], curve: Curve, alpha: float) -> list[Foundation]:
-    rows = []
+def _foundations(names: Mapping[str, str], curve: Curve, point: Point) -> list[Foundation]:
+    rows, alpha = [], point.alpha
     for name in sorted(set(names.values())):
         ids = [i for i in next(iter(curve.items.values()))[0.0] if names[i] == name]
         moved = np.array([[_logit(of[alpha][i]) - _logit(of[0.0][i]) for i in ids] for of in curve.items.values()])
         if len(ids) > 1:
-            rows.append(Foundation(name, alpha, len(ids), _expanded(moved)))
+            rows.append(Foundation(name, point, len(ids), _expanded(moved)))
     return rows
 
 

@@ -7,21 +7,22 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from ws.adapters import FAMILIES
-from ws.behaviors import Behavior, load_behavior
+from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavior
 from ws.calibration import Calibration, load_calibration
 from ws.compare_tables import NULLS, typed
+from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
 from ws.finished import finished_runs
 from ws.interventions import BASE, WEIGHT
-from ws.models import BUNDLED, load_model, weight_of
+from ws.models import BUNDLED, fingerprint_of, load_model, model_folder
 from ws.models import layer_of as decoder_layer
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
 from ws.runs import Run, data_folder
@@ -37,6 +38,8 @@ TABLES = {
 }
 _CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
+_LABELLED = frozenset({"value_class", "protocol"})
+UNCERTAIN = "shown, but it is not on record which vector gave them"
 RELATIVE, PER_WEIGHT = "percent of W", "root mean square change of a weight"
 
 
@@ -45,7 +48,8 @@ class Gap:
     """Something that the page cannot show.
 
     Attributes:
-        what: a table's stage, `calibration`, `norms`, `samples`, `controls`, `compare`, `card` or `pooled`.
+        what: a table's stage, `calibration`, `norms`, `samples`, `controls`, `compare`, `card`, `pooled`, `dilemmas`
+            (further tables of them) or `vector`.
         why: `missing`, or what is wrong with what is there.
         adapter, seed: of which run; None when it is of none.
         command: what makes it.
@@ -60,7 +64,7 @@ class Gap:
     @property
     def is_left_out(self) -> bool:
         """Whether there is something that is not shown."""
-        return self.what == "vector" or self.why.startswith(("made ", "of another", "damaged"))
+        return self.what in ("vector", "dilemmas") or self.why.startswith(("made ", "of another", "damaged"))
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Result:
         norms: None where they are not to be had without the base.
         controls: rows of `controls.csv` of this very vector.
         samples: what `samples.json` holds.
+        others: rows of further tables of dilemmas (other classes of values, the published protocol), by stage.
         gaps: what is not there, or is of another vector.
     """
 
@@ -101,12 +106,21 @@ class Result:
     norms: Norms | None
     controls: Sequence[Row]
     samples: Sequence[Mapping[str, Any]]
+    others: Mapping[str, Sequence[Row]]
     gaps: tuple[Gap, ...]
 
     @property
     def name(self) -> str:
         """How the run is called in notes."""
         return f"{self.adapter} seed {self.seed}"
+
+    @property
+    def divergence(self) -> list[tuple[float, float]]:
+        """What calibration measured, by strength: `(alpha, nats)`, with the base's 0; empty without a calibration."""
+        if self.calibration is None:
+            return []
+        sides = (self.calibration.negative, self.calibration.positive)
+        return sorted({(0.0, 0.0), *((float(a), float(d)) for side in sides for a, d in side.evaluations)})
 
     @property
     def units(self) -> dict[int, float]:
@@ -121,6 +135,7 @@ class Contents:
 
     Attributes:
         name: of the behaviour.
+        called: how commands call it: by its name or, unless it is bundled, by its file.
         behavior: as it was when the vectors were trained, None when that is not to be had.
         effect: the sign that a positive strength should give to agreement with false claims; None when unknown.
         results: the runs of the behaviour's vectors.
@@ -132,6 +147,7 @@ class Contents:
     """
 
     name: str
+    called: str
     behavior: Behavior | None
     effect: int | None
     results: tuple[Result, ...]
@@ -151,8 +167,14 @@ class Contents:
         return [r for r in self.results if r.adapter == adapter]
 
 
-def read_contents(out: Path, behavior: str) -> Contents:
-    """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector."""
+def read_contents(out: Path, name: str) -> Contents:
+    """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector.
+
+    Args:
+        out: where runs are.
+        name: a behaviour's name or its TOML file; with the file the page can say what the behaviour is.
+    """
+    behavior = behavior_name(name)
     folders = _runs(out, behavior)
     gaps: list[Gap] = []
     results = []
@@ -164,17 +186,18 @@ def read_contents(out: Path, behavior: str) -> Contents:
                 gaps.append(Gap("vector", _brief(problem, folder), "ws replicate --fresh", adapter, seed))
     if not results:
         raise WsError(f"No vector below {out / behavior} can be read, so there is nothing to report.")
-    known, effect = _behavior(behavior, results[0])
+    known, effect = _behavior(name, results[0])
     nulls = tuple(dict.fromkeys(adapter for adapter, _, _ in folders if _is_null(adapter)))
     compare = _compare(out / behavior, results, gaps)
     wanted, needs = len(results) > 1, frozenset({"adapter", "n_seeds", "alpha"})
     pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, needs)
     card = _card(data_folder(out, results[0].base, behavior) / "card.json", gaps)
-    return Contents(behavior, known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps))
+    called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
+    return Contents(behavior, called, known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps))
 
 
 def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
-    """Adapter, seed and folder of the behaviour's runs: the six families first, then others by name."""
+    """Adapter, seed and folder of the behaviour's runs: in the order of the sweep's table, then others by name."""
     found, others = [], set()
     for folder in finished_runs(out):
         name, adapter, *rest = folder.relative_to(out).parts
@@ -187,7 +210,7 @@ def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
         raise WsError(
             f"No run below {out / behavior} has a vector; make one with `ws replicate --behavior {behavior}`.{hint}"
         )
-    order = [*FAMILIES]
+    order = list(dict.fromkeys(row.get("adapter") for row in read_rows(out / behavior / POOLED) or ()))
     return sorted(found, key=lambda r: (order.index(r[0]) if r[0] in order else len(order), r[0], r[1]))
 
 
@@ -236,6 +259,7 @@ def _result(folder: Path, adapter: str, seed: int) -> Result:
         reader.norms(vector),
         reader.controls(),
         reader.samples(),
+        reader.others(),
         tuple(dict.fromkeys(reader.gaps)),
     )
 
@@ -302,10 +326,31 @@ class _Reader:
         keys = {"alpha", "question", "answer"}
         good = isinstance(found, list) and all(isinstance(s, dict) and keys <= s.keys() for s in found)
         good = good and all(isinstance(s["alpha"], (int, float)) for s in found)
-        recorded = self.stages.get("reading", {}).get("inputs", {}).get("vector", self.digest)
-        if not good or not found or recorded != self.digest:
-            self.gap("samples", "made with another vector" if recorded != self.digest else "missing", "ws replicate")
+        recorded = self.stages.get("reading", {}).get("inputs", {}).get("vector")
+        if recorded not in (None, self.digest):
+            self.gap("samples", "made with another vector", "ws replicate")
             return []
+        if not good or not found:
+            self.gap("samples", "missing", "ws replicate")
+            return []
+        if recorded is None:
+            self.gap("samples", UNCERTAIN, "ws replicate")
+        return found
+
+    def others(self) -> dict[str, list[Row]]:
+        """Summaries of dilemmas that `TABLES` does not name, of this very vector."""
+        found = {}
+        for stage in sorted(self.stages):
+            if not stage.startswith("airisk_") or stage == DILEMMAS:
+                continue
+            rows = read_rows(self.folder / f"{stage}_summary.csv")
+            kept = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]
+            if self.stages[stage].get("inputs", {}).get("weight") != self.digest:
+                self.gap("dilemmas", f"{stage} was made with another vector", "ws eval airisk")
+            elif not kept or not _holds(kept, *_needed(DILEMMAS, "summary")) or not kept[0].keys() >= _LABELLED:
+                self.gap("dilemmas", f"{stage} is damaged", "ws eval airisk")
+            else:
+                found[stage] = kept
         return found
 
     def norms(self, vector: SteeringVector) -> Norms | None:
@@ -314,12 +359,9 @@ class _Reader:
         if rows and self.stages.get("subspace", {}).get("inputs", {}).get("vector") == self.digest:
             inside = [r for r in rows if r["layer"]]
             return Norms(RELATIVE, {(r["kind"], int(r["layer"])): 100 * float(r["relative_norm"]) for r in inside})
-        model = _bundled(vector.base_id)
-        if model is not None:
-            try:
-                return Norms(RELATIVE, _relative(vector, model))
-            except WsError:  # trained on an earlier build of the bundled model
-                pass
+        relative = _relative(vector)
+        if relative is not None:
+            return Norms(RELATIVE, relative)
         if any(d.depends_on_weight for d in vector.deltas.values()):
             self.gap("norms", "this family multiplies W, whose size only the base can tell", "ws subspace")
             return None
@@ -343,19 +385,28 @@ def _holds(rows: Sequence[Row], texts: set[str], numbers: set[str]) -> bool:
 
 
 @cache
-def _bundled(base: str) -> nn.Module | None:
-    """The base when it comes with the package, and so costs next to nothing to look at."""
-    return load_model(base, device="cpu")[0] if base in BUNDLED else None
+def _bundled(base: str) -> tuple[Mapping[str, Tensor], str]:
+    """The weights of a base that comes with the package, and their fingerprint; of the files, without building it."""
+    if base not in BUNDLED:
+        return {}, ""
+    file = Path(model_folder(base)) / "model.safetensors"
+    tensors = load_file(file) if file.is_file() else dict(load_model(base, device="cpu")[0].named_parameters())
+    return tensors, fingerprint_of((name, t.shape, partial(tensors.get, name)) for name, t in tensors.items())
 
 
-def _relative(vector: SteeringVector, model: nn.Module) -> dict[tuple[str, int], float]:
-    """`100 ||dW||_F / ||W||_F` per module of the decoder layers, biases left out."""
-    weights = {name: weight_of(module) for name, _, module in vector.matched(model)}
+def _relative(vector: SteeringVector) -> dict[tuple[str, int], float] | None:
+    """`100 ||dW||_F / ||W||_F` per module of the decoder layers, biases left out; None unless the base is bundled."""
+    tensors, fingerprint = _bundled(vector.base_id)
+    shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in vector.deltas if f"{name}.weight" in tensors}
+    same = shapes == {name: (delta.d_out, delta.d_in) for name, delta in vector.deltas.items()}
+    if not same or vector.base_fingerprint not in (None, fingerprint):
+        return None  # another base, or an earlier build of the bundled one
 
-    def percent(name: str, delta: Any) -> float:
-        plain = delta.holding({k: t for k, t in delta.coordinates().items() if k != "bias"})
-        return 100 * plain.norm(weights[name]) / float(weights[name].norm())
+    def percent(name: str, delta: LinearDelta) -> float:
+        plain, weight = delta.holding({k: t for k, t in delta.coordinates().items() if k != "bias"}), tensors[name]
+        return 100 * plain.norm(weight) / float(weight.norm())
 
+    tensors = {name: tensors[f"{name}.weight"].detach().float() for name in vector.deltas}
     return _cells(vector, percent)
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from ws.eval.choice import LOW_MASS
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
-from ws.report.words import interval_text, number, p_text, strength
+from ws.report.words import cost_text, divergence_text, interval_text, number, p_text, strength
 
 WIDTH = 320.0
 _LEFT, _RIGHT = 36.0, 12.0
@@ -31,10 +31,12 @@ class Figure:
     Attributes:
         title: of the picture; the caption opens with it.
         svg: the picture, with a text alternative.
+        caption: what else the caption says.
     """
 
     title: str
     svg: Markup
+    caption: str = ""
 
 
 def tag(name: str, attributes: Attributes, *children: str) -> Markup:
@@ -156,7 +158,7 @@ class Doses:
         adapter: whose.
         curves: of one evaluation; two where it reads true claims beside false ones.
         marks: calibrated strengths: the mean over seeds, by unit (-1 and +1).
-        divergence: `(alpha, nats)` as calibration measured it, per seed.
+        divergence: `(alpha, nats)` as calibration measured it, per seed; empty without.
         references: levels of other ways to steer, by name; lines across the panel.
     """
 
@@ -244,7 +246,8 @@ def _references(d: Doses, y: Scale) -> list[Markup]:
     edges = {"top": 0, "bottom": 0}
     for name, level in d.references.items():
         if y.holds(level):
-            x, anchor = (_LEFT + 3.0, "start") if name == "base" else (right, "end")
+            at_left = name == "base" and _is_free(d, y(level) - 6, y)
+            x, anchor = (_LEFT + 3.0, "start") if at_left else (right, "end")
             parts.append(line(_LEFT, y(level), right, y(level), "reference"))
             parts.append(text(x, y(level) - 3, name, anchor, "small halo"))
             continue
@@ -254,6 +257,12 @@ def _references(d: Doses, y: Scale) -> list[Markup]:
         edges[edge] += 1
         parts.append(text(right, place, f"{name}: {number(level, 1, True)} {arrow}", "end", "small halo"))
     return parts
+
+
+def _is_free(d: Doses, height: float, y: Scale) -> bool:
+    """Whether a word at the left edge of the panel would stand clear of the curves' first marks."""
+    first = [y(min(_shown(c), key=lambda p: p.alpha).level.mean) for c in d.curves]
+    return all(abs(place - height) > 9 for place in first)
 
 
 def _mass_strip(d: Doses, x: Scale) -> list[Markup]:
@@ -285,7 +294,9 @@ def _cost_strip(d: Doses, x: Scale, y: Scale) -> list[Markup]:
     parts += _y_axis(y, right, 3)
     parts.append(line(_LEFT, y(1.0), right, y(1.0), "limit"))
     for seed in d.divergence:
-        places = [(x(a), y(min(kl, _KL_SHOWN))) for a, kl in sorted([*seed, (0.0, 0.0)]) if x.holds(a)]
+        places = [(x(a), y(min(kl, _KL_SHOWN))) for a, kl in seed if x.holds(a)]
+        if not places:
+            continue
         parts.append(tag("path", {"d": _path(places), "class": "curve thin s3"}))
         parts += [marker(px, py, "diamond", "s3", 1.8) for px, py in places]
     return parts
@@ -297,6 +308,7 @@ def _dose_words(d: Doses) -> str:
         values = [
             f"alpha {strength(p.alpha)}: {interval_text(p.level, curve.score.digits)}, answer mass {p.mass:.3f}"
             + ("" if p.is_readable else ", too low to count")
+            + (f", {divergence_text(p.kl)}" if p.alpha else "")
             for p in _shown(curve)
         ]
         said.append(f"{curve.score.title}, {curve.score.unit}: {'; '.join(values)}.")
@@ -309,7 +321,7 @@ def _dose_words(d: Doses) -> str:
 # ---- shifts ---------------------------------------------------------------------------------------------------------
 
 SIGNS = {1: ("s1", "up"), -1: ("s2", "down")}
-_ROW = 42
+_ROW = 54
 
 
 @dataclass(frozen=True)
@@ -327,7 +339,7 @@ def forest_figure(title: str, digits: int, rows: Sequence[Shift]) -> Figure:
     ends = [v for r in rows for p in (*r.seeds, *([r.pooled] if r.pooled else [])) for v in (p.shift.low, p.shift.high)]
     x = Scale.over([0.0, *ends], 8.0, WIDTH - 8.0, 0.03)
     bottom = 6.0 + _ROW * len(rows)
-    parts = [line(x(t), 4.0, x(t), bottom, "zero" if t == 0 else "grid") for t in x.ticks(5)]
+    parts: list[Markup] = []
     for i, row in enumerate(rows):
         parts += _forest_row(row, 6.0 + _ROW * i, x, digits)
     parts += _x_axis(x, bottom, "shift against the base")
@@ -342,13 +354,15 @@ def _forest_row(row: Shift, top: float, x: Scale, digits: int) -> list[Markup]:
         line(0.0, top - 2, WIDTH, top - 2, "row"),
         text(8.0, top + 11, f"{row.adapter} {strength(row.alpha)}", "start", "halo label"),
         text(WIDTH - 8, top + 11, _numbers(shown, digits), "end", "halo"),
-        line(x(shown.shift.low), top + 20, x(shown.shift.high), top + 20, f"interval {kind}"),
+        text(WIDTH - 8, top + 22, cost_text(shown), "end", "small"),
+        *(line(x(t), top + 26, x(t), top + _ROW - 2, "zero" if t == 0 else "grid") for t in x.ticks(5)),
+        line(x(shown.shift.low), top + 32, x(shown.shift.high), top + 32, f"interval {kind}"),
     ]
     look = kind if shown.is_readable else f"{kind} hollow"
-    parts.append(marker(x(shown.shift.mean), top + 20, shape, look, 4.5))
+    parts.append(marker(x(shown.shift.mean), top + 32, shape, look, 4.5))
     if len(row.seeds) > 1:
         for i, p in enumerate(row.seeds):
-            y = top + 28 + 7 * i / (len(row.seeds) - 1)
+            y = top + 40 + 7 * i / (len(row.seeds) - 1)
             parts.append(line(x(p.shift.low), y, x(p.shift.high), y, f"interval thin {kind}"))
             parts.append(marker(x(p.shift.mean), y, "circle", kind, 1.6))
     return parts
@@ -356,11 +370,11 @@ def _forest_row(row: Shift, top: float, x: Scale, digits: int) -> list[Markup]:
 
 def _numbers(p: Point, digits: int) -> str:
     holm = "" if p.p_holm is None else f"  p {p_text(p.p_holm)}"
-    return f"{interval_text(p.shift, digits)}{holm}{'' if p.is_readable else '  low mass'}"
+    return f"{interval_text(p.shift, digits)}{holm}"
 
 
 def _shift_words(row: Shift, digits: int) -> str:
-    pooled = _numbers(row.pooled, digits) if row.pooled else "not pooled"
+    pooled = f"{_numbers(row.pooled, digits)}, {cost_text(row.pooled)}" if row.pooled else "not pooled"
     seeds = ", ".join(number(p.shift.mean, digits, True) for p in row.seeds)
     return f"{pooled} (seeds {seeds})" if len(row.seeds) > 1 else pooled
 
@@ -390,7 +404,8 @@ def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Fi
     parts += _x_axis(x, bottom, "shift of logit(wrongness), nats", 4)
     words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {interval_text(f.shift)}" for f in rows)
     label = f"{adapter}: shift of logit(wrongness) by moral foundation, in nats. {words}."
-    return Figure(adapter, picture(bottom + 32, label, parts))
+    costs = {f.alpha: f"alpha {strength(f.alpha)}: {cost_text(f.point)}" for f in rows}
+    return Figure(adapter, picture(bottom + 32, label, parts), "; ".join(costs.values()))
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------

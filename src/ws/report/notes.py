@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ws.report.data import Contents, Gap
-from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS
+from ws.export.card import public_name
+from ws.report.data import UNCERTAIN, Contents, Gap
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
 from ws.report.verdict import Caution, missing_nulls
 
+_PLACES = {CLAIMS: "claims", DILEMMAS: "dilemmas", ACTS: "acts"}
 _LABELS = {
     CLAIMS: ("Held-out claims", "claims"),
     DILEMMAS: ("Dilemmas", "dilemmas"),
@@ -23,33 +25,51 @@ _LABELS = {
     "card": ("Data card", "data"),
     "pooled": ("Pooled table of a sweep (sweep_pooled.csv)", "shifts"),
     "vector": ("Vector", "provenance"),
+    "dilemmas": ("Further dilemmas", "dilemmas"),
+    **{f"prompted {s}": ("A base under a system prompt, to compare with", a) for s, a in _PLACES.items()},
 }
+# Commands that begin from a model rather than from a run, and so must be told which.
+_FROM_A_MODEL = ("ws replicate", "ws data", "ws sweep")
 ANCHORS = ("claims", "dilemmas", "acts", "shifts", "checks", "norms", "samples", "data", "provenance")
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something that is not on the page, the commands that make it, and whether there is something that is left out."""
+    """Something that is not on the page.
+
+    Attributes:
+        text: what, and why.
+        commands: what makes it.
+        is_left_out: there is something, and it is not shown.
+        is_shown: it is shown after all.
+    """
 
     text: str
     commands: tuple[str, ...]
     is_left_out: bool
+    is_shown: bool = False
 
 
 def notes(contents: Contents) -> dict[str, list[Note]]:
     """What is missing, by the part of the page where it would stand; runs that miss the same share a note."""
     groups: dict[tuple[str, str], list[Gap]] = {}
-    for gap in [*contents.gaps, *(g for r in contents.results for g in r.gaps), *_untrained(contents)]:
+    own = [g for r in contents.results for g in r.gaps]
+    for gap in [*contents.gaps, *own, *_untrained(contents), *_unprompted(contents)]:
         groups.setdefault((gap.what, gap.why), []).append(gap)
     if contents.compare:  # it holds random vectors against every vector already
         groups.pop(("controls", "missing"), None)
     found: dict[str, list[Note]] = {anchor: [] for anchor in ANCHORS}
     for (what, why), gaps in groups.items():
         label, anchor = _LABELS[what]
-        commands = list(dict.fromkeys(_for_behavior(g.command, contents.name) for g in gaps))
+        commands = list(dict.fromkeys(_complete(g.command, contents) for g in gaps))
         more = (f"and {len(commands) - 2} more like these",) if len(commands) > 2 else ()
         found[anchor].append(
-            Note(f"{label}: {why}{_whose(gaps, contents)}.", (*commands[:2], *more), gaps[0].is_left_out)
+            Note(
+                f"{label}: {why}{_whose(gaps, contents)}.",
+                (*commands[:2], *more),
+                gaps[0].is_left_out,
+                why == UNCERTAIN,
+            )
         )
     return found
 
@@ -62,8 +82,23 @@ def _untrained(contents: Contents) -> list[Gap]:
     ]
 
 
-def _for_behavior(command: str, behavior: str) -> str:
-    return f"{command} --behavior {behavior}"
+def _unprompted(contents: Contents) -> list[Gap]:
+    """Evaluations on the page that no prompted base was put to: there is nothing to compare the vectors with."""
+    found = []
+    compared = {r["score"] for r in contents.compare if r["intervention"] == "prompt"}
+    for stage in _PLACES:
+        asked = [r for r in contents.results if (stage, "summary") in r.tables]
+        known = any(r.tables.get((stage, "prompt")) for r in asked)
+        if asked and not known and compared.isdisjoint(s.key for s in SCORES if s.stage == stage):
+            evals = " --evals sycophancy tinymfv_airisk airisk" if stage == DILEMMAS else ""
+            found.append(Gap(f"prompted {stage}", "missing", f"ws compare{evals}"))
+    return found
+
+
+def _complete(command: str, contents: Contents) -> str:
+    """The command with whose behaviour and, where it does not begin from a run, which model."""
+    model = f" --model {public_name(contents.results[0].base)}" if command.startswith(_FROM_A_MODEL) else ""
+    return f"{command}{model} --behavior {contents.called}"
 
 
 def _whose(gaps: Sequence[Gap], contents: Contents) -> str:

@@ -20,7 +20,7 @@ from ws.report.figures import forest_figure, foundation_figures
 from ws.report.notes import Note, stale
 from ws.report.notes import notes as notes_of
 from ws.report.tables import Table
-from ws.report.verdict import Caution, evidence_of, judge, warnings_of
+from ws.report.verdict import Caution, best_adapter, evidence_of, judge, plain_words, warnings_of
 from ws.report.words import clean, strength
 
 
@@ -68,8 +68,11 @@ def render(contents: Contents) -> str:
             summary=contents.behavior.summary if contents.behavior else "",
             scope=_scope(contents),
             verdict=judge(contents, evidence),
+            plain=plain_words(contents, evidence),
+            example=sections.example(found, best_adapter(contents, evidence)),
+            glossary=sections.GLOSSARY,
             warnings=warnings,
-            missing=[note for here in notes.values() for note in here],
+            missing=[note for here in notes.values() for note in here if not note.is_shown],
             doses=_dose_blocks(contents, curves, notes, told),
             shifts=_shift_block(contents, curves, notes, told),
             checks=_check_block(contents, evidence, notes, told),
@@ -131,7 +134,7 @@ def _scope(contents: Contents) -> str:
     least, most = min(counts), max(counts)
     seeds = f"{most} seed{'' if most == 1 else 's'}" if least == most else f"{least} to {most} seeds"
     n = len(counts)
-    return f"{n} adapter{'' if n == 1 else 's'} ({', '.join(contents.adapters)}), {seeds} each"
+    return f"{n} adapter{'' if n == 1 else 's'} ({', '.join(contents.adapters)}), {seeds}{'' if n == 1 else ' each'}"
 
 
 def _told(warnings: Iterable[Caution]) -> dict[str, list[str]]:
@@ -153,6 +156,7 @@ def _dose_blocks(
     for anchor, title, keys, about in sections.EVALUATIONS:
         panels = sections.dose_panels(contents, curves, keys)
         numbers = [tables.points_table(curves, key, contents) for key in keys]
+        numbers += [tables.other_dilemmas_table(contents)] if anchor == "dilemmas" else []
         blocks.append(
             Block(
                 anchor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from ws.report.curves import Curve
@@ -19,31 +19,37 @@ EVALUATIONS = (
         "claims",
         "Held-out claims",
         ("false_claims", "true_claims"),
-        "Log P(agree) less log P(disagree), in nats. A vector that moves false and true claims alike is one of "
-        "agreement. Dashed horizontal lines are of false claims: the base, alone and under a persona as system prompt.",
+        "Does the model agree with claims that it was not trained on? The score is log P(agree) less log P(disagree), "
+        "in nats: above zero it agrees. A vector that moves false and true claims alike is one of agreement. Dashed "
+        "horizontal lines are of false claims: the base by itself, and the base under a system prompt with a persona "
+        "of the behaviour (prompt +1) or of its opposite (prompt −1).",
     ),
     (
         "dilemmas",
         "AIRiskDilemmas",
         ("choices",),
-        "After some thought, log P of the action that is truthful less log P of the other, in nats; above zero it is "
-        "chosen.",
+        "Which of two actions does the model choose, after some thought? The score is log P of the truthful action "
+        "less log P of the other, in nats; above zero the truthful one is chosen.",
     ),
     (
         "acts",
         "tiny-mfv (airisk)",
         ("wrongness",),
-        "How wrong the model finds what another AI does, from -1 (acceptable) to 1 (wrong).",
+        "How wrong the model finds what another AI does, from −1 (acceptable) to 1 (wrong).",
     ),
 )
 SHIFTS = (
-    "Each row is one adapter at the strength measured nearest to alpha 1 or -1, against the base and item by item: the "
+    "Each row is one adapter at the strength measured nearest to alpha 1 or −1, against the base and item by item: the "
     "triangle is all seeds together with its 95 % interval, the dots below it are the seeds. p is Holm-corrected over "
-    "every adapter and strength of a score. Alpha means something else for every family, so sizes do not rank families."
+    "every adapter and strength of a score. Below it stand the answer mass and the KL divergence there, the worst of "
+    "the seeds; ≈ where the KL was measured only at strengths around it. Alpha means something else for every family, "
+    "so sizes do not rank families."
 )
 CHECKS = (
-    "What chance, training by itself, or mere agreement would do. Controls are of the span from -1u to +1u on false "
-    "claims where ws compare measured it."
+    "What chance, training by itself, or mere agreement would do. Controls are of the span from −1u to +1u on false "
+    "claims where ws compare measured it: random vectors, one of pairs with exchanged sides (label-shuffled), and one "
+    "between two trainings on the same side, all of the vector's size. The columns “over” say by how many nats it goes "
+    "beyond them."
 )
 FOUNDATIONS = (
     "Shift of logit(wrongness) of others' acts against the base, in nats, by moral foundation with its number of "
@@ -58,6 +64,43 @@ DOSE_LEGENDS = {
 }
 SIGN_LEGEND = (("s1", _UP, "vector added"), ("s2", _DOWN, "vector subtracted"))
 _SAMPLED = 4
+# What a reader who is new to all this needs to know, in the order of the page.
+GLOSSARY = (
+    (
+        "vector",
+        "What training on the behaviour changed in the weights of the model, less what training on its opposite did.",
+    ),
+    (
+        "strength, alpha",
+        "How much of the vector is added: 0 is the base, the model as it was, and a negative strength subtracts it. "
+        "One alpha is another amount for every vector.",
+    ),
+    (
+        "−1u, +1u",
+        "Calibrated strengths: those at which the KL divergence from the base is as large as asked for (1 nat).",
+    ),
+    (
+        "adapter, seed",
+        "The way of fine-tuning that a vector comes from, and one training with random numbers of its own.",
+    ),
+    ("nat", "The unit of natural logarithms: one nat multiplies odds by 2.7, two by 7.4."),
+    ("shift", "A score at some strength less the score of the base, item by item."),
+    (
+        "answer mass",
+        "The probability of the two answers that are compared, together. Where it is low the model says something "
+        "else, and the score means nothing.",
+    ),
+    (
+        "KL",
+        "How far the probabilities of the next token have moved from the base's, in nats: the 95th percentile over the "
+        "tokens of the model's own answers.",
+    ),
+    (
+        "95 % interval",
+        "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and again.",
+    ),
+    ("Holm p", "A p-value, corrected for how many shifts of a score there are on this page."),
+)
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -70,7 +113,9 @@ def dose_panels(contents: Contents, curves: Mapping[tuple[str, str], Curve], key
         here = [curves[key, adapter] for key in keys if (key, adapter) in curves]
         if here:
             runs = contents.of(adapter)
-            panels.append(Doses(adapter, here, _marks(runs), _divergences(runs), _references(contents, here[0])))
+            panels.append(
+                Doses(adapter, here, _marks(runs), [r.divergence for r in runs], _references(contents, here[0]))
+            )
     return panels
 
 
@@ -82,13 +127,6 @@ def dose_figures(panels: Sequence[Doses]) -> list[Figure]:
 def _marks(runs: Sequence[Result]) -> dict[int, float]:
     known = [run.units for run in runs if run.units]
     return {sign: fmean(u[sign] for u in known) for sign in (-1, 1) if known and all(sign in u for u in known)}
-
-
-def _divergences(runs: Sequence[Result]) -> list[list[tuple[float, float]]]:
-    found = [r.calibration for r in runs if r.calibration is not None]
-    return [
-        sorted((float(a), float(d)) for side in (c.negative, c.positive) for a, d in side.evaluations) for c in found
-    ]
 
 
 def _references(contents: Contents, curve: Curve) -> dict[str, float]:
@@ -173,6 +211,27 @@ def samples(contents: Contents) -> list[Sampled]:
         if seeds:
             found.append(Sampled(adapter, changed, len(steered), seeds))
     return found
+
+
+def example(found: Sequence[Sampled], adapter: str | None) -> tuple[str, Question] | None:
+    """One question for the top of the page: of an adapter where there is one, with answers that differ where there are.
+
+    Returns:
+        The run's name, and the answers nearest to the strengths −1, 0 and 1.
+    """
+    own = [s for s in found if s.adapter == adapter]
+    asked = [(name, _near(q)) for s in [*own, *found] for name, questions in s.seeds for q in questions]
+    changed = (pair for pair in asked if any(piece.kind != "same" for _, pieces in pair[1].answers for piece in pieces))
+    return next(changed, asked[0]) if asked else None
+
+
+def _near(question: Question) -> Question:
+    """The question with one answer of either sign, at the strength nearest to 1 or −1, and the base's."""
+    kept = set()
+    for wanted in (-1, 0, 1):
+        same = [alpha for alpha, _ in question.answers if (alpha > 0) - (alpha < 0) == wanted]
+        kept |= {min(same, key=lambda a: (abs(abs(a) - 1), abs(a)))} if same else set()
+    return replace(question, answers=tuple(answer for answer in question.answers if answer[0] in kept))
 
 
 def _questions(run: Result) -> tuple[Question, ...]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ws.export.card import public, public_command, public_name
-from ws.report.curves import Curve, Foundation, Point
+from ws.report.curves import Curve, Foundation, Point, divergence_at, point
 from ws.report.data import Contents, Norms
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES, Score
 from ws.report.verdict import Evidence
-from ws.report.words import interval_text, number, p_text, strength
+from ws.report.words import divergence_text, interval_text, number, p_text, strength
+
+# What the numbers of a data card are called.
+_CARD = {
+    "mean_tokens": "mean length, tokens",
+    "median_tokens": "median length, tokens",
+    "yes_rate": "share that begins with Yes",
+    "distinct": "share of answers that are distinct",
+    "repetition": "share of 4-grams that repeat",
+    "refusals": "refusals among all that were sampled",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ def points_table(curves: Mapping[tuple[str, str], Curve], key: str, contents: Co
         for seed, points in curve.seeds.items():
             known = curve.pooled if len(curve.seeds) == 1 else points
             rows += [_point_row(adapter, str(seed), p, score) for p in known]
-    header = ("adapter", "seed", "alpha", "value [95 %]", "shift [95 %]", "p", "Holm p", "answer mass", "items")
+    header = ("adapter", "seed", "alpha", "value [95 %]", "shift [95 %]", "p", "Holm p", "answer mass", "KL", "items")
     return Table(f"{score.title}, {score.unit}", header, tuple(rows))
 
 
@@ -51,6 +61,7 @@ def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ..
         p_text(p.p).removeprefix("= ") if steered else "",
         "" if p.p_holm is None else p_text(p.p_holm).removeprefix("= "),
         f"{p.mass:.3f}{'' if p.is_readable else ' (too low)'}",
+        divergence_text(p.kl).removeprefix("KL ") if steered else "",
         str(p.n),
     )
 
@@ -106,6 +117,22 @@ def confounds_table(contents: Contents) -> Table:
     return Table("Confounds, as ws confounds judges them", header, tuple(rows))
 
 
+def other_dilemmas_table(contents: Contents) -> Table:
+    """What dilemmas with other classes of values, or asked as published, have shown, run by run."""
+    rows = []
+    score = next(s for s in SCORES if s.stage == DILEMMAS)
+    for run in contents.results:
+        for table in run.others.values():
+            for r in table:
+                p = point(score, r)
+                kl = divergence_at([run], p.alpha)
+                shown = _point_row(run.name, r["value_class"], replace(p, kl=kl), score)
+                rows.append((*shown[:2], r["protocol"], *shown[2:6], *shown[7:]))
+    header = ("run", "values", "protocol", "alpha", "value [95 %]", "shift [95 %]", "p", "answer mass", "KL", "items")
+    caption = "Dilemmas labelled by other values, or asked as published; nats, p not corrected, not part of the verdict"
+    return Table(caption, header, tuple(rows))
+
+
 def foundations_table(by_adapter: Mapping[str, Sequence[Foundation]]) -> Table:
     """The numbers behind the foundations' figures."""
     rows = tuple(
@@ -139,9 +166,9 @@ def data_card(contents: Contents) -> tuple[Table, list[dict[str, Any]]] | None:
         return None
     sides = {side: card[side] for side in ("positive", "negative")}
     names = [name for name in sides["positive"] if name in sides["negative"]]
-    rows = [(name.replace("_", " "), *(_figure(sides[s][name]) for s in sides)) for name in names]
+    rows = [(_CARD.get(name, name.replace("_", " ")), *(_figure(sides[s][name]) for s in sides)) for name in names]
     refusals = card.get("refusals", {})
-    rows += [("refusals", *(_figure(refusals[s]) for s in sides))] if refusals.keys() >= sides.keys() else []
+    rows += [(_CARD["refusals"], *(_figure(refusals[s]) for s in sides))] if refusals.keys() >= sides.keys() else []
     dropped = ", ".join(f"{n} {why}" for why, n in card.get("dropped", {}).items()) or "none"
     caption = (
         f"{card['kept']} pairs of {card.get('sampled', '?')} sampled, on {card.get('questions', '?')} questions; "
@@ -197,7 +224,7 @@ def versions(contents: Contents) -> str:
 
 
 def commands(contents: Contents) -> list[str]:
-    """What was typed, in the order of the stages, without folders of the machine it was typed on."""
+    """What was typed, in the order of the stages, without folders of the machine it was typed on; last, this page."""
     order = ("pos", "neg", "vector", CLAIMS, "reading", DILEMMAS, ACTS)
     recorded = []
     for run in contents.results:
@@ -205,4 +232,5 @@ def commands(contents: Contents) -> list[str]:
         recorded += [
             public_command(str(run.stages[n].get("command", ""))) for n in names if run.stages[n].get("command")
         ]
-    return list(dict.fromkeys(filter(None, recorded)))
+    named = [c if c.startswith(("ws ", "python -m ")) else f"# a script: {c}" for c in recorded if c]
+    return [*dict.fromkeys(named), f"ws report --behavior {contents.called}"] if named else []

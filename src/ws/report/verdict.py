@@ -16,7 +16,7 @@ from ws.models import BUNDLED
 from ws.report.curves import Curve, Point
 from ws.report.data import Contents, Result
 from ws.report.scores import CLAIMS, CONFOUNDS
-from ws.report.words import interval_text, number, p_text, strength
+from ws.report.words import cost_text, interval_text, number, odds, p_text, strength
 
 # From the weakest to the strongest: what a page says at its top.
 NOTHING, NO_CONCLUSION, AGAINST, NO_EFFECT = "No verdict", "No conclusion", "Against the prediction", "No effect shown"
@@ -266,6 +266,39 @@ def _p_text(p: float | None) -> str:
     return "" if p is None else f" (p {p_text(p)})"
 
 
+def _named(contents: Contents, evidence: Sequence[Evidence]) -> Evidence | None:
+    """The shift that the verdict names, if it names one."""
+    readable = [e for e in evidence if e.point.is_readable]
+    sure = [e for e in readable if e.is_sure]
+    expected = [e for e in sure if contents.effect is not None and e.is_expected(contents.effect)]
+    return _best(expected or sure or readable) if readable else None
+
+
+def best_adapter(contents: Contents, evidence: Sequence[Evidence]) -> str | None:
+    """The adapter that the verdict names, if it names one."""
+    found = _named(contents, evidence)
+    return found.adapter if found else None
+
+
+def plain_words(contents: Contents, evidence: Sequence[Evidence]) -> str:
+    """The shift that the verdict names, in odds instead of nats, and what it costs; nothing without a shift to name.
+
+    The odds are `exp` of a mean log ratio: geometric means over claims.
+    """
+    e = _named(contents, evidence)
+    if e is None:
+        return ""
+    test, p = contents.behavior.test if contents.behavior else None, e.point
+    answers = f"{test.agree} rather than {test.disagree}" if test else "that it agrees rather than that it does not"
+    base = p.level.mean - p.shift.mean
+    wanted = {1: " Higher odds are what the behaviour predicts.", -1: " Lower odds are what the behaviour predicts."}
+    return (
+        f"In plain words: asked about a false claim, the base model answers {answers} with odds of {odds(base)}; with "
+        f"the {e.adapter} vector at alpha {strength(p.alpha)} the odds are {odds(p.level.mean)} (geometric means over "
+        f"{p.n} claims).{wanted.get(contents.effect or 0, '')} At that strength: {cost_text(p)}."
+    )
+
+
 # ---- warnings -------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +389,7 @@ def _prompt(contents: Contents) -> list[Caution]:
     if not ours or abs(told) <= abs(ours):
         return []
     text = f"A system prompt moves agreement with false claims further (by {number(told, 2, True)} nats) "
-    return [Caution(f"{text}than any vector does from -1u to +1u (at most {number(ours, 2, True)}).", "checks")]
+    return [Caution(f"{text}than any vector does from −1u to +1u (at most {number(ours, 2, True)}).", "checks")]
 
 
 def _pairs(contents: Contents) -> list[Caution]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from ws.report.curves import Interval
+from ws.report.curves import Divergence, Interval, Point
 
 # Control characters that HTML has no place for; tabs and line ends stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -35,9 +36,28 @@ def interval_text(i: Interval, digits: int = 2) -> str:
     return f"{number(i.mean, digits, True)} [{number(i.low, digits, True)}, {number(i.high, digits, True)}]"
 
 
+def odds(logratio: float) -> str:
+    """A log ratio as odds: `1 to 3.6` below zero, `12 to 1` above it."""
+    ratio = math.exp(min(abs(logratio), 50.0))
+    text = "more than 1000" if ratio > 1000 else f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+    return f"1 to {text}" if logratio < 0 else f"{text} to 1"
+
+
 def p_text(p: float) -> str:
     """A p-value to three decimals, or below that `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def divergence_text(kl: Divergence | None) -> str:
+    """`KL 0.11`, with a sign of approximation where it was not measured at this very strength."""
+    if kl is None:
+        return "KL not measured"
+    return f"KL {'' if kl.is_exact else chr(0x2248)}{number(kl.nats)}"
+
+
+def cost_text(p: Point) -> str:
+    """What an effect cost: the answer mass, and the divergence from the base in nats."""
+    return f"answer mass {p.mass:.3f}{'' if p.is_readable else ' (too low)'}, {divergence_text(p.kl)}"
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

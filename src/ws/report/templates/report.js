@@ -8,7 +8,6 @@
   function label() {
     const open = all.every((d) => d.open);
     button.textContent = open ? "Close all tables" : "Open all tables";
-    button.setAttribute("aria-pressed", String(open));
   }
   button.addEventListener("click", () => {
     const open = !all.every((d) => d.open);
