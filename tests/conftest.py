@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would only stan
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from ws.adapters import PISSA_INIT_FILE, AdapterSpec, peft_config
+from ws.adapters import FAMILIES, PISSA_INIT_FILE, AdapterSpec, peft_config
 
 # Libraries collect garbage again and again; what the imports have left need not be looked through each time.
 gc.freeze()
@@ -71,6 +71,14 @@ def build_adapter(
     if family == "pissa":
         save_file({k: v.contiguous() for k, v in initial.items()}, folder / PISSA_INIT_FILE)
     return peft_model.merge_and_unload()
+
+
+@pytest.fixture(autouse=True)
+def only_the_six() -> Iterator[None]:
+    """Families that a test (or a snippet) registers are gone after it."""
+    yield
+    for name in FAMILIES.keys() - set(FAMILY_NAMES):
+        del FAMILIES[name]
 
 
 @pytest.fixture(params=["qwen3", "qwen2"])

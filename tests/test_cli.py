@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import processes
 import ws
 from ws.console import parse
 from ws.delta import LinearDelta
@@ -95,16 +96,16 @@ def test_no_traceback_unless_asked_for(tmp_path):
 
 
 def test_a_misspelt_option_is_explained_with_exit_code_2(tmp_path):
-    done = run_ws("replicate", "--modl", "pocket", cwd=tmp_path)
+    done = processes.run(["ws", "replicate", "--modl", "pocket"], tmp_path)
     assert done.returncode == 2
     assert "--modl" in done.stderr + done.stdout
 
 
 def test_help_lists_every_command_and_its_presets(tmp_path):
-    listing = run_ws("--help", cwd=tmp_path).stdout
+    listing = processes.run(["ws", "--help"], tmp_path).stdout
     assert all(name in listing for name in ("demo", "replicate", "data", "train"))
-    assert run_ws("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
-    options = run_ws("replicate", "--model", "pocket", "--help", cwd=tmp_path).stdout
+    assert processes.run(["ws", "--version"], tmp_path).stdout.strip() == "0.1.0"
+    options = processes.run(["ws", "replicate", "--model", "pocket", "--help"], tmp_path).stdout
     assert "--rank" in options
     assert "(default: 8)" in options
 
@@ -149,15 +150,15 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_vector(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):
         folder.mkdir()
-    assert run_ws(*LONG, cwd=whole).returncode == 0
+    assert processes.run(["ws", *LONG], whole).returncode == 0
     kill_when("out/data/tiny-random/honesty/pairs.partial.jsonl", torn)
     kill_when("out/honesty/lora/.pos.work/checkpoint-*/trainer_state.json", torn)
     kill_when("out/honesty/lora/.neg.work/checkpoint-*/adapter_model.safetensors", torn)
-    assert run_ws(*LONG, cwd=torn).returncode == 0
+    assert processes.run(["ws", *LONG], torn).returncode == 0
     vector = torn / "out/honesty/lora/vector"
     vector.rename(vector.with_name(".vector.part"))  # as a kill in the middle of writing the vector leaves it
     (vector.with_name(".vector.part") / "ws.json").unlink()
-    done = run_ws(*LONG, cwd=torn)
+    done = processes.run(["ws", *LONG], torn)
     assert done.returncode == 0, done.stderr
     assert "No conclusion" in done.stdout
     digests = {vector_digest(ws.SteeringVector.load(f / "out/honesty/lora/vector")) for f in (whole, torn)}

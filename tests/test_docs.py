@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import processes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,12 +27,10 @@ def snippets(page: Path) -> list[tuple[str, str]]:
 
 
 def run_command(line: str, cwd: Path) -> str:
-    """Run one `uv run ...` line with this interpreter instead of a new environment."""
+    """Run one `uv run ...` line in this environment instead of a new one."""
     words = shlex.split(line, comments=True)
     assert words[:2] == ["uv", "run"], f"only `uv run` lines can be checked: {line}"
-    words = words[2:]
-    command = {"ws": [sys.executable, "-m", "ws.cli"], "python": [sys.executable]}[words[0]] + words[1:]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ)
+    done = processes.run(words[2:], cwd)
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -96,7 +97,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     api = (tmp_path / "api" / "index.html").read_text()
     assert all(f'id="ws.{name}"' in api for name in ("diff.SteeringVector.from_checkpoints", "steer.steer"))
     assert 'id="the-hub"' in (tmp_path / "exports" / "index.html").read_text()  # no fence has swallowed a heading
-    assert "fonts.googleapis" not in (tmp_path / "index.html").read_text()
+    for page in ("index.html", "notebook/index.html"):
+        text = (tmp_path / page).read_text()
+        asked = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="https?:[^>]*>', text)
+        assert not asked, f"{page} asks other hosts for something"
 
 
 def test_every_page_is_in_the_navigation():
@@ -142,3 +146,12 @@ def test_the_results_table_is_the_csv():
     assert table in (ROOT / "README.md").read_text()
     for row in rows:
         assert f"{float(row['span']):+.2f} [{float(row['span_ci_lo']):+.2f}, {float(row['span_ci_hi']):+.2f}]" in table
+
+
+def test_the_coverage_of_intervals_over_seeds_is_what_was_simulated():
+    found = json.loads((ROOT / "benchmarks" / "results" / "small_samples.json").read_text())["results"]
+    page = (ROOT / "docs" / "evaluations.md").read_text()
+    for seeds in (3, 5, 10):
+        key = f"coverage over {seeds} seeds, by their standard deviation in standard errors over items"
+        shares = [found[key][ratio] for ratio in ("0", "1", "3", "5", "10")]
+        assert f"| {seeds} | {' | '.join(f'{share:.2f}' for share in shares)} |" in page

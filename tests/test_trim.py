@@ -251,9 +251,8 @@ def test_bad_options_are_refused(run, asked, why):
 # ---- the published curve ----------------------------------------------------------------------------------------
 
 
-def test_the_documented_tables_are_those_of_the_benchmark(monkeypatch):
+def test_the_documented_tables_are_those_of_the_benchmark():
     root = Path(__file__).parents[1]
-    monkeypatch.syspath_prepend(str(root))
     from benchmarks.trimming import render
 
     rows = json.loads((root / "benchmarks" / "results" / "trimming.json").read_text())["results"]["rows"]
@@ -262,7 +261,6 @@ def test_the_documented_tables_are_those_of_the_benchmark(monkeypatch):
 
 def test_own_directions_and_their_controls_are_what_they_are_called(monkeypatch, vectors):
     """All directions are the vector again, parts are orthogonal, and every control has the norms of the whole."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     from benchmarks.trimming import pick, rank_conditions, rescaled, singular_factors
 
     model, found = vectors

@@ -2,7 +2,7 @@
 
 One entry per family. `configure` gives the PEFT config to train with; `extract` reads the trained tensors of one module
 and returns the exact coordinates of `W' - W` (see `ws.delta`), always against the pristine `W`. Extraction works from
-the adapter's files, so no PEFT model is built and no weight is written.
+the adapter's files, so no PEFT model is built and no weight is written. `register` adds a family.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig
+from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftType
 from peft.tuners.oft.layer import OFTRotationModule
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_PLACES
 from peft.utils.other import get_pattern_key
@@ -82,6 +83,7 @@ class Family:
     Attributes:
         name: the name on the command line.
         reference: title and arXiv id.
+        peft_type: PEFT's name of the kind of adapter.
         learning_rate: default for real models.
         kinds: default module kinds, None for all linear modules of a layer.
         tensors: the saved tensors of one module, by the suffix PEFT gives them.
@@ -89,10 +91,12 @@ class Family:
         needs_base: extraction reads the base weight.
         configure: the PEFT config for a spec and a list of module names.
         extract: the exact change of one module.
+        variant: which configs of that `peft_type` are of this family; all of them, unless it is told.
     """
 
     name: str
     reference: str
+    peft_type: PeftType
     learning_rate: float
     kinds: tuple[str, ...] | None
     tensors: frozenset[str]
@@ -100,6 +104,7 @@ class Family:
     needs_base: bool
     configure: Callable[[AdapterSpec, list[str]], PeftConfig]
     extract: Callable[[PeftConfig, ModuleTensors], LinearDelta]
+    variant: Callable[[PeftConfig], bool] = field(default=lambda config: True)
 
 
 # ---- LoRA: W' = W + s B A ---------------------------------------------------------------------------------------
@@ -107,6 +112,12 @@ class Family:
 
 def _lora_config(spec: AdapterSpec, names: list[str], **options: Any) -> LoraConfig:
     return LoraConfig(r=spec.rank, lora_alpha=spec.lora_alpha, target_modules=names, task_type="CAUSAL_LM", **options)
+
+
+def _is_plain(config: LoraConfig) -> bool:
+    """Training starts at the base's own weights; other ways to initialise the factors move them."""
+    init = config.init_lora_weights
+    return not isinstance(init, str) or init in ("gaussian", "eva", "orthogonal")
 
 
 def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
@@ -224,6 +235,7 @@ _FAMILIES = (
     Family(
         name="ia3",
         reference="IA3: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than ICL, arXiv 2205.05638",
+        peft_type=PeftType.IA3,
         learning_rate=5e-3,
         kinds=("k_proj", "v_proj", "down_proj"),
         tensors=frozenset({"ia3_l"}),
@@ -235,6 +247,7 @@ _FAMILIES = (
     Family(
         name="oft",
         reference="Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280",
+        peft_type=PeftType.OFT,
         learning_rate=5e-4,
         kinds=None,
         tensors=frozenset({"oft_R.weight"}),
@@ -246,6 +259,7 @@ _FAMILIES = (
     Family(
         name="dora",
         reference="DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353",
+        peft_type=PeftType.LORA,
         learning_rate=2e-4,
         kinds=None,
         tensors=_LORA_TENSORS | {"lora_magnitude_vector"},
@@ -253,10 +267,12 @@ _FAMILIES = (
         needs_base=True,
         configure=partial(_lora_config, use_dora=True),
         extract=_dora_delta,
+        variant=lambda config: config.use_dora and _is_plain(config),
     ),
     Family(
         name="lora",
         reference="LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685",
+        peft_type=PeftType.LORA,
         learning_rate=2e-4,
         kinds=None,
         tensors=_LORA_TENSORS,
@@ -264,10 +280,12 @@ _FAMILIES = (
         needs_base=False,
         configure=_lora_config,
         extract=_lora_delta,
+        variant=lambda config: not config.use_dora and _is_plain(config),
     ),
     Family(
         name="pissa",
         reference="PiSSA: Principal Singular Values and Singular Vectors Adaptation, arXiv 2404.02948",
+        peft_type=PeftType.LORA,
         learning_rate=2e-4,
         kinds=None,
         tensors=_LORA_TENSORS,
@@ -275,10 +293,12 @@ _FAMILIES = (
         needs_base=False,
         configure=partial(_lora_config, init_lora_weights="pissa"),
         extract=_pissa_delta,
+        variant=lambda config: str(config.init_lora_weights).startswith("pissa"),
     ),
     Family(
         name="delora",
         reference="Decoupling Angles and Strength in Low-rank Adaptation, arXiv 2503.18225",
+        peft_type=PeftType.DELORA,
         learning_rate=1e-3,
         kinds=None,
         tensors=frozenset({"delora_A", "delora_B", "delora_lambda", "delora_w_norm"}),
@@ -289,25 +309,45 @@ _FAMILIES = (
     ),
 )
 FAMILIES: dict[str, Family] = {f.name: f for f in _FAMILIES}
+_ENTRY_POINTS = "ws.families"
+
+
+def register(family: Family) -> None:
+    """Add a family for this process: every command then takes it by its name.
+
+    An adapter folder belongs to the family, of those whose `peft_type` and `variant` fit, that was registered last.
+
+    Raises:
+        WsError: the name is taken, or is not of lower-case letters, digits and `_` (it names folders and options).
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", family.name):
+        raise WsError(f"{family.name!r} cannot name an adapter family: use lower-case letters, digits and _.")
+    if family.name in FAMILIES:
+        raise WsError(f"There is an adapter family {family.name!r} already ({FAMILIES[family.name].reference}).")
+    FAMILIES[family.name] = family
+
+
+@cache
+def _register_installed() -> None:
+    """Add what installed packages bring: entry points of the group `ws.families`, each of them a `Family`."""
+    for point in entry_points(group=_ENTRY_POINTS):
+        try:
+            register(point.load())
+        except (ImportError, AttributeError) as problem:
+            raise WsError(f"The installed adapter family {point.value} cannot be loaded ({problem}).") from problem
 
 
 def family(name: str) -> Family:
     """The family of that name, or a `WsError` with the nearest one."""
+    _register_installed()
     return FAMILIES[choose("adapter", name, FAMILIES)]
 
 
 def family_of(config: PeftConfig) -> Family | None:
     """The family a PEFT config belongs to, None for every other kind of adapter."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        name = {"IA3": "ia3", "OFT": "oft", "DELORA": "delora"}.get(kind)
-        return None if name is None else FAMILIES[name]
-    init = getattr(config, "init_lora_weights", True)
-    if isinstance(init, str) and init.startswith("pissa"):
-        return FAMILIES["pissa"]
-    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
-        return None  # the others move the base's weights
-    return FAMILIES["dora" if getattr(config, "use_dora", False) else "lora"]
+    _register_installed()
+    fitting = (f for f in reversed(FAMILIES.values()) if f.peft_type == config.peft_type and f.variant(config))
+    return next(fitting, None)
 
 
 def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
@@ -349,7 +389,7 @@ def _check_classes(model: PreTrainedModel, names: Sequence[str], fam: Family) ->
     for name in names:
         module = model.get_submodule(name)
         if not isinstance(module, fam.modules):
-            others = ", ".join(f.name for f in _FAMILIES if isinstance(module, f.modules)) or "none"
+            others = ", ".join(f.name for f in FAMILIES.values() if isinstance(module, f.modules)) or "none"
             raise WsError(f"PEFT has no {fam.name} for a {type(module).__name__} such as {name}; it has: {others}.")
 
 
@@ -381,7 +421,7 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
     config, tensors = _read_files(folder)
     fam = family_of(config)
     if fam is None:
-        kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+        kind = PeftType(config.peft_type).value.lower()
         if base is None:
             raise WsError(f"The adapter {folder} ({kind}) can only be read together with its base model: pass it.")
         return kind, probe_adapter(folder, base)
