@@ -153,7 +153,8 @@ def test_the_difference_is_one_that_a_wrong_batch_would_show(trained, tiny, tmp_
 def test_only_the_main_process_writes_and_speaks(trained):
     top, (first, second) = trained
     assert second.stdout == ""
-    assert "train:" in first.stderr
+    assert "error: " in first.stderr, "the last of its commands was one that fails"
+    assert "error: " not in second.stderr
     assert "train:" not in second.stderr
     said = re.findall(r"^(?:pos|neg): (.+)", first.stdout, re.MULTILINE)
     assert said == ["trained"] * len(ARMS) + ["already there"] + ["trained"] * 2

@@ -153,5 +153,6 @@ def test_the_coverage_of_intervals_over_seeds_is_what_was_simulated():
     page = (ROOT / "docs" / "evaluations.md").read_text()
     for seeds in (3, 5, 10):
         key = f"coverage over {seeds} seeds, by their standard deviation in standard errors over items"
-        shares = [found[key][ratio] for ratio in ("0", "1", "3", "5", "10")]
-        assert f"| {seeds} | {' | '.join(f'{share:.2f}' for share in shares)} |" in page
+        for kind, name in (("plain", "plain bootstrap"), ("widened", "seeds moved apart")):
+            shares = [found[key][ratio][kind] for ratio in ("0", "1", "3", "5", "10")]
+            assert f"| {seeds}, {name} | {' | '.join(f'{share:.2f}' for share in shares)} |" in page

@@ -103,7 +103,8 @@ def demo(config: DemoConfig) -> None:
         )
         # The pairs are shared by the families: sampling them again for each would only cost time.
         reading = replicate(options if number == 0 else replace(options, fresh_data=False))
-        console.say(verdict(reading))
+        if len(chosen) > 1:
+            console.say(verdict(reading))
         texts.append(f"{config.behavior} x {adapter} on pocket\n\n{render(reading)}\n")
         data[adapter], files = as_data(reading), files + written(reading)
     texts.append(

@@ -45,7 +45,7 @@ from ws.errors import WsError, did_you_mean
 from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
 from ws.eval.context import EvalContext, EvalOptions, Rows, Scores
-from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, resampled_means
+from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, resampled_means, widened_over_seeds
 from ws.finished import finished_runs
 from ws.interventions import WEIGHT, Intervention
 from ws.models import load_model, render_prompt
@@ -366,7 +366,7 @@ def kept_share(
     """
     if not estimate_over_seeds(own, n_boot).excludes_zero:
         return None
-    means = resampled_means(np.stack([own + extra, own]), n_boot, 0)
+    means = resampled_means(widened_over_seeds(np.stack([own + extra, own])), n_boot, 0)
     low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
     return float((own + extra).mean() / own.mean()), float(low), float(high)
 

@@ -15,6 +15,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ws.console import say
+from ws.errors import WsError
 from ws.eval import airisk
 from ws.eval.context import select
 from ws.eval.stats import estimate_over_seeds, holm, least_p
@@ -67,6 +68,8 @@ def write_summary(folder: Path, cells: Sequence[Path], evals: Sequence[str], n_b
 def sweep_rows(cells: Sequence[Path], evals: Sequence[str]) -> list[Row]:
     """One row per cell and strength: the headline columns of every evaluation, each under the evaluation's name."""
     rows = [row for folder in cells for row in _cell_rows(folder, evals)]
+    if not rows:
+        raise WsError(f"None of {', '.join(map(str, cells))} has a table of an evaluation; evaluate them again.")
     return _with_holm(_filled(rows, evals), evals)
 
 

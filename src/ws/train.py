@@ -540,7 +540,7 @@ class _Progress(TrainerCallback):
         """Shows the latest training and validation loss."""
         shown = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
         if shown and hasattr(self, "bar"):
-            self.bar.set_postfix(shown)
+            self.bar.set_postfix(shown, refresh=False)  # at the next step, as seldom as bars are drawn
 
     def on_train_end(self, args, state, control, **kwargs):
         """Closes the bar."""

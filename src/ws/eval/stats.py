@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import stats as distributions
 
 from ws.errors import WsError
 
@@ -70,6 +71,24 @@ def resampled_means(
     return np.concatenate(parts, axis=1)
 
 
+def widened_over_seeds(
+    values: Float[np.ndarray, "*quantities seeds items"],
+) -> Float[np.ndarray, "*quantities seeds items"]:
+    """The values with their seeds moved apart, so that a bootstrap over a few seeds covers about as often as it says.
+
+    Drawing from S seeds gives a variance with S in place of S - 1 and no t distribution: of intervals over 3 seeds that
+    differ much, 76 % hold the truth. So every seed's mean is moved to `sqrt(S / (S - 1)) t / z` times its distance from
+    the mean of all, with the 97.5 % quantiles of Student's t (S - 1 degrees of freedom) and of the normal distribution;
+    it is the expansion of `ws.eval.groups` (Hesterberg 2015, arXiv 1411.5279) for seeds. Means over seeds stay.
+    """
+    n_seeds = values.shape[-2]
+    if n_seeds == 1:
+        return values
+    factor = np.sqrt(n_seeds / (n_seeds - 1)) * distributions.t.ppf(0.975, n_seeds - 1) / distributions.norm.ppf(0.975)
+    means = values.mean(axis=-1, keepdims=True)
+    return values + (factor - 1) * (means - means.mean(axis=-2, keepdims=True))
+
+
 def _counts(rng: np.random.Generator, rows: int, n: int) -> Float[np.ndarray, "rows n"]:
     """How often each of `n` things is drawn in each of `rows` resamples of size `n`."""
     drawn = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
@@ -87,12 +106,12 @@ def estimate_mean(values: np.ndarray, n_boot: int = N_BOOTSTRAP, seed: int = 0, 
 def estimate_over_seeds(
     values: Float[np.ndarray, "seeds items"], n_boot: int = N_BOOTSTRAP, seed: int = 0, level: float = 0.95
 ) -> Estimate:
-    """The mean over seeds and items, from a hierarchical bootstrap; see `resampled_means`.
+    """The mean over seeds and items, from a hierarchical bootstrap; see `resampled_means` and `widened_over_seeds`.
 
     With one seed the interval knows nothing about seeds and is `estimate_mean`'s.
     """
     values = _checked(values, 2)
-    draws = resampled_means(values[None], n_boot, seed)[0]
+    draws = resampled_means(widened_over_seeds(values)[None], n_boot, seed)[0]
     items = values.mean(axis=0)
     return _summary(float(items.mean()), _std(items), draws, level, len(items))
 
