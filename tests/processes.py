@@ -13,7 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 LIBRARIES = [
@@ -30,13 +30,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(LIBRARIES)
 
 
-def run(
-    words: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run `ws ...` or `python -m ...`, as `subprocess.run` with captured text would."""
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch) / "out", Path(scratch) / "err"
-        process = _CONTEXT.Process(target=_child, args=(list(words), cwd, dict(environment or os.environ), out, err))
+        process = _CONTEXT.Process(target=_child, args=(list(words), cwd, dict(os.environ), out, err))
         process.start()
         process.join()
         code, said = process.exitcode, [f.read_text() if f.exists() else "" for f in (out, err)]

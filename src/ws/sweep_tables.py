@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ws.console import say
+from ws.console import warn
 from ws.errors import WsError
 from ws.eval import airisk
 from ws.eval.context import select
@@ -133,7 +133,7 @@ def _pooled(name: str, seeds: Sequence[Items], n_boot: int) -> dict[float, Row]:
         return {}
     items, found = list(seeds[0][0.0]), dict[float, Row]()
     if any(seed[0.0].keys() != set(items) for seed in seeds):
-        say(f"{name} is not pooled over the seeds of an adapter that were asked different items.")
+        warn(f"{name} is not pooled over the seeds of an adapter that were asked different items.")
         return {}
     base = np.array([[seed[0.0][i] for i in items] for seed in seeds])
     for alpha in sorted(shared):

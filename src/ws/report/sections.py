@@ -97,7 +97,8 @@ GLOSSARY = (
     ),
     (
         "95 % interval",
-        "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and again.",
+        "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and again. Few seeds "
+        "are moved apart before, because nobody knows how far another would be.",
     ),
     ("Holm p", "A p-value, corrected for how many shifts of a score there are on this page."),
 )
