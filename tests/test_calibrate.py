@@ -618,7 +618,7 @@ def test_the_command_fails_when_neither_sign_converges(tmp_path, run, capsys):
 
 
 def test_what_is_missing_is_named(tmp_path, run):
-    with pytest.raises(ws.WsError, match=r"no vector in .*python -m ws.replicate --behavior honesty --adapter oft"):
+    with pytest.raises(ws.WsError, match=r"no vector in .*ws replicate --behavior honesty --adapter oft"):
         module.main(options(tmp_path, adapter="oft"))
     with pytest.raises(ws.WsError, match="--seed 3"):
         module.main(options(tmp_path, seed=3))

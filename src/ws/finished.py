@@ -80,6 +80,18 @@ class RunOptions:
         return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.precision)
 
 
+def vector_of_run(out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "") -> tuple[Run, SteeringVector]:
+    """A run and its vector; `WsError` with the command that makes it, and with another way out, when there is none."""
+    run = Run(run_folder(out, behavior_name(behavior), adapter, seed))
+    if not (run.folder / "vector").is_dir():
+        flag = f" --seed {seed}" if seed else ""
+        raise WsError(
+            f"There is no vector in {run.folder}; make it with `ws replicate --behavior {behavior} "
+            f"--adapter {adapter}{flag}`{otherwise}."
+        )
+    return run, SteeringVector.load(run.folder / "vector")
+
+
 def open_run(
     out: Path,
     behavior: str,
@@ -102,14 +114,7 @@ def open_run(
     Raises:
         WsError: the run has no vector, or the vector is of another base.
     """
-    run = Run(run_folder(out, behavior_name(behavior), adapter, seed))
-    if not (run.folder / "vector").is_dir():
-        flag = f" --seed {seed}" if seed else ""
-        raise WsError(
-            f"There is no vector in {run.folder}; make it with `python -m ws.replicate --behavior {behavior} "
-            f"--adapter {adapter}{flag}`."
-        )
-    vector = SteeringVector.load(run.folder / "vector")
+    run, vector = vector_of_run(out, behavior, adapter, seed)
     base, tok = loaded or load_model(model or vector.base_id, device, dtype)
     vector.matched(base)
     return FinishedRun(run, vector, base, tok, out)

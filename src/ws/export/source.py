@@ -8,6 +8,7 @@ from pathlib import Path
 from ws.behaviors import behavior_name
 from ws.diff import SteeringVector
 from ws.errors import WsError
+from ws.finished import vector_of_run
 from ws.runs import DEFAULT_OUT, run_folder
 
 
@@ -45,14 +46,8 @@ class VectorOptions:
         """The vector, loaded; `WsError` when there is none."""
         if self.vector:
             return SteeringVector.load(self.vector)
-        folder = self.run_folder
-        assert folder is not None
-        if not (folder / "vector").is_dir():
-            raise WsError(
-                f"There is no vector in {folder}; make it with `ws replicate --behavior {self.behavior} "
-                f"--adapter {self.adapter}`, or name one with --vector."
-            )
-        return SteeringVector.load(folder / "vector")
+        otherwise = ", or name one with --vector"
+        return vector_of_run(self.out, self.behavior, self.adapter, self.seed, otherwise)[1]
 
 
 @dataclass(frozen=True)
