@@ -12,7 +12,7 @@ import ws
 from test_report import write_run
 from ws.diff import vector_digest
 from ws.eval.stats import holm
-from ws.run_sweep import SweepConfig, main, run_sweep
+from ws.run_sweep import Cell, SweepConfig, failures, main, run_sweep
 from ws.runs import read_csv, write_csv
 from ws.sweep_tables import pooled_rows, render, sweep_rows, write_summary
 
@@ -32,6 +32,16 @@ def config(tmp_path):
         train=train,
         device="cpu",
     )
+
+
+def test_cells_that_fail_alike_are_one_sentence(tmp_path):
+    missing = [Cell(a, 0, tmp_path / a, problem="The model is not here.") for a in ("ia3", "oft")]
+    other = Cell("lora", 1, tmp_path / "lora" / "seed-1", problem="KeyError: 'x'")
+    assert failures([*missing, other, Cell("dora", 0, tmp_path)]) == (
+        f"3 of 4 cells failed: ia3 seed 0, oft seed 0 (The model is not here; {tmp_path}/ia3/sweep.log); "
+        f"lora seed 1 (KeyError: 'x'; {tmp_path}/lora/seed-1/sweep.log)."
+    )
+    assert failures([Cell("dora", 0, tmp_path)]) == ""
 
 
 def test_a_failing_cell_is_listed_and_the_next_run_fills_it(config, monkeypatch, capsys):

@@ -8,6 +8,7 @@ again fills only what is missing. Writes the tables of `ws.sweep_tables`.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -128,7 +129,8 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
-        return Cell(plan.run_name, seed, folder, control, f"{type(problem).__name__}: {problem}")
+        kind = "" if isinstance(problem, WsError) else f"{type(problem).__name__}: "
+        return Cell(plan.run_name, seed, folder, control, f"{kind}{problem}")
     (folder / LOG).unlink(missing_ok=True)
     return Cell(plan.run_name, seed, folder, control)
 
@@ -166,6 +168,20 @@ def _eval_options(config: SweepConfig, behavior: str, adapter: str, seed: int) -
     return EvalOptions(**shared, behavior=behavior, adapter=adapter, seed=seed)
 
 
+def failures(cells: Sequence[Cell]) -> str:
+    """Which cells failed, every problem once with its cells and the log of the first; empty when none did."""
+    by_problem: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.problem:
+            by_problem.setdefault(cell.problem.rstrip("."), []).append(cell)
+    parts = [
+        f"{', '.join(f'{c.adapter} seed {c.seed}' for c in found)} ({problem}; {found[0].folder / LOG})"
+        for problem, found in by_problem.items()
+    ]
+    count = sum(map(len, by_problem.values()))
+    return f"{count} of {len(cells)} cells failed: {'; '.join(parts)}." if parts else ""
+
+
 def main(config: SweepConfig) -> None:
     """The command `python -m ws.run_sweep`."""
     cells = run_sweep(config)
@@ -175,12 +191,8 @@ def main(config: SweepConfig) -> None:
         text = render(read_csv(tables[1]), config.n_bootstrap)
         files = [*tables, write_report(config.out, config.behavior)]
         console.show(console.Result(text, {"rows": read_values(tables[1]), "cells": cells}, files))
-    failed = [c for c in cells if c.problem]
-    if failed:
-        listing = "; ".join(f"{c.adapter} seed {c.seed} ({c.problem}; {c.folder / LOG})" for c in failed)
-        raise WsError(
-            f"{len(failed)} of {len(cells)} cells failed: {listing}. Run the sweep again to retry only those."
-        )
+    if found := failures(cells):
+        raise WsError(f"{found} Run the sweep again to retry only those.")
 
 
 if __name__ == "__main__":
