@@ -220,7 +220,7 @@ def test_prompts_can_be_replaced_word_for_word(tmp_path):
 
 
 def test_a_run_without_a_vector_is_explained(tmp_path):
-    with pytest.raises(ws.WsError, match="make it with `python -m ws.replicate"):
+    with pytest.raises(ws.WsError, match="make it with `ws replicate"):
         open_context(EvalOptions(out=tmp_path))
 
 
