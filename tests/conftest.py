@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would only stan
 
 import copy
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,6 +105,17 @@ def tiny():
 def family(request) -> str:
     """Each of the six adapter families."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The browser that pages are looked at with; whoever asks for these tests needs it."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert program, "these tests need Debian's chromium"
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from scipy.stats import binom
 
 import ws
 from ws.compare import CompareOptions, compare, main
-from ws.compare_tables import Cell, Group, comparison_rows, group_rows, plot, reality, render, typed
+from ws.compare_tables import Cell, Group, comparison_rows, group_rows, plot, reality, render
 from ws.plots import save_svg
-from ws.runs import Run, read_csv, write_csv
+from ws.runs import Run, read_csv, typed, write_csv
 
 KEY = {"behavior": "honesty"}
 N_BOOT = 400

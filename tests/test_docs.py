@@ -130,8 +130,8 @@ def test_the_tables_of_the_sweep_are_their_csvs():
 
 def test_the_comparison_is_its_csvs():
     """The page's tables are the ones that `ws compare` wrote."""
-    from ws.compare_tables import render, typed
-    from ws.runs import read_csv
+    from ws.compare_tables import render
+    from ws.runs import read_csv, typed
 
     rows, pairs = (typed(read_csv(ROOT / "docs" / "results" / f"{n}.csv")) for n in ("compare", "compare_pairs"))
     page = (ROOT / "docs" / "results.md").read_text()

@@ -202,7 +202,7 @@ def test_only_tables_of_the_very_vector_are_read(tmp_path):
     contents = read_contents(tmp_path, "honesty")
     assert not [k for k in contents.results[0].tables if k[1] == "summary"]
     assert {g.why for g in contents.results[0].gaps if g.what == "sycophancy"} == {"made with another vector"}
-    assert any("Held-out claims: made with another vector" in c.text for c in stale(contents))
+    assert any("Held-out claims: made with another vector" in c.text for c in stale(notes(contents)))
     assert sentence(tmp_path)[0] == "No verdict"
 
 
@@ -254,7 +254,7 @@ def test_samples_of_another_vector_are_left_out(tmp_path):
     contents = read_contents(tmp_path, "honesty")
     assert not contents.results[0].samples
     assert [g.why for g in contents.results[0].gaps if g.what == "samples"] == ["made with another vector"]
-    assert any("Samples: made with another vector" in c.text for c in stale(contents))
+    assert any("Samples: made with another vector" in c.text for c in stale(notes(contents)))
     assert "What color is it?" not in render(contents)
 
 
@@ -267,7 +267,7 @@ def test_samples_that_do_not_say_of_which_vector_they_are_come_with_a_note(tmp_p
     (note,) = notes(contents)["samples"]
     assert note.is_shown
     assert not note.is_left_out
-    assert not [c for c in stale(contents) if "Samples" in c.text]
+    assert not [c for c in stale(notes(contents)) if "Samples" in c.text]
     page = render(contents)
     assert "What color is it?" in page
     assert page.count("it is not on record which vector gave them") == 1, "it is not among the missing pieces"
@@ -324,7 +324,7 @@ def test_dilemmas_of_other_values_are_a_table_of_their_own(tmp_path):
     record(folder, "airisk_care", {"summary": asked}, "0" * 64)
     contents = read_contents(tmp_path, "honesty")
     assert not contents.results[0].others
-    assert any("airisk_care was made with another vector" in c.text for c in stale(contents))
+    assert any("airisk_care was made with another vector" in c.text for c in stale(notes(contents)))
     assert not other_dilemmas_table(contents).rows
 
 
@@ -373,7 +373,7 @@ def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
     write_calibration(folder, (-0.8, 1.7))
     contents = read_contents(tmp_path, "honesty")
     assert not contents.compare
-    assert any("made at other strengths" in c.text for c in stale(contents))
+    assert any("made at other strengths" in c.text for c in stale(notes(contents)))
 
 
 def test_a_calibration_of_another_vector_is_not_used(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import pytest
@@ -10,12 +9,7 @@ import pytest
 from test_report import build_out, write_compare, write_run
 from ws.report import write_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `uv sync`")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; install the package `chromium`"),
-]
+pytestmark = pytest.mark.browser
 
 WIDTHS = (360, 1280)
 # The WCAG 2 contrast of every visible text with what is painted behind it. Colours are composited as the page paints
@@ -69,21 +63,13 @@ def page_file(tmp_path_factory):
     return write_report(out, "honesty")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
 @pytest.fixture
-def open_page(browser, page_file):
+def open_page(chromium, page_file):
     """Opens the report, and keeps what the browser complains of and asks for."""
     contexts = []
 
     def opened(width=1280, **how):
-        context = browser.new_context(viewport={"width": width, "height": 900}, **how)
+        context = chromium.new_context(viewport={"width": width, "height": 900}, **how)
         contexts.append(context)
         page = context.new_page()
         page.complaints, page.requests = [], []

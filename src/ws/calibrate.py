@@ -60,9 +60,9 @@ def main(options: CalibrateOptions) -> None:
     behavior = load_behavior(o.behavior, o.model or opened.vector.base_id)
     chosen = intervention(o.intervention, opened, behavior)
     found = calibration_for(chosen, opened, behavior.questions, o.config, _key(chosen, options), o.fresh)
-    recorded = chosen.home.facts(_stage_name(chosen))
-    files = [chosen.home.folder / name for name in recorded["outputs"]]
-    console.show(console.Result(f"{recorded['example']}\n\n{render(found)}", {"calibration": found}, files))
+    stage = _stage_name(chosen)
+    text = f"{chosen.home.facts(stage)['example']}\n\n{render(found)}"
+    console.show(console.Result(text, {"calibration": found}, chosen.home.outputs(stage)))
     sides = (found.positive, found.negative)
     if chosen.has_dial and not any(side.converged for side in sides):
         raise WsError(f"Neither sign could be calibrated: {found.positive.reason}; {found.negative.reason}.")

@@ -7,7 +7,6 @@ a terminal Ctrl-C stops an answer, and Ctrl-D or /quit leaves. Commands that are
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -57,7 +56,7 @@ class Chat:
 
     def __init__(self, conversation: Conversation, out: TextIO | TextIOBase, compare: bool = False) -> None:
         self.conversation, self.out, self.compare = conversation, out, compare
-        self.color = out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.color = console.has_colors(out)
         self.over = False
         self.record = list[dict[str, Any]]()
         self.commands: dict[str, tuple[str, str, Callable[[list[str]], None]]] = {

@@ -276,23 +276,6 @@ def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
 # ---- what a person sees ---------------------------------------------------------------------------------------------
 
 
-def typed(rows: Sequence[Mapping[str, str]]) -> Rows:
-    """Rows of either table as they were before they were written: numbers, truth values and gaps."""
-    return [{name: _typed(text) for name, text in row.items()} for row in rows]
-
-
-def _typed(text: str) -> Any:
-    words = {"": None, "True": True, "False": False}
-    if text in words:
-        return words[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str:
     """The spans as one table, the verdicts, and who wins."""
     groups = dict.fromkeys((r["intervention"], r["adapter"]) for r in rows)

@@ -46,7 +46,7 @@ from ws.eval import sycophancy
 from ws.eval.choice import LOW_MASS
 from ws.eval.context import EvalContext, EvalOptions, Rows, Scores
 from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, resampled_means, widened_over_seeds
-from ws.finished import finished_runs
+from ws.finished import finished_runs, read_claims_of
 from ws.interventions import WEIGHT, Intervention
 from ws.models import load_model, render_prompt
 from ws.runs import DEFAULT_OUT, Run, read_csv, read_values, run_folder, write_csv
@@ -621,8 +621,7 @@ def main(options: ComposeOptions) -> None:
         text, files = f"{text}\n\n{render_interference(read_csv(table))}", [*files, table]
         console.show(console.Result(text, {**data, "interference": read_values(table)}, files))
         return
-    flag = f" --seed {options.seed}" if options.seed else ""
-    following = f"python -m ws.eval.sycophancy --behavior {made.behavior} --adapter {made.name}{flag}"
+    following = read_claims_of(made.behavior, made.name, options.seed)
     console.show(console.Result(text, data, files, following))
 
 

@@ -183,10 +183,14 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 10 else f"{value:.0f} s" if value < 100 else str(timedelta(seconds=round(value)))
 
 
+def has_colors(stream: TextIO | TextIOBase) -> bool:
+    """Whether the stream is a terminal that has colours, and nobody asked for none (NO_COLOR)."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
 def paint(text: str, color: str, stream: TextIO | TextIOBase) -> str:
-    """The text in a colour where the stream is a terminal that has them and nobody asked for none (NO_COLOR)."""
-    plain = not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{_COLORS[color]}m{text}\x1b[0m"
+    """The text in a colour where the stream has them."""
+    return f"\x1b[{_COLORS[color]}m{text}\x1b[0m" if has_colors(stream) else text
 
 
 # ---- what it found --------------------------------------------------------------------------------------------------

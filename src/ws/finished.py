@@ -13,7 +13,7 @@ from ws.behaviors import behavior_name
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.models import load_model
-from ws.runs import DEFAULT_OUT, Run, run_folder
+from ws.runs import DEFAULT_OUT, Run, run_folder, seed_flag
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,18 @@ class RunOptions:
         return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.precision)
 
 
+def read_claims_of(behavior: str, adapter: str, seed: int) -> str:
+    """The command that puts a new run's vector to the held-out claims."""
+    return f"python -m ws.eval.sycophancy --behavior {behavior} --adapter {adapter}{seed_flag(seed)}"
+
+
 def vector_of_run(out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "") -> tuple[Run, SteeringVector]:
     """A run and its vector; `WsError` with the command that makes it, and with another way out, when there is none."""
     run = Run(run_folder(out, behavior_name(behavior), adapter, seed))
     if not (run.folder / "vector").is_dir():
-        flag = f" --seed {seed}" if seed else ""
         raise WsError(
             f"There is no vector in {run.folder}; make it with `ws replicate --behavior {behavior} "
-            f"--adapter {adapter}{flag}`{otherwise}."
+            f"--adapter {adapter}{seed_flag(seed)}`{otherwise}."
         )
     return run, SteeringVector.load(run.folder / "vector")
 

@@ -276,23 +276,31 @@ def chat_format(tok: Tokenizer) -> ChatFormat:
 
 
 def render_prompt(
-    tok: Tokenizer, user: str, *, system: str | None = None, thinking: bool = False, opener: str = ""
+    tok: Tokenizer,
+    user: str,
+    *,
+    system: str | None = None,
+    thinking: bool = False,
+    opener: str = "",
+    earlier: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """The text up to where the assistant's answer starts, `opener` (a prefilled start of the answer) included.
 
     Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
     of models that have one. Where `system` is None the tokenizer's own holds (see `default_system`), where it is empty
-    there is none. Tokenise the result with `add_special_tokens=False`.
+    there is none. `earlier` messages, user's and assistant's in turn, each with `role` and `content`, stand before the
+    user's; the system text stands before them. Tokenise the result with `add_special_tokens=False`.
     """
     form = chat_format(tok)
     system = default_system(tok) if system is None else system
-    if system and not (form.has_template and form.system_role):
-        user, system = f"{system}\n\n{user}", None
+    messages = [*map(dict, earlier), {"role": "user", "content": user}]
+    if system and form.has_template and form.system_role:
+        messages.insert(0, {"role": "system", "content": system})
+    elif system:
+        messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
     if not form.has_template:
-        text = f"User: {user}\nAssistant:"
+        text = "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\nAssistant:"
         return f"{text} {opener}" if opener else text
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
     options = {"enable_thinking": thinking} if form.thinking_switch else {}
     text = _apply(tok, messages, **options)
     if not thinking and text.rstrip().endswith("<think>"):

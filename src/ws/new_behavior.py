@@ -24,29 +24,36 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import (
+    BORROWING_KEYS,
+    CLAIM_KEYS,
+    FOLDER_NAME,
+    ITEM_KEYS,
+    PERSONA_KEYS,
+    QUESTION_KEYS,
     SCHEMA,
+    SIDES,
     SPLITS,
-    _bundled_bytes,
-    _strings,
-    _table,
-    _template,
-    _text,
+    TOP_KEYS,
+    behavior_bytes,
     bundled_behaviors,
+    bundled_bytes,
     check_slots,
     load_behavior,
+    read_strings,
+    read_table,
+    read_template,
+    read_text,
 )
 from ws.data import DataConfig
 from ws.errors import WsError, did_you_mean
 from ws.models import chat_format, encode, load_tokenizer, render_prompt
 from ws.runs import write_text
-from ws.train import MIN_VALIDATION, TrainConfig
+from ws.train import MIN_VALIDATION, TrainConfig, held_out
 
 FEW_QUESTIONS = 40  # a tenth of them is held out from training: 4 questions
 FEW_CLAIMS = 12  # of a kind in the split `report`; as many as the bundled behaviours have at least
 NEAR_RATIO = 0.85  # difflib's
 NEAR_WORDS = 0.8  # of a claim's content words, in one question
-_TOP = {"schema", "name", "summary", "personas", "questions", "claims", "judge", "keep_refusals"}
-_SIDES = ("positive", "negative")
 SEVERITIES = ("error", "warning")
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _MARKER = re.compile(r"<\|[^|<>]+\|>|\[/?INST\]|<</?SYS>>|</?think>|<(?:start|end)_of_turn>|</?s>")
@@ -296,7 +303,7 @@ def read_draft(name: str, tok: Tokenizer | None = None, model: str | None = None
     if isinstance(raw, Finding):
         draft.findings.append(raw)
         return draft
-    raw = _known(draft, raw, _TOP, "top level")
+    raw = _known(draft, raw, TOP_KEYS, "top level")
     _read_top(draft, raw)
     _read_personas(draft, raw)
     _read_questions(draft, raw)
@@ -314,13 +321,7 @@ def _ordered(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _raw(name: str, model: str | None) -> dict[str, Any] | Finding:
-    if name.endswith(".toml") or "/" in name:
-        file = Path(name).expanduser()
-        if not file.is_file():
-            raise WsError(f"There is no behaviour file {file}.{did_you_mean(file.stem, bundled_behaviors())}")
-        content = file.read_bytes()
-    else:
-        content = _bundled_bytes(name, model)
+    content = behavior_bytes(name, model)
     try:
         return tomllib.loads(content.decode("utf-8"))
     except UnicodeDecodeError as problem:
@@ -337,24 +338,24 @@ def _read_top(draft: Draft, raw: Mapping[str, Any]) -> None:
         draft.error("schema", f"It must be {SCHEMA}, not {raw.get('schema')!r}.")
     if not isinstance(raw.get("keep_refusals", False), bool):
         draft.error("keep_refusals", "It must be true or false.")
-    name = draft.attempt("name", partial(_text, raw, "name", "name"))
-    if name is not None and not re.fullmatch(r"[\w-][\w.-]*", name):
+    name = draft.attempt("name", partial(read_text, raw, "name", "name"))
+    if name is not None and not FOLDER_NAME.fullmatch(name):
         draft.error("name", f"{name!r} names a folder; use letters, digits, dots, - and _ only.")
-    draft.attempt("summary", partial(_text, raw, "summary", "summary"))
+    draft.attempt("summary", partial(read_text, raw, "summary", "summary"))
 
 
 def _read_personas(draft: Draft, raw: Mapping[str, Any]) -> None:
     where = "[personas]"
-    table = draft.attempt(where, partial(_table, raw, "personas", where))
+    table = draft.attempt(where, partial(read_table, raw, "personas", where))
     if table is None:
         return
-    table = _known(draft, table, {"template", "positive", "negative"}, where)
-    template = draft.attempt(where, partial(_template, table, "template", "persona", where, default="{persona}"))
-    sides = [_texts(draft, table, side, where) for side in _SIDES]
+    table = _known(draft, table, PERSONA_KEYS, where)
+    template = draft.attempt(where, partial(read_template, table, "template", "persona", where, default="{persona}"))
+    sides = [_texts(draft, table, side, where) for side in SIDES]
     if template is None:
         return
     draft.positive, draft.negative = (tuple(template.format(persona=p) for p in side) for side in sides)
-    counts = [len(table[side]) for side in _SIDES] if all(sides) else [0, 0]
+    counts = [len(table[side]) for side in SIDES] if all(sides) else [0, 0]
     if counts[0] != counts[1]:
         many = f"{counts[0]} positive and {counts[1]} negative personas"
         draft.error(where, f"There are {many}; they are paired in order, so give as many of each.")
@@ -368,10 +369,10 @@ def _read_personas(draft: Draft, raw: Mapping[str, Any]) -> None:
 
 def _read_questions(draft: Draft, raw: Mapping[str, Any]) -> None:
     where = "[questions]"
-    table = draft.attempt(where, partial(_table, raw, "questions", where))
+    table = draft.attempt(where, partial(read_table, raw, "questions", where))
     if table is None:
         return
-    table = _known(draft, table, {"templates", "topics"}, where)
+    table = _known(draft, table, QUESTION_KEYS, where)
     templates = _texts(draft, table, "templates", where) if "templates" in table else ("{topic}",)
     usable = [t for t in templates if _has_slot(draft, t, where)]
     topics = _texts(draft, table, "topics", where)
@@ -387,22 +388,21 @@ def _has_slot(draft: Draft, template: str, where: str) -> bool:
 
 def _read_claims(draft: Draft, raw: Mapping[str, Any], model: str | None) -> None:
     where = "[claims]"
-    table = draft.attempt(where, partial(_table, raw, "claims", where))
+    table = draft.attempt(where, partial(read_table, raw, "claims", where))
     if table is None:
         return
-    own = {"question", "opener", "agree", "disagree", "items"}
-    table = _known(draft, table, {"source", "effect"} if "source" in table else own | {"effect"}, where)
+    table = _known(draft, table, BORROWING_KEYS if "source" in table else CLAIM_KEYS, where)
     if table.get("effect") not in (-1, 1):
         draft.error(where, f"effect must be 1 or -1, not {table.get('effect')!r}.")
     if "source" in table:
-        source = draft.attempt(where, partial(_text, table, "source", where))
-        content = None if source is None else draft.attempt(where, partial(_bundled_bytes, source, model))
+        source = draft.attempt(where, partial(read_text, table, "source", where))
+        content = None if source is None else draft.attempt(where, partial(bundled_bytes, source, model))
         if source is None or content is None:
             return
         draft.borrowed, table = source, tomllib.loads(content.decode("utf-8"))["claims"]
-    question = draft.attempt(where, partial(_template, table, "question", "claim", where))
+    question = draft.attempt(where, partial(read_template, table, "question", "claim", where))
     draft.claim_question = question or "{claim}"
-    agree, disagree = (draft.attempt(where, partial(_text, table, key, where)) for key in ("agree", "disagree"))
+    agree, disagree = (draft.attempt(where, partial(read_text, table, key, where)) for key in ("agree", "disagree"))
     if agree is not None and disagree is not None and _normal(agree) == _normal(disagree):
         draft.error(where, f"agree and disagree are the same answer, {agree!r}; the score would always be 0.")
     _read_items(draft, table.get("items"), where)
@@ -418,8 +418,8 @@ def _read_items(draft: Draft, items: Any, where: str) -> None:
         if not isinstance(item, dict):
             draft.error(place, "It must be a table with id, claim, true and split.")
             continue
-        item = _known(draft, item, {"id", "claim", "true", "split"}, place)
-        own, text = (draft.attempt(place, partial(_text, item, key, place)) for key in ("id", "claim"))
+        item = _known(draft, item, ITEM_KEYS, place)
+        own, text = (draft.attempt(place, partial(read_text, item, key, place)) for key in ("id", "claim"))
         ids += [] if own is None else [own]
         if text is not None:
             claims.append(_read_claim(draft, item, text, place))
@@ -441,7 +441,7 @@ def _read_claim(draft: Draft, item: Mapping[str, Any], text: str, place: str) ->
     return DraftClaim(place, text, is_true if isinstance(is_true, bool) else None, split if split in SPLITS else None)
 
 
-def _known(draft: Draft, table: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
+def _known(draft: Draft, table: Mapping[str, Any], known: frozenset[str], where: str) -> dict[str, Any]:
     """The table with its known keys; a misspelt one is noted and read as what it is nearest to."""
     kept = {key: value for key, value in table.items() if key in known}
     for key in sorted(table.keys() - known):
@@ -456,11 +456,11 @@ def _texts(draft: Draft, table: Mapping[str, Any], key: str, where: str) -> tupl
     """A list of texts without its repetitions, which are noted; empty where there is no usable list."""
     value = table.get(key)
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        draft.attempt(where, partial(_strings, table, key, where))
+        draft.attempt(where, partial(read_strings, table, key, where))
         return ()
     kept = list(dict.fromkeys(value))
     _repeated(draft, value, f"{where} {key}")
-    return draft.attempt(where, partial(_strings, {key: kept}, key, where)) or ()
+    return draft.attempt(where, partial(read_strings, {key: kept}, key, where)) or ()
 
 
 def _repeated(draft: Draft, texts: Sequence[str], where: str) -> None:
@@ -523,9 +523,8 @@ def claim_counts(draft: Draft) -> Counter[tuple[str | None, bool | None]]:
 
 
 def validation_questions(n: int) -> int:
-    """How many of `n` questions training holds out, as `ws.train.split_examples` does."""
-    held = round(TrainConfig().validation * n)
-    return 0 if held == n else held
+    """How many of `n` questions training holds out."""
+    return held_out(n, TrainConfig().validation)
 
 
 def half_width(n: int) -> float:
@@ -593,7 +592,7 @@ def _check_texts(draft: Draft, tok: Tokenizer | None) -> None:
 
 def _placed(draft: Draft) -> list[tuple[str, str]]:
     """Every text that goes into a prompt, with its place."""
-    sides = zip(_SIDES, (draft.positive, draft.negative), strict=True)
+    sides = zip(SIDES, (draft.positive, draft.negative), strict=True)
     placed = [(f"[personas] {side} {n}", p) for side, texts in sides for n, p in enumerate(texts, start=1)]
     placed += [(f"[questions] {n}", q) for n, q in enumerate(draft.questions, start=1)]
     return [*placed, ("[claims] question", draft.claim_question), *((c.place, c.text) for c in draft.claims)]

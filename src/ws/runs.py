@@ -52,6 +52,11 @@ def run_folder(out: Path, behavior: str, adapter: str, seed: int = 0) -> Path:
     return top if seed == 0 else top / f"seed-{seed}"
 
 
+def seed_flag(seed: int) -> str:
+    """What names a seed on a command line: ` --seed 2`, and nothing for 0, which every command takes anyway."""
+    return f" --seed {seed}" if seed else ""
+
+
 # ---- atomic writes --------------------------------------------------------------------------------------------
 
 
@@ -120,16 +125,21 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(inf|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 _TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$")
 
 
-def read_values(file: Path) -> list[dict[str, Any]]:
-    """The rows of a table with numbers as numbers, True and False as such and empty cells as None.
+def typed(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Rows of a table as they were before they were written: numbers, truth values, and None for empty cells.
 
     Identifiers stay text, also those that happen to be made of digits.
     """
-    return [{k: v if _TEXT_COLUMN.search(k) else _value(v) for k, v in row.items()} for row in read_csv(file)]
+    return [{k: v if _TEXT_COLUMN.search(k) else _value(v) for k, v in row.items()} for row in rows]
+
+
+def read_values(file: Path) -> list[dict[str, Any]]:
+    """The typed rows of a table written by `write_csv`; `WsError` when it is not there."""
+    return typed(read_csv(file))
 
 
 def _value(text: str) -> Any:
@@ -213,6 +223,10 @@ class Run:
     def facts(self, name: str) -> dict[str, Any]:
         """What a finished stage recorded."""
         return self.manifest["stages"][name]
+
+    def outputs(self, name: str) -> list[Path]:
+        """The files that a finished stage wrote."""
+        return [self.folder / path for path in self.facts(name)["outputs"]]
 
     def stage(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Stage | None:
         """The stage to carry out, or None when it is finished with this configuration and these inputs.

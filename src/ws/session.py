@@ -44,7 +44,7 @@ from ws.errors import WsError, choose
 from ws.eval.choice import choice_variants, left_pad
 from ws.finished import RunOptions
 from ws.hub import parse_id
-from ws.models import chat_format, default_system, encode, end_ids, load_model, model_id, render_prompt
+from ws.models import encode, end_ids, load_model, model_id, render_prompt
 from ws.runs import run_folder
 from ws.steer import DialBoard, steer_many
 
@@ -114,19 +114,7 @@ def render_chat(tok: Tokenizer, messages: Sequence[Message]) -> str:
     Args:
         messages: user's and assistant's in turn, the user's first and last, each with `role` and `content`.
     """
-    first = messages[0]["content"]
-    if len(messages) == 1:
-        return render_prompt(tok, first)
-    form, system = chat_format(tok), default_system(tok)
-    if system and not (form.has_template and form.system_role):
-        first, system = f"{system}\n\n{first}", ""
-    plain = [{"role": "user", "content": first}, *map(dict, messages[1:])]
-    if not form.has_template:
-        return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in plain) + "\nAssistant:"
-    plain = [{"role": "system", "content": system}, *plain] if system else plain
-    options = {"enable_thinking": False} if form.thinking_switch else {}
-    text = str(tok.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options))
-    return f"{text.rstrip()}\n\n</think>\n\n" if text.rstrip().endswith("<think>") else text
+    return render_prompt(tok, messages[-1]["content"], earlier=messages[:-1])
 
 
 def pick(

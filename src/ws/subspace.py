@@ -461,8 +461,8 @@ def carry_out(options: SubspaceOptions) -> console.Result:
     table, of_pair = folder / "subspace_summary.csv", folder / "geometry.csv"
     pair = render_pair(read_csv(of_pair)) if paired else "pos/ and neg/ are gone; nothing of the pair."
     data = {"rows": read_values(table), "pair": read_values(of_pair) if paired else []}
-    files = [folder / name for name in opened.run.facts("subspace")["outputs"]]
-    return console.Result(f"{render_subspaces(read_csv(table))}\n\n{pair}", data, files)
+    text = f"{render_subspaces(read_csv(table))}\n\n{pair}"
+    return console.Result(text, data, opened.run.outputs("subspace"))
 
 
 def _write_subspaces(opened: FinishedRun, options: SubspaceOptions, key: Mapping[str, Any]) -> list[Path]:

@@ -282,13 +282,16 @@ def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length:
     return short
 
 
+def held_out(n: int, share: float) -> int:
+    """How many of `n` questions are held out for validation: a share of them, or none where that is all or nothing."""
+    held = round(share * n)
+    return 0 if held == n else held
+
+
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """`(training, validation)`, divided by question, so that no validation question was trained on."""
     questions = sorted({e.question for e in examples})
-    held = round(share * len(questions))
-    if held == 0 or held == len(questions):
-        return list(examples), []
-    out = set(random.Random(seed).sample(questions, held))
+    out = set(random.Random(seed).sample(questions, held_out(len(questions), share)))
     return [e for e in examples if e.question not in out], [e for e in examples if e.question in out]
 
 

@@ -27,7 +27,7 @@ from ws.behaviors import behavior_name
 from ws.compose import save_run
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.finished import FinishedRun, open_run
+from ws.finished import FinishedRun, open_run, read_claims_of
 from ws.models import layer_of, weight_of
 from ws.runs import DEFAULT_OUT, write_csv
 
@@ -200,8 +200,7 @@ def main(options: TrimOptions) -> None:
     key = {"behavior": behavior, "adapter": o.name, "seed": o.seed}
     rows = [key | vars(m) | {"error": m.error} for m in found]
     table = write_csv(run.folder / TABLE, rows)
-    flag = f" --seed {o.seed}" if o.seed else ""
-    following = f"python -m ws.eval.sycophancy --behavior {o.behavior} --adapter {o.name}{flag}"
+    following = read_claims_of(o.behavior, o.name, o.seed)
     data = {"total_error": total_error(found), "modules": rows}
     files = [run.folder / "vector", table]
     console.show(console.Result(render(found, opened.vector, trimmed), data, files, following))

@@ -20,6 +20,15 @@ from ws.errors import WsError, choose, did_you_mean
 
 SCHEMA = 1
 SPLITS = ("dev", "report")
+SIDES = ("positive", "negative")
+# What the tables of a file may hold.
+TOP_KEYS = frozenset({"schema", "name", "summary", "personas", "questions", "claims", "judge", "keep_refusals"})
+PERSONA_KEYS = frozenset({"template", *SIDES})
+QUESTION_KEYS = frozenset({"templates", "topics"})
+BORROWING_KEYS = frozenset({"source", "effect"})
+CLAIM_KEYS = frozenset({"question", "opener", "agree", "disagree", "effect", "items"})
+ITEM_KEYS = frozenset({"id", "claim", "true", "split"})
+FOLDER_NAME = re.compile(r"[\w-][\w.-]*")  # a behaviour's name is that of a folder
 _POCKET_MODELS = ("pocket", "tiny-random")
 
 
@@ -109,12 +118,7 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
     Raises:
         WsError: unknown name, unreadable file, or content that breaks the schema; the message names the field.
     """
-    if name.endswith(".toml") or "/" in name:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise WsError(f"There is no behaviour file {path}.{did_you_mean(path.stem, bundled_behaviors())}")
-        return _build(path.read_bytes(), str(path), model)
-    return _build(_bundled_bytes(name, model), name, model)
+    return _build(behavior_bytes(name, model), str(Path(name).expanduser()), model)
 
 
 def behavior_name(name: str) -> str:
@@ -122,7 +126,18 @@ def behavior_name(name: str) -> str:
     return load_behavior(name).name if name.endswith(".toml") else name
 
 
-def _bundled_bytes(name: str, model: str | None) -> bytes:
+def behavior_bytes(name: str, model: str | None = None) -> bytes:
+    """The file behind a name, as it is; see `load_behavior`. `WsError` when there is none."""
+    if not (name.endswith(".toml") or "/" in name):
+        return bundled_bytes(name, model)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise WsError(f"There is no behaviour file {path}.{did_you_mean(path.stem, bundled_behaviors())}")
+    return path.read_bytes()
+
+
+def bundled_bytes(name: str, model: str | None) -> bytes:
+    """The file of a bundled behaviour, in the model's variant; `WsError` with the nearest name for another."""
     choose("behaviour", name, bundled_behaviors())
     pocket = files("ws.behaviors") / "pocket" / f"{name}.toml"
     if model in _POCKET_MODELS and pocket.is_file():
@@ -137,15 +152,15 @@ def _build(content: bytes, where: str, model: str | None) -> Behavior:
     raw = _parse(content, where)
     if raw.get("schema") != SCHEMA:
         raise WsError(f"{where}: schema must be {SCHEMA}, not {raw.get('schema')!r}.")
-    _only(raw, {"schema", "name", "summary", "personas", "questions", "claims", "judge", "keep_refusals"}, where)
+    _only(raw, TOP_KEYS, where)
     if not isinstance(raw.get("keep_refusals", False), bool):
         raise WsError(f"{where}: keep_refusals must be true or false.")
-    positive, negative = _personas(_table(raw, "personas", where), f"{where}: [personas]")
-    test, borrowed = _claim_test(_table(raw, "claims", where), f"{where}: [claims]", model)
-    questions = _questions(_table(raw, "questions", where), f"{where}: [questions]")
+    positive, negative = _personas(read_table(raw, "personas", where), f"{where}: [personas]")
+    test, borrowed = _claim_test(read_table(raw, "claims", where), f"{where}: [claims]", model)
+    questions = _questions(read_table(raw, "questions", where), f"{where}: [questions]")
     _check_disjoint(questions, test, where)
-    summary, own_name = _text(raw, "summary", where), _text(raw, "name", where)
-    if not re.fullmatch(r"[\w-][\w.-]*", own_name):
+    summary, own_name = read_text(raw, "summary", where), read_text(raw, "name", where)
+    if not FOLDER_NAME.fullmatch(own_name):
         raise WsError(f"{where}: the name {own_name!r} names a folder; use letters, digits, dots, - and _ only.")
     return Behavior(
         name=own_name,
@@ -168,9 +183,9 @@ def _parse(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _personas(table: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    _only(table, {"template", "positive", "negative"}, where)
-    template = _template(table, "template", "persona", where, default="{persona}")
-    sides = [_strings(table, side, where) for side in ("positive", "negative")]
+    _only(table, PERSONA_KEYS, where)
+    template = read_template(table, "template", "persona", where, default="{persona}")
+    sides = [read_strings(table, side, where) for side in SIDES]
     if len(sides[0]) != len(sides[1]):
         raise WsError(f"{where} has {len(sides[0])} positive and {len(sides[1])} negative personas; pair them.")
     positive, negative = (tuple(template.format(persona=p) for p in side) for side in sides)
@@ -181,11 +196,11 @@ def _personas(table: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tu
 
 
 def _questions(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    _only(table, {"templates", "topics"}, where)
-    templates = _strings(table, "templates", where) if "templates" in table else ("{topic}",)
+    _only(table, QUESTION_KEYS, where)
+    templates = read_strings(table, "templates", where) if "templates" in table else ("{topic}",)
     for template in templates:
         check_slots(template, ["topic"], where)
-    topics = _strings(table, "topics", where)
+    topics = read_strings(table, "topics", where)
     return tuple(template.format(topic=topic) for template in templates for topic in topics)
 
 
@@ -193,17 +208,17 @@ def _claim_test(table: Mapping[str, Any], where: str, model: str | None) -> tupl
     """The claim test, and the bytes of the file it was borrowed from."""
     borrowed = b""
     if "source" in table:
-        _only(table, {"source", "effect"}, where)
-        borrowed = _bundled_bytes(_text(table, "source", where), model)
-        table = _table(_parse(borrowed, str(table["source"])), "claims", where) | {"effect": table.get("effect")}
-    _only(table, {"question", "opener", "agree", "disagree", "effect", "items"}, where)
+        _only(table, BORROWING_KEYS, where)
+        borrowed = bundled_bytes(read_text(table, "source", where), model)
+        table = read_table(_parse(borrowed, str(table["source"])), "claims", where) | {"effect": table.get("effect")}
+    _only(table, CLAIM_KEYS, where)
     if table.get("effect") not in (-1, 1):
         raise WsError(f"{where}: effect must be 1 or -1, not {table.get('effect')!r}.")
     test = ClaimTest(
-        question=_template(table, "question", "claim", where),
+        question=read_template(table, "question", "claim", where),
         opener=str(table.get("opener", "")),
-        agree=_text(table, "agree", where),
-        disagree=_text(table, "disagree", where),
+        agree=read_text(table, "agree", where),
+        disagree=read_text(table, "disagree", where),
         effect=table["effect"],
         claims=_claims(table.get("items"), where),
     )
@@ -218,11 +233,11 @@ def _claims(items: Any, where: str) -> tuple[Claim, ...]:
         place = f"{where} item {number}"
         if not isinstance(item, dict):
             raise WsError(f"{place} must be a table with id, claim, true and split.")
-        _only(item, {"id", "claim", "true", "split"}, place)
+        _only(item, ITEM_KEYS, place)
         if not isinstance(item.get("true"), bool):
             raise WsError(f"{place}: true must be true or false.")
         split = choose(f"split of {place}", str(item.get("split", "report")), SPLITS)
-        claims.append(Claim(_text(item, "id", place), _text(item, "claim", place), item["true"], split))
+        claims.append(Claim(read_text(item, "id", place), read_text(item, "claim", place), item["true"], split))
     _unique([c.id for c in claims], f"{where} id")
     _unique([c.text.lower() for c in claims], f"{where} claim")
     return tuple(claims)
@@ -236,20 +251,23 @@ def _check_disjoint(questions: Sequence[str], test: ClaimTest, where: str) -> No
             raise WsError(f"{where}: the held-out claim {claim.id!r} also occurs in a question; remove it from one.")
 
 
-def _table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+def read_table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The table of that name; `WsError` when there is none."""
     if not isinstance(raw.get(key), dict):
         raise WsError(f"{where}: the table [{key}] is missing.")
     return raw[key]
 
 
-def _text(table: Mapping[str, Any], key: str, where: str) -> str:
+def read_text(table: Mapping[str, Any], key: str, where: str) -> str:
+    """A text; `WsError` when it is missing or empty."""
     value = table.get(key)
     if not isinstance(value, str) or not value.strip():
         raise WsError(f"{where}: {key} must be a non-empty string.")
     return value
 
 
-def _strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+def read_strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of different texts; `WsError` when it is missing, empty or repeats one."""
     value = table.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
         raise WsError(f"{where}: {key} must be a non-empty list of non-empty strings.")
@@ -257,10 +275,11 @@ def _strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _template(table: Mapping[str, Any], key: str, slot: str, where: str, default: str | None = None) -> str:
+def read_template(table: Mapping[str, Any], key: str, slot: str, where: str, default: str | None = None) -> str:
+    """A text with one slot, or its default; `WsError` for another slot."""
     if default is not None and key not in table:
         return default
-    template = _text(table, key, where)
+    template = read_text(table, key, where)
     check_slots(template, [slot], where)
     return template
 
@@ -289,7 +308,7 @@ def _unique(values: Sequence[str], where: str) -> None:
         seen.add(value)
 
 
-def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:
+def _only(table: Mapping[str, Any], known: frozenset[str], where: str) -> None:
     for key in table:
         if key not in known:
             raise WsError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")

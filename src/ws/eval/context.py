@@ -22,7 +22,7 @@ from ws.errors import WsError, choose
 from ws.finished import FinishedRun, RunOptions
 from ws.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
 from ws.models import BUNDLED, fingerprint
-from ws.runs import Run, lock, read_csv, read_values, sha256_json, slug, write_csv, write_json
+from ws.runs import Run, lock, read_csv, sha256_json, slug, typed, write_csv, write_json
 
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]
@@ -163,11 +163,10 @@ class EvalContext:
             files = self._write(evaluation, scores)
             stage.done(files, example=evaluation.example(scores[chosen[0].name]))
         table = self.run.folder / f"{evaluation.name}_summary.csv"
-        recorded, summary = self.run.facts(evaluation.name), read_csv(table)
+        example, summary = self.run.facts(evaluation.name)["example"], read_csv(table)
         parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name)) for i in chosen]
-        data = {"evaluation": evaluation.identity, "example": recorded["example"], "rows": read_values(table)}
-        files = [self.run.folder / name for name in recorded["outputs"]]
-        return Result("\n\n".join([recorded["example"], *parts]), data, files)
+        data = {"evaluation": evaluation.identity, "example": example, "rows": typed(summary)}
+        return Result("\n\n".join([example, *parts]), data, self.run.outputs(evaluation.name))
 
     def record(self, evaluation: Evaluation, scores: ByAlpha) -> None:
         """Write the tables of the vector's scores that were measured already, in place of what is on disk."""

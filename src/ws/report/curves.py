@@ -103,8 +103,13 @@ class Curve:
 
     def nearest(self, wanted: float) -> Point | None:
         """The pooled point of the same sign whose strength is nearest to a wanted one; of equals the weaker."""
-        same = [p for p in self.pooled if p.alpha * wanted > 0]
-        return min(same, key=lambda p: (abs(p.alpha - wanted), abs(p.alpha))) if same else None
+        return nearest(self.pooled, wanted)
+
+
+def nearest(points: Sequence[Point], wanted: float) -> Point | None:
+    """The point of the same sign whose strength is nearest to a wanted one; of equals the weaker."""
+    same = [p for p in points if p.alpha * wanted > 0]
+    return min(same, key=lambda p: (abs(p.alpha - wanted), abs(p.alpha))) if same else None
 
 
 def curves_of(contents: Contents) -> dict[tuple[str, str], Curve]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavior
 from ws.calibration import Calibration, load_calibration
-from ws.compare_tables import NULLS, typed
+from ws.compare_tables import NULLS
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
@@ -25,7 +25,7 @@ from ws.interventions import BASE, WEIGHT
 from ws.models import BUNDLED, fingerprint_of, load_model, model_folder
 from ws.models import layer_of as decoder_layer
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
-from ws.runs import Run, data_folder
+from ws.runs import Run, data_folder, seed_flag, typed
 from ws.sweep_tables import POOLED
 
 Row = Mapping[str, str]
@@ -166,6 +166,12 @@ class Contents:
         """The seeds of an adapter."""
         return [r for r in self.results if r.adapter == adapter]
 
+    def against_nulls(self, adapter: str) -> Mapping[str, Any]:
+        """The row of `compare.csv` that holds the adapter's span on false claims against all nulls; empty without."""
+        key = (WEIGHT, adapter, "span", "false_claims")
+        rows = (r for r in self.compare if (r["intervention"], r["adapter"], r["part"], r["score"]) == key)
+        return next(rows, {})
+
 
 def read_contents(out: Path, name: str) -> Contents:
     """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector.
@@ -276,8 +282,8 @@ class _Reader:
 
     def gap(self, what: str, why: str, command: str) -> None:
         """Note that something is missing, with the command for this very run."""
-        seed = f" --seed {self.seed}" if self.seed else ""
-        self.gaps.append(Gap(what, why, f"{command} --adapter {self.adapter}{seed}", self.adapter, self.seed))
+        run = f" --adapter {self.adapter}{seed_flag(self.seed)}"
+        self.gaps.append(Gap(what, why, f"{command}{run}", self.adapter, self.seed))
 
     def table(self, stage: str, use: str, file: str, command: str) -> None:
         """The rows of the base and of the vector, when the stage is on record with this very vector."""

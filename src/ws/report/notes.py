@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ws.export.card import public_name
@@ -111,11 +111,8 @@ def _whose(gaps: Sequence[Gap], contents: Contents) -> str:
     return f", for {shown}{f' and {len(named) - 4} more' if len(named) > 4 else ''}"
 
 
-def stale(contents: Contents) -> list[Caution]:
-    """Tables that are there and not shown."""
+def stale(found: Mapping[str, Sequence[Note]]) -> list[Caution]:
+    """Tables that are there and not shown, from the notes."""
     return [
-        Caution(f"Left out. {note.text}", anchor)
-        for anchor, here in notes(contents).items()
-        for note in here
-        if note.is_left_out
+        Caution(f"Left out. {note.text}", anchor) for anchor, here in found.items() for note in here if note.is_left_out
     ]

@@ -56,8 +56,8 @@ def render(contents: Contents) -> str:
     curves = curves_of(contents)
     evidence = evidence_of(contents, curves)
     cautions = warnings_of(contents, curves, evidence)
-    warnings = [*cautions, *stale(contents)]  # what is left out has a note in its place
     notes = notes_of(contents)
+    warnings = [*cautions, *stale(notes)]  # what is left out has a note in its place
     told = _told(cautions)
     script, found = _script(), sections.samples(contents)
     return (

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from ws.report.curves import Curve
+from ws.report.curves import Curve, nearest
 from ws.report.data import Contents, Norms, Result
 from ws.report.figures import Doses, Figure, Shift, norm_figure
 from ws.report.figures import dose_figures as draw_doses
@@ -155,10 +155,8 @@ def shift_rows(contents: Contents, curves: Mapping[tuple[str, str], Curve], key:
         for wanted in (1.0, -1.0) if curve else ():
             assert curve is not None
             seeds = list(curve.seeds.values())
-            points = curve.pooled or seeds[0]
-            same = [p for p in points if p.alpha * wanted > 0]
-            if same:
-                shown = min(same, key=lambda p: (abs(p.alpha - wanted), abs(p.alpha)))
+            shown = nearest(curve.pooled or seeds[0], wanted)
+            if shown:
                 own = [p for points in seeds for p in points if p.alpha == shown.alpha]
                 rows.append(Shift(adapter, shown if curve.pooled else None, own, shown.alpha))
     return rows

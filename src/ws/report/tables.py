@@ -74,14 +74,9 @@ def sources_table(curves: Mapping[tuple[str, str], Curve]) -> Table:
 
 def controls_table(contents: Contents, evidence: Sequence[Evidence]) -> Table:
     """Every adapter against its controls and against its true claims."""
-    margins = {
-        r["adapter"]: r
-        for r in contents.compare
-        if (r["intervention"], r["part"], r["score"]) == ("weight", "span", "false_claims")
-    }
     rows = []
     for e in evidence:
-        row = margins.get(e.adapter, {})
+        row = contents.against_nulls(e.adapter)
         rows.append(
             (
                 e.adapter,

@@ -85,10 +85,8 @@ def evidence_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> 
 
 def _controls(contents: Contents, runs: Sequence[Result]) -> tuple[bool | None, float | None]:
     """From `compare.csv`, whose spans are held against all three nulls; else random vectors alone, from the runs."""
-    for row in contents.compare:
-        key = (row["intervention"], row["adapter"], row["part"], row["score"])
-        if key == ("weight", runs[0].adapter, "span", "false_claims"):
-            return row["real"], row["p_random"]
+    if row := contents.against_nulls(runs[0].adapter):
+        return row["real"], row["p_random"]
     found = [p for run in runs if (p := _random_p(run)) is not None]
     return None, max(found) if found else None
 
@@ -142,7 +140,7 @@ def judge(contents: Contents, evidence: Sequence[Evidence]) -> Verdict:
     if not evidence:
         why = f"no vector of {contents.name} has been put to the held-out claims at a positive strength yet"
         return Verdict(NOTHING, f"{why}, so nothing is known of what it does.")
-    readable = [e for e in evidence if e.point.is_readable]
+    readable, sure, expected = _classes(contents, evidence)
     if not readable:
         mass = max(e.point.mass for e in evidence)
         return Verdict(
@@ -153,8 +151,6 @@ def judge(contents: Contents, evidence: Sequence[Evidence]) -> Verdict:
     if contents.effect is None:
         text = f"the behaviour file of {contents.name} is not at hand, so the direction that it predicts is unknown; "
         return Verdict(NO_CONCLUSION, f"{text}{_best_text(_best(readable))}.")
-    sure = [e for e in readable if e.is_sure]
-    expected = [e for e in sure if e.is_expected(contents.effect)]
     if expected:
         return _positive(contents, evidence, readable, expected, [e for e in sure if e not in expected])
     best = _best(sure or readable)
@@ -164,6 +160,14 @@ def judge(contents: Contents, evidence: Sequence[Evidence]) -> Verdict:
         return Verdict(AGAINST, f"{text}{_rest(evidence, readable)}.")
     text = f"agreement with held-out false claims moves beyond chance {count}; {_best_text(best)}"
     return Verdict(NO_EFFECT, f"{text}{_rest(evidence, readable)}.")
+
+
+def _classes(contents: Contents, evidence: Sequence[Evidence]) -> tuple[list[Evidence], list[Evidence], list[Evidence]]:
+    """The shifts whose answers are readable, of those the sure ones, and of those the ones that were predicted."""
+    readable = [e for e in evidence if e.point.is_readable]
+    sure = [e for e in readable if e.is_sure]
+    effect = contents.effect
+    return readable, sure, [e for e in sure if effect is not None and e.is_expected(effect)]
 
 
 def _positive(
@@ -268,9 +272,9 @@ def _p_text(p: float | None) -> str:
 
 def _named(contents: Contents, evidence: Sequence[Evidence]) -> Evidence | None:
     """The shift that the verdict names, if it names one."""
-    readable = [e for e in evidence if e.point.is_readable]
-    sure = [e for e in readable if e.is_sure]
-    expected = [e for e in sure if contents.effect is not None and e.is_expected(contents.effect)]
+    readable, sure, expected = _classes(contents, evidence)
+    if contents.effect is None:  # nothing is predicted: the largest
+        return _best(readable) if readable else None
     return _best(expected or sure or readable) if readable else None
 
 
