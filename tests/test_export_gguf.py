@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 
 import ws
 from conftest import SHAPE, tokens
+from gguf_files import ARCHITECTURES, NAMES, as_llama_cpp, write_base
 from ws import console
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
@@ -25,16 +26,6 @@ from ws.models import encode, fingerprint, linear_size, render_prompt
 
 PEER = Path(__file__).with_name("peer_llama_cpp.py")
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
-ARCHITECTURES = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "mistral": "llama"}
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def build(kind: str):
@@ -64,25 +55,6 @@ def planted(model, size: float = 0.1, base_id: str = "base") -> ws.SteeringVecto
     deltas["model.layers.1.mlp.up_proj"] = LinearDelta(*linear_size(model.model.layers[1].mlp.up_proj))
     info = {"behavior": "honesty", "family": "lora", "seed": 7, "depth": 3}
     return ws.SteeringVector(deltas, base_id, fingerprint(model), {"seed": 0}, info)
-
-
-def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp has them in its Llama architecture: the two that one angle rotates stand side by side."""
-    mixed, size = np.empty_like(rows), len(rows) // heads
-    for head in range(heads):
-        for j in range(size // 2):
-            mixed[head * size + 2 * j] = rows[head * size + j]
-            mixed[head * size + 2 * j + 1] = rows[head * size + size // 2 + j]
-    return mixed
-
-
-def as_llama_cpp(name: str, rows: np.ndarray, config) -> np.ndarray:
-    """A weight or bias of transformers with its rows in llama.cpp's order."""
-    if config.model_type in ("llama", "mistral") and ".q_proj" in name:
-        return neighbours(rows, config.num_attention_heads)
-    if config.model_type in ("llama", "mistral") and ".k_proj" in name:
-        return neighbours(rows, config.num_key_value_heads)
-    return rows
 
 
 def gguf_name(module: str) -> str:
@@ -314,36 +286,6 @@ def llama_python() -> list[str]:
         if where and not done.returncode:
             return command
     pytest.skip(f"uv could not build llama-cpp-python: {done.stderr.strip()[-300:]}")
-
-
-def write_base(model, file: Path) -> None:
-    """The model itself in GGUF, float32, without a vocabulary: as much of llama.cpp's converter as the test needs."""
-    config, arch = model.config, ARCHITECTURES[model.config.model_type]
-    writer = gguf.GGUFWriter(file, arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        rows = np.ascontiguousarray(as_llama_cpp(name, tensor.float().numpy(), config))
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), rows)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def llama_cpp_logits(command: list[str], folder: Path, ids: list[int], scales: list[float]) -> np.ndarray:

@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ws.console import progress
 from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
+from ws.gguf_base import gguf_file
 from ws.hub import find
 from ws.models import (
     as_matrix,
@@ -111,6 +112,11 @@ class Checkpoint:
 def _folder_of(name: str) -> Path:
     if name == "tiny-random":
         raise WsError("tiny-random has no files; save it first (`model.save_pretrained`) and name the folder.")
+    if gguf_file(name) is not None:
+        raise WsError(
+            f"{name} is a GGUF file, whose blocks cannot be patched or compared tensor by tensor; save what it "
+            "expands to (`model.save_pretrained`) and name that folder, or make a LoRA for it (`ws export gguf-lora`)."
+        )
     return find(Path(model_folder(name)).expanduser() if name == "pocket" else name, ["*.safetensors", *SIDE_FILES])
 
 

@@ -1,7 +1,8 @@
 """Models and tokenizers by name, what their chat template can do, and which linear layers they have.
 
-`load_model` takes a Hugging Face id, a local folder, `pocket` (the bundled model) or `tiny-random` (random weights, for
-smoke tests). Only safetensors weights are read and no code from a repository is run.
+`load_model` takes a Hugging Face id, a local folder, a GGUF file, `pocket` (the bundled model), `smollm2` (a small real
+one, from a package) or `tiny-random` (random weights, for smoke tests). Only safetensors and GGUF weights are read and
+no code from a repository is run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -38,8 +40,9 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ws.console import quiet_transformers
+from ws.console import quiet_transformers, say
 from ws.errors import WsError, choose, did_you_mean
+from ws.gguf_base import SMOLLM2, gguf_file, read_header, without_bars
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED = ("pocket", "tiny-random")
@@ -61,20 +64,23 @@ def load_model(
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name: a Hugging Face id, a local folder, `pocket` or `tiny-random`.
+        name: a Hugging Face id, a local folder, a `.gguf` file, `pocket`, `smollm2` or `tiny-random`.
         device: `auto` (CUDA, else MPS, else CPU), a torch device, or `map` to spread a model that fits on no device
             over all of them, then over CPU memory and disk (accelerate's `device_map="auto"`).
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; `8bit` or `4bit` pack the weights of
-            linear layers (bitsandbytes, the extra `quantized`).
+        dtype: `auto` (the checkpoint's own; float32 for a quantised GGUF file), `float32`, `bfloat16` or `float16`;
+            `8bit` or `4bit` pack the weights of linear layers (bitsandbytes, the extra `quantized`).
         offload: with `map`, the folder for what fits nowhere else.
         max_memory: with `map`, the room on every device, such as `{0: "20GiB", "cpu": "60GiB"}`; None for all there is.
 
     Raises:
-        WsError: the name is unknown, the hub cannot be reached, or the files are not a safetensors checkpoint.
+        WsError: the name is unknown, the hub cannot be reached, or the files are neither a safetensors checkpoint nor a
+            GGUF model that transformers reads.
     """
     quiet_transformers()
     options = _placement(device, dtype, offload, max_memory)
-    if name == "tiny-random":
+    if (file := gguf_file(name)) is not None:
+        model, tok = _load_gguf(name, file, options), load_tokenizer(name)
+    elif name == "tiny-random":
         if "device_map" in options:
             raise WsError("tiny-random has no files to spread or to pack; use `--model pocket`.")
         model, tok = tiny_random(), load_tokenizer("pocket")
@@ -85,7 +91,7 @@ def load_model(
             name, AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True
         )
         _refuse_missing_weights(name, info["missing_keys"])
-    if name in BUNDLED:
+    if name in BUNDLED or file is not None:
         model.config._name_or_path = model.name_or_path = name
     return (model if "device_map" in options else model.to(_resolve_device(device))).eval(), tok
 
@@ -107,6 +113,22 @@ def _placement(
         raise WsError("Packed weights need bitsandbytes; install it with `uv sync --extra quantized`.")
     packing = BitsAndBytesConfig(load_in_4bit=dtype == "4bit", load_in_8bit=dtype == "8bit")
     return options | {"dtype": "auto", "quantization_config": packing}
+
+
+def _load_gguf(name: str, file: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A GGUF model with every weight expanded, as any other model: it can be trained, saved and compared."""
+    if "device_map" in options:
+        raise WsError(f"{name} is a GGUF file, which is expanded whole; leave out --device map and packed dtypes.")
+    say(read_header(file).describe())
+    expanded = GgufConfig(dequantize=True)
+    model, info = _from_pretrained(
+        name, AutoModelForCausalLM, **options, quantization_config=expanded, output_loading_info=True
+    )
+    _refuse_missing_weights(name, info["missing_keys"])
+    # Transformers goes on calling it quantised, and would neither train nor save it.
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    return model
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -152,9 +174,13 @@ def model_folder(name: str) -> str:
 
 def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
     source = model_folder(name)
+    if (file := gguf_file(name)) is not None:
+        read_header(file)
+        source, options = str(file.parent), options | {"gguf_file": file.name}
     local = Path(source).is_dir() or hub_is_out_of_reach()
     try:
-        return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
+        with without_bars():
+            return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise WsError(_why_not_loaded(name, problem)) from problem
 
@@ -178,6 +204,8 @@ def hub_is_out_of_reach() -> bool:
 def _why_not_loaded(name: str, problem: Exception) -> str:
     text, first = str(problem), str(problem).strip().split("\n")[0]
     folder = Path(name).expanduser()
+    if gguf_file(name) is not None:
+        return f"The GGUF file {name} cannot be read by transformers ({first})."
     if name == "pocket":
         return f"The bundled pocket model could not be read ({first}); reinstall the package."
     if folder.is_dir():
@@ -193,7 +221,7 @@ def _why_not_loaded(name: str, problem: Exception) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"There is no folder {name}; give an existing folder or a hub id such as {DEFAULT_MODEL}."
     if "/" not in name:
-        hint = did_you_mean(name, [*BUNDLED, DEFAULT_MODEL])
+        hint = did_you_mean(name, [*BUNDLED, SMOLLM2, DEFAULT_MODEL])
         return f"There is no model named {name!r}: not bundled, not a folder, not found on the hub.{hint}"
     if "gated" in text.lower() or "401" in text or "404" in text or "not a valid model identifier" in text:
         return f"The hub has no model {name!r} that you may read; check the spelling, or log in with `hf auth login`."

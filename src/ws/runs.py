@@ -37,7 +37,9 @@ DEFAULT_OUT = Path("out")
 
 
 def slug(name: str) -> str:
-    """A model id or path as one folder name: `Qwen/Qwen3-0.6B` becomes `Qwen--Qwen3-0.6B`."""
+    """A model id or path as one folder name: `Qwen/Qwen3-0.6B` becomes `Qwen--Qwen3-0.6B`, of a path the last part."""
+    if name.endswith(".gguf"):
+        return Path(name).stem
     return Path(name).name if Path(name).is_dir() else name.replace("/", "--")
 
 

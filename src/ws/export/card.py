@@ -126,7 +126,9 @@ def stale_evaluations(about: Subject) -> list[str]:
 
 def is_local(name: str) -> bool:
     """Whether a name is a place on this machine rather than a bundled model or a name on the hub."""
-    return name not in BUNDLED and (bool(_PLACE.match(name)) or name.count("/") > 1 or Path(name).is_dir())
+    return name not in BUNDLED and (
+        bool(_PLACE.match(name)) or name.count("/") > 1 or name.endswith(".gguf") or Path(name).is_dir()
+    )
 
 
 def public_name(name: str) -> str:
