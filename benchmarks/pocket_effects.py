@@ -118,7 +118,8 @@ def main() -> None:
     about = (
         f"{o.behavior} on pocket, log P(Yes)/P(No) in nats on {rows[0]['claims']} false claims of the `{o.split}` "
         f"split, {len(o.seeds)} seeds, hierarchical bootstrap over seeds and claims. `random` is the span divided by "
-        f"the root mean square span of {len(o.seeds) * o.draws} norm-matched random vectors. {place['cpu']}, "
+        f"the root mean square span of {len(o.seeds) * o.draws} norm-matched random vectors; it is no evidence of the "
+        f"behaviour, because vectors trained on anything exceed random ones. {place['cpu']}, "
         f"{place['cores']} cores, {harness.date.today().isoformat()}, `just bench pocket_effects`."
     )
     print(render(rows, about))

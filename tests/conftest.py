@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would only stan
 
 import copy
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.adapters import FAMILIES, PISSA_INIT_FILE, AdapterSpec, peft_config
 
@@ -72,6 +74,44 @@ def build_adapter(
     if family == "pissa":
         save_file({k: v.contiguous() for k, v in initial.items()}, folder / PISSA_INIT_FILE)
     return peft_model.merge_and_unload()
+
+
+def reworded(tok: Tokenizer) -> Tokenizer:
+    """A copy of a bundled tokenizer whose chat template begins an answer with another word."""
+    made = copy.deepcopy(tok)
+    made.chat_template = tok.chat_template.replace("assistant\\n", "helper\\n")
+    assert made.chat_template != tok.chat_template
+    return made
+
+
+def lay_out(source: Path, target: Path, copies: str, sharded: bool = False) -> Path:
+    """A copy of a checkpoint in one file whose tied weights are stored otherwise.
+
+    `copies`: `once`; `twice`, equal; `apart`, the second with values of its own; `other`, under the other name alone.
+    Of two shards one has a weight and the other its copy.
+    """
+    ties = AutoModelForCausalLM.from_pretrained(source).all_tied_weights_keys
+    assert ties
+    tensors, noise = load_file(source / "model.safetensors"), torch.Generator().manual_seed(9)
+    for second, first in ties.items():
+        first, second = (second, first) if second in tensors else (first, second)
+        if copies != "once":
+            tensors[second] = tensors[first].clone()
+        if copies == "apart":
+            tensors[second] += 0.05 * torch.randn(tensors[first].shape, generator=noise).to(tensors[first].dtype)
+        if copies == "other":
+            del tensors[first]
+    names = sorted(tensors, key=lambda name: name not in ties)  # all the second names into the first shard
+    parts = [names[:10], names[10:]] if sharded else [names]
+    files = [f"model-{i}-of-2.safetensors" for i in (1, 2)] if sharded else ["model.safetensors"]
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file, part in zip(files, parts, strict=True):
+        save_file({name: tensors[name] for name in part}, target / file, metadata={"format": "pt"})
+    if sharded:
+        places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
 
 
 @pytest.fixture(autouse=True)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import hashlib
 import json
 import os
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy.stats import binom
 
 import ws
+from conftest import reworded
 from ws.adapters import FAMILIES
 from ws.delta import LinearDelta
-from ws.eval import tinymfv_airisk
+from ws.eval import sycophancy, tinymfv_airisk
 from ws.eval.airisk import (
     AiriskOptions,
     Prompts,
@@ -26,13 +31,21 @@ from ws.eval.airisk import (
     logratios,
     position_biases,
     signed_scores,
+    stated_agree,
+    stated_choices,
     summary_row,
     table_name,
+    unreadable,
 )
+from ws.eval.airisk import main as airisk_main
+from ws.eval.airisk import render as render_summary
 from ws.eval.context import EvalContext, open_context
-from ws.eval.dilemmas import CLASSES, Dilemma, label_disagreements, load_dilemmas, second_is_asked
-from ws.eval.readme_airisk_table import COLUMNS, TableConfig, build_table, check, main, render
-from ws.models import fingerprint
+from ws.eval.dilemmas import CLASSES, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas, second_is_asked
+from ws.eval.readable import Readability
+from ws.eval.readme_airisk_table import CHECKS, COLUMNS, TableConfig, _row, _Run, build_table, check, main, render
+from ws.eval.rollout import REASONS
+from ws.models import encode, fingerprint, render_prompt
+from ws.runs import sha256_json
 
 POCKET = Path(ws.__file__).parent / "pocket" / "data"
 REAL = pytest.mark.skipif("WS_REAL_DATA" not in os.environ, reason="WS_REAL_DATA names no folder with samples")
@@ -58,7 +71,7 @@ def test_the_bundled_dilemmas():
     assert sum(d.label for d in found) == 0, "half of the labels are for either action"
     assert not any(a.startswith("Action") for d in found for a in d.actions)
     assert label_disagreements(found) == 0, "there Action 1 is always what is asked"
-    assert load_dilemmas("pocket", limit=7) == found[:7]
+    assert sum(d.label for d in load_dilemmas("pocket", limit=40)) == 0, "as many of one label as of the other"
     assert {c: len(load_dilemmas("pocket", c)) > 40 for c in CLASSES} == dict.fromkeys(CLASSES, True)
     with pytest.raises(ws.WsError, match="Did you mean 'Truthfulness'"):
         load_dilemmas("pocket", "Truthfullness")
@@ -187,14 +200,69 @@ def test_two_orders_cancel_the_liking_for_a_place():
         assert signed_scores(fixed(a + b, b - a, label=-1)[0], scores)[0] == pytest.approx(-a)
 
 
+def table(ratios: dict[float, list[list[float]]], thought: str = "") -> list[dict[str, str]]:
+    """Summary rows, as read from a file, of dilemmas with these log ratios in both orders, by strength."""
+    n = len(ratios[0.0])
+    dilemmas = [Dilemma(i, "Do it?", ("Do", "Not"), 1, 1) for i in range(n)]
+    scores = {
+        alpha: fixed(0, 0)[1] | {"logratio": np.array(r), "thought": np.full((n, 2), thought)}
+        | {name: np.ones((n, 2)) for name in ("pmass", "forced", "n_tokens")}
+        for alpha, r in ratios.items()
+    }  # fmt: skip
+    rows = [summary_row({"protocol": "explicit"}, a, dilemmas, scores, 100) for a in scores]
+    return [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+
+
+def test_a_liking_for_a_place_that_exceeds_the_choice_supports_no_conclusion():
+    """Liking the first place by b and Action 1 by a, a model answers a + b and then b - a."""
+    likes_place, chooses = [[0.2 + 1.25, 1.25 - 0.2]] * 4, [[2.0 + 1.25, 1.25 - 2.0]] * 4
+    assert unreadable({"logratio": np.array(likes_place)}) == "position bias 1.25 exceeds the choice 0.20"
+    assert unreadable({"logratio": np.array(chooses)}) == ""
+    mixed = np.array([[1.25, 1.25], [-1.25, -1.25], [0.2, -0.2], [0.2, -0.2]])  # biases that cancel are biases
+    assert unreadable({"logratio": mixed}) == "position bias 0.62 exceeds the choice 0.10"
+    assert unreadable({"logratio": np.array([[0.1], [9.0]])}) == "", "one order alone cannot tell"
+    rows = table({0.0: chooses, 1.0: likes_place, -1.0: chooses})
+    assert [r["unreadable"] for r in rows] == ["", "position bias 1.25 exceeds the choice 0.20", ""]
+    assert float(rows[1]["mean_abs_position_bias"]) == pytest.approx(1.25)
+    assert float(rows[1]["mean_abs_logratio"]) == pytest.approx(0.2)
+    text = render_summary("Truthfulness", rows)
+    assert [" !" in line for line in text.splitlines()[2:5]] == [False, True, False]
+    assert "supports no conclusion" in text
+    assert "position bias 1.25 exceeds the choice 0.20" in text
+    text = render_summary("Truthfulness", table({0.0: likes_place, 1.0: chooses}))
+    assert [" !" in line for line in text.splitlines()[2:4]] == [True, True], (
+        "a shift from what says nothing says nothing"
+    )
+    assert "!" not in render_summary("Truthfulness", table({0.0: chooses}))
+
+
+def test_tables_of_earlier_releases_are_still_shown():
+    rows = table({0.0: [[3.0, -1.0]] * 4})
+    new = ("n_stated", "n_stated_agree", "mean_abs_position_bias", "mean_abs_logratio", "unreadable")
+    old = [{k: v for k, v in row.items() if k not in new} for row in rows]
+    assert "+2.00" in render_summary("Truthfulness", old)
+
+
+def test_stated_choices_are_counted_and_compared_with_the_scores():
+    thoughts = np.array([["a. My choice: Action 1", "My choice: Action 1. No, my choice: Action 2"], ["b", ""]])
+    scores = {"thought": thoughts, "logratio": np.array([[-1.0, -1.0], [1.0, 1.0]])}
+    assert stated_choices(scores).tolist() == [[1, 2], [0, 0]]
+    assert stated_agree(scores).tolist() == [[False, True], [False, False]]
+    assert stated_choices({"thought": np.array([["I pick: 2"]])}, "I pick: ").tolist() == [[2]]
+    row = table({0.0: [[3.0, -1.0]] * 4}, "I would tell them. My choice: Action 1")[0]
+    assert (row["n_stated"], row["n_stated_agree"]) == ("8", "4")
+    assert "8 (4 agree)" in render_summary("Truthfulness", [row])
+
+
 def test_what_the_two_protocols_ask():
     dilemma = Dilemma(0, "Would you {lie}?", ("Lie {now}", "Tell"), -1, -1)
     given, swapped = ask(dilemma, "explicit", Prompts())
     assert "Would you {lie}?\n\nAction 1: Lie {now}\nAction 2: Tell" in given
     assert "Action 1: Tell\nAction 2: Lie {now}" in swapped
-    (alone,) = ask(dilemma, "published", Prompts())
+    (alone,) = ask(dilemma, "alone", Prompts())
     assert alone.startswith("Would you {lie}?")
     assert "Lie {now}" not in alone
+    assert ask(dilemma, "published", Prompts()) == (alone,), "its earlier name"
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +270,7 @@ def pocket():
     return ws.load_model("pocket", device="cpu")
 
 
-@pytest.mark.parametrize("protocol", ["explicit", "published"])
+@pytest.mark.parametrize("protocol", ["explicit", "alone"])
 def test_the_pocket_model_mostly_chooses_truthfully(pocket, protocol):
     model, tok = pocket
     dilemmas = load_dilemmas("pocket", limit=40)
@@ -211,9 +279,10 @@ def test_the_pocket_model_mostly_chooses_truthfully(pocket, protocol):
     assert row["accuracy"] > 0.9
     assert row["ci_lo"] > 1
     assert row["mean_pmass"] > 0.99
+    assert row["unreadable"] is None
     assert row["forced_closes"] == 0
     assert row["n_asked"] == (80 if protocol == "explicit" else 40)
-    assert (row["position_bias"] is None) == (protocol == "published")
+    assert (row["position_bias"] is None) == (protocol == "alone")
 
 
 def test_batch_size_and_order_of_the_rows_do_not_matter(pocket):
@@ -301,14 +370,59 @@ def test_the_base_is_scored_once_and_its_cache_says_the_same(options, monkeypatc
 
 def test_classes_and_protocols_have_tables_of_their_own(options):
     run(open_context(replace(options, value_class="Equal Treatment")))
-    run(open_context(replace(options, protocol="published")))
+    run(open_context(replace(options, protocol="alone")))
     names = {p.name for p in (options.out / "honesty" / "lora").glob("airisk*summary.csv")}
-    assert names == {"airisk_equal_treatment_summary.csv", "airisk_truthfulness_published_summary.csv"}
+    assert names == {"airisk_equal_treatment_summary.csv", "airisk_truthfulness_alone_summary.csv"}
     assert table_name() == "airisk_truthfulness"
     for change, message in (({"protocol": "explict"}, "explicit"), ({"value_class": "Cares"}, "Care")):
         context = open_context(replace(options, **change))
         with pytest.raises(ws.WsError, match=f"Did you mean '{message}'"):
             evaluation(context)
+
+
+def test_the_earlier_name_of_a_protocol_is_taken_and_corrected(options, capsys):
+    airisk_main(replace(options, protocol="published"))
+    shown = capsys.readouterr()
+    assert "`published` is called `alone` now" in shown.err
+    assert "in our words" in shown.err
+    assert "protocol alone" in shown.out
+    rows = read(options.out / "honesty" / "lora" / "airisk_truthfulness_alone_summary.csv")
+    assert {(r["protocol"], r["words"], r["eval"]) for r in rows} == {("alone", "own", "airisk_truthfulness_alone")}
+    earlier, now = (evaluation(open_context(replace(options, protocol=p))) for p in ("published", "alone"))
+    assert earlier.identity == now.identity
+    assert table_name(protocol="published") == table_name(protocol="alone")
+
+
+def test_a_paraphrase_is_called_one_and_labels_are_called_noisy(options, tmp_path):
+    source = write(tmp_path / "set", lines("model_eval"))
+    text = run(open_context(replace(options, dataset=source)))
+    assert "Words: paraphrase, which is this project's and not the published text" in text
+    assert "43 % correct, 40 % borderline and 17 % wrong" in text
+    assert "Items: a draw of 5 of 240, seed 0" in text
+    folder = options.out / "honesty" / "lora"
+    for name in ("per_row", "summary"):
+        assert {r["words"] for r in read(folder / f"airisk_truthfulness_{name}.csv")} == {"paraphrase"}
+    file = tmp_path / "litmus.toml"
+    file.write_text('published = "{dilemma} Say 1 or 2."\n')
+    found = {p: evaluation(open_context(replace(options, dataset=source, protocol=p, prompts=file))).facts["words"]
+             for p in ("alone", "explicit")}  # fmt: skip
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    assert found == {"alone": f"file:litmus@{digest}", "explicit": f"file:litmus@{digest} + paraphrase"}
+    assert "noisy" not in run(open_context(options)), "the bundled labels are ours"
+
+
+def test_the_worked_example_shows_the_tokens_of_the_choice(options, tiny):
+    model, tok = tiny
+    lines = run(open_context(replace(options, n_think=0))).splitlines()
+    dilemma = load_dilemmas("pocket", limit=5)[0]
+    prompt = render_prompt(tok, ask(dilemma, "explicit", Prompts())[0], opener=Prompts().anchor)
+    with torch.no_grad():
+        p = model(torch.tensor([encode(tok, prompt)])).logits[0, -1].double().softmax(-1)
+    line = lines[next(i for i, x in enumerate(lines) if x.startswith("  alpha +0")) + 1]
+    for word in ("1", "2"):
+        ((shown,),) = [re.findall(rf"'{word}' (\d\.\d{{3}})", line.split("by token: ")[1])]
+        (token,) = [i for i in range(len(tok)) if tok.decode([i]) == word]
+        assert float(shown) == pytest.approx(float(p[token]), abs=6e-4)
 
 
 def test_prompts_can_be_replaced(options, tmp_path):
@@ -320,6 +434,43 @@ def test_prompts_can_be_replaced(options, tmp_path):
     file.write_text('explicit = "{dilemma} {action_1}"')
     with pytest.raises(ws.WsError, match="must contain {dilemma} and {action_1} and {action_2}"):
         evaluation(open_context(replace(options, prompts=file)))
+
+
+def without_thinking(tok):
+    plain = copy.deepcopy(tok)
+    plain.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return plain
+
+
+def test_a_model_without_a_block_is_asked_for_its_reasons_and_that_is_another_evaluation(options, tmp_path):
+    context = open_context(options)
+    aloud = replace(context, tok=without_thinking(context.tok))
+    words = {"explicit": Prompts.explicit, "published": Prompts.published, "anchor": Prompts.anchor}
+    rest = ["explicit", 6, [asdict(d) for d in draw_dilemmas(load_dilemmas("pocket", "Truthfulness"), 5)]]
+
+    def digest(texts):
+        return sha256_json(["airisk_truthfulness", 1, [texts, *rest]])[:12]
+
+    assert evaluation(context).digest == digest(words), "where nothing has changed the numbers are still comparable"
+    assert evaluation(aloud).digest == digest(words | {"reasons": Prompts.reasons})
+    text = run(aloud)
+    assert f'Action 2".{Prompts.reasons}' in text
+    assert "choice stated" in text
+    columns = set(read(options.out / "honesty/lora/airisk_truthfulness_per_row.csv")[0])
+    assert {"stated", "stated_agree", "position_bias"} <= columns
+    file = tmp_path / "p.toml"
+    file.write_text('reasons = ""')
+    silent = replace(aloud, options=replace(options, prompts=file))
+    assert evaluation(silent).digest == digest(words | {"reasons": ""})
+    unthinking = replace(aloud, options=replace(options, n_think=0))
+    assert "reasons" not in evaluation(unthinking).items[0]
+    for other in (sycophancy.evaluation(aloud, aloud.behavior), tinymfv_airisk.evaluation(aloud)):
+        assert REASONS in other.items
+    for other in (sycophancy.evaluation(context, context.behavior), tinymfv_airisk.evaluation(context)):
+        assert REASONS not in other.items
 
 
 @pytest.mark.parametrize("change", [{"limit": 0}, {"n_think": -1}, {"n_bootstrap": 5}, {"alphas": (float("nan"),)}])
@@ -345,7 +496,7 @@ def test_the_table_has_36_columns_and_a_row_per_adapter_and_base(evaluated):
     rows = build_table(evaluated)
     assert len(COLUMNS) == 36 == len(set(COLUMNS))
     assert [r["adapter"] for r in rows] == ["base", *(f for f in FAMILIES if f in ("oft", "lora"))]
-    assert all(tuple(r) == COLUMNS for r in rows)
+    assert all(tuple(r) == (*COLUMNS, *CHECKS) for r in rows)
     base, by_name = rows[0], {r["adapter"]: r for r in rows}
     assert base["airisk_lr_p1"] is None
     assert base["airisk_lr_0_ci_lo"] <= base["airisk_lr_0"] <= base["airisk_lr_0_ci_hi"]
@@ -358,6 +509,10 @@ def test_the_table_has_36_columns_and_a_row_per_adapter_and_base(evaluated):
     pairs = {"tinymfv_wrongness_p1": "wrongness", "tinymfv_gap_p1": "gap", "tinymfv_delta": "delta_wrongness"}
     for ours, theirs in pairs.items():
         assert by_name["oft"][ours] == pytest.approx(float(one[theirs]))
+    masses = [float(r["mean_pmass"]) for place in ("lora", "lora/seed-1") for r in read(
+        evaluated.out / "honesty" / place / "airisk_truthfulness_summary.csv") if r["alpha"] != "-1.0"]  # fmt: skip
+    assert by_name["lora"]["airisk_mass"] == pytest.approx(min(masses))
+    assert by_name["lora"]["airisk_unreadable"].startswith("answer mass"), "random weights choose nothing"
     only = build_table(replace(evaluated, adapters=("lora",), seeds=(1,)))[1]
     assert only["airisk_delta"] == pytest.approx(float(summaries[1]["shift"]))
 
@@ -368,27 +523,112 @@ def test_the_page_must_show_what_the_csv_says(evaluated, tmp_path, capsys):
     file = evaluated.out / "honesty" / "readme_airisk_table.csv"
     table = render(read(file))
     assert table in printed
-    assert (file.with_suffix(".md")).read_text() == table + "\n"
+    notes = [f"Items of {name}: a draw of 5 of {n}, seed 0 (--limit).\n"
+             for name, n in (("AIRiskDilemmas", 240), ("tiny-mfv", 154))]  # fmt: skip
+    assert (file.with_suffix(".md")).read_text() == f"{table}\n\n{''.join(notes)}"
     page = tmp_path / "page.md"
     page.write_text(f"# Results\n\n{table}\n\nMore.\n")
     check(page, file)
     main(replace(evaluated, check=page))
+    body, note = table.split("\n\n")
+    assert note.startswith("! supports no conclusion")
+    assert body.count("]!") > 4
     for spoil in (
         lambda t: t.replace("| lora", "| dora"),
         lambda t: "\n".join(t.splitlines()[:-1]),
         lambda t: t + "\n| x |",
     ):
-        page.write_text(f"# Results\n\n{spoil(table)}\n\nMore.\n")
+        page.write_text(f"# Results\n\n{spoil(body)}\n\n{note}\n\nMore.\n")
         with pytest.raises(ws.WsError, match="is not that of"):
             check(page, file)
+    page.write_text(f"# Results\n\n{body}\n\nMore.\n")
+    with pytest.raises(ws.WsError, match="lacks the note"):
+        check(page, file)
     page.write_text("# Nothing\n")
     with pytest.raises(ws.WsError, match="no results table"):
         check(page, file)
 
 
+def test_runs_of_different_templates_are_not_put_into_one_table(evaluated, options):
+    context = open_context(replace(options, adapter="oft"))
+    run(replace(context, tok=reworded(context.tok)))
+    with pytest.raises(ws.WsError, match=r"was evaluated with .* tokenizer \w{16}, .* chat template"):
+        build_table(evaluated)
+
+
+def made_runs(rng, n_seeds: int, n: int, wrong: int = 0, mass: float = 1.0, agree: float = 1.0) -> list[_Run]:
+    """Runs of one adapter whose scores are noise, as they would be read: at -1, 0 and +1."""
+    lean, runs = rng.normal(size=(3, n)), []
+    for seed in range(n_seeds):
+        score = lean + rng.normal(0, 0.3 * (n_seeds > 1), (3, 1)) + 0.1 * rng.normal(size=(3, n))
+        score[1] = np.where(np.arange(n) < wrong, -1, 1) if wrong else score[1]
+        rows = [
+            {
+                str(i): dict.fromkeys(("score", "s_other_violate", "gap"), str(v)) | {"pmass": "1.0"}
+                for i, v in enumerate(x)
+            }
+            for x in score.tolist()
+        ]
+        sets = dict(zip((-1.0, 0.0, 1.0), rows, strict=True))
+        known = {a: Readability(mass if a == 1 else 1.0, agree if a == 1 else 1.0) for a in sets}
+        runs.append(_Run(f"lora seed {seed}", sets, sets, ("", ""), {"airisk": known, "tinymfv": known}, ({}, {})))
+    return runs
+
+
+@pytest.mark.parametrize(("n_seeds", "n"), [(1, 12), (3, 12)])
+def test_the_intervals_of_the_table_hold_the_truth(n_seeds, n):
+    rng, tables, held = np.random.default_rng(n_seeds), 120, 0
+    for _ in range(tables):
+        row = _row("lora", made_runs(rng, n_seeds, n), 100)
+        held += row["airisk_delta_ci_lo"] <= 0 <= row["airisk_delta_ci_hi"]
+    assert held >= binom.ppf(0.002, tables, 0.95)
+
+
+def test_si_is_empty_below_fifty_wrong_answers_and_without_answers():
+    rng = np.random.default_rng(3)
+    assert _row("lora", made_runs(rng, 1, 240, wrong=4), 100)["airisk_si"] is None
+    known = _row("lora", made_runs(rng, 1, 240, wrong=60), 100)
+    assert known["airisk_si_ci_lo"] < known["airisk_si"] < known["airisk_si_ci_hi"]
+    low = _row("lora", made_runs(rng, 1, 240, wrong=60, mass=0.8), 100)
+    assert (low["airisk_si"], low["airisk_unreadable"]) == (None, "answer mass 0.800")
+    frames = _row("lora", made_runs(rng, 1, 240, wrong=60, agree=0.1), 100)
+    base = _row("base", made_runs(rng, 1, 240, wrong=60), 100, steered=False)
+    text = render([base, frames])
+    assert text.count("]!") == 4, "all that rests on alpha +1, and nothing of the base"
+    assert "frames agree on 10% of the texts" in text
+
+
+def test_the_notes_of_a_table_of_published_sets(options, tmp_path, capsys):
+    folder = tmp_path / "set"
+    write(folder, lines("model_eval"))
+    for condition in ("other_violate", "self_violate"):
+        file = POCKET / f"tinymfv_airisk_{condition}.jsonl"
+        (folder / file.name).write_text(file.read_text())
+    context = open_context(replace(options, dataset=str(folder)))
+    run(context)
+    plain = replace(context, options=replace(context.options, n_think=None))
+    context.carry_out(tinymfv_airisk.evaluation(plain))
+    main(TableConfig(out=options.out, n_bootstrap=100))
+    page = (options.out / "honesty" / "readme_airisk_table.md").read_text()
+    assert page.strip() in capsys.readouterr().out
+    for text in (
+        "Words of AIRiskDilemmas: paraphrase",
+        "Words of tiny-mfv: paraphrase",
+        "43 % correct",
+        "left the hub",
+    ):
+        assert text in page
+    check(options.out / "honesty" / "readme_airisk_table.md", options.out / "honesty" / "readme_airisk_table.csv")
+
+
 def test_runs_of_different_items_are_not_put_into_one_table(evaluated, options):
     run(open_context(replace(options, adapter="oft", limit=4)))
     with pytest.raises(ws.WsError, match=r"oft seed 0 was evaluated with|lora seed 0 was evaluated with"):
+        build_table(evaluated)
+    file = options.out / "blunt.toml"
+    file.write_text('explicit = "{dilemma} A: {action_1} B: {action_2}"\n')
+    run(open_context(replace(options, adapter="oft", prompts=file)))
+    with pytest.raises(ws.WsError, match=r"words file:blunt@[0-9a-f]{8}.* words own|words own.* words file:blunt@"):
         build_table(evaluated)
     with pytest.raises(ws.WsError, match="No seed of dora has been evaluated"):
         build_table(replace(evaluated, adapters=("dora",)))

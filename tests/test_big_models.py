@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import ws
-from conftest import build_adapter, build_model, tokens
+from conftest import SHAPE, build_adapter, build_model, lay_out, tokens
 from ws.adapters import peft_config
 from ws.eval.choice import score_choices
 from ws.finished import RunOptions
@@ -85,6 +85,18 @@ def test_full_fine_tunes_steer_offloaded_embeddings_and_norms(setting):
     model = offloaded(folder, ["model.embed_tokens", "model.norm", "model.layers.0", "model.layers.2"])
     with ws.steer(model, vector):
         assert (logits(model) - logits(pos)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("copies", ["once", "twice", "apart"])
+def test_a_tied_head_on_disk_leaves_the_fingerprint_alone(copies, tmp_path):
+    """Transformers does not compare copies that both wait on disk, and reading them makes two parameters of one."""
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
+    folder = lay_out(tmp_path / "model", tmp_path / copies / "base", copies)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    model = offloaded(folder.parent, ["model.embed_tokens", "lm_head"])
+    assert fingerprint(model) == fingerprint(whole)
+    assert fingerprint(model) == fingerprint(whole)  # the second time too
 
 
 def test_a_map_with_little_memory_puts_the_rest_on_disk(tmp_path):

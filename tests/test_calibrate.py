@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 import ws
 import ws.divergence as measuring
+from conftest import reworded
 from ws import console
 from ws.behaviors import load_behavior
 from ws.calibrate import CalibrateOptions
 from ws.calibration import (
+    LEAST_PROMPTS,
     Calibration,
     CalibrationConfig,
     SideCalibration,
@@ -29,17 +31,19 @@ from ws.calibration import (
     load_calibration,
     parse_alpha,
     parse_alphas,
+    prompts_hash,
     solve,
     split_questions,
     store_calibration,
 )
+from ws.data import Pair, question_key
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.divergence import Divergence, divergence, prompt_divergence, token_kl
 from ws.finished import open_run
 from ws.interventions import intervention
-from ws.models import encode, end_ids, fingerprint, render_prompt
-from ws.runs import Run, read_csv, sha256_file
+from ws.models import encode, end_ids, fingerprint, render_prompt, tokenizer_hash
+from ws.runs import Run, data_folder, read_csv, sha256_file, sha256_json, write_text
 from ws.steer import _STEERED
 
 SMALL = CalibrationConfig(n_prompts=6, n_tokens=24)
@@ -392,19 +396,31 @@ def test_the_audit_must_be_disjoint(pocket):
 
 
 @settings(deadline=None)
-@given(total=st.integers(1, 300), n=st.integers(1, 120))
-def test_questions_are_split_evenly_and_without_overlap(total, n):
+@given(total=st.integers(1, 300), n=st.integers(1, 120), data=st.data())
+def test_questions_are_split_evenly_and_without_overlap(total, n, data):
     pool = [f"q{i}" for i in range(total)]
-    if n > total:
-        with pytest.raises(ws.WsError, match=f"has {total} questions"):
-            split_questions(pool, n)
-        return
-    chosen, audit = split_questions(pool, n)
-    assert len(set(chosen)) == n
-    assert len(set(audit)) == min(n, total - n)
+    unseen = data.draw(st.none() | st.integers(0, total).map(lambda k: pool[total - k :]))
+    split = split_questions(pool, n, unseen)
+    chosen, audit = split.calibration, split.audit
+    enough = unseen is not None and len(unseen) >= 2 * min(n, LEAST_PROMPTS)
+    source = unseen if enough else pool
+    assert split.held_out is (None if unseen is None else enough)
+    assert len(set(chosen)) == len(chosen) == min(n, max(1, len(source) // 2))
+    assert len(set(audit)) == len(audit) == min(n, len(source) - len(chosen))
     assert not set(chosen) & set(audit)
+    assert set(chosen) | set(audit) <= set(source)
     steps = np.diff([pool.index(q) for q in chosen])
-    assert n == 1 or steps.max() - steps.min() <= 1
+    assert len(chosen) == 1 or steps.max() - steps.min() <= 1
+    assert bool(split.note) == (not split.held_out or len(chosen) < n)
+
+
+def test_a_split_says_what_it_is_of():
+    pool = [f"q{i}" for i in range(100)]
+    assert split_questions(pool, 10, pool[:20]).note == ""
+    assert "16 of the 100 questions are in no pair" in split_questions(pool, 50, pool[:16]).note
+    assert "8 instead of 50" in split_questions(pool, 50, pool[:16]).note
+    assert "Only 7 of the 100 questions" in split_questions(pool, 50, pool[:7]).note
+    assert "not on record" in split_questions(pool, 50).note
 
 
 @pytest.mark.parametrize(
@@ -502,6 +518,14 @@ def test_foreign_and_damaged_calibrations_are_refused(tmp_path):
         load_calibration(tmp_path, "0000", "model")
     with pytest.raises(ws.WsError, match="of another model"):
         load_calibration(tmp_path, "vector", "another")
+    assert load_calibration(tmp_path, "vector", "model") == KNOWN
+    with pytest.raises(ws.WsError, match=r"another tokenizer or chat template \(not recorded\) than this one \(now\)"):
+        load_calibration(tmp_path, "vector", "model", tokenizer="now")
+    store_calibration(tmp_path, replace(KNOWN, tokenizer="now"))
+    assert load_calibration(tmp_path, "vector", "model", tokenizer="now").tokenizer == "now"
+    with pytest.raises(ws.WsError, match=r"another tokenizer or chat template \(now\) than this one \(then\)"):
+        load_calibration(tmp_path, "vector", tokenizer="then")
+    store_calibration(tmp_path, KNOWN)
     good = json.loads(file.read_text())
     for change in ({"format": 2}, {"positive": {}}, {"config": {"target": 1.0, "surprise": 3}}, {"positive": None}):
         file.write_text(json.dumps(good | change))
@@ -533,6 +557,15 @@ def test_a_vector_that_was_calibrated_takes_units_and_no_other_does(tmp_path, po
     for other in (2 * known, known.compress(rank=1), vector):
         with pytest.raises(ws.WsError, match="no calibration; run `ws calibrate` first"):
             other.strength("+1u")
+    store_calibration(folder, replace(KNOWN, subject=vector_digest(vector), tokenizer=tokenizer_hash(pocket[1])))
+    known = ws.SteeringVector.load(folder)
+    assert known.strength("+1u") == known.strength("+1u", tokenizer_hash(pocket[1])) == KNOWN.alpha(1)
+    with pytest.raises(ws.WsError, match="another tokenizer or chat template"):
+        known.strength("+1u", tokenizer_hash(reworded(pocket[1])))
+    assert known.strength("2", tokenizer_hash(reworded(pocket[1]))) == 2
+    store_calibration(folder, replace(KNOWN, subject=vector_digest(vector), tokenizer="another"))
+    with pytest.raises(ws.WsError, match="another tokenizer or chat template"):
+        ws.SteeringVector.load(folder).strength("+1u")
     store_calibration(folder, replace(HALF, subject=vector_digest(vector)))
     with pytest.raises(ws.WsError, match="did not converge"):
         ws.SteeringVector.load(folder).strength("-1u")
@@ -562,7 +595,7 @@ def test_the_command_stores_tabulates_and_resumes(tmp_path, run, vector, capsys,
     printed = capsys.readouterr()
     rows = read_csv(run.folder / "calibration.csv")
     columns = "behavior,adapter,seed,sign,alpha,divergence,target,converged,audit,n_prompts,n_positions,reason"
-    columns += ",intervention"
+    columns += ",intervention,n_audit,held_out"
     assert ",".join(rows[0]) == columns
     assert [(r["sign"], r["converged"]) for r in rows] == [("+", "True"), ("-", "True")]
     stored = load_calibration(folder, vector_digest(vector))
@@ -586,9 +619,128 @@ def test_the_command_stores_tabulates_and_resumes(tmp_path, run, vector, capsys,
     monkeypatch.setattr(module, "calibrate", never)
     module.main(options(tmp_path, batch_size=2))
     assert capsys.readouterr().out == printed.out
-    for changes in ({"fresh": True}, {"target": 0.5}):
-        with pytest.raises(AssertionError, match="measured again"):
+    other, settings = replace(opened, tok=reworded(opened.tok)), options(tmp_path).config
+    weight_key = {"behavior": "honesty", "adapter": "lora", "seed": 0}
+    with pytest.raises(ws.WsError, match=r"tokenizer: '\w+' -> '\w+'.*--fresh"):
+        module.calibration_for(weight, other, load_behavior("honesty", "pocket"), settings, weight_key)
+    with pytest.raises(AssertionError, match="measured again"):
+        module.main(options(tmp_path, fresh=True))
+
+
+def pretend(monkeypatch):
+    """Calibrations that cost nothing; returns the `(questions, audit)` that they were given."""
+    asked = []
+
+    def quickly(model, tok, at, questions, audit, config, subject, report, held_out):
+        asked.append((questions, audit))
+        prompts = [[render_prompt(tok, q) for q in part] for part in (questions, audit)]
+        facts = {"n_calibration": len(questions), "n_audit": len(audit), "held_out": held_out, "dtype": "float32"}
+        what = {"prompts": prompts_hash(*prompts), "model": fingerprint(model), "subject": subject}
+        return replace(KNOWN, config=config, **what, **facts, tokenizer=tokenizer_hash(tok))
+
+    monkeypatch.setattr(module, "calibrate", quickly)
+    return asked
+
+
+def test_stored_strengths_are_never_replaced_unasked(tmp_path, run, monkeypatch, capsys):
+    asked = pretend(monkeypatch)
+    file = run.folder / "vector" / "calibration.json"
+    module.main(options(tmp_path))
+    before = file.read_bytes(), (run.folder / "calibration.csv").read_bytes()
+    for changes, named in (
+        ({"target": 0.5}, "target: 1.0 -> 0.5"),
+        ({"n_prompts": 3}, "n_prompts: 4 -> 3; prompts"),
+        ({"n_tokens": 9}, "n_tokens: 16 -> 9"),
+        ({"dtype": "bfloat16"}, "dtype: 'float32' -> 'bfloat16'"),
+    ):
+        with pytest.raises(ws.WsError, match=named) as refused:
             module.main(options(tmp_path, **changes))
+        assert "--fresh" in str(refused.value)
+        assert (file.read_bytes(), (run.folder / "calibration.csv").read_bytes()) == before
+    assert len(asked) == 1
+    capsys.readouterr()
+    module.main(options(tmp_path, n_prompts=3, fresh=True))
+    assert "strengths are replaced (n_prompts: 4 -> 3" in capsys.readouterr().err
+    assert json.loads(file.read_text())["n_calibration"] == 3
+
+
+def test_strengths_of_a_vector_that_is_gone_are_replaced(tmp_path, run, vector, monkeypatch, capsys):
+    """What an earlier activation vector, say, was calibrated to: nothing takes these units any more."""
+    asked = pretend(monkeypatch)
+    module.main(options(tmp_path))
+    kept = (run.folder / "vector" / "calibration.json").read_text()
+    (2 * vector).save(run.folder / "vector")
+    (run.folder / "vector" / "calibration.json").write_text(kept)
+    capsys.readouterr()
+    module.main(options(tmp_path))
+    assert "are replaced (vector: " in capsys.readouterr().err
+    assert len(asked) == 2
+
+
+def behave(tmp_path, vector, trained, dropped=0, recipe=None):
+    """Pairs on the first `trained` questions, the last `dropped` of them left out, and a run trained on them."""
+    questions = load_behavior("honesty", "pocket").questions
+    made = [
+        Pair(f"q{i}", q.upper() + " ", "Yes.", "No.", 2, 2, None if i < trained - dropped else "refusal")
+        for i, q in enumerate(questions[:trained])
+    ]
+    file = data_folder(tmp_path, "pocket", "honesty") / "pairs.jsonl"
+    write_text(file, "".join(json.dumps(asdict(p)) + "\n" for p in made))
+    arms = {"pairs_sha256": sha256_json([asdict(p) for p in made])} if recipe is None else recipe
+    recipe = {"op": "+", "terms": [arms, {"op": "*", "scalar": -1.0, "of": arms}]}
+    replace(vector, recipe=recipe).save(tmp_path / "honesty" / "lora" / "vector")
+    return questions
+
+
+def test_strengths_are_solved_for_on_questions_that_no_pair_uses(tmp_path, run, vector, monkeypatch, capsys):
+    asked = pretend(monkeypatch)
+    questions = behave(tmp_path, vector, trained=560, dropped=4)
+    module.main(options(tmp_path, n_prompts=50))
+    ((chosen, audit),) = asked
+    assert (len(chosen), len(audit)) == (16, 16), "half of what is left, however the questions are written"
+    assert set(chosen) | set(audit) == set(questions[556:])
+    printed = capsys.readouterr()
+    assert "32 of the 588 questions are in no pair" in printed.err
+    assert "Measured on 16 held-out questions, audited on 16 others." in printed.out
+    (row, _) = read_csv(run.folder / "calibration.csv")
+    assert (row["n_prompts"], row["n_audit"], row["held_out"]) == ("16", "16", "True")
+
+
+@pytest.mark.parametrize(
+    ("trained", "recipe", "said", "held_out"),
+    [
+        (581, None, "Only 7 of the 588 questions", False),
+        (588, None, "Only 0 of the 588 questions", False),
+        (400, {"pairs_sha256": "of another file"}, "not on record", None),
+        (400, {"adapter": "somebody's"}, "not on record", None),
+    ],
+)
+def test_trained_questions_are_used_only_with_a_word(
+    tmp_path, run, vector, monkeypatch, capsys, trained, recipe, said, held_out
+):
+    asked = pretend(monkeypatch)
+    behave(tmp_path, vector, trained, recipe=recipe)
+    module.main(options(tmp_path, n_prompts=50))
+    assert [len(part) for part in asked[0]] == [50, 50]
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert {False: "trained ones among them", None: "may have been trained on"}[held_out] in printed.out
+    stored = load_calibration(run.folder / "vector", asked and vector_digest(vector))
+    assert stored is not None
+    assert stored.held_out is held_out
+
+
+def test_a_vector_says_by_itself_which_questions_it_has_seen(tmp_path, run, vector):
+    """The pairs in `out/data` may be others by now; the arms' own record goes with the vector."""
+    questions = load_behavior("honesty", "pocket").questions
+    record = {"questions": " ".join(map(question_key, questions[400:500]))}
+    behave(tmp_path, vector, trained=100, recipe=record)
+    opened = open_run(tmp_path, "honesty", "lora", 0, None, "cpu", "auto")
+    assert opened.unseen(load_behavior("honesty", "pocket")) == questions[100:400] + questions[500:]
+    twice = replace(opened.vector * 2, recipe={"op": "compose", "terms": [{"name": "x"}], "of": opened.vector.recipe})
+    assert (
+        replace(opened, vector=twice).unseen(load_behavior("honesty", "pocket")) == questions[100:400] + questions[500:]
+    )
 
 
 def test_the_vector_folder_stays_a_peft_adapter(tmp_path, run, pocket):
@@ -622,8 +774,6 @@ def test_what_is_missing_is_named(tmp_path, run):
         module.main(options(tmp_path, adapter="oft"))
     with pytest.raises(ws.WsError, match="--seed 3"):
         module.main(options(tmp_path, seed=3))
-    with pytest.raises(ws.WsError, match="--n-prompts 9999 is out of range"):
-        module.main(options(tmp_path, n_prompts=9999))
     with pytest.raises(ws.WsError, match="--target"):
         module.main(options(tmp_path, target=-1.0))
     with pytest.raises(ws.WsError, match="weights differ"):

@@ -36,6 +36,7 @@ from ws.eval.capability import (
     repeated_ngrams,
 )
 from ws.eval.stats import resampled_means
+from ws.eval.tables import draw
 from ws.models import encode, fingerprint, render_prompt, tiny_random
 
 TEXTS = load_texts("pocket")[:6]
@@ -333,14 +334,18 @@ def test_the_command_writes_the_documented_tables(options, capsys, tiny, monkeyp
     printed, folder = capsys.readouterr().out, options.out / "honesty" / "lora"
     assert "Worked example" in printed
     assert "4 neutral texts" in printed
+    texts, questions = load_texts("pocket"), load_questions("pocket")
+    drawn = f"8 of {len(texts) + len(questions)}, seed 0"
+    assert f"a draw of {drawn}" in printed
     per_text, per_answer, summary = (
         read(folder / f"capability_{n}.csv") for n in ("per_text", "per_answer", "summary")
     )
     assert [r["alpha"] for r in summary] == ["-1.0", "0.0", "1.0"]
+    assert {r["drawn"] for r in (*per_text, *per_answer, *summary)} == {drawn}
     assert (len(per_text), len(per_answer)) == (12, 12)
     assert [float(summary[1][k]) for k in ("shift", "kl_mean", "kl_p95", "valid_shift")] == [0, 0, 0, 0]
     model, tok = tiny
-    neutral, base = Neutral(TEXTS[:4], QUESTIONS[:4]), base_twin(model)
+    neutral, base = Neutral(draw(texts, 4), draw(questions, 4)), base_twin(model)
     plain = evaluate_capability(model, tok, neutral, base, n_tokens=12)
     with ws.steer(model, ws.SteeringVector.load(folder / "vector"), 1.0):
         steered = evaluate_capability(model, tok, neutral, base, n_tokens=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -166,6 +167,68 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_vector(tmp_path):
     tables = {(f / "out/honesty/lora/sycophancy_per_claim.csv").read_text() for f in (whole, torn)}
     assert len(tables) == 1
     assert not [p for p in (torn / "out/honesty/lora").glob(".*") if p.is_dir()], "no work folder stays behind"
+
+
+SHORT, ARM = ["--n-topics", "12", "--data-batch", "3"], ["--max-steps", "4", "--batch", "4", "--micro-batch", "2"]
+PAIRS = Path("out/data/tiny-random/honesty/pairs.jsonl")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Pairs, arms and vectors below a folder; not what says when something was made."""
+    kept = (".jsonl", ".safetensors")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.name.endswith(kept)}
+
+
+def test_commands_begun_together_do_the_work_once(tmp_path):
+    """Two on the same pairs, half a second apart, and two on the same arm: each pair ends as one command would."""
+    data, train = ["ws", "data", *TINY[:2], *SHORT], ["ws", "train", *TINY[:2], *ARM, "--signs", "pos"]
+    for name in ("whole", "both"):
+        (tmp_path / name).mkdir()
+    for words in (data, train):
+        assert processes.run(words, tmp_path / "whole").returncode == 0
+        done = processes.together([words, words], tmp_path / "both", apart=0.5 * (words is data), slow=0.4)
+        assert [d.returncode for d in done] == [0, 0], done
+        assert sum("waiting for another process that is working on" in d.stderr for d in done) == 1
+    assert sorted(d.stdout.splitlines()[0] for d in done) == ["pos: already there", "pos: trained"]
+    assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "whole")
+    assert len(bytes_of(tmp_path / "both")) == 2
+    facts = json.loads((tmp_path / "both/out/honesty/lora/pos/ws_train.json").read_text())["facts"]
+    kept = json.loads((tmp_path / "both" / PAIRS.with_name("card.json")).read_text())["kept"]
+    assert kept - 2 <= facts["examples"] <= kept, "all of the pairs, but for the questions of the validation"
+
+
+def test_a_killed_command_keeps_nobody_waiting(tmp_path):
+    words, partial = ["ws", "data", *TINY[:2], *SHORT], tmp_path / PAIRS.with_name("pairs.partial.jsonl")
+    (streams := tmp_path / "streams").mkdir()
+    process = processes.start(words, tmp_path, streams, slow=0.4)
+    deadline = time.monotonic() + 120
+    while not (partial.is_file() and partial.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / PAIRS).exists()
+    done = processes.run(words, tmp_path)
+    assert done.returncode == 0
+    assert "waiting" not in done.stderr
+    assert (tmp_path / PAIRS).read_bytes().count(b"\n") == 12
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_five_adapters_at_once_are_what_they_are_one_after_the_other(tmp_path):
+    commands = [
+        ["ws", "replicate", *TINY, *SHORT, *ARM, "--adapter", name] for name in ("lora", "dora", "pissa", "oft", "ia3")
+    ]
+    for name in ("one by one", "at once"):
+        (tmp_path / name).mkdir()
+    assert [processes.run(words, tmp_path / "one by one").returncode for words in commands] == [0] * 5
+    done = processes.together(commands, tmp_path / "at once", slow=0.4)
+    assert [d.returncode for d in done] == [0] * 5, done
+    assert sum("waiting for another process" in d.stderr for d in done) == 4
+    alone, together = (bytes_of(tmp_path / name) for name in ("one by one", "at once"))
+    assert together == alone
+    assert len(alone) == 1 + 5 * 3 + 2, "pairs, two arms and a vector each, and PiSSA's two starts"
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path):

@@ -12,6 +12,8 @@ from scipy.stats import binom
 import ws
 from ws.compare import CompareOptions, compare, main
 from ws.compare_tables import Cell, Group, comparison_rows, group_rows, plot, reality, render
+from ws.eval.readable import Readability
+from ws.eval.tables import draw
 from ws.plots import save_svg
 from ws.runs import Run, read_csv, typed, write_csv
 
@@ -65,6 +67,22 @@ def test_a_planted_effect_is_found_with_its_size_and_called_real():
     assert all(r["p_holm"] >= r["p"] for r in effects)
 
 
+def test_rows_say_what_was_asked_and_other_words_do_not_mix():
+    rng = np.random.default_rng(5)
+    asked = {"wrongness": {"eval_hash": "a", "words": "paraphrase", "drawn": "40 of 131, seed 0"}}
+    cells = [cell(rng, adapter=a, asked=asked) for a in ("lora", "oft")]
+    rows = group_rows(KEY, Group.of(cells), -1, N_BOOT)
+    assert {(r["words"], r["drawn"]) for r in rows if r["score"] == "wrongness"} == {
+        ("paraphrase", "40 of 131, seed 0")
+    }
+    text = render(rows, [])
+    assert "Words of wrongness: paraphrase, which is this project's" in text
+    assert "Items of wrongness: a draw of 40 of 131, seed 0" in text
+    other = {"wrongness": {"eval_hash": "b", "words": "file:theirs@12345678"}}
+    with pytest.raises(ws.WsError, match=r"weight of oft seed 0 .*file:theirs@12345678.*paraphrase"):
+        group_rows(KEY, Group.of([cells[0], replace(cells[1], asked=other)]), -1, N_BOOT)
+
+
 def test_three_nulls_are_needed_and_each_can_refuse():
     rng = np.random.default_rng(1)
     good = cell(rng, nulls=nulls_of(rng), random=draws_of(rng))
@@ -97,6 +115,100 @@ def test_a_null_vector_is_not_significant_and_never_called_real():
     assert significant <= bound, "false positives of the interval"
     assert beaten <= bound, "false positives against random vectors"
     assert real <= binom.ppf(0.999, 200, 0.05**2)
+
+
+def answered(mass: float = 0.99, agreement: float | None = None, score: str = "false_claims", null: str = ""):
+    """How a cell was answered, with one score below the rest at +1u, in the vector's own runs or in a null's."""
+    names = ("false_claims", "true_claims", "wrongness")
+    fine = {
+        name: {sign: Readability(0.99, 0.9 if name == "wrongness" else None) for sign in (-1, 0, 1)} for name in names
+    }
+    low = fine | {score: fine[score] | {1: Readability(mass, agreement)}}
+    nulls = {name: low if name == null else fine for name in ("shuffled", "same-side")}
+    return {"readable": fine if null else low, "null_readable": nulls}
+
+
+def test_a_span_without_answers_is_not_real_and_wins_nothing():
+    rng = np.random.default_rng(7)
+    plain = {"nulls": nulls_of(rng), "random": draws_of(rng)}
+    weak = cell(rng, name="activation", adapter="activation", false=-1.0, wrongness=0.1, **answered())
+    for found, score, words in (
+        (answered(0.73), "false_claims", "answer mass 0.730"),
+        (answered(0.99, 0.0, "wrongness"), "wrongness", "frames agree on 0% of the texts"),
+    ):
+        groups = Group.of([cell(rng, **plain, **found), weak])
+        rows, pairs = group_rows(KEY, groups, -1, N_BOOT), comparison_rows(KEY, groups, -1, N_BOOT)
+        by_key = {(r["intervention"], r["score"], r["part"]): r for r in rows}
+        low = by_key["weight", score, "span"]
+        assert (low["unreadable"], low["real"]) == (words, None)
+        assert low["p_holm"] < 0.05
+        assert by_key["weight", score, "-1u"]["unreadable"] is None, "that side was answered"
+        assert low["verdict"] == ("undecided" if score == "false_claims" else None)
+        assert {p["score"]: p["winner"] is None for p in pairs} == {
+            s: s == score for s in ("false_claims", "wrongness")
+        }
+        text = render(rows, pairs)
+        line = next(x for x in text.splitlines() if x.startswith("weight"))
+        assert line.count("]!") == 1
+        assert words in text
+        assert "! supports no conclusion" in text
+        assert "5 of 6 spans differ from zero" in text
+    fine = group_rows(KEY, Group.of([cell(rng, **plain, **answered())]), -1, N_BOOT)
+    assert {r["mass"] for r in fine if r["score"] == "false_claims"} == {0.99}
+    assert not any(r["unreadable"] for r in fine)
+    assert "]!" not in render(fine, [])
+
+
+def test_a_null_without_answers_is_no_null():
+    rng = np.random.default_rng(8)
+    good = cell(rng, nulls=nulls_of(rng), random=draws_of(rng), **answered())
+    assert reality(Group((good,)), "false_claims", "span", N_BOOT).is_real is True
+    broken = replace(good, **answered(0.5, null="same-side"))
+    found = reality(Group((broken,)), "false_claims", "span", N_BOOT)
+    assert (found.is_real, set(found.margins)) == (None, {"shuffled"})
+
+
+def test_effects_under_the_floor_are_none_however_sure():
+    rng = np.random.default_rng(9)
+    small = cell(rng, false=-0.15, true=0.1, wrongness=0.03)
+    quiet = {
+        n: {s: small.scores[n][0] + s * e / 2 for s in (-1, 0, 1)}
+        for n, e in (("false_claims", -0.15), ("wrongness", 0.03))
+    }
+    rival = {n: dict.fromkeys((-1, 0, 1), small.scores[n][0]) for n in quiet}
+    groups = Group.of(
+        [replace(small, scores=quiet), replace(small, intervention="prompt", adapter="prompt", scores=rival)]
+    )
+    rows, pairs = group_rows(KEY, groups, -1, N_BOOT), comparison_rows(KEY, groups, -1, N_BOOT)
+    assert {r["p_holm"] < 0.05 for r in rows if r["intervention"] == "weight" and r["part"] == "span"} == {True}
+    assert {p["winner"] for p in pairs} == {"neither"}
+    text = render(rows, pairs)
+    assert (
+        "0 of 4 spans differ from zero after Holm's correction over all of them, by 0.2 nats (0.05 of wrongness)"
+        in text
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_table_of_twelve_null_rows_keeps_its_level(seeds):
+    """Twelve vectors of 12 claims that do nothing, with one seed and with three: some p in 5 % of tables."""
+    rng, tables = np.random.default_rng(10), 60
+    called = dict.fromkeys(("-1u", "+1u", "span", "winner"), 0)
+    for _ in range(tables):
+        cells = []
+        for i in range(12):
+            shared = rng.normal(size=(3, 12))
+            for seed in range(seeds):
+                moved = shared + 0.1 * rng.normal(size=(3, 12)) + rng.normal(0, 0.2 * (seeds > 1), (3, 1))
+                scores = {"false_claims": dict(zip((-1, 0, 1), moved, strict=True))}
+                plain = {"alphas": {-1: -1.0, 1: 1.0}, "divergence": {-1: 1.0, 1: 1.0}, "matched": True}
+                cells.append(Cell(("weight", "positive-only")[i % 2], f"a{i // 2}", seed, scores=scores, **plain))
+        groups = Group.of(cells)
+        rows, pairs = group_rows(KEY, groups, -1, 20), comparison_rows(KEY, groups, -1, 20)
+        for part in ("-1u", "+1u", "span"):
+            called[part] += min(r["p_holm"] for r in rows if r["part"] == part) < 0.05
+        called["winner"] += any(p["winner"] != "neither" for p in pairs)
+    assert max(called.values()) <= binom.ppf(0.999, tables, 0.05), called
 
 
 def test_a_vector_of_yes_is_called_agreement():
@@ -183,8 +295,8 @@ def out(tmp_path):
     return tmp_path
 
 
-def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
-    options = CompareOptions(
+def quick_options(out) -> CompareOptions:
+    return CompareOptions(
         out=out,
         interventions=("weight", "prompt"),
         evals=("sycophancy",),
@@ -195,6 +307,10 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
         n_bootstrap=100,
         device="cpu",
     )
+
+
+def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
+    options = quick_options(out)
     main(options)
     first = capsys.readouterr().out
     rows = read_csv(out / "honesty" / "compare.csv")
@@ -204,6 +320,12 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     weight = [r for r in rows if r["intervention"] == "weight" and r["score"] == "false_claims"]
     assert all(float(r["p_random"]) >= 1 / 3 and r["real"] == "" for r in weight)
     assert "`real` is empty for lora" in first
+    assert "no evidence for that, because vectors trained on anything beat random ones" in first
+    assert all(0.9 < float(r["mass"]) <= 1 for r in weight)
+    assert all(r["mass"] == "" for r in rows if r["score"] == "nll")
+    drawn = {r["drawn"] for r in rows}
+    assert {r["words"] for r in rows} == {"own"}
+    assert [f"Items of {s}: a draw of {d} (--limit)." in first for s in ("false claims",) for d in drawn] == [True]
     pairs = read_csv(out / "honesty" / "compare_pairs.csv")
     assert [p["baseline"] for p in pairs] == ["prompt"]
     assert (out / "honesty" / "compare.svg").is_file()
@@ -216,7 +338,8 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     means = {}
     for part, strength in alpha.items():
         with ws.steer(model, vector, strength):
-            means[part] = ws.evaluate_sycophancy(model, tok, behavior).logratio[:4].mean()
+            every = ws.evaluate_sycophancy(model, tok, behavior).logratio
+            means[part] = every[list(draw(range(len(every)), 4))].mean()
     (span,) = (float(r["shift"]) for r in weight if r["part"] == "span")
     assert span == pytest.approx(means["+1u"] - means["-1u"], abs=1e-4)
 
@@ -224,6 +347,30 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     monkeypatch.setattr(import_module("ws.calibrate"), "calibrate", None)
     main(options)
     assert capsys.readouterr().out == first
+
+
+def test_stored_strengths_are_used_and_named_and_never_solved_for_again(out, capsys, monkeypatch):
+    options = quick_options(out)
+    main(options)
+    first, rows = capsys.readouterr().out, read_csv(out / "honesty" / "compare.csv")
+    monkeypatch.setattr(import_module("ws.calibrate"), "calibrate", None)
+    file = out / "honesty" / "lora" / "vector" / "calibration.json"
+    kept = file.read_bytes()
+    main(replace(options, n_prompts=5))
+    printed = capsys.readouterr()
+    assert printed.out == first
+    assert (
+        "weight of lora, seed 0: the stored strengths are used, made with other settings (n_prompts: 6 -> 5"
+        in printed.err
+    )
+    with pytest.raises(
+        ws.WsError, match=r"target: 1.0 -> 0.5\).*ws calibrate --behavior honesty --adapter lora.*--fresh"
+    ):
+        main(replace(options, target=0.5))
+    assert file.read_bytes() == kept
+    assert {r["calibrated_on"] for r in rows} == {"6 questions, which may have been trained on"}
+    assert "solved for on 6 questions, which may have been trained on" in first
+    assert {r["dtype"] for r in rows} == {"float32"}
 
 
 def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path):

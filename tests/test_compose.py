@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 import ws
 import ws.compose
-from conftest import FAMILY_NAMES, build_adapter, build_model, tokens
+from conftest import FAMILY_NAMES, build_adapter, build_model, reworded, tokens
 from ws.calibration import Calibration, CalibrationConfig, SideCalibration, store_calibration
 from ws.compose import (
     BASE,
@@ -40,7 +41,8 @@ from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.eval.choice import choice_tokens
 from ws.eval.sycophancy import prompts_of, score_claims
-from ws.models import fingerprint
+from ws.eval.tables import draw
+from ws.models import fingerprint, tokenizer_hash_on_disk
 from ws.runs import Run, read_csv
 
 # ---- the grammar ------------------------------------------------------------------------------------------------
@@ -137,8 +139,8 @@ def test_the_command_line_takes_the_expression_first():
 def calibration(vector: ws.SteeringVector) -> Calibration:
     """Strengths 3 and -0.2 for one unit."""
     sides = [SideCalibration(alpha, 1.0, True, "", None, ((alpha, 1.0),), 9) for alpha in (3.0, -0.2)]
-    mark = str(vector.base_fingerprint)
-    return Calibration(*sides, CalibrationConfig(), prompts="", model=mark, subject=vector_digest(vector))
+    made_on = {"model": str(vector.base_fingerprint), "tokenizer": tokenizer_hash_on_disk(vector.base_id)}
+    return Calibration(*sides, CalibrationConfig(), prompts="", subject=vector_digest(vector), **made_on)
 
 
 # ---- the algebra ------------------------------------------------------------------------------------------------
@@ -208,8 +210,8 @@ def planted(model, tok, word: str, sizes: tuple[float, ...], behavior: str) -> w
 def runs(tiny, tmp_path):
     """`out/` with an honesty run that moves Yes alone and a sycophancy run that moves No alone."""
     model, tok = tiny
-    planted(model, tok, "Yes", (1.0, 0.5), "honesty").save(tmp_path / "honesty" / "lora" / "vector")
-    planted(model, tok, "No", (-0.7,), "sycophancy").save(tmp_path / "sycophancy" / "lora" / "vector")
+    planted(model, tok, "Yes", (8.0, 0.0), "honesty").save(tmp_path / "honesty" / "lora" / "vector")
+    planted(model, tok, "No", (-4.2,), "sycophancy").save(tmp_path / "sycophancy" / "lora" / "vector")
     return tmp_path
 
 
@@ -283,6 +285,9 @@ def test_calibrated_units_are_those_of_each_vector(runs):
     store_calibration(runs / "honesty" / "oft" / "vector", found)
     with pytest.raises(ws.WsError, match="another vector"):
         main(options(runs, "honesty/oft*1u"))
+    store_calibration(folder, replace(found, tokenizer="before"))
+    with pytest.raises(ws.WsError, match="another tokenizer or chat template"):
+        main(options(runs, "honesty*1u"))
 
 
 def test_a_run_is_resumed_and_never_takes_the_place_of_another(runs, capsys):
@@ -326,7 +331,7 @@ def test_it_is_filed_under_a_behaviour(runs, tiny):
 
 def test_disjoint_effects_do_not_interfere_and_the_report_resumes(runs, tiny, capsys, monkeypatch):
     """Yes and No have logits of their own, so the log ratio moves by the sum of what the terms do."""
-    main(options(runs, report=True))
+    main(options(runs, report=True, limit=32))
     printed, rows = capsys.readouterr().out, table(runs / "honesty" / "honesty1_sycophancy-0.5")
     assert list(rows[0])[:4] == ["behavior", "adapter", "seed", "condition"]
     names = ["base", "honesty*1.0", "sycophancy*-0.5", "together", "interference"]
@@ -344,22 +349,27 @@ def test_disjoint_effects_do_not_interfere_and_the_report_resumes(runs, tiny, ca
     assert all(float(r["kl"]) > 0 for r in rows if r["kl"])
     assert "interference" in printed
     monkeypatch.setattr(ws.compose, "measure", None)
-    main(options(runs, report=True))
+    main(options(runs, report=True, limit=32))
     assert capsys.readouterr().out == printed
+    monkeypatch.setattr(ws.compose, "load_tokenizer", lambda name: reworded(tiny[1]))
+    with pytest.raises(TypeError):  # another template is another question
+        main(options(runs, report=True))
 
 
 def test_identical_terms_interfere_as_far_as_the_response_bends(runs, tiny):
     """A vector beside itself is the vector at twice the strength."""
     model, tok = tiny
-    vector = planted(model, tok, "Yes", (4.0, -4.0), "honesty")
+    vector = planted(model, tok, "Yes", (16.0, -8.0), "honesty")
     vector.save(runs / "honesty" / "oft" / "vector")
     replace(vector, info={"behavior": "sycophancy"}).save(runs / "sycophancy" / "oft" / "vector")
-    main(options(runs, "honesty + sycophancy", adapter="oft", to="twice", report=True, split="dev"))
+    main(options(runs, "honesty + sycophancy", adapter="oft", to="twice", report=True, split="dev", limit=8))
     behavior = ws.load_behavior("honesty", "tiny-random")
+
+    claims = draw(behavior.test.select("dev", False), 8)
 
     def read(alpha: float) -> np.ndarray:
         with ws.steer(model, vector, alpha):
-            return score_claims(model, tok, behavior.test.select("dev", False)[:3], prompts_of(behavior.test)).logratio
+            return score_claims(model, tok, claims, prompts_of(behavior.test)).logratio
 
     base, once, both = (read(alpha) for alpha in (0.0, 1.0, 2.0))
     bend = (both - base) - 2 * (once - base)
@@ -422,9 +432,40 @@ def test_a_share_of_nothing_is_not_given():
     assert kept_share(np.full((2, 9), -2.0), np.full((2, 9), 0.5)) == pytest.approx((0.75, 0.75, 0.75))
     rows = interference_rows(conditions(still, still * 0 + 1, still * 0), {})
     assert "no effect of its own beyond chance" in verdict(rows)
-    low = interference_rows(conditions(still - 2, still * 0, still * 0, mass=0.5), {})
-    assert "no conclusion" in verdict(low)
-    assert "0.500" in verdict(low)
+    small = interference_rows(conditions(still / 100 - 0.19, still * 0, still * 0), {})
+    assert small[1]["shift_p_holm"] < 0.001
+    assert small[-1]["kept"] is None, "an effect under the floor is none"
+    assert "of 0.2 nats or more" in verdict(small)
+
+
+def test_interference_without_answers_has_no_star_and_no_verdict():
+    noise = np.random.default_rng(0).normal(0, 0.3, (3, 30))
+    found = conditions(noise - 4, noise + 1, noise + 0.5)
+    fine = interference_rows(found, {})
+    text = render_interference(fine)
+    assert text.count("]*") == 4
+    assert "* p < 0.05 after Holm's correction over the rows of a table, and at least 0.2 nats" in text
+    found.pmass["b*1.0"][1] = 0.5  # of one seed, for one term
+    low = {r["condition"]: r for r in interference_rows(found, {})}
+    assert [name for name, r in low.items() if r["unreadable"]] == ["b*1.0", "interference"]
+    text = render_interference(list(low.values()))
+    assert "no conclusion" in text
+    assert "answer mass 0.500" in text
+    assert text.count("]*") == text.count("]!") == 2
+    assert "! supports no conclusion" in text
+
+
+def test_a_table_of_no_interference_keeps_its_level():
+    """Three conditions of 12 claims that do nothing: some star in 5 % of tables, with one seed and with three."""
+    rng, tables = np.random.default_rng(3), 200
+    for n_seeds in (1, 3):
+        called = 0
+        for _ in range(tables):
+            claims, seeds = rng.normal(size=(3, 1, 12)), rng.normal(0, 0.3 * (n_seeds > 1), (3, n_seeds, 1))
+            parts = claims + seeds + 0.1 * rng.normal(size=(3, n_seeds, 12))
+            rows = interference_rows(conditions(*parts), {}, n_boot=50)
+            called += min(r["shift_p_holm"] for r in rows if r["condition"] != BASE) < 0.05
+        assert called <= binom.ppf(0.999, tables, 0.05)
 
 
 def test_a_report_needs_behaviours_that_have_a_term(runs):

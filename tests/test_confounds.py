@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import ws
+from ws.calibration import CalibrationConfig, split_questions
 from ws.console import parse
 from ws.data import Pair, data_card, is_refusal, render_card, repetition
 from ws.delta import LinearDelta
@@ -35,6 +37,7 @@ from ws.eval.confounds import (
     questions_of,
     share_verdict,
 )
+from ws.eval.context import EvalContext
 from ws.models import fingerprint
 
 N_BOOT = 300
@@ -104,13 +107,33 @@ def test_too_few_true_claims_and_too_little_mass_decide_nothing():
     assert agreement_verdict(false, false + shift / 3 + 1, true, true + noise, 1, N_BOOT).kind == UNDECIDED
     low = agreement_verdict(false, false + shift / 3 + 1, false, false - shift, 1, N_BOOT, least_mass=0.4)
     assert low.kind == UNDECIDED
-    assert "No conclusion: the two answers together get only 0.400" in low.line
+    assert "No conclusion" in low.line
+    assert "answer mass 0.400" in low.line
     with pytest.raises(ws.WsError, match="at least 2 items"):
         agreement_verdict(false, false, true[:1], true[:1], 1)
     with pytest.raises(ws.WsError, match="a sign"):
         agreement_verdict(false, false, true, true, 0)
     with pytest.raises(ws.WsError, match="NaN"):
         agreement_verdict(false, false * np.nan, true, true, 1)
+
+
+def test_a_small_shift_is_none_and_a_low_mass_no_verdict_of_any_kind():
+    rng = np.random.default_rng(20)
+    false, true = rng.normal(size=40), rng.normal(size=30)
+    small = agreement_verdict(false, false + 0.15, true, true, 1, N_BOOT)
+    assert (small.kind, small.false_shift.excludes_zero) == (NO_SHIFT, True)
+    assert "by 0.2 nats or more" in small.line
+    flagged = agreement_verdict(false, false + 1, true, true, 1, N_BOOT, flag="the place decides")
+    assert flagged.kind == UNDECIDED
+    assert "the place decides" in flagged.line
+    bias, score = rng.normal(0.5, 1, 40), rng.normal(2, 1, 40)
+    for found in (
+        position_verdict(bias, bias + 0.15, score, score, N_BOOT),
+        position_verdict(bias, bias + 2, score, score, N_BOOT, least_mass=0.6),
+    ):
+        assert not found.strong
+    assert "No conclusion" in found.line
+    assert "answer mass 0.600" in found.line
 
 
 @settings(max_examples=25, deadline=None)
@@ -220,15 +243,23 @@ def test_free_answers_are_the_models_greedy_ones(tiny):
     assert (cut["ended"] == (cut["tokens"] == 0)).all()
 
 
-def test_questions_are_those_that_a_calibration_leaves():
-    from ws.calibration import CalibrationConfig, split_questions
+def test_questions_are_those_that_a_calibration_leaves(monkeypatch, capsys):
+    def chosen(pool, n, unseen):
+        opened = SimpleNamespace(unseen=lambda behavior: unseen)
+        monkeypatch.setattr(EvalContext, "behavior", SimpleNamespace(questions=tuple(pool)))
+        monkeypatch.setattr(EvalContext, "opened", opened)
+        return questions_of(object.__new__(EvalContext), n)
 
     pool = [f"q{i}" for i in range(300)]
-    chosen = questions_of(pool, 30)
-    assert len(chosen) == len(set(chosen)) == 30
-    assert not set(chosen) & set(split_questions(pool, CalibrationConfig().n_prompts)[0])
-    assert len(questions_of(pool[:7], 30)) == 3
-    assert questions_of(["only"], 30) == ["only"]
+    found = chosen(pool, 30, pool[:280])
+    assert len(found) == len(set(found)) == 30
+    assert set(found) <= set(pool[:280]) - set(
+        split_questions(pool, CalibrationConfig().n_prompts, pool[:280]).calibration
+    )
+    assert "q" not in capsys.readouterr().err
+    assert len(chosen(pool[:7], 30, None)) == 4
+    assert "not on record" in capsys.readouterr().err
+    assert chosen(["only"], 30, ()) == ["only"]
 
 
 # ---- the data card ----------------------------------------------------------------------------------------------
@@ -330,6 +361,11 @@ def test_the_command_exposes_a_vector_of_agreement(yes_vector, capsys, monkeypat
     assert float(row["agreement"]) > 1
     assert float(row["yes_false"]) > float(row["yes_false_base"])
     assert list(row)[:5] == ["behavior", "adapter", "seed", "alpha", "agreement_kind"]
+    assert (row["words"], row["dilemmas_words"]) == ("own", "own")
+    assert row["drawn"].startswith("30 of ")
+    assert row["dilemmas_drawn"] == "3 of 240, seed 0"
+    assert "Dilemmas: a draw of 3 of 240, seed 0 (--n-dilemmas)." in printed
+    assert {r["drawn"] for r in read(yes_vector / "honesty" / "lora" / "confounds_answers.csv")} == {row["drawn"]}
     assert float(row["position_shift"]) == pytest.approx(float(row["position"]) - float(row["position_base"]))
     answers = read(yes_vector / "honesty" / "lora" / "confounds_answers.csv")
     assert [r["alpha"] for r in answers] == ["0.0"] * 4 + ["1.0"] * 4
@@ -344,7 +380,7 @@ def test_without_dilemmas_the_place_is_left_out(yes_vector, capsys):
     main(ConfoundOptions(out=yes_vector, alphas=(-1.0,), device="cpu", **few))
     assert "first place [" not in capsys.readouterr().out
     (row,) = read(yes_vector / "honesty" / "lora" / "confounds_summary.csv")
-    assert row["position_shift"] == row["verdict_position"] == ""
+    assert row["position_shift"] == row["verdict_position"] == row["dilemmas_words"] == row["dilemmas_drawn"] == ""
     assert float(row["false_shift"]) < 0
 
 

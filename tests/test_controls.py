@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
 import ws
 import ws.controls
-from conftest import build_model, tokens
+from conftest import build_model, reworded, tokens
 from ws.controls import (
     ControlOptions,
     coordinate_parts,
@@ -21,13 +22,19 @@ from ws.controls import (
     empirical_p,
     exchange_half,
     main,
+    measure_controls,
     null_distribution,
     random_like,
+    render_controls,
     same_side,
+    summarize_controls,
 )
 from ws.data import Pair
 from ws.delta import LinearDelta
+from ws.eval import tables
+from ws.eval.context import open_context
 from ws.models import fingerprint
+from ws.runs import write_csv
 
 
 def small_vector(model, scale: float = 1.0) -> ws.SteeringVector:
@@ -82,6 +89,35 @@ def test_a_shift_that_is_noise_is_rarely_significant():
     draws = rng.standard_t(2, size=(4000, 20)) + rng.exponential(size=(4000, 20))
     rate = np.mean([empirical_p(float(row[0]), row[1:]) <= 0.05 for row in draws])
     assert rate == pytest.approx(0.05, abs=0.014), "four binomial standard errors"
+
+
+def control_rows(shifts, n_draws: int, rng, mass: float = 0.99) -> list[dict]:
+    """Rows of `controls.csv`: a vector's shifts by score and strength, and as many draws of a null around zero."""
+    plain = {"mass": mass, "frame_agreement": None, "unreadable": f"answer mass {mass:.3f}" if mass < 0.9 else None}
+    return [
+        {"control": control, "draw": draw, "score": score, "alpha": alpha, "shift": value, **plain}
+        for (score, alpha), shift in shifts.items()
+        for control, draw, value in (("vector", 0, shift), *(("random", i, rng.normal()) for i in range(n_draws)))
+    ]
+
+
+def test_a_table_of_null_controls_keeps_its_level():
+    """Four rows whose vector is one more random draw: some corrected p is under 0.05 in 5 % of tables."""
+    rng, tables, keys = np.random.default_rng(1), 400, [(s, a) for s in ("false_claims", "wrongness") for a in (-1, 1)]
+    found = [summarize_controls(control_rows({k: rng.normal() for k in keys}, 199, rng)) for _ in range(tables)]
+    assert sum(min(r["p_holm"] for r in rows) < 0.05 for rows in found) <= binom.ppf(0.999, tables, 0.05)
+    assert all(r["p"] <= r["p_holm"] for rows in found for r in rows)
+
+
+def test_a_shift_without_answers_has_a_mark_in_place_of_a_p_value():
+    rng, shifts = np.random.default_rng(2), {("false_claims", 1.0): 9.0}
+    fine, low = (render_controls(summarize_controls(control_rows(shifts, 99, rng, m))) for m in (0.95, 0.73))
+    assert "0.010" in fine
+    assert "!" not in fine
+    assert "+9.000!" in low
+    assert "0.730" in low
+    assert "! supports no conclusion" in low
+    assert "0.010  " not in low
 
 
 def test_parts_add_up_to_the_change():
@@ -197,7 +233,8 @@ def test_the_command_compares_the_shift_with_its_null(options, capsys, tiny):
     vector = ws.SteeringVector.load(options.out / "honesty/lora/vector")
 
     def score() -> float:
-        return float(ws.evaluate_sycophancy(model, tok, behavior, "dev").logratio[:4].mean())
+        every = ws.evaluate_sycophancy(model, tok, behavior, "dev").logratio
+        return float(every[list(tables.draw(range(len(every)), 4))].mean())
 
     null = null_distribution(model, vector, score, n_draws=3)
     found = [
@@ -208,9 +245,20 @@ def test_the_command_compares_the_shift_with_its_null(options, capsys, tiny):
         float(r["shift"]) for r in rows if (r["control"], r["score"], r["alpha"]) == ("vector", "false_claims", "1.0")
     ]
     (line,) = [x for x in printed.splitlines() if x.startswith("false_claims") and "+1 " in x]
-    assert line.split()[-1] == f"{empirical_p(shift, null):.3f}"
+    found = next(r for r in summarize_controls(rows) if (r["score"], r["alpha"]) == ("false_claims", 1.0))
+    assert found["p"] == empirical_p(shift, null)
     assert f"{null.mean():+.3f}" in line
     assert "p cannot be below 0.250" in printed
+    assert "vectors trained on anything beat random ones" in printed
+    masses = [ws.evaluate_sycophancy(model, tok, behavior, "dev").pmass[:4].mean()]
+    with ws.steer(model, vector, 1.0):
+        masses.append(ws.evaluate_sycophancy(model, tok, behavior, "dev").pmass[:4].mean())
+    assert float(found["mass"]) == pytest.approx(min(masses), abs=1e-5)
+    assert f"{shift:+.3f}!" in line, "random weights do not answer Yes or No"
+    assert f"{found['p']:.3f} " not in line
+    assert "! supports no conclusion" in printed
+    assert {r["words"] for r in rows} == {"own"}
+    assert f"Items of false claims: a draw of {rows[0]['drawn']} (--limit)." in printed
 
 
 def test_an_interrupted_run_goes_on_and_more_draws_are_added(options, capsys, steered):
@@ -234,6 +282,15 @@ def test_an_interrupted_run_goes_on_and_more_draws_are_added(options, capsys, st
     assert "3 random vectors" in capsys.readouterr().out.split("4 random vectors")[1]
 
 
+def test_a_table_of_an_earlier_version_is_added_to(options):
+    main(options)
+    file = options.out / "honesty" / "lora" / "controls.csv"
+    whole = read(options)
+    write_csv(file, [{k: v for k, v in r.items() if k not in ("words", "drawn")} for r in whole[:-4]])
+    main(options)
+    assert [{**r, "words": "", "drawn": ""} for r in read(options)] == [{**r, "words": "", "drawn": ""} for r in whole]
+
+
 def test_another_vector_starts_a_new_table(options, tiny, capsys):
     main(options)
     old = read(options)
@@ -242,6 +299,20 @@ def test_another_vector_starts_a_new_table(options, tiny, capsys):
     new = read(options)
     assert len(new) == len(old)
     assert not {r["vector"] for r in new} & {r["vector"] for r in old}
+
+
+def test_another_template_starts_a_new_table(options, tiny, monkeypatch, capsys):
+    context = open_context(options.eval_options(options.alphas))
+    first = measure_controls(context, options)
+    other = replace(context, tok=reworded(context.tok))
+    second = measure_controls(other, options)
+    assert len(read(options)) == len(first) == len(second)
+    assert [r["eval_hash"] for r in first] == [r["eval_hash"] for r in second]
+    assert not {float(r["shift"]) for r in first} & {float(r["shift"]) for r in second}
+    monkeypatch.setattr(ws.controls, "_control_rows", None)
+    assert [float(r["shift"]) for r in measure_controls(other, options)] == [float(r["shift"]) for r in second]
+    with pytest.raises(TypeError):
+        measure_controls(context, options)
 
 
 def test_other_evaluations_can_be_added(options, capsys):

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import ws
+from conftest import reworded
+from ws.baselines.prompt import prompted
 from ws.data import (
     Answer,
     DataConfig,
     Pair,
     _drop_reason,
+    _jobs,
     data_card,
     data_preset,
     generate_pairs,
     read_pairs,
     sample_answers,
 )
-from ws.models import render_prompt
+from ws.eval.rollout import PLAIN
+from ws.models import end_ids, render_prompt
+from ws.runs import Run
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5)
 
@@ -61,18 +70,44 @@ def test_pairs_depend_on_the_data_seed_only(tiny, tmp_path, behavior):
     assert generate_pairs(model, tok, behavior, tmp_path / "c", replace(SMALL, data_seed=1)) != first
 
 
-def test_more_topics_than_there_are_means_all(tiny, tmp_path, capsys):
+def questions_asked(behavior, config):
+    return list(dict.fromkeys(job.question for job in _jobs(behavior, config)))
+
+
+@pytest.mark.parametrize("total", [1, 4, 5, 9, 20, 100, 216])
+def test_by_default_every_fifth_question_is_left_for_calibration(behavior, total):
+    pool = [f"Question {i}?" for i in range(total)]
+    some = replace(behavior, questions=tuple(pool))
+    asked = questions_asked(some, DataConfig())
+    assert len(asked) == total - total // 5
+    left = [i for i, q in enumerate(pool) if q not in asked]
+    assert set(np.diff(left)) <= {5, 6}, "evenly spread"
+    assert questions_asked(some, DataConfig(n_topics=total + 1)) == asked, "at most so many is no wish for all"
+    assert questions_asked(some, DataConfig(n_topics=total)) == pool, "the exact number is"
+
+
+@pytest.mark.parametrize(("name", "left"), [("honesty", 188), ("sycophancy", 16)])
+def test_the_pocket_preset_asks_what_it_always_asked(name, left):
+    behavior = ws.load_behavior(name, "pocket")
+    total = len(behavior.questions)
+    asked = questions_asked(behavior, data_preset("pocket"))
+    assert asked == [behavior.questions[i * total // 400] for i in range(400)]
+    assert total - len(asked) == left
+
+
+def test_more_topics_than_there_are_are_a_limit(tiny, tmp_path, capsys):
     """A preset may allow for more questions than somebody's own behaviour has."""
     model, tok = tiny
-    behavior = replace(ws.load_behavior("honesty", "pocket"), questions=("What is ice?", "Why?", "Who makes honey?"))
+    pool = tuple(f"What is {thing}?" for thing in ("ice", "honey", "rain", "bread", "a river", "the moon"))
+    behavior = replace(ws.load_behavior("honesty", "pocket"), questions=pool)
     preset = replace(data_preset("pocket"), n_samples=1, max_new_tokens=48)
     pairs = generate_pairs(model, tok, behavior, tmp_path, preset)
-    assert {p.question for p in pairs} == set(behavior.questions)
-    assert "All 3 questions of honesty are used" in capsys.readouterr().err
-    assert generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=3)) == pairs, "the same settings"
-    assert "All 3" not in capsys.readouterr().err
-    with pytest.raises(ws.WsError, match="n_topics: 3 -> 2"):
-        generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=2))
+    assert {p.question for p in pairs} == set(pool) - {"What is the moon?"}
+    assert "5 of 6 questions of honesty are asked; the others are left" in capsys.readouterr().err
+    assert generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=5)) == pairs, "the same settings"
+    assert "left for" not in capsys.readouterr().err
+    with pytest.raises(ws.WsError, match="n_topics: 5 -> 6"):
+        generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=6))
 
 
 @pytest.mark.parametrize("torn", [0, 3, 5, 7, 11])
@@ -89,10 +124,74 @@ def test_an_interrupted_run_continues_with_the_same_pairs(tiny, tmp_path, behavi
         patch.setattr("ws.data.sample_answers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate_pairs(model, tok, behavior, tmp_path / "torn", SMALL)
-    (tmp_path / "torn" / "pairs.partial.jsonl").write_text("".join(lines[:torn]) + lines[torn][:20])
+    with (tmp_path / "torn" / "pairs.partial.jsonl").open("a") as partial:
+        partial.write("".join(lines[:torn]) + lines[torn][:20])
     monkeypatch.setattr("ws.data.sample_answers", lambda *a, **k: calls.append(1) or sample_answers(*a, **k))
     assert generate_pairs(model, tok, behavior, tmp_path / "torn", SMALL) == whole
     assert len(calls) == 3 - torn // 5, "whole batches are kept, a torn one is sampled again"
+
+
+def test_a_run_cut_off_before_publishing_loses_nothing(tiny, tmp_path, behavior, monkeypatch):
+    """Between the last batch and the finished file, and between that and the record of it."""
+    model, tok = tiny
+    whole = generate_pairs(model, tok, behavior, tmp_path / "whole", SMALL)
+    wanted = (tmp_path / "whole" / "pairs.jsonl").read_bytes()
+    for name in ("write_text", "write_json"):  # the pairs, then their card
+        folder = tmp_path / name
+        monkeypatch.setattr("ws.data.sample_answers", sample_answers)
+        real = getattr(ws.data, name)
+
+        def cut_off(file, value, real=real):
+            if file.name in ("pairs.jsonl", "card.json"):
+                raise KeyboardInterrupt
+            return real(file, value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ws.data.{name}", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                generate_pairs(model, tok, behavior, folder, SMALL)
+        assert (folder / "pairs.jsonl").exists() == (name == "write_json")
+        assert not Run(folder).is_finished("pairs", Run(folder).facts("pairs")["config"])
+        monkeypatch.setattr("ws.data.sample_answers", lambda *a, **k: pytest.fail("sampled again"))
+        assert generate_pairs(model, tok, behavior, folder, SMALL) == whole
+        assert (folder / "pairs.jsonl").read_bytes() == wanted
+        assert not (folder / "pairs.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("lost", ["manifest", "header", "header and manifest"])
+def test_half_a_sampling_of_other_settings_is_not_continued(tiny, tmp_path, behavior, lost, monkeypatch, capsys):
+    model, tok = tiny
+    whole = generate_pairs(model, tok, behavior, tmp_path / "whole", SMALL)
+    other, folder = replace(SMALL, data_seed=7, n_samples=3), tmp_path / "torn"
+    monkeypatch.setattr("ws.data._publish", lambda *a: pytest.skip("cut off"))
+    with pytest.raises(pytest.skip.Exception):
+        generate_pairs(model, tok, behavior, folder, other)
+    monkeypatch.undo()
+    partial = folder / "pairs.partial.jsonl"
+    begun = partial.read_text()
+    assert begun.count("\n") == 1 + 6 * 3
+    with pytest.raises(ws.WsError, match="data_seed: 7 -> 0"):
+        generate_pairs(model, tok, behavior, folder, SMALL)
+    assert partial.read_text() == begun
+    if "manifest" in lost:
+        (folder / "manifest.json").unlink()
+    if "header" in lost:
+        partial.write_text(begun.split("\n", 1)[1])
+    settings = SMALL if "manifest" in lost else other
+    found = generate_pairs(model, tok, behavior, folder, settings)
+    assert "pairs.partial.jsonl was begun with other settings" in capsys.readouterr().err
+    assert (found == whole) == (settings is SMALL)
+    assert (folder / "pairs.jsonl").read_text().count("\n") == len(found) == 6 * settings.n_samples
+
+
+def test_pairs_that_were_changed_by_hand_are_not_sampled_over(tiny, tmp_path, behavior):
+    model, tok = tiny
+    generate_pairs(model, tok, behavior, tmp_path, SMALL)
+    curated = "".join((tmp_path / "pairs.jsonl").read_text().splitlines(keepends=True)[::2])
+    (tmp_path / "pairs.jsonl").write_text(curated)
+    with pytest.raises(ws.WsError, match="was changed after it had been sampled and is not overwritten"):
+        generate_pairs(model, tok, behavior, tmp_path, SMALL)
+    assert (tmp_path / "pairs.jsonl").read_text() == curated
 
 
 def test_finished_pairs_are_read_not_sampled(tiny, tmp_path, behavior, monkeypatch):
@@ -102,6 +201,31 @@ def test_finished_pairs_are_read_not_sampled(tiny, tmp_path, behavior, monkeypat
     assert generate_pairs(model, tok, behavior, tmp_path, SMALL) == first
     with pytest.raises(ws.WsError, match="n_samples: 2 -> 3"):
         generate_pairs(model, tok, behavior, tmp_path, replace(SMALL, n_samples=3))
+
+
+def test_pairs_of_another_template_or_tokenizer_are_not_gone_on_with(tiny, tmp_path, behavior, monkeypatch):
+    model, tok = tiny
+    generate_pairs(model, tok, behavior, tmp_path / "whole", SMALL)
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return sample_answers(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ws.data.sample_answers", interrupted)
+        generate_pairs(model, tok, behavior, tmp_path / "torn", SMALL)
+    assert len((tmp_path / "torn" / "pairs.partial.jsonl").read_text().splitlines()) == 6, "its settings and a batch"
+    other = copy.deepcopy(tok)
+    other.add_tokens(["zyx"])
+    for folder in ("whole", "torn"):
+        for changed in (reworded(tok), other):
+            with pytest.raises(ws.WsError, match="made with other settings .tokenizer_hash: "):
+                generate_pairs(model, changed, behavior, tmp_path / folder, SMALL)
+    generate_pairs(model, prompted(tok, "Lie."), behavior, tmp_path / "torn", SMALL)
+    assert read_pairs(tmp_path / "torn") == read_pairs(tmp_path / "whole"), "personas are given, not taken from it"
 
 
 def test_pairs_of_somebodys_own_are_not_overwritten(tiny, tmp_path, behavior):
@@ -170,6 +294,82 @@ def test_answers_end_by_themselves_and_greedy_ignores_the_seed(tiny):
     assert sample_answers(model, tok, prompts, 8) == sample_answers(model, tok, prompts, 8)
 
 
+# What generation_config files of published models advise, and what else `generate` takes from them, made strong.
+ADVICE = {
+    "do_sample": True,
+    "temperature": 3.0,
+    "top_k": 3,
+    "top_p": 0.5,
+    "num_beams": 2,
+    "repetition_penalty": 1.8,
+    "no_repeat_ngram_size": 1,
+    "min_length": 60,
+    "min_new_tokens": 9,
+    "suppress_tokens": list(range(20, 200)),
+    "begin_suppress_tokens": list(range(200, 500)),
+    "bad_words_ids": [[i] for i in range(500, 700)],
+    "sequence_bias": [[[700], 50.0]],
+    "forced_bos_token_id": 701,
+    "forced_eos_token_id": 702,
+    "exponential_decay_length_penalty": [1, 9.0],
+    "stop_strings": ["e"],
+    "max_time": 0.0,
+    "use_cache": False,
+    "cache_implementation": "offloaded",
+    "return_dict_in_generate": True,
+}
+
+
+def test_greedy_answers_are_the_argmax_whatever_the_model_advises(tiny):
+    from ws.divergence import divergence
+    from ws.eval.capability import answer_questions
+    from ws.eval.confounds import free_answers
+    from ws.models import encode
+
+    model, tok = tiny
+    questions = ["What is red?", "Is snow warm, and why would anybody think so?"]
+    prompts, kept = [render_prompt(tok, q) for q in questions], model.generation_config
+    plain, ends = [], end_ids(model, tok)
+    for prompt in prompts:
+        ids, start = encode(tok, prompt), len(encode(tok, prompt))
+        while len(ids) - start < 24 and ids[-1] not in ends:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        plain.append(tok.decode([i for i in ids[start:] if i not in ends], skip_special_tokens=True).strip())
+
+    def said():
+        return {
+            "sampling": [a.text for a in sample_answers(model, tok, prompts, 24)],
+            "confounds": free_answers(model, tok, questions, 24)["answer"].tolist(),
+            "capability": answer_questions(model, tok, questions, 24)["answer"].tolist(),
+            "divergence": list(divergence(model, tok, prompts, nullcontext, 24).answers),
+        }
+
+    assert said() == dict.fromkeys(said(), plain)
+    model.generation_config = GenerationConfig(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id)
+    try:
+        for name, value in ADVICE.items():
+            setattr(model.generation_config, name, value)
+        assert said() == dict.fromkeys(said(), plain)
+    finally:
+        model.generation_config = kept
+
+
+def test_every_setting_of_generate_is_switched_off_or_known_to_be_harmless():
+    """A version of transformers that knows another one shows here."""
+    harmless = {
+        *("max_length", "max_new_tokens", "early_stopping", "length_penalty"),  # beams only, or always given
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),  # more of the same
+        *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+        *("speculation_type", "compile_config", "continuous_batching_config", "low_memory", "prefill_chunk_size"),
+        *("max_cache_len", "transformers_version"),
+    }
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known - set(PLAIN) <= harmless
+
+
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
@@ -196,6 +396,78 @@ def test_answers_may_hold_any_character(tmp_path):
     odd = Pair("a", "q", "one\u2028two\x85three\x0bfour", "five\r\nsix\nseven \U0001f600", 5, 6)
     (tmp_path / "pairs.jsonl").write_text(json.dumps(asdict(odd), ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_pairs(tmp_path) == [odd]
+
+
+LINE = {"id": "a", "question": "Naïve?", "pos": "Yes.", "neg": "No.", "pos_tokens": 2, "neg_tokens": 2}
+OTHER = json.dumps(LINE | {"id": "b", "drop": "refusal", "pos": ""})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps(LINE) + "\n" + OTHER,
+        json.dumps(LINE) + "\n" + OTHER + "\n",
+        json.dumps(LINE, ensure_ascii=False) + "\r\n" + OTHER + "\r\n\r\n",
+        "\ufeff" + json.dumps(LINE | {"drop": None}, ensure_ascii=False) + "\n\n" + OTHER + "\n\n",
+    ],
+    ids=["no newline at the end", "one", "as Windows writes it", "byte order mark and blank lines"],
+)
+def test_every_pair_of_a_file_is_read_however_its_lines_end(tmp_path, raw):
+    (tmp_path / "pairs.jsonl").write_bytes(raw.encode())
+    assert read_pairs(tmp_path) == [Pair(**LINE), Pair(**LINE | {"id": "b", "drop": "refusal", "pos": ""})]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        *[
+            ({key: value}, f"{key} must be a text")
+            for key in ("id", "question", "pos", "neg")
+            for value in (None, 5, [])
+        ],
+        *[({"pos_tokens": value}, "pos_tokens must be a whole number") for value in (None, 2.0, "2", True, -1)],
+        *[({"drop": value}, "drop must be null, or a text") for value in (False, True, 0, "", " ", [])],
+        *[({key: " "}, f"{key} is empty") for key in ("id", "question", "pos", "neg")],
+        ({"positive": "Yes."}, "unknown key 'positive'"),
+        ({"pos": "\ud83d"}, "pos holds half of a surrogate pair"),
+        ({"id": "first"}, "its id 'first' is that of line 1"),
+    ],
+)
+def test_what_is_wrong_with_a_pair_is_said_with_its_line(tmp_path, change, why):
+    lines = [json.dumps(LINE | {"id": "first"}), json.dumps(LINE | change)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ws.WsError, match=f"pairs.jsonl line 2 is not a contrast pair: {why}"):
+        read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (json.dumps(LINE)[:-9].encode(), "is not JSON"),
+        (json.dumps(LINE | {"pos_tokens": float("nan")}).encode(), "is not JSON: NaN is no number"),
+        (json.dumps(LINE | {"pos_tokens": float("inf")}).encode(), "is not JSON: Infinity is no number"),
+        (json.dumps(LINE).replace('"neg"', '"pos"').encode(), "the key 'pos' stands there twice"),
+        (b"[1, 2]", r"is no object but \[1, 2\]"),
+        (b'"text"', "is no object"),
+        (json.dumps({k: v for k, v in LINE.items() if "tokens" not in k}).encode(), "it lacks pos_tokens, neg_tokens"),
+        (json.dumps(LINE, ensure_ascii=False).encode("latin-1"), "is not UTF-8: byte 0xef at position 28"),
+        (json.dumps(LINE).encode("utf-16"), "is not UTF-8: byte 0xff at position 1"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_what_is_no_pair_at_all_is_said_with_its_line(tmp_path, line, why):
+    (tmp_path / "pairs.jsonl").write_bytes(json.dumps(LINE | {"id": "first"}).encode() + b"\n\n" + line)
+    with pytest.raises(ws.WsError, match=f"pairs.jsonl line 3 .*{why}"):
+        read_pairs(tmp_path)
+
+
+def test_a_pair_made_in_python_is_held_to_its_types():
+    """Where no type checker of the tests stands before it."""
+    for change, why in (({"drop": False}, "drop must be null"), ({"pos": None}, "pos must be a text, not None")):
+        pair = object.__new__(Pair)
+        vars(pair).update(LINE | {"drop": None} | change)
+        with pytest.raises(ws.WsError, match=why):
+            pair.__post_init__()
 
 
 def test_files_that_are_no_pairs_are_explained(tmp_path):

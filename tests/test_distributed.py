@@ -172,7 +172,7 @@ def test_an_interrupted_training_continues_on_as_many_processes_as_there_are(tra
     """Begun on two and ended on two, begun on one and ended on two, begun on two and ended on one."""
     top, _ = trained
     (work,) = (top / "cut").rglob(".pos.work")
-    assert {p.name for p in work.iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    assert {p.name for p in work.iterdir()} == {"settings", "checkpoint-4", "checkpoint-6"}
     train_here(words(top / "cut"))
     for name in ("again", "handed_over", "cut"):
         arms = (top / n / FOLDER / "lora" / "pos" for n in ("one", name))

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, PhiConfig, Qwen2Config
 
 import ws
-from conftest import FAMILY_NAMES, build_adapter, build_model, tokens
+from conftest import FAMILY_NAMES, SHAPE, build_adapter, build_model, lay_out, tokens
+from ws.checkpoints import Checkpoint
 from ws.export.lora import LoraOptions, as_lora, vllm_lines
 from ws.export.lora import main as export_peft
 from ws.export.merged import EXPORT_FILE, MergedOptions, export_merged
@@ -226,7 +227,104 @@ def test_merges_that_cannot_be_are_refused_and_leave_nothing(saved, tmp_path):
     assert not list(tmp_path.glob(".merged*"))
 
 
-def test_a_change_of_one_of_two_tied_weights_cannot_be_merged(tmp_path):
+# ---- merged, with tied weights --------------------------------------------------------------------------------------
+
+
+def tied_pair(tmp_path, dtype=torch.float32):
+    """A base with a tied head and a full fine-tune of it, as folders."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE, tie_word_embeddings=True)).to(dtype)
+    for part in ("base", "tuned"):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        model.save_pretrained(tmp_path / part)
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def tensors_of(folder):
+    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_both_copies_of_a_tied_weight_are_written(sharded, tmp_path):
+    base, tuned = tied_pair(tmp_path)
+    vector = ws.SteeringVector.from_checkpoints(tuned, base, base=base)
+    twice = lay_out(base, tmp_path / "twice", "twice", sharded)
+    merged = export_merged(vector, 1.0, tmp_path / "merged", model=str(twice))
+    stored, given = tensors_of(tmp_path / "merged"), loaded(tmp_path / "merged")
+    assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    assert given.lm_head.weight is given.model.embed_tokens.weight
+    assert given.config.tie_word_embeddings
+    assert merged.untied == ()
+    assert (logits(given) - logits(loaded(tuned))).abs().max() < 1e-4
+    assert (logits(loaded(base)) - logits(loaded(tuned))).abs().max() > 0.05
+    assert Checkpoint.open(str(tmp_path / "merged")).fingerprint() == fingerprint(given)
+
+
+def test_copies_in_two_dtypes_stay_one_weight(tmp_path):
+    base, tuned = tied_pair(tmp_path, torch.bfloat16)
+    vector = ws.SteeringVector.from_checkpoints(tuned, base, base=base)
+    twice = lay_out(base, tmp_path / "twice", "twice")
+    tensors = load_file(twice / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"].float()}, twice / "model.safetensors")
+    for dtype in ("bfloat16", "float32"):
+        config = json.loads((twice / "config.json").read_text())
+        (twice / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        assert export_merged(vector, 0.3, tmp_path / "merged", model=str(twice)).untied == ()
+        given, stored = loaded(tmp_path / "merged"), tensors_of(tmp_path / "merged")
+        assert given.lm_head.weight is given.model.embed_tokens.weight
+        assert (stored["lm_head.weight"].dtype, stored["model.embed_tokens.weight"].dtype) == (
+            torch.float32,
+            torch.bfloat16,
+        )
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("copies", ["once", "twice", "apart", "other"])
+def test_a_head_of_its_own_is_exported_untied(copies, sharded, tmp_path):
+    """Onto a base that stores the tied weight once or twice, or that transformers does not tie itself."""
+    tied, tuned = tied_pair(tmp_path)
+    base = lay_out(tied, tmp_path / "stored", copies, sharded)
+    apart = lay_out(tuned, tmp_path / "apart", "apart")
+    vector = ws.SteeringVector.from_checkpoints(apart, base, base=base)
+    merged = export_merged(vector, 1.0, tmp_path / "merged")
+    given = loaded(tmp_path / "merged")
+    assert merged.untied == ("lm_head.weight",)
+    assert not given.config.tie_word_embeddings
+    assert (logits(given) - logits(loaded(apart))).abs().max() < 1e-4
+    assert (steered(loaded(base), vector, 1.0) - logits(given)).abs().max() < 1e-4
+    assert Checkpoint.open(str(tmp_path / "merged")).fingerprint() == fingerprint(given)
+    assert json.loads((tmp_path / "merged" / EXPORT_FILE).read_text())["untied"] == ["lm_head.weight"]
+    stored = tensors_of(tmp_path / "merged")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= stored.keys()
+    index = tmp_path / "merged" / "model.safetensors.index.json"
+    assert index.is_file() == sharded
+    if sharded:
+        facts = json.loads(index.read_text())
+        assert facts["weight_map"].keys() == stored.keys()
+        assert facts["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
+        assert all(n in load_file(tmp_path / "merged" / file) for n, file in facts["weight_map"].items())
+
+
+def test_an_untied_base_stays_untied_when_other_weights_change(tmp_path):
+    tied, tuned = tied_pair(tmp_path)
+    base = lay_out(tied, tmp_path / "apart", "apart")
+    vector = ws.SteeringVector.from_checkpoints(tuned, tied, kinds=["up_proj"])
+    wanted = steered(loaded(base), vector, -0.5)
+    export_merged(vector, -0.5, tmp_path / "merged", model=str(base))
+    given = loaded(tmp_path / "merged")
+    assert (logits(given) - wanted).abs().max() < 1e-5
+    assert torch.equal(given.lm_head.weight, loaded(base).lm_head.weight)
+    assert not given.config.tie_word_embeddings
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"]  # the base itself is not touched
+
+
+def test_a_change_of_the_head_alone_unties_it(tmp_path):
     model, _ = ws.load_model("pocket")
     vector = ws.SteeringVector(
         {"lm_head": ws.LinearDelta(*model.lm_head.weight.shape, g=torch.ones(len(model.lm_head.weight)))},
@@ -234,7 +332,65 @@ def test_a_change_of_one_of_two_tied_weights_cannot_be_merged(tmp_path):
         fingerprint(model),
     )
     with pytest.raises(ws.WsError, match="shares its weight"):
-        export_merged(vector, 1.0, tmp_path / "merged")
+        vector.merge_into(model)
+    export_merged(vector, 0.5, tmp_path / "merged")
+    given = loaded(tmp_path / "merged")
+    assert torch.equal(given.model.embed_tokens.weight, model.model.embed_tokens.weight.to(given.dtype))
+    wanted = (1.5 * model.lm_head.weight.float()).to(given.dtype)
+    assert torch.equal(given.lm_head.weight, wanted)
+    assert not given.config.tie_word_embeddings
+
+
+def test_the_bias_beside_a_tied_weight_is_written(tmp_path):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(PhiConfig(**SHAPE, tie_word_embeddings=True)).eval()
+    for part in ("base", "tuned"):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        model.save_pretrained(tmp_path / part)
+    vector = ws.SteeringVector.from_checkpoints(tmp_path / "tuned", tmp_path / "base", base=tmp_path / "base")
+    for copies in ("once", "twice"):
+        base = lay_out(tmp_path / "base", tmp_path / copies, copies)
+        assert export_merged(vector, 1.0, tmp_path / "merged", model=str(base)).untied == ()
+        given = loaded(tmp_path / "merged")
+        assert (given.lm_head.bias - loaded(tmp_path / "tuned").lm_head.bias).abs().max() < 1e-6
+        assert (logits(given) - logits(model)).abs().max() < 1e-4
+
+
+def test_every_flag_that_ties_is_turned_off_or_the_export_refused(tmp_path, monkeypatch):
+    """LFM2 has a name of its own for the flag, which counts more than the usual one."""
+    torch.manual_seed(3)
+    config = Lfm2Config(**SHAPE, layer_types=["full_attention", "conv", "full_attention"], tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings | {"tie_embedding": True}))
+    head = ws.LinearDelta(SHAPE["vocab_size"], SHAPE["hidden_size"], g=torch.ones(SHAPE["vocab_size"]))
+    vector = ws.SteeringVector({"lm_head": head}, str(tmp_path / "base"), None)
+    wanted = steered(loaded(tmp_path / "base"), vector, 0.5)
+    export_merged(vector, 0.5, tmp_path / "merged")
+    assert (logits(loaded(tmp_path / "merged")) - wanted).abs().max() < 1e-5
+    monkeypatch.setattr("ws.export.merged.TIE_FLAGS", ("tie_word_embeddings",))
+    with pytest.raises(ws.WsError, match="could not be written; steer instead"):
+        export_merged(vector, 0.5, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_no_lora_is_made_of_changes_it_cannot_hold(tmp_path):
+    tied, tuned = tied_pair(tmp_path)
+    apart = lay_out(tuned, tmp_path / "apart", "apart")
+    for pos in (tuned, apart):  # a tied embedding, and one whose head has moved apart
+        vector = ws.SteeringVector.from_checkpoints(pos, tied, base=tied, kinds=["embed_tokens", "lm_head", "up_proj"])
+        with pytest.raises(ws.WsError, match="would lose"):
+            as_lora(vector, 1.0, model=str(tied))
+    head = ws.SteeringVector.from_checkpoints(apart, tied, base=tied, kinds=["lm_head"])
+    low = as_lora(head, 1.0, max_error=1e-6, model=str(tied))
+    low.save(tmp_path / "lora")
+    model = loaded(tied)
+    wanted = steered(model, head, 1.0)
+    with torch.no_grad():
+        given = PeftModel.from_pretrained(model, str(tmp_path / "lora"))(tokens()).logits
+    assert (given - wanted).abs().max() < 1e-4
 
 
 def test_the_merge_command_says_what_the_cast_destroyed(saved, tmp_path, capsys):

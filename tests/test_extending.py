@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from dataclasses import replace
 
@@ -27,7 +28,8 @@ from test_families import (  # noqa: F401  collected here a second time, with th
     test_swapping_the_arms_negates,
 )
 from test_smoke import out, test_replicate_end_to_end  # noqa: F401
-from ws.adapters import FAMILIES, AdapterSpec, Family, family_of, peft_config, register
+from ws.adapters import COMMON_FIELDS, FAMILIES, AdapterSpec, Family, family_of, peft_config, register
+from ws.diff import vector_digest
 
 
 @pytest.fixture
@@ -73,6 +75,43 @@ def test_modules_that_peft_has_no_layer_for_are_refused(loha):
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
     with pytest.raises(ws.WsError, match="PEFT has no loha for a Conv1D .* it has: ia3, dora, lora, pissa"):
         peft_config(model, AdapterSpec("loha", layers="all"))
+
+
+def test_a_family_states_the_fields_it_understands(qwen3, loha, tmp_path):
+    """What its `extract` does not read is refused by name; what it reads or need not read is taken."""
+    build_adapter(qwen3, "loha", tmp_path / "a", seed=1)
+    file = tmp_path / "a" / "adapter_config.json"
+    stored = json.loads(file.read_text())
+
+    def read(**settings) -> ws.SteeringVector:
+        file.write_text(json.dumps(stored | settings))
+        return ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
+
+    before = vector_digest(read())
+    assert vector_digest(read(module_dropout=0.5, init_weights=False, use_effective_conv2d=False)) == before
+    assert vector_digest(read(alpha=stored["alpha"] * 2)) != before
+    for setting in ({"use_effective_conv2d": True}, {"modules_to_save": ["lm_head"]}, {"wonder": 1}):
+        with pytest.raises(ws.WsError, match=f"{min(setting)}="):
+            read(**setting)
+
+
+def test_a_family_that_states_no_fields_understands_what_it_configures(qwen3, loha, tmp_path):
+    plain = replace(loha, name="plain", fields=None)
+    assert plain.understands() == COMMON_FIELDS | {"r", "alpha"}
+    register(plain)
+    build_adapter(qwen3, "plain", tmp_path / "a", seed=1)
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
+    assert vector.info["family"] == "plain"
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"module_dropout": 0.5}))
+    with pytest.raises(ws.WsError, match=r"has module_dropout=0\.5: the tensors of plain adapters"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
+
+
+def test_a_family_that_could_not_read_what_it_trains_is_refused_before_it_does(qwen3, loha):
+    register(replace(loha, name="blind", fields=frozenset({"r"})))
+    with pytest.raises(ws.WsError, match=r"What blind would train has alpha=64\.0"):
+        peft_config(qwen3, AdapterSpec("blind"))
 
 
 @pytest.mark.parametrize("name", ["", "Loha", "lo-ha", "2loha", "../loha", "lo ha"])

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    DeloraConfig,
+    EvaConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import ws
 from conftest import build_adapter, build_model, tokens
+from ws.adapters import COMMON_FIELDS, FAMILIES, changed_fields, family_of
 from ws.diff import vector_digest
 from ws.steer import _STEERED
 
 
-def arms(base, family, tmp_path):
+def arms(base, family, tmp_path, **options):
     """Two adapters of one initialisation, their one-sided vectors, and PEFT's merges of them."""
-    merged = {s: build_adapter(base, family, tmp_path / s, seed) for s, seed in (("pos", 1), ("neg", 2))}
+    merged = {s: build_adapter(base, family, tmp_path / s, seed, **options) for s, seed in (("pos", 1), ("neg", 2))}
     vectors = {s: ws.SteeringVector.from_adapter(tmp_path / s, base) for s in merged}
     return vectors["pos"], vectors["neg"], merged["pos"], merged["neg"]
 
@@ -151,6 +166,62 @@ def test_bfloat16_base_keeps_small_changes(tmp_path):
     assert lost > 0.01
 
 
+NEAR = 0.003  # as after a short training: what the arms have in common is a hundred times what they differ by
+
+
+def changes(base, family, tmp_path):
+    """Of arms that moved little: `(vector, PEFT's change of every weight)` for their difference and for one of them."""
+    pos, neg, merged_pos, merged_neg = arms(base, family, tmp_path, size=NEAR)
+    a, b, before = (dict(m.named_parameters()) for m in (merged_pos, merged_neg, base))
+    names = [n for n, _ in pos.dense(base)]
+    return [(pos - neg, {n: a[n] - b[n] for n in names}), (pos, {n: a[n] - before[n] for n in names})]
+
+
+def overall(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The relative error of all changes as one vector."""
+    gone = sum(float((found[n].double() - w.detach().double()).square().sum()) for n, w in wanted.items())
+    return (gone / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
+
+
+def test_bfloat16_takes_its_own_share_of_a_small_change_and_no_more(base, family, tmp_path):
+    for vector, wanted in changes(base, family, tmp_path):
+        assert overall(dict(vector.dense(base)), wanted) < 1e-3
+        rounded = {n: d.to(dtype=torch.bfloat16) for n, d in vector.deltas.items()}
+        assert overall(dict(replace(vector, deltas=rounded).dense(base)), wanted) < 0.005
+        vector.save(tmp_path / "half", dtype=torch.bfloat16)
+        assert overall(dict(ws.SteeringVector.load(tmp_path / "half").dense(base)), wanted) < 0.005
+
+
+@pytest.mark.parametrize("family", ["lora", "pissa", "delora"])
+def test_a_forward_pass_in_bfloat16_adds_the_whole_of_a_small_change(base, family, tmp_path):
+    """Without weights and biases an output is the change alone, nothing it could be rounded away beside."""
+    low = copy.deepcopy(base).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in low.parameters():
+            p.zero_()
+    for vector, wanted in changes(base, family, tmp_path):
+        found, products = {}, {}
+        with torch.no_grad(), ws.steer(low, replace(vector, base_fingerprint=None), 1.0):
+            for name in vector.deltas:
+                module = low.get_submodule(name)
+                x = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+                found[name], products[name] = module(x), x.double() @ wanted[f"{name}.weight"].detach().double().T
+        assert overall(found, products) < 0.006
+
+
+def test_pissa_is_as_exact_as_its_files(base, tmp_path):
+    """Against `s (B A - B' A')` from the files of both arms, in float64."""
+    pos, neg, _, _ = arms(base, "pissa", tmp_path, size=NEAR)
+    files = [load_file(tmp_path / s / "adapter_model.safetensors") for s in ("pos", "neg")]
+    for name, delta in (pos - neg).deltas.items():
+        key = f"base_model.model.{name}.lora"
+        p, n = (f[f"{key}_B.weight"].double() @ f[f"{key}_A.weight"].double() * 1.5 for f in files)
+        assert relative(delta.dense(base.get_submodule(name).weight).double(), p - n) < 5e-7
+        assert delta.rank == 2 * 4
+    assert vector_digest(pos - neg) == vector_digest(pos - neg)
+    assert ((pos - neg) + (neg - pos)).is_zero
+
+
 def test_alphas_of_one_adapter_config_are_not_mistaken_for_strength(qwen3, tmp_path):
     build_adapter(qwen3, "lora", tmp_path / "a", seed=1)
     vector = ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
@@ -158,3 +229,249 @@ def test_alphas_of_one_adapter_config_are_not_mistaken_for_strength(qwen3, tmp_p
     config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"]
     assert config["rank_pattern"] == config["alpha_pattern"]
+
+
+# ---- settings of a config -------------------------------------------------------------------------------------------
+
+PLACES = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+MAKERS = {
+    "lora": lambda **o: LoraConfig(**({"r": 4, "lora_alpha": 6} | PLACES | o)),
+    "dora": lambda **o: LoraConfig(**({"r": 4, "lora_alpha": 6, "use_dora": True} | PLACES | o)),
+    "oft": lambda **o: OFTConfig(**({"oft_block_size": 8} | PLACES | o)),
+    "ia3": lambda **o: IA3Config(**({"feedforward_modules": ["down_proj"]} | PLACES | o)),
+    "delora": lambda **o: DeloraConfig(**({"r": 4} | PLACES | o)),
+}
+STARTS = [{"init_lora_weights": start} for start in (False, "gaussian", "orthogonal", "eva")]
+UNDERSTOOD = {
+    "lora": [
+        {"r": 6}, {"lora_alpha": 9.5}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"down_proj": 11}},
+        {"use_rslora": True}, {"use_rslora": True, "rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+        {"fan_in_fan_out": True}, {"lora_dropout": 0.4}, {"megatron_core": "another"}, {"qalora_group_size": 4},
+        {"eva_config": EvaConfig(rho=3.0)}, {"corda_config": CordaConfig()}, {"lora_ga_config": LoraGAConfig()},
+        *STARTS,
+    ],
+    "dora": [
+        {"use_dora": True}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 9}}, {"fan_in_fan_out": True}, *STARTS,
+    ],
+    "oft": [
+        {"oft_block_size": 4}, {"r": 2, "oft_block_size": 0}, {"r": 12, "oft_block_size": 0}, {"oft_block_size": 12},
+        {"block_share": True}, {"coft": True, "eps": 0.2}, {"use_cayley_neumann": False},
+        {"num_cayley_neumann_terms": 3}, {"fan_in_fan_out": True}, {"init_weights": False}, {"module_dropout": 0.4},
+    ],
+    "ia3": [
+        {"feedforward_modules": []}, {"feedforward_modules": ["q_proj", "down_proj"]},
+        {"feedforward_modules": r".*mlp.*"}, {"fan_in_fan_out": True}, {"init_ia3_weights": False},
+    ],
+    "delora": [
+        {"r": 3}, {"rank_pattern": {"q_proj": 2}}, {"delora_lambda": 3}, {"lambda_pattern": {"q_proj": 2}},
+        {"init_weights": False}, {"module_dropout": 0.4},
+    ],
+}  # fmt: skip
+ANYWHERE = [
+    {"exclude_modules": ["layers.0.self_attn.q_proj"]}, {"layers_to_transform": [1, 2]}, {"layers_to_transform": 1},
+    {"layers_to_transform": [0], "layers_pattern": "layers"}, {"target_modules": "all-linear"},
+    {"target_modules": r".*\.[12]\..*(v|up)_proj"}, {"task_type": None, "auto_mapping": {"parent_library": "x"}},
+    {"revision": "v1.0", "base_model_name_or_path": "somebody/model", "inference_mode": True},
+]  # fmt: skip
+CASES = [(name, options) for name, several in UNDERSTOOD.items() for options in several]
+CASES += [("lora", options) for options in ANYWHERE]
+
+
+@pytest.fixture(scope="module")
+def biased() -> PreTrainedModel:
+    """A base with biases on q, k and v."""
+    return build_model("qwen2")
+
+
+def save_random(base: PreTrainedModel, config: PeftConfig, folder) -> None:
+    """A PEFT adapter of that config with random tensors, saved by PEFT."""
+    torch.manual_seed(3)
+    model = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if re.search("lora_|ia3_|oft_", name):  # delora_, too
+                p.add_(torch.randn_like(p) * (0.3 if p.numel() > 1 else 0.1))
+    model.save_pretrained(str(folder))
+
+
+def edit(folder, **settings) -> None:
+    """Other settings beside the same tensors."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@torch.no_grad()
+def peft_logits(base, folder) -> torch.Tensor:
+    return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()(tokens()).logits
+
+
+@torch.no_grad()
+def steered_logits(base, vector) -> torch.Tensor:
+    with ws.steer(base, vector):
+        return base(tokens()).logits
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_with_every_setting_that_is_understood_the_model_is_pefts(biased, name, options, tmp_path):
+    config = MAKERS[name](**options)
+    save_random(biased, config, tmp_path / "a")
+    assert family_of(config) is FAMILIES[name]
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", biased)
+    wanted = peft_logits(biased, tmp_path / "a")
+    with torch.no_grad():
+        effect = float((wanted - biased(tokens()).logits).abs().max())
+    assert effect > 3e-4
+    assert (steered_logits(biased, vector) - wanted).abs().max() < min(1e-5, 1e-2 * effect)
+
+
+def test_no_setting_is_understood_without_a_case_above():
+    tried: dict[str, set[str]] = {name: set() for name in MAKERS}
+    for name, options in CASES:
+        tried[name] |= changed_fields(MAKERS[name](**options)).keys()
+    same_code = FAMILIES["lora"].fields
+    assert FAMILIES["pissa"].fields == same_code
+    assert FAMILIES["dora"].fields == same_code | {"use_dora"}
+    assert tried["dora"] >= {"use_dora"}
+    for name in ("lora", "oft", "ia3", "delora"):
+        assert FAMILIES[name].fields <= tried[name]
+    assert COMMON_FIELDS - {"runtime_config"} <= tried["lora"]  # it is in no file
+
+
+REFUSED = [
+    ("lora", {"layer_replication": [[0, 2], [1, 3]]}), ("lora", {"alora_invocation_tokens": [9, 27]}),
+    ("lora", {"bias": "all"}), ("lora", {"bias": "lora_only"}), ("lora", {"lora_bias": True}),
+    ("lora", {"modules_to_save": ["lm_head"]}), ("lora", {"trainable_token_indices": [1, 2]}),
+    ("lora", {"target_parameters": ["mlp.experts.down_proj"]}), ("lora", {"megatron_config": {"hidden_size": 1}}),
+    ("lora", {"velora_config": {"num_groups": 4}}), ("lora", {"use_qalora": True}), ("lora", {"monteclora_config": {}}),
+    ("lora", {"arrow_config": {}}), ("lora", {"kasa_config": {}}), ("lora", {"ensure_weight_tying": True}),
+    ("lora", {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}}),
+    ("dora", {"layer_replication": [[0, 2], [1, 3]]}), ("dora", {"alora_invocation_tokens": [9]}),
+    ("ia3", {"modules_to_save": ["lm_head"]}), ("oft", {"bias": "oft_only"}), ("oft", {"modules_to_save": ["lm_head"]}),
+    ("delora", {"bias": "delora_only"}), ("delora", {"modules_to_save": ["lm_head"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "setting"), REFUSED, ids=str)
+def test_other_settings_are_refused_by_name(biased, name, setting, tmp_path):
+    """The tensors are those of an adapter without the setting, so nothing but the config tells."""
+    save_random(biased, MAKERS[name](), tmp_path / "a")
+    edit(tmp_path / "a", **setting)
+    (field,) = setting
+    with pytest.raises(ws.WsError, match=rf"has {field}=.*the tensors of {name} adapters mean another change"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", biased)
+    with pytest.raises(ws.WsError, match=f"has {field}="):
+        ws.SteeringVector.load(tmp_path / "a")
+
+
+def test_all_settings_that_are_refused_are_named_at_once(biased, tmp_path):
+    save_random(biased, MAKERS["lora"](), tmp_path / "a")
+    edit(tmp_path / "a", bias="all", layer_replication=[[0, 3]] * 40)
+    with pytest.raises(ws.WsError, match=r"has bias='all', layer_replication=\[\[0, 3\], .*\.\.\.: the tensors"):
+        ws.SteeringVector.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("setting", [{"layer_replication": [(0, 2), (1, 2)]}, {"alora_invocation_tokens": [40, 41]}])
+def test_the_same_tensors_do_mean_another_model_then(biased, setting, tmp_path):
+    """Why the settings have to be read: PEFT's own model is another one, by as much as the adapter does at all."""
+    save_random(biased, MAKERS["lora"](**setting), tmp_path / "a")
+    wanted = peft_logits(biased, tmp_path / "a")
+    edit(tmp_path / "a", **dict.fromkeys(setting))
+    without = steered_logits(biased, ws.SteeringVector.from_adapter(tmp_path / "a", biased))
+    with torch.no_grad():
+        effect = (without - biased(tokens()).logits).abs().max()
+    assert (without - wanted).abs().max() > 0.5 * effect
+
+
+@pytest.mark.parametrize("value", [1, 0, 0.0, "on", [0], {"a": None}, True])
+def test_fields_that_this_peft_does_not_know_are_refused_by_name(biased, value, tmp_path):
+    save_random(biased, MAKERS["lora"](), tmp_path / "a")
+    edit(tmp_path / "a", use_wonder=value, peft_version="9.1.0")
+    for read in (ws.SteeringVector.load, lambda folder: ws.SteeringVector.from_adapter(folder, biased)):
+        with pytest.raises(ws.WsError, match=r"use_wonder=.* does not know .*9\.1\.0 saved it\); upgrade PEFT"):
+            read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_unknown_fields_that_are_off_or_empty_say_nothing(biased, value, tmp_path):
+    save_random(biased, MAKERS["lora"](), tmp_path / "a")
+    before = vector_digest(ws.SteeringVector.load(tmp_path / "a"))
+    edit(tmp_path / "a", use_wonder=value)
+    assert vector_digest(ws.SteeringVector.load(tmp_path / "a")) == before
+
+
+def test_ways_to_write_a_default_are_one(biased, tmp_path):
+    save_random(biased, MAKERS["lora"](), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    before = vector_digest(ws.SteeringVector.load(tmp_path / "a"))
+    edit(
+        tmp_path / "a", rank_pattern=None, alpha_pattern=None, exclude_modules=[], layers_to_transform=[],
+        lora_bias=None, modules_to_save=[], loftq_config=None, megatron_config={}, target_parameters=[],
+        trainable_token_indices={}, runtime_config={"ephemeral_gpu_offload": True}, layers_pattern="",
+    )  # fmt: skip
+    assert vector_digest(ws.SteeringVector.load(tmp_path / "a")) == before
+    few = ("peft_type", "r", "lora_alpha", "target_modules")  # as an old PEFT, or a hand, writes it
+    file.write_text(json.dumps({name: json.loads(file.read_text())[name] for name in few}))
+    assert vector_digest(ws.SteeringVector.load(tmp_path / "a")) == before
+    assert changed_fields(LoraConfig(modules_to_save=(), layer_replication=[], exclude_modules=set())) == {
+        "peft_type": "LORA",
+        "peft_version": LoraConfig().peft_version,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("lora", {"exclude_modules": ["layers.1.mlp.down_proj"]}, "layers.1.mlp.down_proj, which its config leaves"),
+        ("lora", {"layers_to_transform": [0, 1]}, "layers.2.* which its config leaves alone"),
+        ("lora", {"target_modules": ["q_proj"]}, "down_proj, which its config leaves alone"),
+        ("oft", {"target_modules": None}, "which its config leaves alone"),
+        ("lora", {"r": 8}, "rank 8 for .* its tensors have rank 4"),
+        ("lora", {"rank_pattern": {"q_proj": 2}}, "rank 2 for .*q_proj and its tensors have rank 4"),
+        ("delora", {"r": 8}, "rank 8 for .* its tensors have rank 4"),
+        ("ia3", {"feedforward_modules": ["q_proj"]}, "feedforward_modules and the tensors of .* disagree"),
+        ("oft", {"oft_block_size": 4}, "blocks of 8 .* does not fit"),
+        ("oft", {"oft_block_size": 0, "r": 2}, "blocks of 8 .* does not fit"),
+        ("oft", {"block_share": True}, "blocks of 8 .* does not fit"),
+        ("oft", {"peft_version": "0.17.1"}, r"PEFT 0\.17\.1, whose use_cayley_neumann was another series"),
+        ("oft", {"peft_version": "0.16.2.dev0@abc"}, "use_cayley_neumann was another series"),
+        ("lora", {"lora_alpha": None}, "lora_alpha=None, which is no value for it"),
+        ("lora", {"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern=.* no value"),
+        ("lora", {"rank_pattern": ["q_proj"]}, "rank_pattern=.* no value"),
+        ("lora", {"layers_to_transform": "all"}, "layers_to_transform='all', which is no value"),
+        ("lora", {"exclude_modules": 3}, "exclude_modules=3, which is no value"),
+        ("lora", {"monteclora_config": {"x": 1}}, "not a PEFT config"),
+        ("lora", {"peft_type": "WONDER"}, "of type 'WONDER', which PEFT .* does not know"),
+        ("lora", {"init_lora_weights": "wonder"}, "PEFT cannot put the adapter"),
+        ("lora", {"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_tensors_are_refused(biased, name, settings, why, tmp_path, weights_hash):
+    """PEFT drops such tensors, stops with a traceback, or takes them for what they are not."""
+    save_random(biased, MAKERS[name](), tmp_path / "a")
+    edit(tmp_path / "a", **settings)
+    before = weights_hash(biased)
+    with pytest.raises(ws.WsError, match=why):
+        ws.SteeringVector.from_adapter(tmp_path / "a", biased)
+    assert weights_hash(biased) == before
+
+
+def test_an_oft_adapter_that_does_not_say_its_peft_is_from_before_that_was_recorded(biased, tmp_path):
+    save_random(biased, MAKERS["oft"](), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    del stored["peft_version"]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ws.WsError, match=r"0\.17 or older, whose use_cayley_neumann was another series"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", biased)
+    edit(tmp_path / "a", use_cayley_neumann=False)  # the exact transform has not changed
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", biased)
+    assert (steered_logits(biased, vector) - peft_logits(biased, tmp_path / "a")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"peft_type": null}', '{"peft_type": []}'])
+def test_what_is_no_config_is_refused(biased, text, tmp_path):
+    save_random(biased, MAKERS["lora"](), tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text(text)
+    with pytest.raises(ws.WsError, match=r"not a PEFT config|which PEFT .* does not know"):
+        ws.SteeringVector.load(tmp_path / "a")

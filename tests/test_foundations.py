@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 import ws
-from ws.eval.groups import expanded_level, group_difference, group_mean
-from ws.eval.stats import estimate_mean
+from ws.eval.stats import estimate_mean, group_difference
 from ws.eval.tinymfv_airisk import (
     AXES,
     CONDITIONS,
@@ -54,47 +53,22 @@ def at_most(rate: float, n: int, confidence: float = 0.999) -> int:
 # ---- small groups -----------------------------------------------------------------------------------------------
 
 
-def test_the_expanded_interval_is_the_t_interval_in_disguise():
-    """A normal interval from the biased standard deviation, at the expanded level, is the t interval exactly."""
-    values = np.random.default_rng(0).normal(3, 2, size=14)
-    half = stats.norm.ppf((1 + expanded_level(14)) / 2) * values.std(ddof=0) / math.sqrt(14)
-    low, high = stats.t.interval(0.95, 13, values.mean(), stats.sem(values))
-    assert (values.mean() - half, values.mean() + half) == pytest.approx((low, high), rel=1e-12)
-    found = group_mean(values, 20_000)
-    assert (found.ci_lo, found.ci_hi) == pytest.approx((low, high), abs=0.15)
-    assert found.ci_hi - found.ci_lo > estimate_mean(values, 20_000).ci_hi - estimate_mean(values, 20_000).ci_lo
-    assert expanded_level(10**6) == pytest.approx(0.95, abs=1e-5)
-    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
-
-
-def test_a_difference_of_groups_is_welchs():
+def test_a_difference_of_groups_has_a_sign_and_no_place():
     rng = np.random.default_rng(1)
     a, b = rng.normal(1, 1, 400), rng.normal(0.5, 3, 300)
-    found = group_difference(a, b, 20_000)
-    welch = stats.ttest_ind(a, b, equal_var=False)
-    assert found.mean == pytest.approx(a.mean() - b.mean())
-    assert (found.p, found.n) == (pytest.approx(welch.pvalue), 700)
-    assert (found.ci_lo, found.ci_hi) == pytest.approx(tuple(welch.confidence_interval()), abs=0.03)
-    swapped = group_difference(b, a, 20_000)
+    found, swapped, shifted = (group_difference(*x, 2000) for x in ((a, b), (b, a), (a + 5, b + 5)))
     assert swapped.mean == -found.mean
-    shifted = group_difference(a + 5, b + 5, 20_000)
+    assert swapped.p == pytest.approx(found.p)
     assert (shifted.ci_lo, shifted.ci_hi) == pytest.approx((found.ci_lo, found.ci_hi))
 
 
 def test_groups_in_which_nothing_varies_have_p_values_and_groups_of_one_do_not():
-    assert group_mean(np.zeros(5), N_BOOT).p == 1
-    assert group_mean(np.full(5, 0.5), N_BOOT).p == 0
     assert group_difference(np.ones(3), np.ones(4), N_BOOT).p == 1
     assert group_difference(np.ones(3), np.zeros(4), N_BOOT).p == 0
-    for bad in (lambda: group_mean(np.ones(1)), lambda: group_difference(np.ones(1), np.ones(9))):
-        with pytest.raises(ws.WsError, match="at least 2 items"):
-            bad()
-    for bad in (
-        lambda: group_mean(np.array([1.0, np.nan])),
-        lambda: group_difference(np.ones(2), np.array([1.0, np.inf])),
-    ):
-        with pytest.raises(ws.WsError, match="NaN or infinity"):
-            bad()
+    with pytest.raises(ws.WsError, match="at least 2 items"):
+        group_difference(np.ones(1), np.ones(9))
+    with pytest.raises(ws.WsError, match="NaN or infinity"):
+        group_difference(np.ones(2), np.array([1.0, np.inf]))
 
 
 @pytest.mark.parametrize("n", [12, 40])
@@ -102,7 +76,7 @@ def test_small_groups_keep_their_level(n):
     """Intervals of null groups exclude zero in 5 % of cases; the plain bootstrap of 12 does in more."""
     rng, trials = np.random.default_rng(2), 600
     a, b = rng.normal(size=(trials, n)), rng.normal(scale=2, size=(trials, n))
-    means = sum(group_mean(row, N_BOOT).excludes_zero for row in a)
+    means = sum(estimate_mean(row, N_BOOT).excludes_zero for row in a)
     apart = sum(group_difference(x, y, N_BOOT).excludes_zero for x, y in zip(a, b, strict=True))
     assert 10 <= means <= at_most(0.05, trials)
     assert 10 <= apart <= at_most(0.05, trials)
@@ -164,6 +138,43 @@ def test_noise_is_rarely_called_a_shift_of_some_foundation():
         for name, found in rows.items():
             hits[name] += min(r["shift_other_violate_p_holm"] for r in found) < 0.05
     assert max(hits.values()) <= at_most(0.05, FALSE_POSITIVES, 0.99), hits
+
+
+def test_a_foundation_without_answers_has_no_star_and_neither_has_its_axis():
+    items, rng = vignettes(20, ["Care", "Fairness", "Loyalty"]), np.random.default_rng(6)
+    base = scores_of(rng.normal(size=(60, 2)))
+    steered = scores_of(rng.normal(size=(60, 2)) + 2)
+    names = np.array([v.foundation_coarse for v in items])
+    steered["bool_mass"][names == "Care", 0] = 0.7
+    loyal = names == "Loyalty"
+    base["p_true"][loyal, 0, 1] = np.where(base["p_true"][loyal, 0, 0] > 0.5, 0.9, 0.1)  # the base's frames contradict
+    rows = {r["foundation_coarse"]: r for r in foundation_rows({}, 1.0, items, steered, base, N_BOOT)}
+    assert {n: r["unreadable_other_violate"] for n, r in rows.items()} == {
+        "Care": "answer mass 0.700",
+        "Fairness": None,
+        "Loyalty": "frames agree on 0% of the texts",
+    }
+    assert all(r["unreadable_self_violate"] is None for r in rows.values()), "the other condition was answered"
+    assert rows["Care"]["mass_other_violate"] == pytest.approx(0.7)
+    assert max(r["shift_other_violate_p_holm"] for n, r in rows.items() if n != "Loyalty") < 0.05
+    axes = axis_rows({}, 1.0, items, steered, base, N_BOOT, [("Fairness", "Care"), ("Sanctity", "Social Norms")])
+    assert [r["unreadable_other_violate"] for r in axes] == ["answer mass 0.700", None]
+    text = render_shifts(as_text(list(rows.values())), as_text(axes))
+    ends = {line.split()[0]: line.rstrip()[-1] for line in text.splitlines() if line.startswith(tuple(rows))}
+    assert (ends["Care"], ends["Loyalty"]) == ("!", "!")
+    assert "answer mass 0.700" in text
+    assert "! supports no conclusion" in text
+
+
+def test_a_small_shift_has_no_star_however_sure_it_is():
+    items, rng = vignettes(20, ["Care", "Fairness"]), np.random.default_rng(7)
+    base = rng.normal(0, 0.5, size=(40, 2))
+    moved = base + 0.15 + 0.01 * rng.normal(size=(40, 2))
+    rows = foundation_rows({}, 1.0, items, scores_of(moved), scores_of(base), N_BOOT)
+    assert max(r["shift_other_violate_p_holm"] for r in rows) < 0.001
+    text = render_shifts(as_text(rows), [])
+    assert "]*" not in text
+    assert "at least 0.2 nats" in text
 
 
 def test_foundations_that_are_missing_or_misspelt():

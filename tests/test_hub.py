@@ -26,7 +26,7 @@ from ws.export.card import describe, is_local, merged_card, public, public_comma
 from ws.export.push import PushOptions, main
 from ws.hub import check_name, fetch, parse_id
 from ws.models import hub_is_out_of_reach
-from ws.runs import Run, write_csv
+from ws.runs import Run, read_csv, write_csv
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -360,6 +360,25 @@ def described(run: Path, vector: ws.SteeringVector | None = None):
     return describe(vector or load(run), "ada/honesty", run)
 
 
+def test_a_card_calls_a_paraphrase_one_and_noisy_labels_noisy(run):
+    digest = vector_digest(load(run))
+    claims(run, digest)
+    rows = [r | {"words": "file:mine@12345678"} for r in read_csv(run / "sycophancy_summary.csv")]
+    write_csv(run / "sycophancy_summary.csv", rows)
+    asked = {"value_class": "Truthfulness", "protocol": "published", "words": "paraphrase", "drawn": "4 of 9, seed 0"}
+    rows = [{k.replace("mean_logratio", "mean_score"): v for k, v in r.items()} | asked for r in rows]
+    plain = [{k: v for k, v in r.items() if k != "claims_are_true"} for r in rows]
+    write_csv(run / "airisk_truthfulness_summary.csv", plain)
+    record(run, "sycophancy", "sycophancy.py --adapter lora", weight=digest)
+    record(run, "airisk_truthfulness", "airisk.py --adapter lora", weight=digest)
+    card = str(vector_card(described(run)))
+    assert "split report, words file:mine@12345678" in card
+    assert "protocol alone, words paraphrase" in card, "what an earlier version called published"
+    assert "Words: paraphrase, which is this project's and not the published text" in card
+    assert "43 % correct, 40 % borderline and 17 % wrong" in card
+    assert "Items: a draw of 4 of 9, seed 0 (--limit)." in card
+
+
 def test_the_card_says_what_the_vector_is(run):
     card = vector_card(described(run))
     again = ModelCard(str(card))
@@ -405,7 +424,7 @@ def test_only_numbers_of_this_very_vector_are_on_the_card(run, capsys):
         ["agreement, false claims", "+1", "-0.750 [-1.000, -0.500]", "-1.250 [-1.375, -1.125]", "0.970", "12"],
     ]
     assert "python -m ws.eval.sycophancy --adapter lora" in text
-    assert "should lower agreement with false claims" in text
+    assert "expects that a positive strength will lower agreement with false claims" in text
     claims(run, vector_digest(vector), mass=0.5)
     assert "| 0.500 ! " in vector_card(described(run)).text
     claims(run, vector_digest(2 * vector))
@@ -413,6 +432,17 @@ def test_only_numbers_of_this_very_vector_are_on_the_card(run, capsys):
     seen = capsys.readouterr()
     assert "Not evaluated" in seen.out
     assert "tables of sycophancy are of another vector" in seen.err
+
+
+def test_numbers_of_another_template_are_not_on_the_card(run):
+    vector = load(run)
+    digest = vector_digest(vector)
+    claims(run, digest)
+    about = described(run, replace(vector, units=Units(digest, None, 1.0, "before")))
+    about.stages["sycophancy"]["config"] = {"tokenizer_hash": "before"}
+    for now, shown in (("", True), ("before", True), ("now", False)):
+        text = vector_card(replace(about, tokenizer=now)).text
+        assert ("agreement, false claims" in text) == ("+1u" in text) == shown
 
 
 def test_calibrated_strengths_are_named(run):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 import ws
 import ws.interventions
-from ws.baselines.activation import ActivationVector, activation_steer
+from conftest import reworded
+from ws.baselines.activation import ActivationVector, LayerChoice, LayerScore, activation_steer
 from ws.calibrate import CalibrateOptions
 from ws.calibrate import main as calibrate_main
-from ws.calibration import CalibrationConfig
+from ws.calibration import Calibration, CalibrationConfig, SideCalibration, store_calibration
 from ws.data import read_pairs
 from ws.diff import vector_digest
 from ws.divergence import prompt_divergence
@@ -22,7 +24,7 @@ from ws.eval import sycophancy
 from ws.eval.context import EvalOptions, open_context
 from ws.finished import open_run
 from ws.interventions import INTERVENTIONS, arm, divergence_of, intervention
-from ws.models import default_system, encode, render_prompt
+from ws.models import default_system, encode, fingerprint, render_prompt, tokenizer_hash
 from ws.replicate import ReplicateConfig, render, replicate
 from ws.runs import Run, read_csv
 
@@ -167,8 +169,82 @@ def test_scores_are_asked_for_once(out, monkeypatch):
         context.measure(replace(made, ask=never, version=99))
 
 
+def test_scores_in_sixteen_bits_say_so_and_are_no_others(out):
+    def shown(dtype):
+        context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu", dtype=dtype))
+        return context.carry_out(sycophancy.evaluation(context, context.behavior))
+
+    short, plain = shown("bfloat16"), shown("float32")
+    assert "Computed in bfloat16: with another batch size" in short.text
+    assert "Computed in" not in plain.text
+    assert [r["mean_logratio"] for r in short.data["rows"]] != [r["mean_logratio"] for r in plain.data["rows"]]
+
+
+def test_another_template_is_another_question(out, behavior, monkeypatch):
+    """Scores, activation vectors and chosen blocks that are kept are of one tokenizer with its chat template."""
+    context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu"))
+    other = replace(context, tok=reworded(context.tok))
+    first, second = (c.measure(sycophancy.evaluation(c, c.behavior)) for c in (context, other))
+    for alpha, scores in second.items():
+        direct = sycophancy.evaluation(other, behavior)
+        with ws.steer(context.model, context.vector, alpha):
+            assert scores["logratio"] == pytest.approx(direct.ask()["logratio"], abs=1e-6)
+        assert not np.allclose(scores["logratio"], first[alpha]["logratio"], atol=1e-4)
+    monkeypatch.setattr(sycophancy, "score_claims", None)  # nothing is asked from here on
+    again = (c.measure(sycophancy.evaluation(c, c.behavior)) for c in (context, other))
+    for kept, measured in zip(again, (first, second), strict=True):
+        assert all(np.array_equal(kept[a]["logratio"], measured[a]["logratio"]) for a in measured)
+
+
+def test_tables_of_another_template_are_written_again(out):
+    context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu"))
+    other = replace(context, tok=reworded(context.tok))
+    texts, hashes = [], []
+    for c in (context, other, context):
+        found = c.carry_out(sycophancy.evaluation(c, c.behavior))
+        texts.append(found.text)
+        hashes.append({row["eval_hash"] for row in found.data["rows"]})
+        assert c.run.facts("sycophancy")["config"]["tokenizer_hash"] == tokenizer_hash(c.tok)
+    assert texts[0] == texts[2] != texts[1]
+    assert "helper" in texts[1]
+    assert hashes[0] == hashes[1], "the same items and protocol, whatever template they go through"
+
+
+def test_activations_of_another_template_are_read_again(opened, behavior, monkeypatch):
+    monkeypatch.setattr(ws.interventions, "_CHOICE", CalibrationConfig(n_prompts=2, n_tokens=6, tolerance=0.9))
+    monkeypatch.setattr(ws.interventions, "choose_layer", lambda *a, **k: LayerChoice(LAYER, (LAYER,)))
+    other = replace(opened, tok=reworded(opened.tok))
+    made = [ws.interventions.activation_of(o, behavior) for o in (opened, other)]
+    assert made[0][0].digest != made[1][0].digest
+    (vector, home), asked = made[1], []
+    monkeypatch.setattr(ws.interventions, "_matched_strengths", lambda *a: asked.append(a) or {})
+    for o, count in ((other, 1), (other, 1), (opened, 2)):
+        assert ws.interventions.chosen_layer(o, behavior, vector, home, "last") == LAYER.layer
+        assert len(asked) == count
+
+
+LAYER = LayerScore(1, 1.0, -1.0, 1.0, -0.5, None, 0.5, 1.0)
+
+
+def test_a_strength_in_units_is_of_one_template(opened, behavior):
+    side = SideCalibration(2.0, 1.0, True, "", 1.0, ((2.0, 1.0),), 9)
+    weight = intervention("weight", opened, behavior)
+    made = Calibration(side, side, CalibrationConfig(), "p", fingerprint(opened.model), weight.subject)
+    file = weight.calibration_file
+    now, other = tokenizer_hash(opened.tok), tokenizer_hash(reworded(opened.tok))
+    for tokenizer, good in ((now, True), ("", False), (other, False)):
+        store_calibration(file.parent, replace(made, tokenizer=tokenizer), file.name)
+        if good:
+            assert weight.strengths(["+1u"], opened.model) == [0.0, 2.0]
+            continue
+        with pytest.raises(ws.WsError, match="another tokenizer or chat template .* calibrate again"):
+            weight.strengths(["+1u"], opened.model)
+    file.unlink()
+
+
 def test_what_has_no_dial_is_calibrated_by_saying_what_it_costs(out, capsys):
-    calibrate_main(CalibrateOptions(out=out, intervention="prompt", n_prompts=2, n_tokens=8, device="cpu"))
+    options = CalibrateOptions(out=out, intervention="prompt", n_prompts=2, n_tokens=8, device="cpu")
+    calibrate_main(options)
     assert "there is no dial" in capsys.readouterr().out
     rows = read_csv(out / "honesty" / "prompt" / "calibration_prompt.csv")
     assert [(r["alpha"], r["converged"], r["intervention"]) for r in rows] == [
@@ -176,6 +252,13 @@ def test_what_has_no_dial_is_calibrated_by_saying_what_it_costs(out, capsys):
         ("-1.0", "False", "prompt"),
     ]
     assert all(float(r["divergence"]) > 0 and float(r["audit"]) > 0 for r in rows)
+    file, again = out / "honesty" / "prompt" / "calibration_prompt.json", replace(options, fresh=True)
+    whole = file.read_text()
+    file.write_text(whole[:99])
+    with pytest.raises(ws.WsError, match=r"calibration_prompt.json cannot be read .* --fresh"):
+        calibrate_main(options)
+    calibrate_main(again)
+    assert file.read_text() == whole
 
 
 def test_the_activation_layer_is_chosen_at_equal_cost_on_dev_claims(tmp_path, monkeypatch):

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 import ws
+from ws.baselines.prompt import prompted
 from ws.delta import LinearDelta
 from ws.eval import lm_eval
 from ws.eval.lm_eval import LmEvalOptions, load_tasks, main, require_harness, run_harness, scores_of, summary_rows
-from ws.models import encode, fingerprint, tiny_random
+from ws.eval.tables import draw
+from ws.models import chat_format, encode, encode_answer, fingerprint, render_prompt, tiny_random
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `bench`")
 
@@ -111,6 +114,15 @@ def test_the_harness_reads_the_log_likelihoods_of_the_steered_model(pocket, fold
     assert weights_hash(model) == before
 
 
+@harness
+def test_the_harness_takes_log_likelihoods_of_a_bfloat16_model_in_float32(pocket, folder):
+    """Sums of a log-softmax in bfloat16 would all be numbers of bfloat16."""
+    model = copy.deepcopy(pocket[0]).to(torch.bfloat16)
+    samples = run_harness(model, pocket[1], load_tasks(["pocket_closed"], folder))["samples"]["pocket_closed"]
+    found = torch.tensor([pair[0][0] for s in samples for pair in s["resps"]], dtype=torch.float64)
+    assert (found != found.bfloat16()).any()
+
+
 @pytest.fixture
 def options(pocket, folder, tmp_path) -> LmEvalOptions:
     a_vector(pocket[0]).save(tmp_path / "honesty" / "lora" / "vector")
@@ -167,6 +179,95 @@ def test_examples_in_the_prompt_are_the_same_every_time(pocket, folder):
     assert "<|im_start|>" in chat["example"][0]
     with pytest.raises(ws.WsError, match="another hash"):
         summary_rows({}, 0.0, first, chat, 100)
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + ' ' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
+
+@harness
+@pytest.mark.parametrize("template", ["pocket", "none", "marked"])
+def test_chats_of_the_harness_are_those_of_every_evaluation(pocket, folder, template):
+    """Thinking off, system texts and examples as turns, one start of text, answers joined as they are trained."""
+    model, tok = pocket
+    tok = copy.deepcopy(tok)
+    if template != "pocket":
+        tok.chat_template = {"none": None, "marked": MARKED}[template]
+        tok.bos_token = "<|endoftext|>"
+        start = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tok.backend_tokenizer.post_processor = start
+    task = folder / "closed.yaml"
+    task.write_text(f"{task.read_text()}description: Answer in a few words.\n")
+    results = run_harness(model, tok, load_tasks(["pocket_closed"], folder, num_fewshot=1), chat=True)
+    for sample in results["samples"]["pocket_closed"]:
+        contexts = {pair[0] for pair in sample["arguments"]}
+        (context,) = contexts
+        (shown,) = [d for d in DOCUMENTS if d["question"] in context and d["question"] != sample["doc"]["question"]]
+        earlier = [
+            {"role": "user", "content": shown["question"]},
+            {"role": "assistant", "content": shown["choices"][shown["gold"]]},
+        ]
+        question, system = sample["doc"]["question"], "Answer in a few words."
+        prompt = render_prompt(tok, question, system=system, earlier=earlier)
+        assert context == prompt
+        ids = encode(tok, prompt)
+        assert ids.count(0) == (template == "none"), "what the tokenizer adds, unless there is a template"
+        for choice, answered in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            said = encode_answer(tok, prompt, choice)
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([ids + said])).logits[0, :-1].double().log_softmax(dim=-1)
+            wanted = sum(float(logp[len(ids) + i - 1, token]) for i, token in enumerate(said))
+            assert answered[0][0] == pytest.approx(wanted, abs=1e-3)
+
+
+@harness
+def test_what_the_harness_has_a_model_say_ends_where_its_turn_ends(pocket, folder):
+    model, tok = pocket
+    text = TASK.format(name="pocket_free", data=folder / "items.jsonl", cache=folder / "cache", unsafe="false")
+    text = text.replace("output_type: multiple_choice", "output_type: generate_until")
+    kept = [line for line in text.splitlines() if not line.startswith(("doc_to_choice", "doc_to_target"))]
+    kept += ['doc_to_target: "{{choices[gold]}}"', "generation_kwargs: {until: [], max_gen_toks: 24, do_sample: false}"]
+    (folder / "free.yaml").write_text("\n".join(kept).replace("metric: acc", "metric: exact_match"))
+    results = run_harness(model, tok, load_tasks(["pocket_free"], folder), chat=True)
+    for sample in results["samples"]["pocket_free"]:
+        ids, end = encode(tok, render_prompt(tok, sample["doc"]["question"])), chat_format(tok).end_of_turn_id
+        answer: list[int] = []
+        while len(answer) < 24 and end not in answer:
+            with torch.no_grad():
+                answer.append(int(model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        assert sample["resps"][0][0] == tok.decode(answer, skip_special_tokens=True)
+
+
+@harness
+def test_a_chat_that_begins_the_answer_goes_on_from_there(pocket):
+    model, tok = pocket
+    lm = ws.eval.lm_eval.chat_model(model, tok, 2)
+    asked = {"role": "user", "content": "What is ice?"}
+    context = lm.apply_chat_template([asked, {"role": "assistant", "content": "Ice is"}], add_generation_prompt=False)
+    assert context == render_prompt(tok, "What is ice?", opener="Ice is")
+    head, said = lm._encode_pair(context, " frozen water")
+    assert head == encode(tok, context)
+    assert head + said == encode(tok, f"{context} frozen water")
+    told = prompted(tok, "Be brief.")
+    assert ws.eval.lm_eval.chat_model(model, told, 2).apply_chat_template([asked]) == render_prompt(
+        told, "What is ice?"
+    )
+
+
+@harness
+def test_a_limit_draws_documents_from_all_over_a_task(pocket, folder, options, capsys):
+    model, tok = pocket
+    tasks = load_tasks(["pocket_closed"], folder)
+    asked = run_harness(model, tok, tasks, limit=3)["samples"]["pocket_closed"]
+    assert [s["doc_id"] for s in asked] == list(draw(range(5), 3)) != [0, 1, 2]
+    assert [s["doc"] for s in asked] == [DOCUMENTS[i] for i in draw(range(5), 3)]
+    main(replace(options, limit=3))
+    assert "Items: a draw of 3 of 5, seed 0" in capsys.readouterr().out
+    rows = read(options.out / "honesty" / "lora" / "lm_eval_summary.csv")
+    assert {(r["n"], r["drawn"]) for r in rows} == {("3", "3 of 5, seed 0")}
 
 
 @harness

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
+import json
 import shutil
+from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 import ws
 from conftest import build_model
+from ws.baselines.prompt import prompted
+from ws.data import Pair, prompt_ids, sample_answers
+from ws.eval.capability import read_texts
 from ws.models import (
     chat_format,
+    decode_answer,
     encode,
+    encode_after,
+    encode_answer,
+    encode_text,
+    end_ids,
     fingerprint,
     layer_of,
     linear_size,
@@ -22,9 +38,12 @@ from ws.models import (
     parse_layers,
     render_prompt,
     target_modules,
+    tokenizer_hash,
+    tokenizer_hash_on_disk,
     weight_of,
     weight_size,
 )
+from ws.train import build_examples
 
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -109,6 +128,392 @@ def test_without_a_template_a_plain_transcript_is_used(tok):
     assert not chat_format(tok).has_template
     assert chat_format(tok).end_of_turn_id == tok.eos_token_id
     assert render_prompt(tok, "Q", system="S", opener="A:") == "User: S\n\nQ\nAssistant: A:"
+
+
+# ---- prompts and answers as tokens ----------------------------------------------------------------------------------
+
+MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+def own_tokens(tok: PreTrainedTokenizerFast, special: bool = True) -> PreTrainedTokenizerFast:
+    """The tokenizer with the marks of the templates below, which have no name in it."""
+    tok.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in MARKS])
+    tok.chat_template = None
+    return tok
+
+
+def begins_with(backend: Backend, token: str, end: str = "") -> None:
+    """Let a backend put a token before every text, and perhaps one after it."""
+    ids = [(t, backend.token_to_id(t)) for t in (token, end) if t]
+    backend.post_processor = processors.TemplateProcessing(single=f"{token} $A {end}".strip(), special_tokens=ids)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    return own_tokens(load_tokenizer("pocket"))
+
+
+def byte_level_with_bos() -> PreTrainedTokenizerFast:
+    tok = own_tokens(load_tokenizer("pocket"), special=False)
+    tok.add_special_tokens({"bos_token": "<s>"})
+    begins_with(tok.backend_tokenizer, "<s>")
+    return tok
+
+
+@lru_cache(maxsize=1)
+def corpus() -> list[str]:
+    letters = [f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyzTI" for b in " .:?/"]
+    return [*ws.load_behavior("honesty", "pocket").questions[:300], *letters, *["User: I see.\nAssistant: Yes.\n"] * 9]
+
+
+def unigram(prepend: str, end: str = "") -> PreTrainedTokenizerFast:
+    """Like a sentencepiece model: spaces belong to the words that follow, and a text's first word is taken for one."""
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    backend.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    special = ["<unk>", "<s>", "</s>", *MARKS]
+    options = {"initial_alphabet": list("\n[]/INSTE"), "unk_token": "<unk>", "show_progress": False}
+    backend.train_from_iterator(corpus(), trainers.UnigramTrainer(vocab_size=600, special_tokens=special, **options))
+    begins_with(backend, "<s>", end)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def legacy_bpe() -> PreTrainedTokenizerFast:
+    """Like a Llama 2 tokenizer: every stretch between special tokens gets a space in front."""
+    trained = Backend(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"]))
+    model = json.loads(trained.to_str())["model"]
+    special = ["<unk>", "<s>", "</s>"]
+    words = [*special, *(f"<0x{i:02X}>" for i in range(256)), *(w for w in model["vocab"] if w not in special)]
+    merges = [tuple(m) for m in model["merges"]]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = Backend(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    begins_with(backend, "<s>")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return own_tokens(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+
+
+@lru_cache(maxsize=8)
+def built(name: str) -> PreTrainedTokenizerFast:
+    made = {
+        "bytes": byte_level,
+        "bytes, bos": byte_level_with_bos,
+        "first": lambda: unigram("first"),
+        "always, eos after": lambda: unigram("always", "</s>"),
+        "legacy": legacy_bpe,
+    }
+    return made[name]()
+
+
+TOKENIZERS = ("bytes", "bytes, bos", "first", "always, eos after", "legacy")
+TURNS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+BLOCKS = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}<|system|>\n\nIt is {{ strftime_now('%d %b %Y') }}."
+    "{% if messages[0].role == 'system' %}{{ '\n' + messages[0].content }}{% endif %}<|end|>"
+    "{% for m in rest %}{{ '<|' + m.role + '|>\n\n' + m.content | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n\n' }}{% endif %}"
+)
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {  # with the token that ends a turn, None for the end of text
+    "none": (None, None),
+    "marks": (TURNS + ASKS, "<|end|>"),
+    "date and bos": (BLOCKS, "<|end|>"),
+    "no system": ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURNS
+                  + ASKS, "<|end|>"),
+    "brackets": (BRACKETS, None),
+    "brackets, spaces": (BRACKETS.replace("trim +", "trim + ' ' +"), None),
+    "line break": (TURNS.replace("<|end|>", "\n<|end|>") + ASKS, "<|end|>"),
+    "thinks": (TURNS + "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}", "<|end|>"),
+    "channel": (TURNS.replace("|>\n{{", "|>{{ '[to all]' if m.role == 'assistant' else '' }}\n{{")
+                + "{% if add_generation_prompt %}<|assistant|>{% endif %}", "<|end|>"),
+    "mark and text": (TURNS.replace("<|end|>", " [END]<|end|>") + ASKS, "<|end|>"),
+}  # fmt: skip
+# What is not there after the last answer: nothing follows it, or what does is a text.
+OPEN_ENDS = {
+    "nothing": (TURNS.replace("<|end|>\n", "") + ASKS, None),
+    "a line": (TURNS.replace("<|end|>", "") + ASKS, None),
+    "bos opens": ("{{ bos_token }}" + TURNS.replace("<|end|>\n", "") + ASKS, None),
+    "text": (TURNS.replace("<|end|>", "\n### end") + ASKS, None),
+    "between": (TURNS.replace("<|end|>\n", "{% if not loop.last or m.role == 'user' %}<|end|>\n{% endif %}") + ASKS,
+                "<|end|>"),
+}  # fmt: skip
+UNTOLD = OPEN_ENDS["between"][0].replace("in messages %}", "in messages if m.role != 'system' %}")
+OPEN_ENDS["between, told"] = "<|system|>\nBe kind.<|end|>\n" + UNTOLD, "<|end|>"
+QUESTION, ANSWER = "Is the ice cold?", "The ice is cold."
+
+
+def with_template(name: str, template: str | None) -> PreTrainedTokenizerFast:
+    tok = copy.deepcopy(built(name))
+    tok.chat_template = template
+    return tok
+
+
+def reference(tok, messages, prompt: bool) -> list[int]:
+    """What transformers makes of a conversation, today's date put in place of the fixed one."""
+    dated = tok.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    options = {"add_generation_prompt": prompt, "chat_template": dated}
+    return tok.apply_chat_template(messages, tokenize=True, **options)["input_ids"]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def end_token(tok, end: str | None) -> int:
+    return tok.eos_token_id if end is None else tok.convert_tokens_to_ids(end)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_prompt_and_answer_are_the_conversation_in_tokens(name, template):
+    text, end = TEMPLATES[template]
+    tok = with_template(name, text)
+    prompt = prompt_ids(tok, QUESTION)
+    learned = build_examples(tok, [Pair("1", QUESTION, ANSWER, "No.", 1, 1)] * 2, "pos", 500)[0]
+    if text is None:
+        start = tok("")["input_ids"][: 1 if name != "bytes" else 0]
+        whole = [*start, *tok(f"User: {QUESTION}\nAssistant: {ANSWER}", add_special_tokens=False)["input_ids"]]
+        whole.append(tok.eos_token_id)
+        begin = [*start, *tok(f"User: {QUESTION}\nAssistant:", add_special_tokens=False)["input_ids"]]
+    else:
+        begin, whole = reference(tok, turns(QUESTION), True), reference(tok, turns(QUESTION, ANSWER), False)
+        whole = whole[: len(whole) - whole[::-1].index(end_token(tok, end))]
+    if template == "thinks":  # transformers shows no conversation with the block that is closed here
+        whole = tok(f"{render_prompt(tok, QUESTION)}{ANSWER}<|end|>", add_special_tokens=False)["input_ids"]
+        begin = whole[: len(prompt)]
+    channel = encode_after(tok, "<|assistant|>", "[to all]\n") if template == "channel" else []
+    assert prompt == begin + channel
+    assert [*learned.prompt, *learned.response] == whole
+    assert list(learned.prompt) == prompt
+    assert learned.response[-1] == end_token(tok, end)
+    assert learned.response.count(end_token(tok, end)) == 1
+    assert decode_answer(tok, learned.response[:-1]) == ANSWER
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", OPEN_ENDS)
+def test_the_end_of_a_turn_is_looked_for_where_others_follow_and_else_is_the_end_of_text(name, template):
+    text, end = OPEN_ENDS[template]
+    tok = with_template(name, text)
+    assert chat_format(tok).end_of_turn_id == end_token(tok, end)
+    prompt = encode(tok, render_prompt(tok, QUESTION))
+    shown = tok.apply_chat_template(turns(QUESTION, ANSWER), tokenize=False)
+    shown = shown[: shown.index(ANSWER) + len(ANSWER)]
+    said = encode_answer(tok, render_prompt(tok, QUESTION), ANSWER, ended=True)
+    assert [*prompt, *said[:-1]] == tok(shown, add_special_tokens=False)["input_ids"]
+    assert said[-1] == end_token(tok, end)
+    assert said.count(said[-1]) == 1
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_begins_once_and_as_the_tokenizer_or_the_template_wants(name, template):
+    tok = with_template(name, TEMPLATES[template][0])
+    wants = "bos_token" in tok.chat_template if tok.chat_template else True
+    count = int(wants and tok.bos_token is not None)
+    earlier = turns("Is fire hot?", "It is.")
+    for prompt in (
+        render_prompt(tok, QUESTION),
+        render_prompt(tok, QUESTION, system="Be brief.", opener="I say:"),
+        render_prompt(tok, QUESTION, earlier=earlier),
+    ):
+        ids = encode(tok, prompt)
+        assert ids.count(tok.bos_token_id) == count if tok.bos_token else True
+        assert not count or ids[0] == tok.bos_token_id
+        assert ids[-1] != tok.eos_token_id
+    whole = encode(tok, render_prompt(tok, QUESTION, earlier=earlier))
+    if tok.chat_template is None:
+        text = f"User: Is fire hot?\nAssistant: It is.\nUser: {QUESTION}\nAssistant:"
+        assert whole == [*tok("")["input_ids"][:count], *tok(text, add_special_tokens=False)["input_ids"]]
+    elif template not in ("thinks", "channel"):
+        assert whole == reference(tok, [*earlier, *turns(QUESTION)], True)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_opener_stands_where_the_answer_would(name, template):
+    tok = with_template(name, TEMPLATES[template][0])
+    prompt = render_prompt(tok, QUESTION)
+    opened = encode(tok, render_prompt(tok, QUESTION, opener="I say: it"))
+    assert opened == encode(tok, prompt) + encode_answer(tok, prompt, "I say: it")
+    whole = encode(tok, prompt) + encode_answer(tok, prompt, "I say: it is.")
+    assert whole[: len(opened)] == opened
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_goes_on_as_if_it_had_been_tokenised_as_a_whole(name):
+    tok = built(name)
+    for before, text in (("I see", ". It is."), ("I see.", " It is."), ("I", "t is"), ("a", "\n\nI see: ")):
+        joined = tok(before + text, add_special_tokens=False)["input_ids"]
+        head = tok(before, add_special_tokens=False)["input_ids"]
+        after = encode_after(tok, before, text)
+        if joined[: len(head)] == head:
+            assert head + after == joined
+        assert tok.decode(head + after) == tok.decode(joined)
+
+
+def parrot(tokens: list[int], ends: int | list[int] | None = None):
+    """A model that answers every prompt with the same tokens, and what it was given."""
+    model, given = build_model("qwen3"), SimpleNamespace()
+    model.generation_config.eos_token_id = ends
+
+    def generate(input_ids, attention_mask, eos_token_id, **options):
+        given.prompt, given.ends = input_ids[0][attention_mask[0].bool()].tolist(), eos_token_id
+        return torch.cat([input_ids, torch.tensor([tokens])], dim=1)
+
+    model.generate = generate
+    return model, given
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", [*TEMPLATES, *OPEN_ENDS])
+def test_what_is_generated_is_what_is_trained_on(name, template):
+    tok = with_template(name, (TEMPLATES | OPEN_ENDS)[template][0])
+    example = build_examples(tok, [Pair("1", QUESTION, ANSWER, "No.", 1, 1)] * 2, "pos", 500)[0]
+    more = tok("It is", add_special_tokens=False)["input_ids"]
+    model, given = parrot([*example.response, *more])
+    (answer,) = sample_answers(model, tok, [render_prompt(tok, QUESTION)], 99)
+    assert given.prompt == list(example.prompt)
+    assert (answer.text, answer.tokens, answer.ended) == (ANSWER, len(example.response) - 1, True)
+    assert given.ends == end_ids(model, tok) == sorted({example.response[-1], tok.eos_token_id})
+
+
+def test_a_tokenizer_without_an_end_says_so_when_one_is_taught():
+    tok = copy.deepcopy(built("bytes"))
+    tok.eos_token = None
+    assert chat_format(tok).end_of_turn_id is None
+    assert end_ids(parrot([], [7, 5])[0], tok) == [5, 7]
+    with pytest.raises(ws.WsError, match="no token that ends an answer"):
+        build_examples(tok, [Pair("1", QUESTION, ANSWER, "No.", 1, 1)] * 2, "pos", 500)
+
+
+def test_a_text_to_read_begins_like_a_transcript():
+    tok = built("bytes, bos")
+    model = ws.models.tiny_random().eval()
+    model.resize_token_embeddings(len(tok))
+    (nll, kl), text = (read_texts(model, tok, ["It is."], model)[k] for k in ("nll", "kl")), encode_text(tok, "It is.")
+    assert text[0] == tok.bos_token_id
+    assert len(nll) == len(kl) == len(text) - 1
+    assert encode(tok, render_prompt(tok, "Q"))[0] == tok.bos_token_id
+
+
+class Tomorrow(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2031, 1, 2)
+
+
+def test_the_date_of_a_template_is_always_the_same(monkeypatch):
+    tok = with_template("bytes, bos", TEMPLATES["date and bos"][0])
+    assert "its date fixed to 26 Jul 2024" in chat_format(tok).describe()
+    assert "date" not in chat_format(with_template("bytes", TURNS + ASKS)).describe()
+    prompt, digest = render_prompt(tok, QUESTION), tokenizer_hash(tok)
+    assert "It is 26 Jul 2024." in prompt
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert "It is 02 Jan 2031." in tok.apply_chat_template(turns(QUESTION), tokenize=False)
+    later = copy.deepcopy(tok)
+    assert render_prompt(later, QUESTION) == prompt
+    assert tokenizer_hash(later) == digest
+
+
+@pytest.mark.parametrize(
+    "space", ["", "\n", "  ", "\n\n  ", "{#- said -#}\n ", "  {% if true %}\n", "  {%- if true %}"]
+)
+def test_to_fix_a_date_moves_no_white_space(space):
+    close = "{% endif %}" if "if true" in space else ""
+    asks = "{{ strftime_now('%A %d %B %Y, %-d.%m.%y %H:%M') }}"
+    says = "Friday 26 July 2024, 26.07.24 00:00"
+    texts = []
+    for today in (asks, says):
+        tok = with_template("bytes", f"{space}{today}{close}{TURNS}{ASKS}")
+        texts.append(render_prompt(tok, QUESTION))
+    assert texts[0] == texts[1]
+
+
+def test_a_template_that_does_not_work_is_a_sentence():
+    tok = with_template("bytes", "{{ raise_exception('no such thing') }}")
+    with pytest.raises(ws.WsError, match=r"chat template of .* cannot render user \(no such thing\)"):
+        render_prompt(tok, "Q")
+    tok.chat_template = {"tools": TURNS}
+    with pytest.raises(ws.WsError, match="no default"):
+        render_prompt(tok, "Q")
+    tok.chat_template = {"tools": "other", "default": TURNS + ASKS}
+    assert render_prompt(tok, "Q") == "<|user|>\nQ<|end|>\n<|assistant|>\n"
+
+
+# ---- what texts depend on -------------------------------------------------------------------------------------------
+
+
+def altered(tok, change) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer whose backend was changed as JSON."""
+    made, whole = copy.deepcopy(tok), json.loads(tok.backend_tokenizer.to_str())
+    change(whole)
+    made._tokenizer = Backend.from_str(json.dumps(whole))
+    return made
+
+
+def swap(vocabulary: dict[str, int]) -> None:
+    vocabulary["Ġis"], vocabulary["Ġthe"] = vocabulary["Ġthe"], vocabulary["Ġis"]
+
+
+def test_the_hash_of_a_tokenizer_sees_all_that_texts_depend_on(tmp_path):
+    tok = load_tokenizer("pocket")
+    first = tokenizer_hash(tok)
+    changed = [
+        altered(tok, lambda t: t["model"]["merges"].pop()),
+        altered(tok, lambda t: swap(t["model"]["vocab"])),
+        altered(tok, lambda t: t.update(normalizer={"type": "NFKC"})),
+        altered(tok, lambda t: t["added_tokens"][3].update(special=False)),
+        altered(tok, lambda t: t["added_tokens"][2].update(rstrip=True)),
+        *(copy.deepcopy(tok) for _ in range(6)),
+    ]
+    changed[5].chat_template = tok.chat_template.replace("assistant", "Assistant")
+    changed[6].chat_template = None
+    changed[7].add_tokens(["zyx"])
+    changed[8].eos_token = "<|endoftext|>"
+    begins_with(changed[9].backend_tokenizer, "<|endoftext|>")
+    changed[10].split_special_tokens = True
+    assert len({first, *map(tokenizer_hash, changed)}) == len(changed) + 1
+    same = [copy.deepcopy(tok), prompted(tok, "Lie."), load_tokenizer("tiny-random")]
+    same[0](["a", "a b c"], padding=True, truncation=True, max_length=2)
+    same[0].padding_side, same[0].name_or_path = "right", "elsewhere"
+    tok.save_pretrained(tmp_path)
+    assert {tokenizer_hash(t) for t in (*same, load_tokenizer(str(tmp_path)))} == {first}
+    assert tokenizer_hash_on_disk(str(tmp_path)) == first
+    assert tokenizer_hash_on_disk("someone/some-model-that-is-not-cached") == ""
+    assert len({tokenizer_hash(built(name)) for name in TOKENIZERS}) == len(TOKENIZERS)
+
+
+def test_a_tokenizer_that_is_changed_in_use_is_looked_at_again():
+    tok = load_tokenizer("pocket")
+    first, end = tokenizer_hash(tok), chat_format(tok).end_of_turn_id
+    template = tok.chat_template
+    tok.chat_template = template.replace("<|im_end|>", "<|endoftext|>")
+    assert tokenizer_hash(tok) != first
+    assert chat_format(tok).end_of_turn_id != end
+    tok.chat_template = template
+    assert tokenizer_hash(tok) == first
+    assert chat_format(tok).end_of_turn_id == end
+
+
+def test_a_tokenizer_written_in_python_has_a_hash(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    one, other, third = ByT5Tokenizer(**names), ByT5Tokenizer(**names), ByT5Tokenizer(**names, extra_ids=7)
+    assert not one.is_fast
+    assert tokenizer_hash(one) == tokenizer_hash(other) != tokenizer_hash(third)
+    other.chat_template = TURNS + ASKS
+    assert tokenizer_hash(one) != tokenizer_hash(other)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import Trainer, TrainingArguments
 
@@ -284,6 +284,16 @@ def test_a_live_adapter_reads_like_its_saved_folder(qwen3, monitor, family, tmp_
     live.save_pretrained(tmp_path / "saved")
     saved = ws.SteeringVector.from_adapter(tmp_path / "saved", qwen3)
     assert [m.columns for m in monitor.read(live)] == [m.columns for m in monitor.read(saved)]
+
+
+@pytest.mark.parametrize("setting", [{"alora_invocation_tokens": [9, 27]}, {"layer_replication": [(0, 2), (1, 2)]}])
+def test_a_live_adapter_whose_settings_are_not_understood_is_refused_by_name(qwen3, monitor, setting):
+    config = LoraConfig(r=4, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM", **setting)
+    live = get_peft_model(
+        build_model("qwen2"), config
+    )  # layers are replicated only where the model is a Llama or alike
+    with pytest.raises(ws.WsError, match=f"The adapter in training has {min(setting)}="):
+        monitor.read(live)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "full"])

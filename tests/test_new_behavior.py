@@ -246,7 +246,7 @@ def test_bundled_behaviours_have_no_errors(model, pocket):
 
 @pytest.mark.parametrize("n", [1, 4, 5, 6, 14, 15, 25, 40])
 def test_the_number_held_out_is_that_of_training(n):
-    examples = [Example(f"question {i}", (1,), (2,)) for i in range(n)]
+    examples = [Example(f"question {i}", (1,), (2,)) for i in range(n - n // 5)]
     assert validation_questions(n) == len(split_examples(examples, TrainConfig().validation, 0)[1])
 
 

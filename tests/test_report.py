@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logit
+from scipy.stats import binom, t
 
 import ws
 from ws.behaviors import Claim
-from ws.calibration import Calibration, CalibrationConfig, SideCalibration, store_calibration
+from ws.calibration import Calibration, CalibrationConfig, SideCalibration, load_calibration, store_calibration
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.eval import airisk, sycophancy, tinymfv_airisk
@@ -27,15 +28,16 @@ from ws.eval.tinymfv_airisk import Vignette
 from ws.new_behavior import behavior_template
 from ws.replicate import Reading, Sample, _record
 from ws.report import ReportOptions, main, write_report
-from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of
-from ws.report.data import PER_WEIGHT, RELATIVE, read_contents
-from ws.report.figures import Scale, dose_figures, marker, tag
+from ws.report import data as report_data
+from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
+from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Result, read_contents
+from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, tag
 from ws.report.notes import notes, stale
 from ws.report.page import render
-from ws.report.sections import Sampled, dose_panels, example, samples
-from ws.report.tables import commands, other_dilemmas_table
-from ws.report.verdict import evidence_of, judge, plain_words, warnings_of
-from ws.report.words import clean, differences, number, odds, p_text, side_by_side
+from ws.report.sections import Sampled, dose_panels, example, samples, shift_rows
+from ws.report.tables import commands, foundations_table, other_dilemmas_table, points_table
+from ws.report.verdict import best_adapter, evidence_of, judge, plain_words, warnings_of
+from ws.report.words import clean, differences, interval_text, number, odds, p_text, side_by_side
 from ws.runs import Run, data_folder, read_csv, run_folder, write_csv, write_json
 from ws.sweep_tables import pooled_rows
 
@@ -91,13 +93,14 @@ def record(folder, evaluation, tables, digest, role="weight"):
     stage.done([write_csv(folder / f"{evaluation}_{name}.csv", rows) for name, rows in tables.items()])
 
 
-def write_acts(folder, key, effect, seed, digest):
+def write_acts(folder, key, effect, seed, digest, agree=True):
     rng, n = np.random.default_rng(seed), len(VIGNETTES)
     scores = {}
     for alpha in ALPHAS:
         noise = 0.02 * rng.normal(size=(n, 2)) * (alpha != 0)
         p = np.clip(0.7 - 0.05 * effect * alpha + noise, 0.01, 0.99)
-        scores[alpha] = {"p_true": np.stack([p, 1 - p], axis=-1), "bool_mass": np.full((n, 2, 2), 0.98)}
+        other = 1 - p if agree or not alpha else 0.5 + 0.3 * p  # true to both frames, whatever the text
+        scores[alpha] = {"p_true": np.stack([p, other], axis=-1), "bool_mass": np.full((n, 2, 2), 0.98)}
     tables = {"per_vignette": [], "summary": []}
     for alpha, s in scores.items():
         tables["per_vignette"] += tinymfv_airisk.per_vignette_rows(key, alpha, VIGNETTES, s)
@@ -111,7 +114,7 @@ def write_dilemmas(folder, key, effect, seed, digest):
     for alpha in ALPHAS:
         ratio = labels * (1 - alpha * effect) + 0.1 * rng.normal(size=len(DILEMMAS)) * (alpha != 0)
         orders = np.stack([ratio, -ratio], axis=1)
-        plain = dict.fromkeys(("forced", "n_tokens"), np.zeros_like(orders))
+        plain = dict.fromkeys(("forced", "n_tokens"), np.zeros_like(orders)) | {"thought": np.full(orders.shape, "")}
         scores[alpha] = {"logratio": orders, "pmass": np.full_like(orders, 0.97), **plain}
     tables = {"per_row": [], "summary": []}
     for alpha, s in scores.items():
@@ -120,7 +123,7 @@ def write_dilemmas(folder, key, effect, seed, digest):
     record(folder, "airisk_truthfulness", named(tables, "airisk_truthfulness"), digest)
 
 
-def write_run(out, adapter="lora", seed=0, effect=-1.0, acts=True, **how):
+def write_run(out, adapter="lora", seed=0, effect=-1.0, acts=True, agree=True, **how):
     """One finished run; the vector's seed is that of its numbers."""
     folder = run_folder(out, "honesty", adapter, seed)
     vector = make_vector(seed + 10 * len(adapter))
@@ -129,7 +132,7 @@ def write_run(out, adapter="lora", seed=0, effect=-1.0, acts=True, **how):
     tables = sycophancy.tables(key, claim_scores(effect, seed, **how), 100)
     record(folder, "sycophancy", named(tables, "sycophancy"), digest)
     if acts:
-        write_acts(folder, key, effect, seed, digest)
+        write_acts(folder, key, effect, seed, digest, agree)
         write_dilemmas(folder, key, effect, seed, digest)
     stage = Run(folder).restart("reading", {}, {"vector": digest})
     texts = {-1.0: "It is brown.", 0.0: "I say that it is grey.", 1.0: "I say it is <b>grey</b>."}
@@ -277,8 +280,57 @@ def test_replicate_records_which_vector_the_samples_are_of(tmp_path):
     vector, found = make_vector(3), claim_scores(-1.0, 0)
     span, answers = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1.0), (Sample(0.0, "Why?", "So."),)
     reading = Reading(tmp_path, tmp_path, vector, found, found, span, (-1.0, 1.0), -1, answers)
-    _record(reading, Run(tmp_path))
+    _record(reading, Run(tmp_path), "abc")
     assert Run(tmp_path).facts("reading")["inputs"] == {"vector": vector_digest(vector)}
+    assert Run(tmp_path).facts("reading")["config"]["tokenizer_hash"] == "abc"
+
+
+def test_what_was_made_with_another_tokenizer_than_the_base_has_now_is_left_out(tmp_path, monkeypatch):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_card(tmp_path)
+    sampled = Run(data_folder(tmp_path, BASE, "honesty"))
+    run, digest = Run(folder), vector_digest(SteeringVector.load(folder / "vector"))
+    write_csv(folder / "controls.csv", [CONTROL | {"vector": digest[:12]}])
+    run.restart("controls", {}).done([folder / "controls.csv"])
+    rows = read_csv(folder / "airisk_truthfulness_summary.csv")
+    rows = [r | {"value_class": "Care", "protocol": "explicit"} for r in rows]
+    record(folder, "airisk_care", {"summary": rows}, digest)
+    stages = ("sycophancy", "airisk_truthfulness", "tinymfv_airisk", "reading", "controls", "airisk_care")
+    calibration = load_calibration(folder / "vector", digest)
+
+    def remade(tokenizer: str) -> Contents:
+        for stage in stages:
+            run.write(stage, run.facts(stage) | {"config": {"tokenizer_hash": tokenizer}})
+        store_calibration(folder / "vector", replace(calibration, tokenizer=tokenizer))
+        sampled.write("pairs", {"config": {"tokenizer_hash": tokenizer}})
+        return read_contents(tmp_path, "honesty")
+
+    asked = []
+    monkeypatch.setattr(report_data, "tokenizer_hash_on_disk", lambda name: asked.append(name) or "now")
+    contents = remade("now")
+    (fresh,) = contents.results
+    assert contents.card
+    assert {stage for stage, _ in fresh.tables} >= set(stages[:3])
+    assert fresh.samples
+    assert fresh.controls
+    assert fresh.calibration
+    assert fresh.others
+    contents = remade("before")
+    (old,) = contents.results
+    assert not any(old.tables.values())
+    assert [bool(x) for x in (old.samples, old.controls, old.calibration, old.others)] == [False] * 4
+    gaps = {g.what for g in old.gaps if "made with another tokenizer or chat template" in g.why}
+    assert gaps == {*stages[:3], "samples", "controls", "calibration", "dilemmas"}
+    assert not contents.card
+    assert len([c for c in stale(notes(contents)) if "another tokenizer" in c.text]) == len(gaps) + 1
+    assert asked == [BASE] * 2, "once per page"
+    monkeypatch.setattr(report_data, "tokenizer_hash_on_disk", lambda name: "")
+    (unknown,) = read_contents(tmp_path, "honesty").results
+    assert unknown.tables.keys() == fresh.tables.keys(), "the base is not at hand, so nothing can be said"
+
+
+CONTROL = {"control": "random", "score": "false_claims", "alpha": 1.0, "shift": 0.1, "eval_hash": "abc123"}
 
 
 def test_a_behaviour_of_ones_own_is_called_by_its_file(tmp_path, whole):
@@ -314,8 +366,8 @@ def test_dilemmas_of_other_values_are_a_table_of_their_own(tmp_path):
     (run,) = read_contents(tmp_path, "honesty").results
     assert list(run.others) == ["airisk_care"]
     table = other_dilemmas_table(read_contents(tmp_path, "honesty"))
-    assert [row[:4] for row in table.rows] == [
-        ("lora seed 0", "Care & <i>", "published", a) for a in ("−1", "0 (base)", "+1")
+    assert [row[:5] for row in table.rows] == [
+        ("lora seed 0", "Care & <i>", "alone", "not on record", a) for a in ("−1", "0 (base)", "+1")
     ]
     assert len({len(row) for row in (table.header, *table.rows)}) == 1
     page = render(read_contents(tmp_path, "honesty"))
@@ -326,6 +378,60 @@ def test_dilemmas_of_other_values_are_a_table_of_their_own(tmp_path):
     assert not contents.results[0].others
     assert any("airisk_care was made with another vector" in c.text for c in stale(notes(contents)))
     assert not other_dilemmas_table(contents).rows
+
+
+def relabel(folder, stage, **columns):
+    """Give the rows of an evaluation other facts."""
+    for file in folder.glob(f"{stage}_*.csv"):
+        write_csv(file, [r | columns for r in read_csv(file)])
+
+
+def test_the_page_calls_a_paraphrase_one(tmp_path):
+    folder = write_run(tmp_path)
+    for stage in ("tinymfv_airisk", "airisk_truthfulness"):
+        relabel(folder, stage, words="paraphrase", drawn="20 of 131, seed 0")
+    page = render(read_contents(tmp_path, "honesty"))
+    assert page.count("Words: paraphrase, which is this project&#39;s and not the published text") == 2
+    assert page.count("Items: a draw of 20 of 131, seed 0 (--limit).") == 2
+    assert "43 % correct, 40 % borderline and 17 % wrong" in page
+    assert "has probably left the hub" in page
+    assert "tinymfv_airisk abc123 (words paraphrase)" in page
+    for stage in ("tinymfv_airisk", "airisk_truthfulness"):
+        relabel(folder, stage, words="own", drawn="all", dataset="pocket")
+    page = render(read_contents(tmp_path, "honesty"))
+    assert not re.search("Words: |Items: a draw|43 %|left the hub", page)
+
+
+def test_runs_that_were_asked_in_other_words_are_not_shown_together(whole):
+    cells = {(a, s): run_folder(whole, "honesty", a, s) for a in ("lora", "delora") for s in (0, 1)}
+    for folder in cells.values():
+        relabel(folder, "tinymfv_airisk", words="paraphrase")
+    relabel(cells["delora", 0], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="another")
+    contents = read_contents(whole, "honesty")
+    known = {r.name for r in contents.results if ("tinymfv_airisk", "summary") in r.tables}
+    assert known == {"lora seed 0", "lora seed 1", "delora seed 1"}
+    (gap,) = [g for r in contents.results for g in r.gaps if g.what == "tinymfv_airisk"]
+    assert "file:theirs@12345678" in gap.why
+    assert gap.command == "ws eval tinymfv-airisk --adapter delora"
+    assert any("made with other words (file:theirs@12345678)" in c.text for c in stale(notes(contents)))
+    assert all(("sycophancy", "summary") in r.tables for r in contents.results), "only those rows are left out"
+    relabel(cells["delora", 0], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="abc123")
+    found = read_contents(whole, "honesty").results
+    assert all(("tinymfv_airisk", "summary") in r.tables for r in found), "the same texts by another name"
+
+
+def test_a_comparison_in_other_words_is_not_used(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_compare(tmp_path)
+    file = tmp_path / "honesty" / "compare.csv"
+    write_csv(file, [r | {"words": "own"} for r in read_csv(file)])
+    relabel(folder, "sycophancy", words="own")
+    assert len(read_contents(tmp_path, "honesty").compare) == 6
+    relabel(folder, "sycophancy", words="file:theirs@12345678")
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.compare
+    assert any("made with other words" in g.why for g in contents.gaps if g.what == "compare")
 
 
 def test_a_prompted_base_that_is_missing_is_noted(tmp_path):
@@ -385,6 +491,27 @@ def test_a_calibration_of_another_vector_is_not_used(tmp_path):
     (run,) = read_contents(tmp_path, "honesty").results
     assert run.calibration is None
     assert [g.why for g in run.gaps if g.what == "calibration"] == ["of another vector"]
+
+
+def test_readers_hear_of_trained_questions_and_of_sixteen_bits(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+
+    def page():
+        return render(read_contents(tmp_path, "honesty"))
+
+    assert "solved for on 100 questions, which may have been trained on" in page()
+    assert "Computed in bfloat16" not in page()
+    vector = SteeringVector.load(folder / "vector")
+    found = load_calibration(folder / "vector", vector_digest(vector))
+    store_calibration(folder / "vector", replace(found, n_calibration=40, held_out=True))
+    assert "solved for on" not in page()
+    store_calibration(folder / "vector", replace(found, n_calibration=40, held_out=False))
+    assert "−1u and +1u of lora seed 0 are solved for on 40 questions, trained ones among them" in page()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["sycophancy"]["config"]["dtype"] = "bfloat16"
+    write_json(folder / "manifest.json", manifest)
+    assert "Computed in bfloat16" in page()
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -516,7 +643,7 @@ def test_the_verdict_is_said_in_odds_too(tmp_path):
     for alpha in (0.0, 1.0):
         assert odds(curve.at(alpha).level.mean) in text
     assert "answers Yes rather than No" in text
-    assert "Lower odds are what the behaviour predicts." in text
+    assert "The behaviour file expects lower odds." in text
     assert "KL not measured" in text
     assert plain_words(contents, []) == ""
 
@@ -575,17 +702,33 @@ def test_a_strong_effect_with_all_controls_is_supported(tmp_path):
         "lowers agreement with held-out false claims, as the behaviour predicts, in 1 of 1 adapter (2 seeds each)"
         in text
     )
+    assert "farthest from zero is lora" in text
     assert re.search(r"lora at alpha \+1, −(0\.9|1\.0)\d \[−1\.\d\d, −0\.\d\d\] nats over 24 claims, Holm p [=<]", text)
-    assert "beats random, label-shuffled and same-side" in text
+    assert "it beats label-shuffled and same-side vectors of the same size, and random ones" in text
     assert "true claims do not move along" in text
 
 
-def test_one_seed_and_no_controls_weaken_it(tmp_path):
+def test_without_trained_nulls_nothing_is_said_of_the_behaviour(tmp_path):
     write_run(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "Cause not known"
+    assert "predicts" not in text
+    assert "whether that is honesty is not known" in text
+    for null in ("shuffled", "same-side"):
+        assert f"`ws replicate --adapter lora --control {null}`" in text
+    assert "then `ws compare`" in text
+    assert "it rests on one seed" in text
+    write_run(tmp_path, effect=1.0)
+    kind, text = sentence(tmp_path)
+    assert (kind, "predict" in text) == ("Cause not known", False)
+
+
+def test_one_seed_weakens_it(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path)
     kind, text = sentence(tmp_path)
     assert kind == "First indication"
     assert "it rests on one seed" in text
-    assert "no control was run" in text
     contents = read_contents(tmp_path, "honesty")
     assert any(c.text.startswith("One seed only: lora") for c in warnings_of(contents, curves_of(contents), []))
 
@@ -600,7 +743,7 @@ def test_controls_that_are_not_beaten_end_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("null", "kind", "words"),
-    [(0.1, "First indication", "harder controls are missing"), (3.0, "Not established", "do as much")],
+    [(0.1, "Cause not known", "is no evidence of the behaviour"), (3.0, "Not established", "do as much")],
 )
 def test_random_vectors_alone(tmp_path, null, kind, words):
     folder = write_run(tmp_path)
@@ -646,7 +789,8 @@ def test_claims_that_settings_may_have_been_chosen_on_weaken_it(tmp_path):
 
 
 def test_one_adapter_among_many_is_not_the_rule(tmp_path):
-    write_run(tmp_path)
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path)
     for adapter in ("oft", "delora"):
         write_run(tmp_path, adapter, effect=0.0)
     kind, text = sentence(tmp_path)
@@ -669,8 +813,20 @@ def test_nothing_moves(tmp_path):
     assert "in 0 of 1 adapter" in text
 
 
+def test_an_effect_under_the_floor_is_none_however_sure(tmp_path):
+    write_run(tmp_path, effect=-0.11)
+    contents = read_contents(tmp_path, "honesty")
+    (found,) = evidence_of(contents, curves_of(contents))
+    assert found.point.p_holm < 0.05
+    assert found.point.shift.excludes_zero
+    kind, text = sentence(tmp_path)
+    assert kind == "No effect shown"
+    assert "moves beyond chance by 0.2 nats or more in 0 of 1 adapter" in text
+
+
 def test_the_wrong_way(tmp_path):
-    write_run(tmp_path, effect=1.0)
+    write_calibration(write_run(tmp_path, effect=1.0))
+    write_compare(tmp_path)
     assert sentence(tmp_path)[0] == "Against the prediction"
 
 
@@ -678,22 +834,123 @@ def test_a_model_that_no_longer_answers_shows_nothing(tmp_path):
     write_run(tmp_path, mass=0.4)
     kind, text = sentence(tmp_path)
     assert kind == "No conclusion"
-    assert "at most 0.400 of the probability" in text
+    assert "answer mass 0.400" in text
     contents = read_contents(tmp_path, "honesty")
     curves = curves_of(contents)
     assert any(
-        "Low answer mass, agreement with false claims: lora at alpha" in c.text
+        "Not to be read, agreement with false claims: lora at alpha" in c.text
         for c in warnings_of(contents, curves, [])
     )
     (figure,) = dose_figures(dose_panels(contents, curves, ("false_claims", "true_claims")))
     assert figure.svg.count('class="broken"') == 2
     assert figure.svg.count("hollow") == 4
-    assert "too low to count" in figure.svg
+    assert "not to be read: answer mass 0.400" in figure.svg
+    table = points_table(curves, "false_claims", contents)
+    assert "! supports no conclusion" in table.caption
+    shown = {row[2]: row[4:8] for row in table.rows}
+    assert shown["+1"][0].endswith("] !")
+    assert shown["+1"][1:] == ("", "", "0.400"), "no p-value either"
     write_run(tmp_path, "delora")  # one that still answers counts, and the broken one is named
     kind, text = sentence(tmp_path)
-    assert kind == "First indication"
+    assert kind == "Cause not known"
     assert "in 1 of 2 adapters" in text
     assert "no longer answered there: lora" in text
+
+
+def test_frames_that_do_not_agree_are_marked_wherever_they_stand(tmp_path):
+    write_run(tmp_path, agree=False)
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    assert {p.alpha: p.is_readable for p in curves["wrongness", "lora"].pooled} == {-1.0: False, 0.0: True, 1.0: False}
+    found = foundations_of(contents, curves)
+    assert {f.read.problem for f in found["lora"]} == {"frames agree on 0% of the texts"}
+    table = foundations_table(found)
+    assert all(row[4].endswith("] !") for row in table.rows)
+    assert "frames agree on 0% of the texts" in table.caption
+    (figure,) = foundation_figures(found)
+    assert figure.svg.count("hollow") == 2 * len(NAMES)
+    (forest,) = (forest_figure("x", 3, shift_rows(contents, curves, "wrongness")),)
+    assert forest.svg.count("hollow") == 2
+    assert "not to be read: frames agree on 0% of the texts" in forest.svg
+    assert any("frames agree on 0% of the texts" in c.text for c in warnings_of(contents, curves, []))
+
+
+def test_one_foundation_without_answers_is_marked_alone(tmp_path):
+    file = write_run(tmp_path) / "tinymfv_airisk_per_vignette.csv"
+    rows = read_csv(file)
+    write_csv(file, [r | ({"mass_other_violate": 0.5} if r["foundation_coarse"] == "Care" else {}) for r in rows])
+    contents = read_contents(tmp_path, "honesty")
+    found = foundations_of(contents, curves_of(contents))["lora"]
+    assert {f.name: f.is_readable for f in found} == {"Care": False, "Loyalty": True}
+
+
+def test_a_pooled_table_without_masses_is_pooled_anew(whole):
+    file = whole / "honesty" / "sweep_pooled.csv"
+    write_csv(file, [{k: v for k, v in r.items() if not k.endswith("_mass")} for r in read_csv(file)])
+    curves = curves_of(read_contents(whole, "honesty"))
+    assert curves["false_claims", "lora"].source.startswith("pooled here")
+
+
+# ---- how often the verdict is wrong ----------------------------------------------------------------------------------
+
+
+def simulated(rng, effects: list[float], n: int, n_seeds: int = 1, spread: float = 0.0, noise: float = 1.0) -> Contents:
+    """Runs of as many adapters as there are effects, on `n` false claims, with what their tables would say."""
+    claims, results = [Claim(f"f{i}", f"claim {i}", False, "report") for i in range(n)], []
+    base = ClaimScores(tuple(claims), rng.normal(size=n), np.ones(n))
+    for i, effect in enumerate(effects):
+        lean = noise * rng.normal(size=n)
+        for seed in range(n_seeds):
+            moved = effect + rng.normal(0, spread) + lean + 0.1 * rng.normal(size=n)
+            scores = {0.0: base, 1.0: replace(base, logratio=base.logratio + moved)}
+            key = {"behavior": "honesty", "adapter": f"a{i}", "seed": seed}
+            tables = named(sycophancy.tables(key, scores, 100), "sycophancy")
+            summary, items = ([{k: str(v) for k, v in r.items()} for r in tables[t]] for t in ("summary", "per_claim"))
+            rows = {("sycophancy", "summary"): summary, ("sycophancy", "items"): items}
+            vector = {"base": BASE, "fingerprint": None, "info": {}, "digest": "d" * 64, "stages": {}, "tables": rows}
+            rest = {"calibration": None, "norms": None, "controls": (), "samples": (), "others": {}, "gaps": ()}
+            results.append(Result(f"a{i}", seed, **vector, **rest))
+    return Contents("honesty", "honesty", None, -1, tuple(results), (), (), (), None, ())
+
+
+@pytest.mark.parametrize("n_seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_runs_that_do_nothing_rarely_get_a_verdict(n_seeds):
+    """Of six adapters some one is called moved in 5 % of pages."""
+    rng, pages, called = np.random.default_rng(n_seeds), 80, 0
+    for _ in range(pages):
+        contents = simulated(rng, [0.0] * 6, 12, n_seeds, 0.2 * (n_seeds > 1))
+        called += judge(contents, evidence_of(contents, curves_of(contents))).kind != "No effect shown"
+    assert called <= binom.ppf(0.999, pages, 0.05)
+
+
+@pytest.mark.parametrize(("n", "n_seeds"), [(12, 1), pytest.param(24, 3, marks=pytest.mark.slow)])
+def test_the_interval_that_is_named_holds_the_truth(n, n_seeds):
+    """The adapter is picked on the rows that it is reported on; its plain interval would hold in 82 to 85 %."""
+    rng, pages, held, plain = np.random.default_rng(n), 80, 0, 0
+    for _ in range(pages):
+        effects = [-0.5] * 8
+        contents = simulated(rng, effects, n, n_seeds, 0.1 * (n_seeds > 1))
+        evidence = evidence_of(contents, curves_of(contents))
+        name = best_adapter(contents, evidence)
+        (found,) = (e for e in evidence if e.adapter == name)
+        held += found.interval.low <= -0.5 <= found.interval.high
+        plain += found.point.shift.low <= -0.5 <= found.point.shift.high
+        text = judge(contents, evidence).sentence
+        assert f"{interval_text(found.interval)} nats over {n} claims, an interval that holds for all 8 at once" in text
+    assert held >= binom.ppf(0.002, pages, 0.95)
+    assert held > plain or n_seeds > 1
+
+
+def test_without_items_the_named_interval_is_stretched():
+    contents = simulated(np.random.default_rng(5), [-0.5] * 4, 12)
+    curves = curves_of(contents)
+    curve = curves["false_claims", "a0"]
+    point = curve.at(1.0)
+    exact, stretched = simultaneous(curve, point, 4), simultaneous(replace(curve, items={0: {}}), point, 4)
+    assert (stretched.low, stretched.high) == pytest.approx((exact.low, exact.high), abs=0.3)
+    wider = t.ppf(1 - 0.05 / 8, 11) / t.ppf(0.975, 11)
+    assert stretched.high - stretched.mean == pytest.approx(wider * (point.shift.high - point.shift.mean))
+    assert simultaneous(curve, point, 1) == point.shift
 
 
 def test_without_claims_there_is_no_verdict(tmp_path):

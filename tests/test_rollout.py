@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 import ws
+from ws.divergence import divergence
 from ws.eval.choice import choice_tokens, score_choices
-from ws.eval.rollout import has_think_block, roll_out, thinking_prompt
+from ws.eval.rollout import REASONS, has_think_block, roll_out, statements, thinking_prompt, thinks_aloud
 from ws.models import chat_format, encode, end_ids, render_prompt
 
 ANCHOR = "My choice: Action "
@@ -142,6 +144,13 @@ def test_no_budget_is_plain_choice_scoring(pocket):
     assert found.thoughts == ("",) * len(QUESTIONS)
 
 
+def test_logits_in_bfloat16_are_scored_in_float32(tiny):
+    """Scores of a log-softmax in bfloat16 would all be numbers of bfloat16."""
+    model, tok = copy.deepcopy(tiny[0]).to(torch.bfloat16), tiny[1]
+    logp = torch.from_numpy(roll_out(model, tok, QUESTIONS, ("1", "2"), [ANCHOR] * len(QUESTIONS), 4).scores.logp)
+    assert (logp != logp.bfloat16()).any()
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, None])
 def test_batches_padding_and_row_order_do_not_matter(pocket, batch_size):
     model, tok = pocket
@@ -211,6 +220,118 @@ def test_rollouts_feel_the_dial(pocket):
         off = roll_out(model, tok, QUESTIONS, ("1", "2"), [ANCHOR] * len(QUESTIONS), 12)
     assert np.array_equal(off.scores.logp, base.scores.logp)
     assert not np.allclose(moved.scores.logp, base.scores.logp, atol=1e-2)
+
+
+# ---- models without a think block -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_only_models_without_a_block_are_asked_for_their_reasons(kind, pocket):
+    tok = TOKENIZERS[kind](pocket[1])
+    aloud = kind in ("bare", "plain")
+    assert (REASONS in thinking_prompt(tok, "Why?")) == aloud
+    assert ("Be brief." in thinking_prompt(tok, "Why?", " Be brief.")) == aloud
+    assert (thinks_aloud(tok, 8), thinks_aloud(tok, 0)) == (aloud, False)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "text", "stated"),
+    [
+        (ANCHOR, "It is kind. My choice: Action 2", "2"),
+        (ANCHOR, "**My choice:** *action 1*, because", "1"),
+        (ANCHOR, "Your choice: Action 1", "1"),
+        (ANCHOR, "My choice: Action 1 or My choice: Action 2", "1"),
+        (ANCHOR, "My choice: Action 12", None),
+        (ANCHOR, "My choice is Action 1", None),
+        (ANCHOR, "I weigh Action 1 against Action 2", None),
+        ('{"is_wrong": ', 'So {"is_wrong": 2}', "2"),
+        ('{"is_wrong": ', 'So {"is_acceptable": 2}', None),
+        ("", "1 and 2", None),
+    ],
+)
+def test_what_counts_as_a_choice_that_the_model_states_itself(anchor, text, stated):
+    found = statements(anchor, ("1", "2")).search(text)
+    assert (found and found.group(1)) == stated
+
+
+def dictate(monkeypatch, model, scripts):
+    """Let `generate` write the tokens of `scripts`, the next ones at every call, whatever the model thinks."""
+    left, generate = list(scripts), model.generate
+
+    def dictated(**options):
+        rows = [left.pop(0) for _ in options["input_ids"]]
+        steps = iter(range(options["max_new_tokens"]))
+
+        def prefer(module, args, out):
+            step = next(steps)
+            for row, script in enumerate(rows):
+                if step < len(script):
+                    out[row, -1, script[step]] = 99.0
+            return out
+
+        handle = model.lm_head.register_forward_hook(prefer)
+        try:
+            return generate(**options)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(model, "generate", dictated)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_thought_ends_where_the_model_states_its_choice(batch_size, pocket, monkeypatch):
+    model, tok = pocket[0], without_thinking(pocket[1])
+    end = [chat_format(tok).end_of_turn_id]
+    cases = [  # what is written, what of it is kept, what is recorded, what comes before the answer position
+        (" It is kind.\n\nMy choice: Action 2. So", " It is kind.\n\n", "It is kind.\n\nMy choice: Action 2", ANCHOR),
+        ("Your choice: Action 1", "", "Your choice: Action 1", ANCHOR),
+        (" They pay rent for it, and they pay rent on", None, None, f"\n\n{ANCHOR}"),
+        (" It is kind.", None, None, f"\n\n{ANCHOR}"),
+    ]
+    scripts = [encode(tok, written) for written, *_ in cases]
+    budget = len(scripts[2])
+    assert max(map(len, scripts)) <= budget + 4
+    dictate(monkeypatch, model, [script + end for script in scripts])
+    questions = [f"{'Why ' * n}is it so?" for n in range(1, 5)]  # in the order of their lengths, as they are asked
+    found = roll_out(model, tok, questions, ("1", "2"), [ANCHOR] * 4, budget, batch_size)
+    assert found.forced.tolist() == [False, False, True, False]
+    for i, (written, kept, recorded, tail) in enumerate(cases):
+        tokens = scripts[i] if kept is None else encode(tok, kept)
+        assert found.thoughts[i] == (recorded or written.strip())
+        assert found.n_tokens[i] == len(tokens)
+        row = [*encode(tok, thinking_prompt(tok, questions[i])), *tokens, *encode(tok, tail)]
+        with torch.no_grad():
+            logp = model(torch.tensor([row])).logits[0, -1].double().log_softmax(-1)
+        wanted = [float(logp[list(choice_tokens(tok, c))].logsumexp(-1)) for c in ("1", "2")]
+        assert found.scores.logp[i] == pytest.approx(wanted, abs=2e-4)
+
+
+def test_a_model_with_a_block_may_say_in_it_what_it_likes(pocket, monkeypatch):
+    model, tok = pocket
+    script = encode(tok, "My choice: Action 2 or not. It is kind.")
+    dictate(monkeypatch, model, [script])
+    found = roll_out(model, tok, ["Why?"], ("1", "2"), [ANCHOR], len(script))
+    assert found.thoughts == ("My choice: Action 2 or not. It is kind.",)
+    assert found.forced.all()
+
+
+def test_a_checkpoint_that_was_saved_without_a_cache_gives_the_same(tiny):
+    """`use_cache: false`, which training leaves behind, must not make `generate` read a prompt behind itself."""
+    model, tok = tiny
+    anchors = [ANCHOR] * len(QUESTIONS)
+    before = roll_out(model, tok, QUESTIONS, ("1", "2"), anchors, 8)
+    prompts = [render_prompt(tok, q) for q in QUESTIONS]
+    answers = divergence(model, tok, prompts, nullcontext, 8).answers
+    model.generation_config.use_cache = False
+    try:
+        after = roll_out(model, tok, QUESTIONS, ("1", "2"), anchors, 8)
+        walk = divergence(model, tok, prompts, nullcontext, 8)
+    finally:
+        model.generation_config.use_cache = True
+    assert np.array_equal(before.scores.logp, after.scores.logp)
+    assert before.thoughts == after.thoughts
+    assert walk.answers == answers
+    assert max(map(max, walk.kl)) < 1e-5
 
 
 def test_bad_input_stops(tiny):

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import ws
-from conftest import FAMILY_NAMES, build_adapter
+from conftest import FAMILY_NAMES, build_adapter, reworded
 from ws.console import parse
+from ws.diff import Units, vector_digest
 from ws.eval.choice import choice_tokens
-from ws.models import encode, end_ids, render_prompt
+from ws.models import encode, end_ids, render_prompt, tokenizer_hash
 from ws.session import Engine, EngineOptions, Sampling, Turn, pick, render_chat
 from ws.steer import _STEERED
 
@@ -67,6 +68,8 @@ def test_one_turn_is_rendered_as_everywhere_else_and_more_as_the_template_has_th
     plain.chat_template, plain.ws_system = None, "Be brief."
     assert render_chat(plain, three) == "User: Be brief.\n\nA?\nAssistant: B.\nUser: C?\nAssistant:"
     assert render_chat(plain, three[:1]) == render_prompt(plain, "A?")
+    assert render_chat(plain, three, "I say:").endswith("\nUser: C?\nAssistant: I say:")
+    assert render_chat(tok, three, "I say:") == f"{render_chat(tok, three)}I say:"
 
 
 def test_tokens_are_drawn_from_the_softmax_and_equal_rows_draw_equal_tokens():
@@ -281,6 +284,20 @@ def test_the_strength_of_an_answer_under_way_is_the_one_it_began_with(engine):
     assert chat.turns == [alone]
 
 
+def test_units_of_another_template_are_no_strength(pocket, vectors):
+    model, tok = pocket
+    vector = vectors["lora"]
+    for made_for, known in ((tokenizer_hash(tok), True), ("", True), (tokenizer_hash(reworded(tok)), False)):
+        units = Units(vector_digest(vector), -0.5, 0.25, made_for)
+        with Engine(model, tok, {"lora": replace(vector, units=units)}) as engine:
+            assert engine.units == {"lora": {"-1u": -0.5, "+1u": 0.25} if known else {}}
+            if known:
+                assert engine.strength("lora", "+2u") == 0.5
+                continue
+            with pytest.raises(ws.WsError, match="another tokenizer or chat template"):
+                engine.strength("lora", "+2u")
+
+
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +317,14 @@ def test_probabilities_are_those_of_the_steered_model(pocket, vectors, engine):
     curve = chat.probe(["yes", "no"], rows, "Is ice cold?", "My answer:")
     assert curve.shape == (3, 2)
     assert curve[[0, 2]] == pytest.approx(found, abs=1e-6)
+
+
+def test_probabilities_of_a_bfloat16_model_are_taken_in_float32(pocket, vectors):
+    """A softmax in bfloat16 would give numbers of bfloat16 only."""
+    low = copy.deepcopy(pocket[0]).to(torch.bfloat16)
+    with Engine(low, pocket[1], {"lora": strong(vectors["lora"])}) as engine:
+        p = torch.from_numpy(engine.converse({"lora": 0.3}).probe(["yes", "no"], question="Is ice cold?", opener="I:"))
+    assert (p != p.bfloat16()).any()
 
 
 def test_words_are_asked_of_the_last_question_in_its_conversation(engine):

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest, norm
+from transformers import AutoModelForCausalLM, MambaConfig
 
 import ws
 import ws.slope
-from conftest import build_adapter, build_model, tokens
+from conftest import build_adapter, build_model, reworded, tokens
 from ws.controls import _random_delta, random_like
 from ws.delta import LinearDelta
 from ws.eval.airisk import evaluate_airisk, signed_scores
+from ws.eval.context import open_context
 from ws.eval.dilemmas import load_dilemmas
 from ws.eval.sycophancy import prompts_of, score_claims
 from ws.eval.tinymfv_airisk import evaluate_tinymfv_airisk, load_vignettes, signed_wrongness
@@ -28,6 +30,7 @@ from ws.slope import (
     _of_module,
     _ratio_variance,
     airisk_score,
+    carry_out,
     claim_score,
     main,
     module_slopes,
@@ -326,6 +329,25 @@ def test_what_has_no_slope_is_refused(qwen3, tmp_path, tiny):
         score_gradients(qwen3, [name], score)
 
 
+def test_weights_that_the_model_uses_by_itself_have_no_slope_but_a_sentence():
+    """Mamba never calls its `dt_proj`: recorded there, a gradient would be zero."""
+    config = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().double()
+    deltas = {}
+    for kind, d_out, d_in in (("in_proj", 128, 32), ("dt_proj", 64, 4)):
+        change = LinearDelta(d_out, d_in, e=0.1 * torch.randn(d_out, d_in))
+        deltas |= {f"backbone.layers.{i}.mixer.{kind}": change for i in range(2)}
+    vector = ws.SteeringVector(deltas, "random", None)
+    with pytest.raises(ws.WsError, match="weights of dt_proj .* gradients are unknown"):
+        slope_test(model, vector, token_score(model))
+    rest = vector.select(modules=["in_proj"])
+    test = slope_test(model, rest, token_score(model))
+    assert test.slope == pytest.approx(finite_difference(model, rest), rel=2e-3)
+    unmoved = {n: d * 0.0 for n, d in deltas.items() if n.endswith("dt_proj")}
+    assert slope_test(model, replace(rest, deltas={**rest.deltas, **unmoved}), token_score(model)) == test
+
+
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +376,8 @@ def test_the_command_writes_both_tables_and_resumes(options, capsys, monkeypatch
     assert [r["score"] for r in rows] == ["false_claims", "true_claims", "wrongness", "choices"]
     assert [r["eval"] for r in rows] == ["sycophancy", "sycophancy", "tinymfv_airisk", "airisk_truthfulness"]
     assert {r["n"] for r in rows} == {"5"}
+    assert {r["words"] for r in rows} == {"own"}
+    assert "Items of wrongness: a draw of 5 of 154, seed 0" in printed
     for row in rows:
         mine = [float(r["slope"]) for r in parts if r["score"] == row["score"]]
         assert sum(mine) == pytest.approx(float(row["slope"]))
@@ -362,6 +386,9 @@ def test_the_command_writes_both_tables_and_resumes(options, capsys, monkeypatch
     monkeypatch.setattr(ws.slope, "slope_test", None)
     main(options)
     assert capsys.readouterr().out == printed
+    context = open_context(options.eval_options())
+    with pytest.raises(TypeError):  # another template is another question
+        carry_out(replace(context, tok=reworded(context.tok)), options)
 
 
 def test_the_command_takes_the_scores_it_is_asked_for(options, capsys):

@@ -17,7 +17,7 @@ from ws.diff import vector_digest
 from ws.eval import airisk, tinymfv_airisk
 from ws.eval.airisk import AiriskOptions
 from ws.eval.context import open_context
-from ws.eval.readme_airisk_table import COLUMNS, TableConfig, build_table
+from ws.eval.readme_airisk_table import CHECKS, COLUMNS, TableConfig, build_table
 from ws.new_behavior import behavior_template
 from ws.replicate import ReplicateConfig, render, replicate
 from ws.report import write_report
@@ -84,7 +84,7 @@ def test_evaluations_and_table_end_to_end(out):
         assert "Worked example" in context.carry_out(tinymfv_airisk.evaluation(plain)).text
     rows = build_table(TableConfig(out=out, n_bootstrap=100))
     assert {r["adapter"] for r in rows} == {"base", *families}
-    assert all(tuple(r) == COLUMNS for r in rows)
+    assert all(tuple(r) == (*COLUMNS, *CHECKS) for r in rows)
     assert len(list((out / "base").rglob("airisk_truthfulness-*.json"))) == 1, "one base for all families"
 
 

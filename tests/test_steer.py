@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, JambaConfig, LongcatFlashConfig, MambaConfig, PreTrainedModel
 
 import ws
-from conftest import build_adapter, build_model, tokens
+from conftest import SHAPE, build_adapter, build_model, tokens
 from ws.controls import random_like
 from ws.steer import _STEERED
 
@@ -66,6 +71,72 @@ def test_alpha_changes_take_effect_and_zero_is_the_base_bit_for_bit(setting):
         dial.alpha = torch.zeros(3)
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
+
+
+def test_a_change_that_is_taken_off_leaves_no_copy_behind(setting):
+    """The outer context keeps the hooks; vectors that come and go inside it may lie where an earlier one lay."""
+    model, v = setting
+    module, x = model.model.layers[0].mlp.up_proj, torch.randn(2, 3, 32)
+    plain = module(x)
+    gone = []
+    with ws.steer(model, v["lora"].select(layers=[0], modules=["up_proj"]), 1.0):
+        outer = module(x) - plain
+        for size in range(1, 6):
+            u, inner = torch.full((48, 1), float(size)), torch.ones(1, 32)
+            delta = ws.LinearDelta(48, 32, u=u, v=inner)
+            vector = replace(v["lora"], deltas={"model.layers.0.mlp.up_proj": delta})
+            with ws.steer(model, vector, 1.0):
+                assert torch.allclose(module(x) - plain - outer, x.sum(-1, keepdim=True) * size, atol=1e-3)
+            gone.append(weakref.ref(u))
+            del u, inner, delta, vector
+            assert torch.allclose(module(x) - plain, outer, atol=1e-5)
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
+
+
+def test_a_change_of_the_bias_alone_is_a_change(setting, tmp_path):
+    """On a layer with a bias of its own and on one without."""
+    model, v = setting
+    shift = {"model.layers.0.self_attn.q_proj": torch.ones(32), "model.layers.1.mlp.down_proj": torch.full((32,), -0.5)}
+    deltas = {n: ws.LinearDelta(32, model.get_submodule(n).in_features, bias=b) for n, b in shift.items()}
+    vector = replace(v["ia3"], deltas=deltas, units=None)
+    assert not vector.is_zero
+    assert vector.norm() == pytest.approx((32 + 8) ** 0.5)
+    vector.save(tmp_path / "bias")
+    other = copy.deepcopy(model)
+    for name, change in shift.items():
+        module = other.get_submodule(name)
+        before = torch.zeros(32) if module.bias is None else module.bias.detach()
+        module.bias = torch.nn.Parameter(before + 2 * change)
+    with ws.steer(model, ws.SteeringVector.load(tmp_path / "bias"), 2.0):
+        assert (logits(model) - logits(other)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["lora", "oft", "ia3", "dora"])
+def test_in_bfloat16_a_strength_per_row_is_that_strength(setting, family):
+    """0.3 in bfloat16 is 0.3008; a strength is not rounded to it just because rows differ."""
+    model, v = setting
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in low.parameters():
+            p.zero_()
+        for name, p in model.named_parameters():
+            if family != "lora" and "mlp" in name:  # these changes multiply a weight
+                low.get_parameter(name).copy_(p)
+    vector = replace(v[family].select(modules=["down_proj"]), base_fingerprint=None)
+    module, x = (
+        low.model.layers[0].mlp.down_proj,
+        torch.randn(2, 512, 48, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    )
+    alphas = torch.tensor([0.3, -1.7])
+    with torch.no_grad(), ws.steer(low, vector, alphas) as dial:
+        rows, plain = module(x).double(), nn.functional.linear(x, module.weight).double()
+        dial.alpha = torch.ones(2)
+        unit = module(x).double()
+    for row, alpha in enumerate(alphas.tolist()):
+        a, b = rows[row] - plain[row], unit[row] - plain[row]
+        # The slope over many values, in which their own rounding averages out and that of the strength would not.
+        assert float((a * b).sum() / (b * b).sum()) == pytest.approx(alpha, rel=1e-3)
 
 
 def test_the_model_is_restored_after_an_exception(setting, weights_hash):
@@ -215,3 +286,208 @@ def test_random_controls_match_the_norm_of_every_module(setting):
         again, other = random_like(vector, model, seed=1), random_like(vector, model, seed=2)
         assert control.cosine(again, model) == pytest.approx(1.0, abs=1e-6)
         assert abs(control.cosine(other, model)) < 0.2
+
+
+# ---- weights that are used without their module ---------------------------------------------------------------------
+
+STATE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
+EXPERTS = {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2, "n_routed_experts": 4}
+RANKS = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ODD = {
+    "mamba": (MambaConfig(**STATE), "dt_proj"),
+    "jamba": (JambaConfig(**SHAPE, mamba_d_state=4, mamba_dt_rank=4, num_experts=2, attn_layer_offset=1), "dt_proj"),
+    "longcat": (
+        LongcatFlashConfig(vocab_size=96, hidden_size=32, num_attention_heads=4, head_dim=8, **EXPERTS, **RANKS),
+        "classifier",
+    ),
+}
+
+
+def build(config) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def low_rank(model: nn.Module, kinds: set[str]) -> ws.SteeringVector:
+    """A random change of every linear layer of these kinds."""
+    rng, deltas = torch.Generator().manual_seed(0), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in kinds:
+            d_out, d_in = module.weight.shape
+            u, v = torch.randn(d_out, 2, generator=rng), torch.randn(2, d_in, generator=rng)
+            deltas[name] = ws.LinearDelta(d_out, d_in, u=0.3 * u, v=0.3 * v)
+    return ws.SteeringVector(deltas, "random", None)
+
+
+def untouched(model: nn.Module) -> bool:
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return not hooked and not _STEERED and not torch._C._len_torch_function_stack()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_weights_that_a_model_uses_without_their_module_are_named_and_refused(name):
+    """Steering the others is what merging is; steering these would be nothing at all."""
+    config, bypassed = ODD[name]
+    model = build(config)
+    kinds = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    everything, others = low_rank(model, kinds), low_rank(model, kinds - {bypassed})
+    merged, before = copy.deepcopy(model), logits(model)
+    others.merge_into(merged, 0.7)
+    with ws.steer(model, others, 0.7) as dial:
+        assert (logits(model) - logits(merged)).abs().max() < 1e-4
+        assert (logits(model) - before).abs().max() > 1e-2
+        dial.alpha = 0.0
+        assert torch.equal(logits(model), before)
+    assert untouched(model)
+    for vector, alpha in ((everything, 0.7), (low_rank(model, {bypassed}), 0.0)):
+        refused = pytest.raises(ws.WsError, match=rf"weights of {bypassed} \(2 modules, such as .*0\..*{bypassed}\)")
+        with refused, ws.steer(model, vector, alpha):
+            logits(model)
+        assert untouched(model)
+    nothing = {n: d * 0.0 for n, d in everything.deltas.items() if n.endswith(bypassed)}
+    with ws.steer(model, replace(others, deltas={**others.deltas, **nothing}), 0.7):  # as training leaves them
+        assert (logits(model) - logits(merged)).abs().max() < 1e-4
+
+
+class Block(nn.Module):
+    """A feed-forward block that uses the weight of its second layer in some way of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.up, self.down, self.way = nn.Linear(8, 16), nn.Linear(16, 8, bias=False), way
+        self.copied = [self.down.weight.detach().clone()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = self.up(x).relu(), self.down.weight
+        ways = {
+            "called": lambda: self.down(h.to(w.dtype)),
+            "linear": lambda: nn.functional.linear(h, w),
+            "matmul": lambda: h @ w.T,
+            "detached": lambda: h @ w.detach().float().t(),
+            "data": lambda: torch.einsum("brc,dc->brd", h, self.down.weight.data),
+            "forward": lambda: self.down.forward(h),
+            "stacked": lambda: h @ torch.stack([w, w])[1].T,
+            "split": lambda: torch.cat([h @ part.T for part in w.chunk(2)], dim=-1),
+            "copied": lambda: h @ self.copied[0].T,
+            "in training": lambda: nn.functional.linear(h, w) if self.training else self.down(h),
+        }
+        return x + ways[self.way]()
+
+
+class Stack(nn.Module):
+    """Two blocks, the first of which calls its layers as it should."""
+
+    def __init__(self, *ways: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block(way) for way in ways)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["linear", "matmul", "detached", "data", "forward", "stacked", "split"])
+def test_one_layer_that_takes_its_weight_by_itself_is_enough(way):
+    model, x = Stack("called", way).eval(), torch.randn(2, 3, 8)
+    vector = low_rank(model, {"up", "down"})
+    with ws.steer(model, vector), pytest.raises(ws.WsError, match=r"weights of down \(1 modules, .*layers.1.down\)"):
+        model(x)
+    assert untouched(model)
+    with ws.steer(model, vector.select(layers=[0])):
+        model(x)
+
+
+def test_copies_of_weights_are_noticed_by_what_no_layer_calls():
+    model, x = Stack("copied", "copied").eval(), torch.randn(2, 3, 8)
+    with ws.steer(model, low_rank(model, {"down"})), pytest.raises(ws.WsError, match="down .2 modules"):
+        model(x)
+    assert untouched(model)
+
+
+def test_every_mode_is_looked_at_and_a_pass_that_failed_does_not_count():
+    model, x = Stack("in training", "in training").eval(), torch.randn(2, 3, 8)
+    with ws.steer(model, low_rank(model, {"down"}), torch.ones(5)) as dial:
+        with pytest.raises(ws.WsError, match="5 entries"):
+            model(x)
+        dial.alpha = 1.0
+        assert torch.equal(model(x), model(x))
+        model.train()
+        for _ in range(2):
+            with pytest.raises(ws.WsError, match="weights of down"):
+                model(x)
+    assert untouched(model)
+
+
+def test_an_interrupted_pass_leaves_nothing_behind():
+    model = Stack("called", "called").eval()
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), ws.steer(model, low_rank(model, {"up"})):
+        model(torch.randn(2, 3, 8))
+    handle.remove()
+    assert untouched(model)
+
+
+class Routed(nn.Module):
+    """Experts, of which only those are called that a token goes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))})])
+        self.vision = nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor, expert: int, image: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if image is None else x + self.vision(image)
+        return self.layers[0]["experts"][expert](x)
+
+
+def test_what_a_pass_has_no_use_for_is_no_concern():
+    model, x = Routed().eval(), torch.randn(2, 3, 8)
+    names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    vector = low_rank(model, {n.rsplit(".", 1)[-1] for n in names})
+    merged = copy.deepcopy(model)
+    vector.merge_into(merged, 0.5)
+    with ws.steer(model, vector, 0.5), ws.steer(model, vector, 0.0):
+        for arguments in ((x, 0), (x, 2), (x, 1, torch.randn(2, 3, 4))):
+            assert torch.allclose(model(*arguments), merged(*arguments), atol=1e-5)
+
+
+def test_embedded_input_and_checkpointed_layers_are_steered_as_merged_weights_would(setting):
+    model, v = setting
+    tied = build_model("qwen2")
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    change = ws.LinearDelta(96, 32, e=torch.randn(96, 32, generator=torch.Generator().manual_seed(0)), kind="embedding")
+    names = ("model.embed_tokens", "lm_head")
+    embedded = torch.randn(2, 5, 32)
+    for deltas in ({names[0]: change}, {names[1]: replace(change, kind="linear")}, dict.fromkeys(names, change)):
+        with torch.no_grad(), ws.steer(tied, replace(v["lora"], deltas=deltas, base_fingerprint=None), 0.1):
+            head = tied.lm_head.weight + (0.1 * change.e if names[1] in deltas else 0)
+            wanted = tied.model(inputs_embeds=embedded).last_hidden_state @ head.T
+            assert (tied(inputs_embeds=embedded).logits - wanted).abs().max() < 1e-4
+    merged = copy.deepcopy(model)
+    v["lora"].merge_into(merged, 1.0)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with ws.steer(model, v["lora"], 1.0):
+        loss = model(tokens()).logits.square().mean()
+        loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(merged(tokens()).logits.square().mean().detach()), rel=1e-4)
+    wanted = torch.autograd.grad(merged(tokens()).logits.square().mean(), merged.model.norm.weight)[0]
+    assert torch.allclose(model.model.norm.weight.grad, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_threads_that_share_a_steered_model_do_not_stand_in_each_others_way():
+    model = Stack("called", "called").eval()
+    x, vector = torch.randn(40, 3, 8), low_rank(model, {"up", "down"})
+    merged = copy.deepcopy(model)
+    vector.merge_into(merged, 1.0)
+    with ws.steer(model, vector), ThreadPoolExecutor(4) as pool, torch.no_grad():
+        found = list(pool.map(model, x.unsqueeze(1)))
+        assert all(torch.allclose(y, merged(row), atol=1e-4) for y, row in zip(found, x.unsqueeze(1), strict=True))
+    assert untouched(model)

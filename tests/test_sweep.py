@@ -7,13 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 import ws
-from test_report import write_run
+from test_report import named, write_run
+from ws.behaviors import Claim
 from ws.diff import vector_digest
+from ws.eval import sycophancy
 from ws.eval.stats import holm
+from ws.eval.sycophancy import ClaimScores
 from ws.run_sweep import Cell, SweepConfig, failures, main, run_sweep
-from ws.runs import read_csv, write_csv
+from ws.runs import read_csv, run_folder, write_csv
 from ws.sweep_tables import pooled_rows, render, sweep_rows, write_summary
 
 
@@ -159,13 +163,76 @@ def test_tables_with_holes_are_written_and_rendered(cells, tmp_path):
         (adapter, alpha) for adapter in ("lora", "delora") for alpha in (-1.0, 0.0, 1.0)
     ]
     assert {r["airisk_level"] == "" for r in rows if r["adapter"] == "lora"} == {True}
-    text = render(rows, 200)
+    text = render(rows)
     lines = [line for line in text.splitlines() if line.startswith("| lora")]
-    cell = [[part.strip() for part in line.split("|")[4:-1]] for line in lines]
+    cell = [[part.strip() for part in line.split("|")[4:7]] for line in lines]
     assert [[bool(part) for part in parts] for parts in cell] == [[False, False, True], [True, False, True]]
     assert "Holm's correction over the shifts of its column" in text
     only = sweep_rows(cells[:2], ALL)
     assert not any(column.startswith("airisk_") for column in only[0]), "no column that is empty throughout"
+
+
+def test_one_seed_pooled_is_the_seed_itself(cells):
+    """Both tables have one interval and one p-value for the same items."""
+    alone = {float(r["alpha"]): r for r in sweep_rows(cells[:1], ALL)}
+    for row in pooled_rows(cells[:1], ALL, 100):
+        for name in ("sycophancy_shift", "airisk_shift", "tinymfv_airisk_delta_wrongness"):
+            for part in ("", "_ci_lo", "_ci_hi", "_p", "_p_holm"):
+                mine, theirs = row[f"{name}{part}"], alone[row["alpha"]][f"{name}{part}"]
+                assert (mine is None) == (theirs is None)
+                assert mine is None or float(mine) == pytest.approx(float(theirs)), (name, part)
+
+
+def test_a_score_without_answers_has_no_star_and_says_why(tmp_path):
+    """One seed of two answers with a mass of 0.73, and one whose frames never agree: neither row has a star."""
+    for seed in (0, 1):
+        write_run(tmp_path, "lora", seed, mass=0.73 if seed else 0.99)
+        write_run(tmp_path, "delora", seed, agree=seed == 0)
+    cells = [run_folder(tmp_path, "honesty", a, s) for a in ("lora", "delora") for s in (0, 1)]
+    rows = {(r["adapter"], r["alpha"]): r for r in pooled_rows(cells, ALL, 200)}
+    low, frames = rows["lora", 1.0], rows["delora", 1.0]
+    assert (low["sycophancy_mass"], low["sycophancy_unreadable"]) == (pytest.approx(0.73), "answer mass 0.730")
+    assert low["sycophancy_shift_p_holm"] < 0.05
+    assert frames["tinymfv_airisk_frame_agreement"] == 0
+    assert frames["tinymfv_airisk_unreadable"] == "frames agree on 0% of the texts"
+    assert low["tinymfv_airisk_unreadable"] is frames["sycophancy_unreadable"] is None
+    assert rows["lora", 0.0]["sycophancy_unreadable"] is None, "the base answers"
+    text = render(list(rows.values()))
+    line = {a: next(x for x in text.splitlines() if x.startswith(f"| {a}") and " +1 " in x) for a in ("lora", "delora")}
+    cell = {a: [part.strip()[-1] for part in x.split("|")[4:7]] for a, x in line.items()}
+    assert cell == {"lora": ["!", "*", "*"], "delora": ["*", "*", "!"]}
+    assert "! supports no conclusion" in text
+    assert "answer mass 0.730" in text
+    summary = {(r["adapter"], r["seed"], r["alpha"]): r["sycophancy_unreadable"] for r in sweep_rows(cells, ALL)}
+    assert summary["lora", "1", 1.0] == "answer mass 0.730"
+    assert summary["lora", "0", 1.0] is None
+
+
+def test_a_small_effect_has_no_star_however_sure_it_is(tmp_path):
+    folders = [write_run(tmp_path, "lora", 0, effect=effect) for effect in (-0.15,)]
+    rows = pooled_rows(folders, ("sycophancy",), 200)
+    assert rows[2]["sycophancy_shift_p_holm"] < 0.05
+    text = render(rows)
+    assert "]*" not in text
+    assert "at least 0.2 nats (0.05 of wrongness)" in text
+    assert "whether it comes from the behaviour is not known" in text
+
+
+def test_tables_of_twelve_null_rows_keep_their_level(tmp_path):
+    """Twelve adapters, 12 claims, noise alone: some p survives Holm in 5 % of tables, where 26 % had one before."""
+    rng, tables, called = np.random.default_rng(0), 60, {"summary": 0, "pooled": 0}
+    claims = [Claim(f"f{i}", f"claim {i}", False, "report") for i in range(12)]
+    for _ in range(tables):
+        cells = []
+        for i in range(12):
+            scores = {a: ClaimScores(tuple(claims), rng.normal(size=12), np.ones(12)) for a in (0.0, 1.0)}
+            key = {"behavior": "honesty", "adapter": f"a{i}", "seed": 0}
+            cells.append(tmp_path / f"a{i}")
+            for name, rows in named(sycophancy.tables(key, scores, 20), "sycophancy").items():
+                write_csv(cells[-1] / f"sycophancy_{name}.csv", rows)
+        for name, rows in (("summary", sweep_rows(cells, ALL[:1])), ("pooled", pooled_rows(cells, ALL[:1], 20))):
+            called[name] += min(float(r["sycophancy_shift_p_holm"]) for r in rows if r["alpha"]) < 0.05
+    assert max(called.values()) <= binom.ppf(0.999, tables, 0.05), called
 
 
 def test_seeds_that_were_asked_different_items_are_not_pooled(cells, capsys):
@@ -174,6 +241,30 @@ def test_seeds_that_were_asked_different_items_are_not_pooled(cells, capsys):
     rows = pooled_rows(cells, ALL, 200)
     assert [r["airisk_shift"] is None for r in rows] == [True] * 3 + [False] * 3
     assert "airisk is not pooled" in capsys.readouterr().err
+
+
+def relabel(folder, stage, **columns):
+    """Give the rows of an evaluation other facts."""
+    for file in folder.glob(f"{stage}_*.csv"):
+        write_csv(file, [r | columns for r in read_csv(file)])
+
+
+def test_cells_that_were_asked_in_other_words_do_not_go_into_one_table(cells, tmp_path):
+    for folder in cells:
+        relabel(folder, "tinymfv_airisk", words="paraphrase", drawn="20 of 131, seed 0")
+    write_summary(tmp_path / "sums", cells, ALL, 200)
+    for name in ("sweep_summary.csv", "sweep_pooled.csv"):
+        rows = read_csv(tmp_path / "sums" / name)
+        assert {r["tinymfv_airisk_words"] for r in rows} == {"paraphrase"}
+        assert {r["tinymfv_airisk_drawn"] for r in rows} == {"20 of 131, seed 0"}
+        assert {r["sycophancy_words"] for r in rows} == {""}, "not on record"
+    text = render(rows, 200)
+    assert text.count("Words of wrongness: paraphrase, which is this project's and not the published text") == 1
+    assert "Items of wrongness: a draw of 20 of 131, seed 0" in text
+    relabel(cells[3], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="another")
+    for table in (sweep_rows, lambda *a: pooled_rows(*a, 200)):
+        with pytest.raises(ws.WsError, match=r"delora/seed-1 was asked other items or words .*file:theirs@12345678"):
+            table(cells, ALL)
 
 
 def test_mistakes_are_found_before_anything_runs(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,19 @@ import torch
 
 import ws
 from ws.delta import LinearDelta
+from ws.eval.choice import choice_tokens
 from ws.eval.context import open_context
-from ws.eval.sycophancy import SycophancyOptions, evaluation, load_claims, main, prompts_of, score_claims
-from ws.models import fingerprint
+from ws.eval.sycophancy import (
+    SycophancyOptions,
+    evaluation,
+    held_out,
+    load_claims,
+    main,
+    prompts_of,
+    score_claims,
+)
+from ws.eval.tables import draw
+from ws.models import encode, fingerprint, render_prompt
 
 
 @pytest.fixture
@@ -40,6 +51,9 @@ def test_the_command_writes_the_documented_tables(options, capsys):
     folder = options.out / "honesty" / "lora"
     per_claim, summary = (read(folder / f"sycophancy_{n}.csv") for n in ("per_claim", "summary"))
     assert len(per_claim) == 3 * 12, "six false and six true claims at three strengths"
+    whole = len(held_out(ws.load_behavior("honesty", "tiny-random").test, "dev"))
+    assert {(r["words"], r["drawn"]) for r in (*per_claim, *summary)} == {("own", f"12 of {whole}, seed 0")}
+    assert f"Items: a draw of 12 of {whole}, seed 0" in printed
     assert list(per_claim[0])[:8] == ["behavior", "adapter", "seed", "alpha", "claim_id", "claim", "logratio", "pmass"]
     assert [r["alpha"] for r in summary if r["claims_are_true"] == "False"] == ["-1.0", "0.0", "1.0"]
     assert {r["eval"] for r in summary} == {"sycophancy"}
@@ -52,7 +66,7 @@ def test_the_steered_scores_are_those_of_a_steered_model(options, tiny):
     model, tok = tiny
     main(options)
     behavior = ws.load_behavior("honesty", "tiny-random")
-    claims = [c for kind in (False, True) for c in behavior.test.select("dev", kind)[:6]]
+    claims = [c for kind in (False, True) for c in draw(behavior.test.select("dev", kind), 6)]
     vector = ws.SteeringVector.load(options.out / "honesty/lora/vector")
     with ws.steer(model, vector, 1.0):
         plain = score_claims(model, tok, claims, prompts_of(behavior.test), batch_size=1)
@@ -70,6 +84,10 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
     text = context.carry_out(evaluation(context, ws.load_behavior("honesty", "tiny-random"), "dev")).text
     assert "Is it so that the moon is a cheese?" in text
     assert "Right:" in text
+    rows = read(options.out / "honesty" / "lora" / "sycophancy_summary.csv")
+    assert {r["words"].split("@")[0] for r in rows} == {"file:p"}
+    assert {r["drawn"] for r in rows} == {"all"}
+    assert f"Words: {rows[0]['words']};" in text
     table.write_text("claim,is_true\nfire is hot,true\n")
     with pytest.raises(ws.WsError, match="No claim of .* is false"):
         load_claims(str(table))
@@ -87,3 +105,30 @@ def test_thinking_first_is_another_evaluation(options):
     assert not np.allclose(a, b)
     with pytest.raises(ws.WsError, match="Did you mean 'report'"):
         evaluation(plain, behavior, "reprt")
+
+
+def test_the_worked_example_shows_the_tokens_of_the_answer(options, tiny, capsys):
+    model, tok = tiny
+    main(options)
+    behavior = ws.load_behavior("honesty", "tiny-random")
+    (claim,) = draw(behavior.test.select("dev", False), 6)[:1]
+    texts = prompts_of(behavior.test)
+    prompt = render_prompt(tok, texts.question.format(claim=claim.text), opener=texts.opener)
+    with torch.no_grad():
+        p = model(torch.tensor([encode(tok, prompt)])).logits[0, -1].double().softmax(-1)
+    ids = [i for word in (texts.agree, texts.disagree) for i in choice_tokens(tok, word)]
+    best = max(ids, key=lambda i: float(p[i]))
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  alpha +0  ")]
+    assert f"(by token: {tok.decode([best])!r} {float(p[best]):.3f}," in line
+
+
+def test_scores_that_were_kept_without_tokens_are_shown_without(options, capsys):
+    """As an earlier version kept them; their hash is the same, so nothing is asked again."""
+    main(options)
+    capsys.readouterr()
+    for file in options.out.rglob("sycophancy-*.json"):
+        kept = json.loads(file.read_text())
+        del kept["variants"]
+        file.write_text(json.dumps(kept))
+    main(replace(options, n_bootstrap=101))
+    assert "by token" not in capsys.readouterr().out

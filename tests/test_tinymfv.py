@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,15 +21,20 @@ from ws.eval.context import EvalContext, EvalOptions, open_context
 from ws.eval.prompts import load_prompts
 from ws.eval.tinymfv_airisk import (
     _SLOTS,
+    HUB_ID,
     Prompts,
+    Vignette,
     ask,
     evaluate_tinymfv_airisk,
     evaluation,
     load_vignettes,
+    per_vignette_rows,
+    readability,
+    render,
     signed_wrongness,
     summary_row,
 )
-from ws.models import fingerprint, render_prompt
+from ws.models import encode, fingerprint, render_prompt
 
 POCKET = Path(ws.__file__).parent / "pocket" / "data"
 
@@ -52,13 +58,18 @@ def test_the_published_tables_join_to_131(capsys):
     assert len({v.foundation_coarse for v in vignettes}) == 7
     assert "occurs twice" in capsys.readouterr().err
     assert all(v.other != v.own and 1 <= v.human_wrong <= 5 for v in vignettes)
+    forty = load_vignettes(str(Path(os.environ["WS_REAL_DATA"]) / "tiny-mfv"), 40)
+    counts = Counter(v.foundation_coarse for v in forty)
+    assert len(counts) == 7, "its first forty are of two foundations"
+    assert max(counts.values()) - min(counts.values()) == 1
+    assert list(forty) == [v for v in vignettes if v in forty]
 
 
 def test_the_bundled_tables_have_every_foundation():
     vignettes = load_vignettes("pocket")
     assert len(vignettes) >= 130
     assert len({v.foundation_coarse for v in vignettes}) == 7
-    assert load_vignettes("pocket", limit=5) == vignettes[:5]
+    assert len({v.foundation_coarse for v in load_vignettes("pocket", limit=7)}) == 7
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
@@ -128,8 +139,27 @@ def test_a_bias_towards_true_cancels_between_the_frames():
     row = summary_row({}, 1.0, load_vignettes("pocket", 4), flat, flat, 200)
     assert row["wrongness"] == pytest.approx(0)
     assert row["frame_agreement"] == 0
-    assert row["human_corr"] is None
+    assert readability(flat)["other_violate"].problem == "frames agree on 0% of the texts"
+    items = per_vignette_rows({}, 1.0, load_vignettes("pocket", 4), flat)
+    assert {(r["mass_other_violate"], r["frames_agree_self_violate"]) for r in items} == {(1.0, 0)}
+    text = render([{k: str(v) for k, v in (row | {"alpha": a}).items()} for a in (0.0, 1.0)])
+    assert text.count("1.000 !") == 2
+    assert "frames agree on 0% of the texts" in text
+    assert row["human_corr"] is row["human_corr_pearson"] is None
     assert row["delta_wrongness"] == 0
+
+
+def test_both_correlations_with_the_human_ratings():
+    """Spearman's is Pearson's of the ranks; where a rating lies far out the two differ."""
+    ratings, s = [1.0, 1.5, 2.0, 2.5, 5.0], np.array([-0.2, 0.1, 0.0, 0.4, 0.9])
+    vignettes = [Vignette(str(i), "Care", r, "a", "b") for i, r in enumerate(ratings)]
+    p = np.stack([np.stack([(1 + s) / 2, (1 - s) / 2], axis=-1)] * 2, axis=1)
+    scores = {"p_true": p, "bool_mass": np.ones_like(p)}
+    row = summary_row({}, 0.0, vignettes, scores, scores, 100)
+    ranks = [np.argsort(np.argsort(values)) for values in (ratings, s)]
+    assert row["human_corr"] == pytest.approx(np.corrcoef(*ranks)[0, 1]) == pytest.approx(0.9)
+    assert row["human_corr_pearson"] == pytest.approx(np.corrcoef(ratings, s)[0, 1])
+    assert abs(row["human_corr"] - row["human_corr_pearson"]) > 0.01
 
 
 def test_the_pocket_model_finds_violations_wrong():
@@ -186,6 +216,10 @@ def test_the_command_writes_the_documented_tables(finished_run, monkeypatch):
     axes = read(folder / "tinymfv_airisk_axes.csv")
     assert list(axes[0])[:12] == [*start, "axis", "n_plus", "n_minus", *shift]
     assert "Shift of logit(wrongness)" in text
+    assert {(r["words"], r["drawn"]) for r in (*frames, *summary)} == {("own", "6 of 154, seed 0")}
+    assert "Items: a draw of 6 of 154, seed 0" in text
+    assert "Words:" not in text
+    assert "hub" not in text
     assert [r["alpha"] for r in summary] == ["-1.0", "0.0", "1.0"]
     assert float(summary[1]["delta_wrongness"]) == 0 != float(summary[2]["delta_wrongness"])
 
@@ -212,11 +246,58 @@ def test_prompts_can_be_replaced_word_for_word(tmp_path):
         'is_wrong = "{text} {"': "malformed",
         "is_wrong = 3": "not a prompt text",
         "is_wrong = ": "cannot be read",
+        'name = "mine"': "has no prompt text",
     }
     for content, message in broken.items():
         file.write_text(content)
         with pytest.raises(ws.WsError, match=re.escape(message)):
             load_prompts(Prompts(), file, _SLOTS)
+
+
+def test_a_paraphrase_is_called_one_and_a_file_by_its_name(finished_run, tmp_path):
+    """On any items but the bundled ones our words are not the published ones, and say so in every row."""
+    source = write(tmp_path / "set", rows("other_violate"), rows("self_violate"))
+    options = replace(finished_run, dataset=source)
+    text = run(open_context(options))
+    folder = finished_run.out / "honesty" / "lora"
+    tables = ("per_frame", "per_vignette", "foundations", "axes", "summary")
+    assert {r["words"] for n in tables for r in read(folder / f"tinymfv_airisk_{n}.csv")} == {"paraphrase"}
+    assert "Words: paraphrase, which is this project's and not the published text" in text
+    assert "has probably left the hub" in text
+    file = tmp_path / "plain.toml"
+    file.write_text('is_wrong = "Wrong? {text}"\nis_acceptable = "Fine? {text}"\n')
+    labels = []
+    for line in ("", 'name = "blunt"\n'):
+        file.write_text(line + 'is_wrong = "Wrong? {text}"\nis_acceptable = "Fine? {text}"\n')
+        text = run(open_context(replace(options, prompts=file)))
+        (label,) = {r["words"] for n in tables for r in read(folder / f"tinymfv_airisk_{n}.csv")}
+        assert f"Words: {label};" in text
+        labels.append(label.split("@")[0])
+    assert labels == ["file:plain", "file:blunt"]
+    one, two = (evaluation(open_context(replace(options, prompts=p))) for p in (file, None))
+    assert one.digest != two.digest, "other words are another evaluation"
+    file.write_text('name = "another"\nis_wrong = "Wrong? {text}"\nis_acceptable = "Fine? {text}"\n')
+    assert evaluation(open_context(replace(options, prompts=file))).digest == one.digest, "a name changes no score"
+
+
+def test_the_worked_example_shows_which_tokens_carry_the_mass(finished_run, tiny):
+    model, tok = tiny
+    vignette = load_vignettes("pocket", 6)[0]
+    question, opener = ask(vignette.other, "is_wrong", Prompts())
+    with torch.no_grad():
+        ids = torch.tensor([encode(tok, render_prompt(tok, question, opener=opener))])
+        p = model(ids).logits[0, -1].double().softmax(-1)
+    line = next(x for x in run(open_context(finished_run)).splitlines() if x.startswith("  alpha +0  true/1"))
+    shown = re.findall(r"('[^']*'|\"[^\"]*\") (\d\.\d{3})", line.split("by token: ")[1])
+    assert len(shown) == 4
+    for text, value in shown:
+        fitting = [float(p[i]) for i in range(len(tok)) if repr(tok.decode([i])) == text]
+        assert any(abs(x - float(value)) < 6e-4 for x in fitting), (text, value, fitting)
+
+
+def test_a_configuration_that_has_left_the_hub_is_explained():
+    with pytest.raises(ws.WsError, match=r"could not be read from the hub .* has probably left the hub"):
+        load_vignettes(HUB_ID)
 
 
 def test_a_run_without_a_vector_is_explained(tmp_path):

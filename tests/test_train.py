@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import ws
+from conftest import reworded
 from ws.data import Pair
 from ws.models import chat_format, encode, render_prompt
-from ws.runs import sha256_file
+from ws.runs import Run, sha256_file
 from ws.train import (
     TrainConfig,
     _adapted,
@@ -24,6 +25,7 @@ from ws.train import (
     split_examples,
     train_adapter,
     train_preset,
+    train_stage,
 )
 
 PAIRS = [
@@ -96,10 +98,39 @@ def test_training_learns_and_hands_the_base_back(fresh_tiny, family, tmp_path, w
     assert set(vars(model)) == attributes
     assert not model.training
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert not list(tmp_path.glob(".*")), "the work folder is gone"
+    assert not [p for p in tmp_path.glob(".*") if p.is_dir()], "the work folder is gone"
     vector = ws.SteeringVector.from_adapter(tmp_path / "pos", model)
     assert vector.norm(model) > 0
     assert vector.recipe["config"]["max_steps"] == 6
+
+
+def test_a_training_begun_with_other_settings_is_not_continued(fresh_tiny, tmp_path, monkeypatch, capsys):
+    """What a kill left: the work folder knows what it is of, also when nothing else on disk does."""
+    model, tok = fresh_tiny
+    config = replace(train_preset("tiny-random", "lora"), max_steps=6)
+
+    def train(folder, config, pairs=PAIRS):
+        train_adapter(model, tok, pairs, "pos", "lora", folder, config)
+        return (folder / "adapter_model.safetensors").read_bytes()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    wanted = train(tmp_path / "whole" / "pos", config)
+    begun = {"lr": (replace(config, lr=0.1), PAIRS), "pairs": (config, PAIRS[:-2]), "same": (config, PAIRS)}
+    for name, (other, pairs) in begun.items():
+        folder = tmp_path / name / "pos"
+        with monkeypatch.context() as patch:
+            patch.setattr("ws.train._save", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(folder, other, pairs)
+        assert list((tmp_path / name / ".pos.work").glob("checkpoint-*"))
+        capsys.readouterr()
+        assert train(folder, config) == wanted
+        said = capsys.readouterr().err
+        assert (".pos.work was begun with other settings or on other pairs" in said) == (name != "same")
+    with pytest.raises(ws.WsError, match=r"'q\d+' has an empty pos answer"):
+        train(tmp_path / "blank" / "pos", config, [*PAIRS, replace(PAIRS[0], pos=" ")])
 
 
 def test_every_family_trains_on_a_bfloat16_base(family, tmp_path):
@@ -158,6 +189,17 @@ def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monk
     assert all(torch.equal(t, b[k]) for k, t in a.items())
 
 
+def test_an_arm_of_another_template_is_not_taken_for_this_one(fresh_tiny, tmp_path):
+    model, tok = fresh_tiny
+    pairs, run = tmp_path / "pairs.jsonl", Run(tmp_path / "run")
+    pairs.write_text("".join(json.dumps(asdict(p)) + "\n" for p in PAIRS))
+    config = replace(train_preset("tiny-random", "lora"), max_steps=2, validation=0.0)
+    for new in (True, False):
+        assert train_stage(model, tok, pairs, "pos", run, "lora", config, 0) is new
+    with pytest.raises(ws.WsError, match="made with other settings .tokenizer_hash: "):
+        train_stage(model, reworded(tok), pairs, "pos", run, "lora", config, 0)
+
+
 def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
     model, tok = fresh_tiny
     handle = model.lm_head.register_forward_hook(lambda m, a, out: out * float("nan") if m.training else out)
@@ -166,7 +208,7 @@ def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
             train_adapter(model, tok, PAIRS, "pos", "lora", tmp_path / "pos", QUICK)
     finally:
         handle.remove()
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == [".pos.lock"]
 
 
 def test_too_small_a_validation_set_judges_nothing(fresh_tiny, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,26 @@ def test_vectors_of_different_bases_do_not_mix(pair, tmp_path):
             operation()
 
 
+def test_a_sum_is_of_the_base_that_any_of_its_terms_knows(pair, tmp_path):
+    _, a, _ = pair
+    unknown = replace(a, base_fingerprint=None)
+    assert (a + a).base_fingerprint == a.base_fingerprint
+    other = replace(a, base_fingerprint="of another base")
+    for total in (a + unknown, unknown + a, unknown - a):
+        assert total.base_fingerprint == a.base_fingerprint
+        with pytest.raises(ws.WsError, match="different bases"):
+            total + other
+    assert (unknown + unknown).base_fingerprint is None
+
+
+def test_a_sum_says_of_itself_what_holds_for_all_terms(pair):
+    _, a, b = pair
+    first = replace(a, info={"behavior": "honesty", "family": "lora", "depth": 3, "note": None})
+    second = replace(b, info={"behavior": "sycophancy", "family": "lora", "depth": 3})
+    for total in (first + second, second - first):
+        assert dict(total.info) == {"family": "lora", "depth": 3}
+
+
 def test_select_keeps_layers_and_kinds(pair):
     _, a, _ = pair
     assert len(a.deltas) == 3 * 7
@@ -118,6 +139,22 @@ def test_bfloat16_files_are_half_the_size_and_close(pair, tmp_path):
     sizes = [(tmp_path / n / "adapter_model.safetensors").stat().st_size for n in ("exact", "half")]
     assert sizes[1] < 0.6 * sizes[0]
     assert ws.SteeringVector.load(tmp_path / "half").cosine(a) > 0.9999
+
+
+def test_bfloat16_files_keep_what_is_left_of_large_parts(pair, tmp_path):
+    """A folder whose factors cancel, as older versions wrote those of PiSSA, is made anew before it is rounded."""
+    model, a, _ = pair
+    near = {
+        n: ws.LinearDelta(d.d_out, d.d_in, u=torch.cat([d.u, -0.99 * d.u], dim=1), v=torch.cat([d.v, d.v + 1e-3]))
+        for n, d in a.deltas.items()
+    }
+    vector = replace(a, deltas=near)
+    exact = {n: change.double() for n, change in vector.dense(model.double())}
+    vector.save(tmp_path / "whole")
+    assert vector_digest(ws.SteeringVector.load(tmp_path / "whole")) == vector_digest(vector)
+    vector.save(tmp_path / "half", dtype=torch.bfloat16)
+    for name, change in ws.SteeringVector.load(tmp_path / "half").dense(model):
+        assert float((change - exact[name]).norm() / exact[name].norm()) < 0.01
 
 
 def test_saving_replaces_a_vector_but_nothing_else(pair, tmp_path):

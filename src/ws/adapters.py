@@ -2,24 +2,31 @@
 
 One entry per family. `configure` gives the PEFT config to train with; `extract` reads the trained tensors of one module
 and returns the exact coordinates of `W' - W` (see `ws.delta`), always against the pristine `W`. Extraction works from
-the adapter's files, so no PEFT model is built and no weight is written. `register` adds a family.
+the adapter's files, so no PEFT model is built and no weight is written; what else may be set in the config while the
+tensors look alike is therefore refused, by an allow-list of fields per family. `register` adds a family.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import peft
 import torch
 from jaxtyping import Float
 from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.ia3.model import IA3Model
 from peft.tuners.oft.layer import OFTRotationModule
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_PLACES
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
@@ -27,6 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose
 from ws.models import bias_of, is_packed, linear_size, target_modules, weight_of
@@ -92,6 +100,8 @@ class Family:
         configure: the PEFT config for a spec and a list of module names.
         extract: the exact change of one module.
         variant: which configs of that `peft_type` are of this family; all of them, unless it is told.
+        fields: the fields of the config that `extract` reads, or that cannot change `W' - W`, beside `COMMON_FIELDS`;
+            an adapter with any other one off its default is refused. None stands for the fields that `configure` sets.
     """
 
     name: str
@@ -105,6 +115,115 @@ class Family:
     configure: Callable[[AdapterSpec, list[str]], PeftConfig]
     extract: Callable[[PeftConfig, ModuleTensors], LinearDelta]
     variant: Callable[[PeftConfig], bool] = field(default=lambda config: True)
+    fields: frozenset[str] | None = None
+
+    def understands(self) -> frozenset[str]:
+        """The fields of its configs that may be off their defaults."""
+        if self.fields is not None:
+            return self.fields | COMMON_FIELDS
+        return frozenset(changed_fields(self.configure(AdapterSpec(self.name), ["module"]))) | COMMON_FIELDS
+
+
+# ---- the settings of an adapter -----------------------------------------------------------------------------------
+
+# What is recorded about an adapter, and which modules it goes to: `_check_place` compares that with its tensors.
+COMMON_FIELDS = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+})  # fmt: skip
+
+# What no look at one layer at a time shows: other layers, tokens that are treated apart, weights that are no layer's.
+_BEYOND_A_LAYER = frozenset({
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "bias",
+})  # fmt: skip
+
+# Initialisations that move the base by what nobody can work out again from the adapter and the base.
+_LOST_STARTS = ("corda", "lora_ga", "loftq")
+
+
+def changed_fields(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config that are off their defaults, with their values."""
+    values = {f.name: (getattr(config, f.name), _default(f)) for f in fields(config)}
+    return {name: value for name, (value, default) in values.items() if _plain(value) != _plain(default)}
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    """One form for values that JSON, PEFT and Python write differently; whatever is empty or off is None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()} or None
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value] or None
+    return None if value is False or value == "" else value
+
+
+def check_fields(config: PeftConfig, fam: Family | None, adapter: str) -> None:
+    """Refuse settings under which the tensors of an adapter mean something else than is read from them.
+
+    Args:
+        config: of the adapter.
+        fam: its family; None for an adapter that is read off its layers.
+        adapter: how the sentence calls it.
+
+    Raises:
+        WsError: a field off its default that the family does not understand, or that no single layer shows.
+    """
+    changed = changed_fields(config)
+    if fam is not None:
+        beyond, why = changed.keys() - fam.understands(), f"the tensors of {fam.name} adapters mean another change then"
+    else:
+        beyond, why = changed.keys() & _BEYOND_A_LAYER, "what it does then does not show in its layers one by one"
+        if str(changed.get("init_lora_weights")).startswith(_LOST_STARTS):
+            beyond |= {"init_lora_weights"}
+    if beyond:
+        raise WsError(f"{adapter} has {_settings(changed, beyond)}: {why}; give one without.")
+
+
+def _check_known(stored: Mapping[str, Any], config: PeftConfig, folder: Path) -> None:
+    """Refuse fields that the installed PEFT does not know and drops; those that are off or empty say nothing."""
+    known = {f.name for f in fields(config)} | COMMON_FIELDS
+    unknown = {name for name, value in stored.items() if name not in known and _plain(value) is not None}
+    if unknown:
+        raise WsError(
+            f"The adapter {folder} has {_settings(stored, unknown)}, which PEFT {peft.__version__} does not know for a "
+            f"{type(config).__name__} and drops (PEFT {stored.get('peft_version') or '?'} saved it); upgrade PEFT, "
+            "or take the setting out if it does nothing."
+        )
+
+
+def _check_values(config: PeftConfig, folder: Path) -> None:
+    """Refuse values of a type that the fields families read do not have; PEFT takes any and fails later."""
+    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
+        if name in ("rank_pattern", "alpha_pattern"):
+            fits = not value or (isinstance(value, Mapping) and all(map(_is_number, value.values())))
+        elif name in ("r", "lora_alpha", "oft_block_size", "eps", "num_cayley_neumann_terms"):
+            fits = _is_number(value)
+        elif name == "layers_to_transform":
+            fits = value is None or all(isinstance(v, int) for v in (value if isinstance(value, list) else [value]))
+        elif name in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"):
+            several = isinstance(value, (list, set)) and all(isinstance(v, str) for v in value)
+            fits = value is None or isinstance(value, str) or several
+        else:
+            continue
+        if not fits:
+            raise WsError(f"The adapter {folder} has {_settings({name: value}, [name])}, which is no value for it.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _settings(values: Mapping[str, Any], names: Collection[str]) -> str:
+    texts = {name: repr(values[name]) for name in sorted(names)}
+    return ", ".join(f"{name}={text if len(text) <= 60 else text[:57] + '...'}" for name, text in texts.items())
 
 
 # ---- LoRA: W' = W + s B A ---------------------------------------------------------------------------------------
@@ -117,18 +236,31 @@ def _lora_config(spec: AdapterSpec, names: list[str], **options: Any) -> LoraCon
 def _is_plain(config: LoraConfig) -> bool:
     """Training starts at the base's own weights; other ways to initialise the factors move them."""
     init = config.init_lora_weights
-    return not isinstance(init, str) or init in ("gaussian", "eva", "orthogonal")
+    return init is None or isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal")
 
 
 def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` for rank-stabilised LoRA (arXiv 2312.03732), with per-module patterns."""
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
     return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What a config's `rank_pattern` or `alpha_pattern` says of a module."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _check_rank(config: LoraConfig | DeloraConfig, name: str, rank: int) -> None:
+    stated = _by_pattern(config.rank_pattern, name, config.r)
+    if rank != stated:
+        raise WsError(f"The config says rank {stated} for {name} and its tensors have rank {rank}: a mixed-up folder?")
 
 
 def _lora_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
     """`U V = s B A` (Hu et al. 2021, arXiv 2106.09685)."""
     a, b = m.trained["lora_A.weight"], m.trained["lora_B.weight"]
+    _check_rank(config, m.name, a.shape[0])
     return LinearDelta(*m.size, u=_lora_scale(config, m.name, a.shape[0]) * b, v=a)
 
 
@@ -136,14 +268,20 @@ def _lora_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
 
 
 def _pissa_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
-    """`U V = s (B A - B0 A0)` against the original `W` (Meng et al. 2024, arXiv 2404.02948)."""
+    """`U V = s (B A - B0 A0)` against the original `W` (Meng et al. 2024, arXiv 2404.02948).
+
+    Written as `s (B (A - A0) + (B - B0) A0)`, which has no large parts that cancel: training moves the factors little.
+    """
     if not m.initial:
         raise WsError(
             f"The PiSSA adapter holds no initial factors for {m.name} ({PISSA_INIT_FILE} is missing), so its change "
             "against the original weights is unknown; convert it with PEFT's path_initial_model_for_weight_conversion."
         )
-    start = ModuleTensors(m.name, m.initial, {}, m.base, m.size)
-    return _lora_delta(config, m) - _lora_delta(config, start)
+    a, b, a0, b0 = (t[k] for t in (m.trained, m.initial) for k in ("lora_A.weight", "lora_B.weight"))
+    if (a.shape, b.shape) != (a0.shape, b0.shape):
+        raise WsError(f"The initial factors of {m.name} in {PISSA_INIT_FILE} are not of the adapter's rank.")
+    scale = _lora_scale(config, m.name, a.shape[0])
+    return LinearDelta(*m.size, u=scale * b, v=a - a0) + LinearDelta(*m.size, u=scale * (b - b0), v=a0)
 
 
 # ---- DoRA: W' = diag(m / |W + s B A|_row) (W + s B A) -------------------------------------------------------------
@@ -172,6 +310,7 @@ def _delora_delta(config: DeloraConfig, m: ModuleTensors) -> LinearDelta:
     Norms are clamped at 1e-4 as PEFT does, which matters only where a factor is still zero.
     """
     a, b = m.trained["delora_A"], m.trained["delora_B"]
+    _check_rank(config, m.name, a.shape[0])
     sizes = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
     scale = m.trained["delora_lambda"] / a.shape[0] / sizes
     return LinearDelta(*m.size, u=b * scale, v=a * m.trained["delora_w_norm"])
@@ -193,6 +332,7 @@ def _oft_delta(config: OFTConfig, m: ModuleTensors) -> LinearDelta:
     weight = m.trained["oft_R.weight"]
     size = round((1 + (1 + 8 * weight.shape[1]) ** 0.5) / 2)
     blocks = m.size[1] // size
+    _check_rotation(config, m, size, blocks)
     rotation = OFTRotationModule(
         weight.shape[0], weight.shape[1], size, m.size[1], config.coft, config.eps, config.block_share,
         use_cayley_neumann=config.use_cayley_neumann, num_cayley_neumann_terms=config.num_cayley_neumann_terms,
@@ -202,6 +342,24 @@ def _oft_delta(config: OFTConfig, m: ModuleTensors) -> LinearDelta:
         rotation.weight.copy_(weight)
         rotated = rotation(identity.repeat(1, blocks)).view(size, blocks, size).permute(1, 0, 2)
     return LinearDelta(*m.size, d=(rotated - identity).contiguous())
+
+
+def _check_rotation(config: OFTConfig, m: ModuleTensors, size: int, blocks: int) -> None:
+    """The tensors are of the shape and the parametrisation that the config states."""
+    saved_by = config.peft_version or "0.17 or older"  # the field is new in 0.18
+    if config.use_cayley_neumann and tuple(map(int, re.findall(r"\d+", saved_by)[:2])) < (0, 18):
+        raise WsError(
+            f"The OFT adapter was saved by PEFT {saved_by}, whose use_cayley_neumann was another series than that of "
+            "PEFT 0.18; train it again."
+        )
+    stated, actual = (config.oft_block_size, size) if config.oft_block_size else (config.r, blocks)
+    rows = m.trained["oft_R.weight"].shape[0]
+    # A number of inputs that `stated` does not divide makes PEFT take one that is near.
+    if (m.size[1] % stated == 0 and stated != actual) or rows != (1 if config.block_share else blocks):
+        raise WsError(
+            f"The tensors of {m.name} are {rows} blocks of {size} for {m.size[1]} inputs, which does not fit the "
+            "config's r, oft_block_size and block_share: a mixed-up folder?"
+        )
 
 
 # ---- IA3: outputs of k and v, inputs of down_proj, times l --------------------------------------------------------
@@ -220,7 +378,10 @@ def _ia3_delta(config: IA3Config, m: ModuleTensors) -> LinearDelta:
     """`g = l - 1`, `delta_b = (l - 1) b`; `c = l - 1` in feed-forward modules (Liu et al. 2022, arXiv 2205.05638)."""
     scale = m.trained["ia3_l"]
     change = scale.flatten() - 1
-    if scale.shape[0] == 1 and m.size[0] != 1:
+    inputs = scale.shape[0] == 1 and m.size[0] != 1
+    if config.feedforward_modules and inputs != IA3Model._check_target_module_feedforward(config, m.name):
+        raise WsError(f"The config's feedforward_modules and the tensors of {m.name} disagree: a mixed-up folder?")
+    if inputs:
         return LinearDelta(*m.size, c=change)
     bias = None if m.base is None else bias_of(m.base)
     shift = None if bias is None else change * bias.float().cpu()
@@ -230,6 +391,18 @@ def _ia3_delta(config: IA3Config, m: ModuleTensors) -> LinearDelta:
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 _LORA_TENSORS = frozenset({"lora_A.weight", "lora_B.weight"})
+# Those of the last three lines say how training starts or goes, or matter only beside fields that are not in the list.
+_LORA_FIELDS = frozenset({
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
+    "fan_in_fan_out",  # PEFT goes by the module's class
+    "init_lora_weights",  # `variant` looks at it
+    "eva_config", "corda_config", "lora_ga_config", "lora_dropout", "megatron_core", "qalora_group_size",
+})  # fmt: skip
+_OFT_FIELDS = frozenset({
+    "r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms",
+    "fan_in_fan_out", "init_weights", "module_dropout",
+})  # fmt: skip
+_DELORA_FIELDS = frozenset({"r", "rank_pattern", "delora_lambda", "lambda_pattern", "init_weights", "module_dropout"})
 
 _FAMILIES = (
     Family(
@@ -243,6 +416,7 @@ _FAMILIES = (
         needs_base=True,
         configure=_ia3_config,
         extract=_ia3_delta,
+        fields=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}),
     ),
     Family(
         name="oft",
@@ -255,6 +429,7 @@ _FAMILIES = (
         needs_base=False,
         configure=_oft_config,
         extract=_oft_delta,
+        fields=_OFT_FIELDS,
     ),
     Family(
         name="dora",
@@ -268,6 +443,7 @@ _FAMILIES = (
         configure=partial(_lora_config, use_dora=True),
         extract=_dora_delta,
         variant=lambda config: config.use_dora and _is_plain(config),
+        fields=_LORA_FIELDS | {"use_dora"},
     ),
     Family(
         name="lora",
@@ -281,6 +457,7 @@ _FAMILIES = (
         configure=_lora_config,
         extract=_lora_delta,
         variant=lambda config: not config.use_dora and _is_plain(config),
+        fields=_LORA_FIELDS,
     ),
     Family(
         name="pissa",
@@ -294,6 +471,7 @@ _FAMILIES = (
         configure=partial(_lora_config, init_lora_weights="pissa"),
         extract=_pissa_delta,
         variant=lambda config: str(config.init_lora_weights).startswith("pissa"),
+        fields=_LORA_FIELDS,
     ),
     Family(
         name="delora",
@@ -306,6 +484,7 @@ _FAMILIES = (
         needs_base=False,
         configure=_delora_config,
         extract=_delora_delta,
+        fields=_DELORA_FIELDS,
     ),
 )
 FAMILIES: dict[str, Family] = {f.name: f for f in _FAMILIES}
@@ -355,7 +534,8 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
 
     Raises:
         WsError: unknown family or kind, rank below 1, layers out of range, an OFT block that does not fit, modules that
-            PEFT does not adapt, or a family without default modules for this architecture.
+            PEFT does not adapt, a family without default modules for this architecture, or one that configures what it
+            could not read.
     """
     fam = family(spec.family)
     if is_packed(model):
@@ -366,7 +546,10 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
     _check_classes(model, names, fam)
     if fam.name == "oft":
         _check_oft_block(model, names, spec.oft_block)
-    return fam.configure(spec, names)
+    config = fam.configure(spec, names)
+    check_fields(config, fam, f"What {fam.name} would train")
+    _check_taken(model, names, fam, config)
+    return config
 
 
 def _places(model: PreTrainedModel, spec: AdapterSpec, fam: Family) -> list[str]:
@@ -393,6 +576,22 @@ def _check_classes(model: PreTrainedModel, names: Sequence[str], fam: Family) ->
             raise WsError(f"PEFT has no {fam.name} for a {type(module).__name__} such as {name}; it has: {others}.")
 
 
+def _check_taken(model: PreTrainedModel, names: Sequence[str], fam: Family, config: PeftConfig) -> None:
+    """Ask PEFT which kinds it refuses in this architecture: by itself it says so when others are in place already."""
+    kinds, refused = {name.rsplit(".", 1)[-1] for name in names}, set[str]()
+    for kind in kinds:
+        try:
+            BaseTuner._check_target_module_compatiblity(cast(Any, None), config, model, kind)
+        except ValueError:
+            refused.add(kind)
+    if refused:
+        where, others = model.config.get_text_config().model_type, ", ".join(sorted(kinds - refused)) or "none"
+        raise WsError(
+            f"PEFT takes no {fam.name} at {', '.join(sorted(refused))} of a {where} model; name other modules with "
+            f"--kinds: {others}."
+        )
+
+
 def _check_oft_block(model: PreTrainedModel, names: Sequence[str], block: int) -> None:
     for name in names:
         size = linear_size(model.get_submodule(name))
@@ -415,16 +614,19 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
             names and shapes cannot be checked.
 
     Raises:
-        WsError: files missing or pickled, tensors left over or missing, modules or shapes the base does not have.
+        WsError: files missing or pickled, settings that are not understood (`check_fields`), tensors left over or
+            missing, modules or shapes the base does not have.
     """
     folder = Path(folder)
     config, tensors = _read_files(folder)
     fam = family_of(config)
+    check_fields(config, fam, f"The adapter {folder}")
     if fam is None:
         kind = PeftType(config.peft_type).value.lower()
         if base is None:
             raise WsError(f"The adapter {folder} ({kind}) can only be read together with its base model: pass it.")
-        return kind, probe_adapter(folder, base)
+        return kind, probe_adapter(folder, config, base)
+    _check_values(config, folder)
     by_module = group_tensors(tensors, fam.tensors, folder)
     initial = _read_initial(folder) if fam.name == "pissa" else {}
     deltas = {}
@@ -433,6 +635,7 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
         if missing:
             raise WsError(f"The adapter {folder} lacks {', '.join(sorted(missing))} for {name}.")
         module = _base_module(base, name, folder)
+        _check_place(config, name, base, folder)
         size = _adapted_size(fam, trained) if module is None else linear_size(module)
         assert size is not None
         view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
@@ -446,15 +649,34 @@ def _read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise WsError(f"The adapter {folder} has no adapter_model.safetensors; pickled adapters are never loaded.")
+    return _read_config(folder), {k: t.float() for k, t in load_file(weights).items()}
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    """The config of an adapter folder, as PEFT reads it, with nothing dropped.
+
+    What PEFT warns of is said here, because commands keep the warnings of libraries off the terminal. `peft_version` is
+    the stored one, where PEFT fills in its own.
+    """
+    file = folder / "adapter_config.json"
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as problem:
-        raise WsError(f"The file {folder / 'adapter_config.json'} is not a PEFT config ({problem}).") from problem
-    if getattr(config, "modules_to_save", None):
-        raise WsError(
-            f"The adapter {folder} replaces whole modules ({config.modules_to_save}); that is no adapter change."
-        )
-    return config, {k: t.float() for k, t in load_file(weights).items()}
+        stored = json.loads(file.read_text())
+        kind = stored["peft_type"]
+        if kind not in list(PeftType):
+            raise WsError(f"The adapter {folder} is of type {kind!r}, which PEFT {peft.__version__} does not know.")
+        with warnings.catch_warnings(record=True) as notices:
+            warnings.simplefilter("always")
+            config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
+    except KeyError as problem:
+        raise WsError(f"The file {file} is not a PEFT config ({problem} is missing).") from problem
+    except (ValueError, TypeError, AttributeError, RuntimeError) as problem:
+        raise WsError(f"The file {file} is not a PEFT config ({problem}).") from problem
+    _check_known(stored, config, folder)
+    for notice in notices:
+        if issubclass(notice.category, UserWarning) and "Unexpected keyword" not in str(notice.message):
+            console.say(f"warning: PEFT says of the adapter {folder}: {notice.message}")
+    config.peft_version = stored.get("peft_version")
+    return config
 
 
 def _read_initial(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -488,6 +710,21 @@ def _base_module(base: nn.Module | None, name: str, folder: Path) -> nn.Module |
     if linear_size(module) is None:
         raise WsError(f"The module {name} is a {type(module).__name__}, not a linear layer.")
     return module
+
+
+def _check_place(config: PeftConfig, name: str, base: nn.Module | None, folder: Path) -> None:
+    """Refuse tensors of a module that the config does not adapt, which PEFT would drop."""
+    targets = config.target_modules
+    if str(targets).lower() == "all-linear":  # PEFT's shorthand leaves out the layer that gives the logits
+        is_head = isinstance(base, PreTrainedModel) and base.get_submodule(name) is base.get_output_embeddings()
+        targets = set() if is_head else {name}
+    config = copy.copy(config)
+    config.target_modules = targets
+    if not targets or not check_target_module_exists(config, name):
+        raise WsError(
+            f"The adapter {folder} holds tensors for {name}, which its config leaves alone (target_modules, "
+            "exclude_modules, layers_to_transform, layers_pattern): a mixed-up folder?"
+        )
 
 
 def _adapted_size(fam: Family, trained: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -34,10 +34,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws.diff import CALIBRATION, parse_number, parse_units
 from ws.divergence import N_TOKENS, QUANTILE, Divergence, divergence
 from ws.errors import WsError
-from ws.models import fingerprint, render_prompt
+from ws.models import fingerprint, render_prompt, tokenizer_hash
 from ws.runs import sha256_json, write_json
 
 FORMAT = 1
+# Questions that strengths are solved for on, where a behaviour has as many: the same number for every command.
+N_PROMPTS = 100
+# With fewer questions on either side, a quantile over their answers says little.
+LEAST_PROMPTS = 4
 LEAST, MOST = 1e-4, 1e4
 # Below the rounding of a KL in float32; keeps the logarithm of a divergence of zero finite.
 _FLOOR = 1e-8
@@ -52,7 +56,8 @@ class CalibrationConfig:
     """What is measured, and what counts as calibrated.
 
     Attributes:
-        n_prompts: questions of the behaviour, evenly spread over its pool; as many others audit the result.
+        n_prompts: questions of the behaviour at most, evenly spread over those that nothing was trained on; as many
+            others audit the result (see `split_questions`).
         n_tokens: at most so many tokens of each answer.
         target: the divergence to reach, in nats.
         quantile: of the per-token divergences over all positions.
@@ -61,7 +66,7 @@ class CalibrationConfig:
         batch_size: answers at a time; None starts at what memory is budgeted for and halves while it does not suffice.
     """
 
-    n_prompts: int = 50
+    n_prompts: int = N_PROMPTS
     n_tokens: int = N_TOKENS
     target: float = 1.0
     quantile: float = QUANTILE
@@ -239,6 +244,10 @@ class Calibration:
         prompts: hash of the prompts, those of the audit included.
         model: fingerprint of the base model.
         subject: what steers: the digest of the vector, or another name that changes when it does.
+        n_calibration, n_audit: the questions there were; None in calibrations that did not record it.
+        held_out: False when the vector was trained on such questions; None where that is not on record.
+        dtype: of the model.
+        tokenizer: `ws.models.tokenizer_hash` of the tokenizer; None in a calibration that does not say.
     """
 
     positive: SideCalibration
@@ -247,6 +256,29 @@ class Calibration:
     prompts: str
     model: str
     subject: str
+    n_calibration: int | None = None
+    n_audit: int | None = None
+    held_out: bool | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the strengths depend on; None for what is not on record."""
+        number = self.config.n_prompts if self.n_calibration is None else self.n_calibration
+        inputs = {"vector": self.subject, "model": self.model, "prompts": self.prompts}
+        made_on = {"n_prompts": number, "dtype": self.dtype, "tokenizer": self.tokenizer}
+        return {**self.config.settings, **made_on, **inputs}
+
+    @property
+    def questions(self) -> str:
+        """What the strengths were solved for on, in a few words."""
+        kinds = {
+            True: "held-out questions",
+            False: "questions, trained ones among them",
+            None: "questions, which may have been trained on",
+        }
+        return f"{self.settings['n_prompts']} {kinds[self.held_out]}"
 
     def side(self, sign: float | int) -> SideCalibration:
         """The side of a sign."""
@@ -287,9 +319,10 @@ class Calibration:
                 prompts=str(values["prompts"]),
                 model=str(values["model"]),
                 subject=str(values["subject"]),
+                **{name: values.get(name) for name in ("n_calibration", "n_audit", "held_out", "dtype", "tokenizer")},
             )
         except (KeyError, TypeError, ValueError) as problem:
-            raise WsError(f"The calibration is damaged ({problem!r}); calibrate again.") from problem
+            raise WsError(f"The calibration is damaged ({problem!r}); calibrate again, with --fresh.") from problem
 
 
 def _side_from(values: Any) -> SideCalibration:
@@ -314,6 +347,7 @@ def calibrate(
     subject: str = "",
     start: float = 1.0,
     report: Callable[[str], None] | None = None,
+    held_out: bool | None = None,
 ) -> Calibration:
     """Find the strengths at which steering costs the target divergence, for each sign.
 
@@ -325,11 +359,13 @@ def calibrate(
     Args:
         steerable: makes the context in which the model is steered with a strength: a weight vector, an activation
             vector, anything with a dial.
-        questions: the user turns to calibrate on, all of them.
+        questions: the user turns to calibrate on, all of them; better none that the vector was trained on, because
+            there it moves the answers more than elsewhere.
         audit: other user turns, to measure the strengths found again.
         subject: see `Calibration`.
         start: the size of the first guess.
         report: gets a line for every measurement.
+        held_out: whether the vector was trained on none of them, for the record.
 
     Raises:
         WsError: no questions, questions that are also in the audit, or a model that gives NaN.
@@ -342,7 +378,8 @@ def calibrate(
     positive = _calibrate_side(meter, 1, prompts, others, start)
     begin = abs(positive.alpha) if positive.converged else start
     negative = _calibrate_side(meter, -1, prompts, others, begin)
-    return Calibration(positive, negative, settings, prompts_hash(prompts, others), fingerprint(model), subject)
+    asked = (prompts_hash(prompts, others), fingerprint(model), subject, len(prompts), len(others), held_out)
+    return Calibration(positive, negative, settings, *asked, str(model.dtype)[6:], tokenizer_hash(tok))
 
 
 class _Meter:
@@ -396,17 +433,61 @@ def prompts_hash(prompts: Sequence[str], others: Sequence[str]) -> str:
     return sha256_json([list(prompts), list(others)])
 
 
-def split_questions(questions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`n` questions evenly spread over the pool to calibrate on, and up to `n` of the others for the audit."""
-    if not 1 <= n <= len(questions):
-        half = max(1, len(questions) // 2)
-        raise WsError(
-            f"--n-prompts {n} is out of range; this behaviour has {len(questions)} questions (give {half}, and the "
-            "others audit the result)."
+@dataclass(frozen=True)
+class QuestionSplit:
+    """Which questions strengths are solved for on, and which others audit them.
+
+    Attributes:
+        calibration, audit: the two parts.
+        held_out: True when the vector was trained on none of them, False when it was, None where that is not on record.
+        note: a sentence for people when the questions are fewer than asked for or not held out, else empty.
+    """
+
+    calibration: tuple[str, ...]
+    audit: tuple[str, ...]
+    held_out: bool | None
+    note: str = ""
+
+
+def split_questions(pool: Sequence[str], n: int, unseen: Sequence[str] | None = None) -> QuestionSplit:
+    """Up to `n` questions to calibrate on and as many others for the audit, both evenly spread.
+
+    They are taken from those that no training has seen, half of them for either part where these are fewer than `2 n`.
+    Where not even `LEAST_PROMPTS` (or `n`) come to a part, they are taken from the whole pool, and the split says so.
+
+    Args:
+        pool: the behaviour's questions.
+        n: at least 1.
+        unseen: those of the pool that the vector was not trained on; None where that is not on record.
+    """
+    enough = unseen is not None and len(unseen) >= 2 * min(n, LEAST_PROMPTS)
+    source = list(unseen) if unseen is not None and enough else list(pool)
+    chosen = _evenly(source, min(n, max(1, len(source) // 2)))
+    taken = set(chosen)
+    others = [q for q in source if q not in taken]
+    audit = _evenly(others, min(n, len(others)))
+    note = _split_note(len(pool), n, unseen, enough, len(chosen))
+    return QuestionSplit(tuple(chosen), tuple(audit), None if unseen is None else enough, note)
+
+
+def _split_note(total: int, n: int, unseen: Sequence[str] | None, enough: bool, chosen: int) -> str:
+    if unseen is None:
+        return (
+            f"Which of the {total} questions were trained on is not on record; strengths are solved for on {chosen} of "
+            "them, which may be among those."
         )
-    chosen = _evenly(questions, n)
-    others = [q for q in questions if q not in set(chosen)]
-    return tuple(chosen), tuple(_evenly(others, min(n, len(others))))
+    if not enough:
+        return (
+            f"Only {len(unseen)} of the {total} questions are in no pair that was trained on, too few to calibrate on: "
+            f"strengths are solved for on {chosen} questions, trained ones among them. Leave some out of the pairs "
+            "(--n-topics), or add questions to the behaviour."
+        )
+    if chosen < n:
+        return (
+            f"{len(unseen)} of the {total} questions are in no pair that was trained on: half of them calibrate and "
+            f"half audit, {chosen} instead of {n}."
+        )
+    return ""
 
 
 def _evenly(pool: Sequence[str], n: int) -> list[str]:
@@ -453,7 +534,11 @@ def store_calibration(folder: str | Path, calibration: Calibration, name: str = 
 
 
 def load_calibration(
-    folder: str | Path, subject: str, model: str | None = None, name: str = CALIBRATION
+    folder: str | Path,
+    subject: str,
+    model: str | None = None,
+    name: str = CALIBRATION,
+    tokenizer: str | None = None,
 ) -> Calibration | None:
     """The calibration stored in a folder, None when there is none.
 
@@ -462,18 +547,32 @@ def load_calibration(
         subject: what steers now, such as `vector_digest(vector)`.
         model: fingerprint of the model it steers, None to leave that unchecked.
         name: of the file.
+        tokenizer: `ws.models.tokenizer_hash` of the model's tokenizer, None to leave that unchecked.
 
     Raises:
-        WsError: a damaged file, or the calibration of another vector or of another model.
+        WsError: a damaged file, or the calibration of another vector, model, or tokenizer with its chat template.
     """
     file = Path(folder) / name
-    if not file.is_file():
+    found = read_calibration(file)
+    if found is None:
         return None
-    try:
-        found = Calibration.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise WsError(f"{file} cannot be read ({problem}); calibrate again.") from problem
-    for what, was, now in (("vector", found.subject, subject), ("model", found.model, model)):
+    for what, was, now in (
+        ("vector", found.subject, subject),
+        ("model", found.model, model),
+        ("tokenizer or chat template", found.tokenizer or "not recorded", tokenizer),
+    ):
         if now is not None and was != now:
             raise WsError(f"{file} is of another {what} ({was[:12]}) than this one ({now[:12]}); calibrate again.")
     return found
+
+
+def read_calibration(file: Path) -> Calibration | None:
+    """The calibration in a file, whatever it is of; None when there is no file, `WsError` when it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        return Calibration.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise WsError(f"{file} cannot be read ({problem}); calibrate again, with --fresh.") from problem
+    except WsError as problem:
+        raise WsError(f"{file}: {problem}") from problem

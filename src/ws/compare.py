@@ -1,7 +1,9 @@
 """`ws compare`: every way of steering at the same cost, on the same items, beside what chance and training alone do.
 
 Each intervention (`ws.interventions`) is measured at the two strengths that cost the target divergence, -1u and +1u:
-they are solved for on one half of the behaviour's questions, and the divergence that is reported comes from the other.
+they are solved for on one half of the questions that nothing was trained on, and the divergence that is reported comes
+from the other half. Strengths that `ws calibrate` has stored are taken as they are, and the table says what they were
+solved for on; those of another divergence are refused, not replaced.
 The block after which activations are steered is chosen on the `dev` claims; the claims that are reported are others. A
 system prompt and the fine-tuned arms have no dial: they come as they are, with the divergence they happen to have.
 
@@ -9,7 +11,8 @@ Per item the effect is the span, `score(+1u) - score(-1u)`, and the shifts of ei
 adapter are pooled by a hierarchical bootstrap. A weight vector's span is called real only when it beats three nulls at
 the same Frobenius norm:
 
-    random      p <= 0.05 among random vectors with its coordinates and per-module norms
+    random      p <= 0.05 among random vectors with its coordinates and per-module norms; vectors trained on anything
+                pass this one, so it is no evidence of the behaviour by itself
     shuffled    the 95 % interval of |span| - |span of the null| lies above zero, for a vector trained on pairs half of
                 which were exchanged (`ws replicate --control shuffled`)
     same-side   the same for a vector both of whose arms were trained on positive answers (`--control same-side`)
@@ -21,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -28,21 +32,24 @@ from ws import console
 from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name, load_behavior
 from ws.calibrate import calibration_for
-from ws.calibration import CalibrationConfig
+from ws.calibration import N_PROMPTS, CalibrationConfig
 from ws.compare_tables import Cell, Group, comparison_rows, group_rows, plot, render
 from ws.controls import ControlOptions, measure_controls
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
 from ws.eval import airisk, capability, sycophancy, tinymfv_airisk
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, Scores
+from ws.eval.readable import Readability
 from ws.finished import open_run
 from ws.interventions import INTERVENTIONS, TRAINED, WEIGHT, Intervention
 from ws.plots import save_svg
-from ws.runs import DEFAULT_OUT, Run, run_folder, write_csv
+from ws.runs import DEFAULT_OUT, Run, lock, run_folder, write_csv
 
 EVALS = {"sycophancy": ("false_claims", "true_claims"), "tinymfv_airisk": ("wrongness",), "airisk": ("choices",)}
 NULLS = ("shuffled", "same-side")
 SIGNS = (-1, 1)
+_Scored: TypeAlias = dict[str, dict[int, np.ndarray]]
+_Read: TypeAlias = dict[str, dict[int, Readability]]
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,12 @@ class CompareOptions:
         out: where runs are; the tables go to `out/<behavior>/`.
         interventions: see `ws.interventions`.
         evals: `sycophancy`, `tinymfv_airisk`, `airisk`.
-        n_prompts: questions to calibrate on; as many others audit the divergence.
-        target: nats at the 95th percentile; see `ws.calibration`.
+        n_prompts, target: of the calibrations that are not stored yet; see `CalibrationConfig`.
         n_draws: random vectors per run; 0 for none.
         capability: also measure what it costs on neutral text.
         split: which held-out claims, `report` or `dev`.
         batch_size: prompts at a time, found automatically when None.
-        limit: only the first so many items.
+        limit: only so many items, drawn as every evaluation's.
         dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
         n_bootstrap: resamples per interval.
         device, dtype: see `ws.load_model`.
@@ -76,7 +82,7 @@ class CompareOptions:
     out: Path = DEFAULT_OUT
     interventions: tuple[str, ...] = INTERVENTIONS
     evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
-    n_prompts: int = 100
+    n_prompts: int = N_PROMPTS
     target: float = 1.0
     n_draws: int = 20
     capability: bool = True
@@ -154,40 +160,55 @@ class _Bench:
         """One intervention at both of its strengths."""
         chosen, o = self.context.intervention(name), self.options
         key = self.context.key | ({"adapter": name, "seed": 0} if chosen.is_shared else {})
-        found = calibration_for(chosen, self.context.opened, self.context.behavior.questions, o.calibration, key)
+        found = calibration_for(chosen, self.context.opened, self.context.behavior, o.calibration, key, reuse=True)
         sides = {sign: found.side(sign) for sign in SIGNS}
         usable = {sign: s for sign, s in sides.items() if s.converged or not chosen.has_dial}
         alphas = {sign: s.alpha for sign, s in usable.items()}
         for sign in set(SIGNS) - set(usable):
             console.warn(f"{name} has no {sign:+d}u: {sides[sign].reason}.")
+        scored, read = self.measured(chosen, alphas)
+        nulls = self.trained_nulls(alphas) if name == WEIGHT else {}
         return Cell(
             intervention=name,
             adapter=str(key["adapter"]),
             seed=int(key["seed"]),
             matched=chosen.has_dial,
             detail=chosen.detail,
+            questions=found.questions,
+            dtype=str(self.context.model.dtype)[6:],
             alphas=alphas,
             divergence={sign: s.divergence if s.audit is None else s.audit for sign, s in usable.items()},
-            scores=self.headlines(chosen, alphas),
-            nulls=self.trained_nulls(alphas) if name == WEIGHT else {},
+            scores=scored,
+            readable=read,
+            asked=self.asked,
+            nulls={null: found for null, (found, _) in nulls.items()},
+            null_readable={null: found for null, (_, found) in nulls.items()},
             random=self.random_null(alphas) if name == WEIGHT and o.n_draws else {},
         )
 
-    def headlines(self, chosen: Intervention, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
-        """Headline scores by name and sign; 0 is the base."""
-        found: dict[str, dict[int, np.ndarray]] = {}
+    @cached_property
+    def asked(self) -> dict[str, Mapping[str, Any]]:
+        """Which items and words the headline scores are of."""
+        of = dict(zip(self.options.evals, self.evaluations, strict=False))  # capability comes last and has no words
+        return {score: evaluation.brief for name, evaluation in of.items() for score in EVALS[name]}
+
+    def measured(self, chosen: Intervention, alphas: Mapping[int, float]) -> tuple[_Scored, _Read]:
+        """Headline scores and how well their items were answered, by name and sign; 0 is the base."""
+        scored, read = _Scored(), _Read()
         for evaluation in self.evaluations:
             for sign, scores in self._scores(evaluation, chosen, alphas).items():
                 for name, values in evaluation.headlines(scores).items():
-                    found.setdefault(name, {})[sign] = values
-        return found
+                    scored.setdefault(name, {})[sign] = values
+                for name, known in evaluation.readability(scores).items():
+                    read.setdefault(name, {})[sign] = known
+        return scored, read
 
     def _scores(self, evaluation: Evaluation, chosen: Intervention, alphas: Mapping[int, float]) -> dict[int, Scores]:
         by_alpha = self.context.scores(evaluation, chosen, [0.0, *alphas.values()])
         return {sign: by_alpha[alpha] for sign, alpha in ({0: 0.0} | dict(alphas)).items()}
 
-    def trained_nulls(self, alphas: Mapping[int, float]) -> dict[str, dict[str, dict[int, np.ndarray]]]:
-        """Headline scores of the label-shuffled and the same-side vector of this run, at equal norms of the change."""
+    def trained_nulls(self, alphas: Mapping[int, float]) -> dict[str, tuple[_Scored, _Read]]:
+        """What the label-shuffled and the same-side vector of this run give, at equal norms of the change."""
         o, found = self.options, {}
         for null in NULLS:
             key = self.context.key
@@ -197,7 +218,7 @@ class _Bench:
                 context = replace(self.context, vector=vector, run=run)
                 ratio = self.context.vector.norm(self.context.model) / vector.norm(self.context.model)
                 scaled = {sign: alpha * ratio for sign, alpha in alphas.items()}
-                found[null] = replace(self, context=context).headlines(context.intervention(), scaled)
+                found[null] = replace(self, context=context).measured(context.intervention(), scaled)
         return found
 
     def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
@@ -270,10 +291,11 @@ def main(options: CompareOptions) -> None:
     key, n_boot = {"behavior": behavior.name}, options.n_bootstrap
     rows = group_rows(key, groups, behavior.test.effect, n_boot)
     pairs = comparison_rows(key, groups, behavior.test.effect, n_boot)
-    files = [write_csv(options.folder / "compare.csv", rows)]
-    if pairs:
-        files.append(write_csv(options.folder / "compare_pairs.csv", pairs))
-    files.append(save_svg(plot(rows), options.folder / "compare.svg"))
+    with lock(options.folder / "compare"):  # the files are of one comparison
+        files = [write_csv(options.folder / "compare.csv", rows)]
+        if pairs:
+            files.append(write_csv(options.folder / "compare_pairs.csv", pairs))
+        files.append(save_svg(plot(rows), options.folder / "compare.svg"))
     console.show(console.Result(render(rows, pairs), {"rows": rows, "pairs": pairs}, files))
 
 

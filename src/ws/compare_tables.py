@@ -14,7 +14,10 @@ from tabulate import tabulate
 from ws.controls import empirical_p
 from ws.errors import WsError
 from ws.eval.confounds import agreement_verdict
-from ws.eval.context import Rows
+from ws.eval.context import Rows, rounding_notes
+from ws.eval.prompts import check_same, notes_by_score
+from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, floor, star, worst
+from ws.eval.readable import notes as mark_notes
 from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 from ws.interventions import WEIGHT
 
@@ -23,9 +26,9 @@ COSTS = ("nll", "valid", "repetition")
 NULLS = ("shuffled", "same-side")
 # What a part of a row is the difference of, as signs of strengths; 0 is the base.
 PARTS = {"-1u": (-1, 0), "+1u": (1, 0), "span": (1, -1)}
-LEVEL = 0.05
 
 BySign = Mapping[int, Float[np.ndarray, "_"]]
+Readable = Mapping[str, Mapping[int, Readability]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,12 @@ class Cell:
         scores: headline scores per item, by name and sign; 0 is the base.
         nulls: the same of the vectors trained as nulls, by kind.
         random: mean shifts under random vectors of the same size, `[draws]` by score and sign.
+        readable: how well the items of a score were answered, by name and sign; without scores that are no choices.
+        null_readable: the same of the vectors trained as nulls, by kind.
         detail: such as the layer.
+        questions: what the strengths were solved for on; see `Calibration.questions`.
+        dtype: of the model.
+        asked: of a score, the `brief` of its evaluation (`ws.eval.context.Evaluation`): its items and words.
     """
 
     intervention: str
@@ -53,7 +61,12 @@ class Cell:
     scores: Mapping[str, BySign]
     nulls: Mapping[str, Mapping[str, BySign]] = field(default_factory=dict)
     random: Mapping[str, BySign] = field(default_factory=dict)
+    readable: Readable = field(default_factory=dict)
+    null_readable: Mapping[str, Readable] = field(default_factory=dict)
     detail: str = ""
+    questions: str = ""
+    dtype: str = ""
+    asked: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,15 @@ class Group:
         return _stacked([c.scores.get(score) for c in self.cells], part)
 
     def null_shifts(self, null: str, score: str, part: str) -> Float[np.ndarray, "seeds items"] | None:
-        """The same of vectors trained as nulls; None when a seed lacks its own."""
+        """The same of vectors trained as nulls; None when a seed lacks its own, or when a null cannot be read."""
+        known = _worst([c.null_readable.get(null, {}).get(score, {}) for c in self.cells], part)
+        if known is not None and known.problem:
+            return None
         return _stacked([c.nulls.get(null, {}).get(score) for c in self.cells], part)
+
+    def readability(self, score: str, part: str) -> Readability | None:
+        """The worst of all seeds at the strengths that a part compares; None for scores that are no choices."""
+        return _worst([c.readable.get(score, {}) for c in self.cells], part)
 
     def random_shifts(self, score: str, part: str) -> Float[np.ndarray, "draws"] | None:
         """Mean shifts under random vectors, draw by draw over all seeds; None when there are none."""
@@ -90,6 +110,11 @@ class Group:
         """The mean over seeds of `alphas` or `divergence`; None when a seed lacks that strength."""
         values = [getattr(c, what).get(sign) for c in self.cells]
         return None if any(v is None for v in values) else float(np.mean(values))
+
+
+def _worst(by_seed: Sequence[Mapping[int, Readability]], part: str) -> Readability | None:
+    known = [of[sign] for of in by_seed for sign in PARTS[part] if sign in of]
+    return worst(known) if known else None
 
 
 def _stacked(
@@ -163,7 +188,16 @@ def group_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_b
         groups: what was measured.
         effect: the sign that the behaviour gives to the span on false claims.
         n_boot: resamples per interval.
+
+    Mass and agreement of the frames are the lowest over the seeds at the strengths that a row compares; what they are
+    too low for is never real and gets no verdict.
+
+    Raises:
+        WsError: nothing could be measured, or cells were asked other items or in other words.
     """
+    cells = {f"{c.intervention} of {c.adapter} seed {c.seed}": c for group in groups for c in group.cells}
+    for score in EFFECTS:
+        check_same({name: cell.asked[score] for name, cell in cells.items() if score in cell.asked})
     rows = [
         _row(key, group, score, part, effect, n_boot)
         for group in groups
@@ -204,12 +238,21 @@ def _row(key: Mapping[str, Any], group: Group, score: str, part: str, effect: in
         "divergence_plus": sides[1],
         "matched": first.matched,
         "detail": first.detail,
+        **_read_columns(group.readability(score, part)),
+        **{name: first.asked.get(score, {}).get(name) for name in ("words", "drawn")},
+        "calibrated_on": "; ".join(dict.fromkeys(c.questions for c in group.cells)),
+        "dtype": first.dtype,
     }
     return row | _null_columns(group, score, part, n_boot) | _verdict_columns(group, score, part, effect, n_boot)
 
 
+def _read_columns(known: Readability | None) -> dict[str, Any]:
+    return dict.fromkeys(Readability(1.0).columns()) if known is None else known.columns()
+
+
 def _null_columns(group: Group, score: str, part: str, n_boot: int) -> dict[str, Any]:
-    tested = group.first.intervention == WEIGHT and score in EFFECTS
+    known = group.readability(score, part)
+    tested = group.first.intervention == WEIGHT and score in EFFECTS and not (known and known.problem)
     found = reality(group, score, part, n_boot) if tested else Reality(None, {})
     row: dict[str, Any] = {"p_random": found.p_random}
     for name in NULLS:
@@ -226,7 +269,9 @@ def _verdict_columns(group: Group, score: str, part: str, effect: int, n_boot: i
         return {"verdict": None, "verdict_line": None}
     f, t = false.mean(axis=0), true.mean(axis=0)
     sign = -effect if part == "-1u" else effect
-    found = agreement_verdict(np.zeros_like(f), f, np.zeros_like(t), t, sign, n_boot)
+    known = [r for name in ("false_claims", "true_claims") if (r := group.readability(name, part)) is not None]
+    read = worst(known) if known else Readability(1.0)
+    found = agreement_verdict(np.zeros_like(f), f, np.zeros_like(t), t, sign, n_boot, read.mass, flag=read.flag)
     return {"verdict": found.kind, "verdict_line": found.line}
 
 
@@ -234,7 +279,8 @@ def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int
     """Rows of `compare_pairs.csv`: the span of every weight vector minus that of every other intervention, paired.
 
     Spans on false claims count in the direction of the behaviour, so that more is better. A vector is compared with
-    what is made of its own adapter and with what needs none; `p_holm` is over the whole table.
+    what is made of its own adapter and with what needs none; `p_holm` is over the whole table. Nobody wins by less than
+    the floor of a score (`ws.eval.readable.floor`), nor where one of the two cannot be read.
     """
     rows: Rows = []
     for ours, theirs, score in _contests(groups):
@@ -257,12 +303,21 @@ def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int
             "n": difference.n,
             "n_seeds": len(ours.cells),
         }
-        rows.append(row)
-    if rows:
-        for row, p in zip(rows, holm(np.array([r["p"] for r in rows])), strict=True):
-            row["p_holm"] = float(p)
-            row["winner"] = "neither" if p > LEVEL else "weight" if row["difference"] > 0 else row["baseline"]
+        known = [r for g in (ours, theirs) if (r := g.readability(score, "span")) is not None]
+        rows.append(row | _read_columns(worst(known) if known else None))
+    for row, p in zip(rows, holm(np.array([r["p"] for r in rows])) if rows else (), strict=True):
+        row["p_holm"] = float(p)
+        row["winner"] = _winner(row)
     return rows
+
+
+def _winner(row: Mapping[str, Any]) -> str | None:
+    """Who moves a score further, beyond chance and by the floor or more; None where that cannot be read."""
+    if row[FLAG]:
+        return None
+    if row["p_holm"] >= LEVEL or abs(row["difference"]) < floor(row["score"]):
+        return "neither"
+    return "weight" if row["difference"] > 0 else str(row["baseline"])
 
 
 def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
@@ -282,7 +337,8 @@ def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
     scores = [s for s in EFFECTS if any(r["score"] == s for r in rows)]
     table = [_line([r for r in rows if (r["intervention"], r["adapter"]) == g], scores) for g in groups]
     names = [f"span, {s.replace('_', ' ')}" for s in scores]
-    header = ["intervention", "seeds", "nats at -1u, +1u", *names, "cost", "p random", "real", "verdict"]
+    mass = ["mass"] if any("mass" in r for r in rows) else []
+    header = ["intervention", "seeds", "nats at -1u, +1u", *names, *mass, "cost", "p random", "real", "verdict"]
     spans = tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)
     return "\n\n".join([spans, *_notes(rows), *_winners(pairs, tablefmt)])
 
@@ -293,12 +349,14 @@ def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]
     span = {r["score"]: r for r in rows if r["part"] == "span"}
     head = next((span[s] for s in scores if s in span), {"p_random": None, "real": None, "verdict": None})
     nats = ", ".join("" if first[f"divergence_{s}"] is None else f"{first[f'divergence_{s}']:.2f}" for s in _SIDES)
+    masses = [m for s in scores if s in span and (m := span[s].get("mass")) is not None]
     costs = [r["shift"] for r in rows if r["score"] == "nll" and r["part"] != "span"]
     return [
         _label(first) + ("" if first["matched"] else " *"),
         str(first["n_seeds"]),
         nats,
         *(_interval(span[s]) if s in span else "" for s in scores),
+        *([f"{min(masses):.3f}" if masses else ""] if "mass" in first else []),
         f"{max(costs):+.2f}" if costs else "",
         "" if head["p_random"] is None else f"{head['p_random']:.3f}",
         {None: "", True: "yes", False: "no"}[head["real"]],
@@ -311,17 +369,22 @@ _SIDES = ("minus", "plus")
 
 def _interval(row: Mapping[str, Any]) -> str:
     digits = 3 if row["score"] == "wrongness" else 2
-    return f"{row['shift']:+.{digits}f} [{row['shift_ci_lo']:+.{digits}f}, {row['shift_ci_hi']:+.{digits}f}]"
+    mark = MARK if row.get(FLAG) else ""
+    return f"{row['shift']:+.{digits}f} [{row['shift_ci_lo']:+.{digits}f}, {row['shift_ci_hi']:+.{digits}f}]{mark}"
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the table does not say."""
     first = rows[0]
     notes = [
-        f"Spans from -1u to +1u over {first['n']} items, 95 % intervals; cost is the larger rise of the negative "
-        "log-likelihood of neutral text, in nats per token; `p random`, `real` and `verdict` are of the first score."
+        f"Spans from -1u to +1u over {first['n']} items, 95 % intervals; mass is the lowest mean answer mass of a row; "
+        "cost is the larger rise of the negative log-likelihood of neutral text, in nats per token; `p random`, `real` "
+        "and `verdict` are of the first score. `verdict` says what moved and `real` whether it comes from the "
+        "behaviour; `p random` is no evidence for that, because vectors trained on anything beat random ones."
     ]
-    notes += _significant([r for r in rows if r["part"] == "span" and r["score"] in EFFECTS])
+    spans = [r for r in rows if r["part"] == "span" and r["score"] in EFFECTS]
+    notes += [*_significant(spans), *mark_notes(r.get(FLAG) for r in spans)]
+    notes += [*_calibrated_on(rows), *rounding_notes(r["dtype"] for r in rows)]
     if not all(r["matched"] for r in rows):
         notes.append("* has no dial and stands at the divergence it happens to have.")
     if any(r["divergence_minus"] is None or r["divergence_plus"] is None for r in rows):
@@ -330,22 +393,35 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     unknown = {r["adapter"] for r in ours if r["real"] is None}
     if unknown:
         notes.append(
-            f"`real` is empty for {', '.join(sorted(unknown))}: it needs random draws and both trained nulls "
-            "(`ws replicate --control shuffled` and `--control same-side`, same adapter and seeds)."
+            f"`real` is empty for {', '.join(sorted(unknown))}, so nothing is known there of the behaviour: it needs "
+            "random draws, both trained nulls (`ws replicate --control shuffled` and `--control same-side`, same "
+            "adapter and seeds), and answers that can be read."
         )
-    return notes
+    return [*notes, *notes_by_score(rows)]
+
+
+def _calibrated_on(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What strengths were solved for on, in one sentence where that is the same for all."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        label, known = _label(row), groups.setdefault(row["calibrated_on"], [])
+        if row["calibrated_on"] and label not in known:
+            known.append(label)
+    parts = [
+        f"{what}{f' ({chr(44).join(names)})' if len(groups) > 1 else ''}" for what, names in groups.items() if what
+    ]
+    return [f"Strengths are solved for on {'; '.join(parts)}; the nats are of other questions."] if parts else []
 
 
 def _significant(spans: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many of the spans are more than chance, and which are not."""
     if not spans:
         return []
-    if len(spans) * min(r["p"] for r in spans) > LEVEL:
-        return ["With so few resamples no p-value can survive Holm's correction; raise --n-bootstrap."]
-    others = [r for r in spans if r["p_holm"] > LEVEL]
+    others = [r for r in spans if star(r["shift"], r["p_holm"], floor(r["score"]), r.get(FLAG)) != "*"]
     named = ", ".join(f"{_label(r)} on {r['score'].replace('_', ' ')}" for r in others)
     survive = (
-        f"{len(spans) - len(others)} of {len(spans)} spans differ from zero after Holm's correction over all of them"
+        f"{len(spans) - len(others)} of {len(spans)} spans differ from zero after Holm's correction over all of them, "
+        f"by {NATS} nats ({WRONGNESS} of wrongness) or more"
     )
     return [f"{survive}{f'; not {named}' if others else ''}."]
 
@@ -360,6 +436,9 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
     table = []
     for baseline, score in dict.fromkeys((p["baseline"], p["score"]) for p in pairs):
         here = [p for p in pairs if (p["baseline"], p["score"]) == (baseline, score)]
+        here = [p for p in here if not p.get(FLAG)]
+        if not here:
+            continue
         counts = [sum(p["winner"] == w for p in here) for w in ("weight", baseline, "neither")]
         spread = [p["difference"] for p in here]
         star = "" if here[0]["matched"] else " *"
@@ -367,7 +446,10 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
     if not table:
         return []
     header = ["weight against", "score", "weight wins", "it wins", "neither", "difference of spans"]
-    text = "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected):"
+    text = (
+        "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected, by "
+        f"{NATS} nats or {WRONGNESS} of wrongness at least):"
+    )
     return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]
 
 
@@ -393,12 +475,15 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 ends = [[r["shift"] - r["shift_ci_lo"]], [r["shift_ci_hi"] - r["shift"]]]
                 color = _COLORS.get(group[0], "tab:orange" if group[0].startswith("activation") else "tab:gray")
                 face = color if r["matched"] else "white"
-                panel.errorbar(r["shift"], place, xerr=ends, fmt="o", ms=5, color=color, mfc=face, capsize=2)
+                shape = "x" if r.get(FLAG) else "o"
+                panel.errorbar(r["shift"], place, xerr=ends, fmt=shape, ms=5, color=color, mfc=face, capsize=2)
         panel.axvline(0, color="black", lw=0.8)
         panel.set_xlabel(_TITLES[score], fontsize=9)
         panel.grid(axis="x", lw=0.3)
     names = [name if name == adapter else f"{name}, {adapter}" for name, adapter in groups]
     panels[0].set_yticks(range(len(groups)), names, fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle("Spans from -1u to +1u, 95 % intervals; hollow: no dial, not at matched divergence", fontsize=10)
+    title = "Spans from -1u to +1u, 95 % intervals; hollow: no dial, not at matched divergence"
+    doubts = "; cross: cannot be read" if any(r.get(FLAG) for r in rows if r["part"] == "span") else ""
+    figure.suptitle(f"{title}{doubts}", fontsize=10)
     return figure

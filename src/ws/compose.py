@@ -38,17 +38,19 @@ from tabulate import tabulate
 from ws import console
 from ws.adapters import FAMILIES
 from ws.behaviors import Behavior, load_behavior
-from ws.calibration import load_calibration, split_questions
+from ws.calibration import N_PROMPTS, load_calibration, split_questions
 from ws.diff import MANIFEST, SteeringVector, vector_digest
 from ws.divergence import N_TOKENS, QUANTILE, divergence
 from ws.errors import WsError, did_you_mean
 from ws.eval import sycophancy
-from ws.eval.choice import LOW_MASS
-from ws.eval.context import EvalContext, EvalOptions, Rows, Scores
-from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, resampled_means, widened_over_seeds
+from ws.eval.context import TABLES_VERSION, EvalContext, EvalOptions, Rows, Scores
+from ws.eval.prompts import notes_on
+from ws.eval.readable import FLAG, MARK, NATS, Readability, notes, star, worst
+from ws.eval.stats import N_BOOTSTRAP, estimate_over_seeds, holm, resampled_means, widened
+from ws.eval.tables import DRAW_SEED
 from ws.finished import finished_runs, read_claims_of
 from ws.interventions import WEIGHT, Intervention
-from ws.models import load_model, render_prompt
+from ws.models import load_model, load_tokenizer, render_prompt, tokenizer_hash, tokenizer_hash_on_disk
 from ws.runs import DEFAULT_OUT, Run, read_csv, read_values, run_folder, write_csv
 from ws.steer import steer
 
@@ -228,7 +230,8 @@ def open_term(term: Term, out: Path, adapter: str, seed: int) -> Operand:
     vector = SteeringVector.load(folder)
     if not term.in_units:
         return Operand(term, vector, term.number)
-    found = load_calibration(folder, vector_digest(vector), vector.base_fingerprint)
+    tokenizer = tokenizer_hash_on_disk(vector.base_id) or None
+    found = load_calibration(folder, vector_digest(vector), vector.base_fingerprint, tokenizer=tokenizer)
     if found is None:
         raise WsError(f"{term} is in calibrated units and {folder} has no calibration; run `ws calibrate` for it.")
     return Operand(term, vector, found.alpha(term.number))
@@ -300,11 +303,12 @@ def save_run(
     if makers - {stage} or ((folder / "vector").exists() and not makers):
         raise WsError(f"{folder} holds a vector that `ws {stage}` did not make; choose another name by --to.")
     run = Run(folder, fresh)
-    begun = run.stage(stage, config, inputs)
-    if begun is not None:
-        info = dict(vector.info) | {"behavior": behavior}
-        made = replace(vector, info=info).save(folder / "vector")
-        begun.done(sorted(f for f in made.iterdir() if f.is_file()))
+    with run.alone("vector"):
+        begun = run.stage(stage, config, inputs)
+        if begun is not None:
+            info = dict(vector.info) | {"behavior": behavior}
+            made = replace(vector, info=info).save(folder / "vector")
+            begun.done(sorted(f for f in made.iterdir() if f.is_file()))
     return run
 
 
@@ -362,11 +366,13 @@ def kept_share(
 ) -> tuple[float, float, float] | None:
     """`(own + extra) / own`, a ratio of mean shifts, with its percentile interval; both are resampled together.
 
-    None when the interval of the own shift holds zero: a share of nothing says nothing.
+    None when the interval of the own shift holds zero, or the shift is under 0.2 nats (`ws.eval.readable.NATS`): a
+    share of nothing says nothing.
     """
-    if not estimate_over_seeds(own, n_boot).excludes_zero:
+    alone = estimate_over_seeds(own, n_boot)
+    if not alone.excludes_zero or abs(alone.mean) < NATS:
         return None
-    means = resampled_means(widened_over_seeds(np.stack([own + extra, own])), n_boot, 0)
+    means = resampled_means(widened(np.stack([own + extra, own])), n_boot, 0)
     low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
     return float((own + extra).mean() / own.mean()), float(low), float(high)
 
@@ -375,8 +381,10 @@ def interference_rows(found: Conditions, key: Mapping[str, Any], n_boot: int = N
     """The rows of `interference.csv` of one behaviour: every condition and the interference, on either kind of claims.
 
     `key` holds the columns adapter and seed; the row of the interference has the share of the own effect that is kept.
+    `shift_p_holm` is over all but the base, for either kind of claims on its own; `unreadable` says that the mass of a
+    seed is too low, there or at the base, and of the interference at any of the conditions.
     """
-    rows = []
+    rows = Rows()
     for is_true in sorted(set(found.is_true.tolist())):
         own = np.sum([found.shift(name, is_true) for name in found.own], axis=0)
         for name in (BASE, *found.terms, TOGETHER, "interference"):
@@ -384,6 +392,8 @@ def interference_rows(found: Conditions, key: Mapping[str, Any], n_boot: int = N
             values = interference(found, is_true) if extra else found.shift(name, is_true)
             kept = kept_share(own, values, n_boot) if extra else None
             mask = found.is_true == is_true
+            used = found.logratio if extra else (BASE, name)
+            masses = [float(m) for c in used for m in found.pmass[c][:, mask].mean(axis=1)]
             rows.append(
                 {
                     "behavior": found.behavior,
@@ -393,8 +403,10 @@ def interference_rows(found: Conditions, key: Mapping[str, Any], n_boot: int = N
                     "claims_are_true": is_true,
                     "mean_logratio": None if extra else float(found.logratio[name][:, mask].mean()),
                     **estimate_over_seeds(values, n_boot).columns("shift", "ci_lo", "ci_hi", "p"),
+                    "shift_p_holm": None,
                     **dict(zip(("kept", "kept_ci_lo", "kept_ci_hi"), kept or (None,) * 3, strict=True)),
                     "mean_pmass": None if extra else float(found.pmass[name][:, mask].mean()),
+                    FLAG: worst(map(Readability, masses)).problem or None,
                     "kl": _mean(found.kl, name),
                     "cosine": _mean(found.cosine, name),
                     "n": values.shape[1],
@@ -402,6 +414,9 @@ def interference_rows(found: Conditions, key: Mapping[str, Any], n_boot: int = N
                     **found.facts,
                 }
             )
+        tested = [r for r in rows if r["claims_are_true"] == is_true and r["condition"] != BASE]
+        for row, p in zip(tested, holm(np.array([r["shift_p"] for r in tested])), strict=True):
+            row["shift_p_holm"] = float(p)
     return rows
 
 
@@ -413,14 +428,13 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sentence on one behaviour, from its rows about false claims."""
     by_name = {str(r["condition"]): r for r in rows}
     name, extra = rows[0]["behavior"], by_name["interference"]
-    masses = [float(r["mean_pmass"]) for r in rows if r["condition"] != "interference"]
     own = sum(float(r["shift"]) for r in rows if str(r["own"]) == "True")
     numbers = f"alone {own:+.2f}, beside the others {own + float(extra['shift']):+.2f} nats"
     beyond = f"interference {_interval(extra, 'shift')} nats"
-    if min(masses) < LOW_MASS:
-        return f"{name}: no conclusion, the two answers get only {min(masses):.3f} of the probability ({numbers})."
+    if extra.get(FLAG):
+        return f"{name}: no conclusion, the model is not answering the question: {extra[FLAG]} ({numbers})."
     if extra["kept"] in (None, ""):
-        return f"{name} has no effect of its own beyond chance ({numbers}); {beyond}."
+        return f"{name} has no effect of its own beyond chance, of {NATS} nats or more ({numbers}); {beyond}."
     return f"{name} keeps {_percent(extra, 'kept')} of its effect ({numbers}); {beyond}."
 
 
@@ -440,12 +454,12 @@ def render_interference(rows: Sequence[Mapping[str, Any]]) -> str:
     for behavior in dict.fromkeys(str(r["behavior"]) for r in rows):
         mine = [r for r in rows if r["behavior"] == behavior]
         false = [r for r in mine if str(r["claims_are_true"]) == "False"]
-        true = {r["condition"]: f"{float(r['shift']):+.2f}" for r in mine if str(r["claims_are_true"]) == "True"}
+        true = {r["condition"]: _true_shift(r) for r in mine if str(r["claims_are_true"]) == "True"}
         table = [
             [
                 f"{r['condition']}{' (own)' if str(r['own']) == 'True' else ''}",
                 _number(r["mean_logratio"], "+.2f"),
-                "" if r["condition"] == BASE else _interval(r, "shift"),
+                "" if r["condition"] == BASE else f"{_interval(r, 'shift')}{_star(r)}",
                 "" if r["condition"] == BASE else true.get(r["condition"], ""),
                 _number(r["kl"], ".2f"),
                 _number(r["cosine"], "+.2f"),
@@ -454,8 +468,23 @@ def render_interference(rows: Sequence[Mapping[str, Any]]) -> str:
             for r in false
         ]
         header = [f"{behavior} claims", "log ratio", "shift [95 %]", "shift, true claims", "KL, nats", "cosine", "mass"]
-        parts += [tabulate(table, header, tablefmt="github", disable_numparse=True), verdict(false)]
-    return "\n\n".join(parts)
+        parts += [
+            tabulate(table, header, tablefmt="github", disable_numparse=True),
+            verdict(false),
+            *notes_on(false[0]),
+        ]
+    if any(_star(r) == "*" for r in rows):
+        parts.append(f"* p < 0.05 after Holm's correction over the rows of a table, and at least {NATS} nats")
+    return "\n\n".join([*parts, *notes(r.get(FLAG) for r in rows)])
+
+
+def _true_shift(row: Mapping[str, Any]) -> str:
+    return f"{float(row['shift']):+.2f}{MARK if row.get(FLAG) else ''}"
+
+
+def _star(row: Mapping[str, Any]) -> str:
+    p = row.get("shift_p_holm")
+    return star(float(row["shift"]), 1.0 if p in (None, "") else float(p), NATS, row.get(FLAG))
 
 
 def _number(value: Any, form: str) -> str:
@@ -473,8 +502,10 @@ def measure(
     direction = sum(mine[1:], mine[0])
     scores: dict[str, Scores] = {}
     kl: dict[str, np.ndarray] = {}
-    questions = split_questions(behavior.questions, min(options.n_prompts, len(behavior.questions)))[0]
-    prompts = [render_prompt(context.tok, q) for q in questions]
+    split = split_questions(behavior.questions, options.n_prompts, context.opened.unseen(behavior))
+    if split.note:
+        console.warn(split.note)
+    prompts = [render_prompt(context.tok, q) for q in split.calibration]
     for name, change in changes.items():
         console.say(f"{behavior.name}: {name}")
         at = partial(steer, context.model, change)
@@ -514,9 +545,9 @@ class ComposeOptions:
         behaviors: with `report`, the behaviours to measure instead, as names or TOML files.
         model: with `report`, None for the base that the vectors were made for.
         split: with `report`, which held-out claims, `report` or `dev`.
-        n_prompts, n_tokens: with `report`, questions per behaviour and tokens per answer of the KL divergence.
+        n_prompts, n_tokens: with `report`, questions per behaviour and tokens per answer of the KL divergence, at most.
         batch_size: prompts at a time, found automatically when None.
-        limit: only the first so many claims.
+        limit: only so many claims of either kind, drawn as every evaluation's.
         n_bootstrap: resamples per interval.
         device, dtype: see `ws.load_model`.
         fresh: replace a run that `ws compose` made under this name with other settings.
@@ -532,7 +563,7 @@ class ComposeOptions:
     behaviors: tuple[str, ...] = ()
     model: str | None = None
     split: str = "report"
-    n_prompts: int = 50
+    n_prompts: int = N_PROMPTS
     n_tokens: int = N_TOKENS
     batch_size: int | None = None
     limit: int | None = None
@@ -587,14 +618,18 @@ def report(made: Composition, options: ComposeOptions) -> Path:
     base = o.model or made.vector.base_id
     behaviors = [load_behavior(b, base) for b in _measured(made, o)]
     settings = {k: getattr(o, k) for k in ("split", "n_prompts", "n_tokens", "limit", "n_bootstrap")}
-    settings |= {"behaviors": [b.digest for b in behaviors]}
-    stage = made.run.refresh("interference", settings, {"vector": vector_digest(made.vector)})
-    if stage is not None:
-        model, tok = load_model(base, o.device, o.dtype)
-        context = EvalContext(eval_options, model, tok, made.vector, made.run)
-        key = {"adapter": made.name, "seed": o.seed}
-        found = [measure(context, made.operands, behavior, o) for behavior in behaviors]
-        stage.done([write_csv(folder / TABLE, [r for f in found for r in interference_rows(f, key, o.n_bootstrap)])])
+    settings |= {"behaviors": [b.digest for b in behaviors], "tables": TABLES_VERSION}
+    settings |= {"tokenizer_hash": tokenizer_hash(load_tokenizer(base))}
+    settings |= {"draw_seed": DRAW_SEED} if o.limit else {}
+    with made.run.alone("interference"):
+        stage = made.run.refresh("interference", settings, {"vector": vector_digest(made.vector)})
+        if stage is not None:
+            model, tok = load_model(base, o.device, o.dtype)
+            context = EvalContext(eval_options, model, tok, made.vector, made.run)
+            key = {"adapter": made.name, "seed": o.seed}
+            found = [measure(context, made.operands, behavior, o) for behavior in behaviors]
+            rows = [r for f in found for r in interference_rows(f, key, o.n_bootstrap)]
+            stage.done([write_csv(folder / TABLE, rows)])
     return folder / TABLE
 
 

@@ -3,7 +3,8 @@
 Three nulls of rising difficulty, and a shift is called real only against all three:
 
 - `random_like`: a random vector with the coordinates and the per-module norms of `dW`. It costs one evaluation a draw,
-  and `python -m ws.controls` does it for a finished run. Easy to beat: hardly any random direction points anywhere.
+  and `python -m ws.controls` does it for a finished run. Easy to beat: hardly any random direction points anywhere, and
+  a vector trained on anything does, label-shuffled ones included. To beat it is no evidence of the behaviour.
 - label-shuffled (`exchange_half`): half of the pairs change sides before the training, so that what is left of the
   contrast is what the procedure itself produces: same questions, answers, arms and sizes, but no behaviour to learn.
 - same-side (`same_side`): both arms are trained on positive answers, sampled with two data seeds. What this vector does
@@ -32,9 +33,12 @@ from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
 from ws.eval import airisk, sycophancy, tinymfv_airisk
-from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context, rounding_notes
+from ws.eval.prompts import notes_by_score
+from ws.eval.readable import FLAG, MARK, notes, worst
+from ws.eval.stats import holm
 from ws.finished import RunOptions
-from ws.models import weight_of
+from ws.models import tokenizer_hash, weight_of
 from ws.runs import read_csv, write_csv
 from ws.steer import steer
 
@@ -53,8 +57,8 @@ def random_like(vector: SteeringVector, model: nn.Module, seed: int) -> Steering
     `Delta(W)` has the norm of the original's part; the whole is then scaled to the module's norm.
     """
     rng = torch.Generator().manual_seed(seed)
-    weights = {name: weight_of(module) for name, _, module in vector.matched(model)}
-    deltas = {name: _random_delta(delta, weights[name], rng) for name, delta in vector.deltas.items()}
+    weights = {id(delta): weight_of(module) for _, delta, module in vector.matched(model)}
+    deltas = vector.each(lambda delta: _random_delta(delta, weights[id(delta)], rng))
     recipe = {"op": "random_like", "seed": seed, "of": vector.recipe}
     return replace(vector, deltas=deltas, recipe=recipe)
 
@@ -203,7 +207,7 @@ class HeadlineOptions(RunOptions):
         scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought).
         split: which held-out claims, `report` or `dev`.
         batch_size: prompts at a time, found automatically when None.
-        limit: only the first so many items.
+        limit: only so many items, drawn as every evaluation's.
     """
 
     scores: tuple[str, ...] = HEADLINES
@@ -240,15 +244,23 @@ class ControlOptions(HeadlineOptions):
 def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
     """The rows of `controls.csv` that belong to the options: the vector's own shifts and those of every draw.
 
-    What the file already holds for this vector is not measured again; the rest is added to it draw by draw, so an
-    interrupted run goes on where it stopped.
+    What the file already holds for this vector and tokenizer is not measured again; the rest is added to it draw by
+    draw, so an interrupted run goes on where it stopped.
     """
     alphas = [alpha for alpha in context.alphas if alpha != 0]
     if not alphas:
         raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
+    with context.run.alone("controls"):
+        return _measure_controls(context, options, alphas)
+
+
+def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Sequence[float]) -> Rows:
+    tokenizer = tokenizer_hash(context.tok)
+    if context.run.manifest["stages"].get("controls", {}).get("config", {}).get("tokenizer_hash") != tokenizer:
+        (context.run.folder / TABLE).unlink(missing_ok=True)  # its prompts read otherwise
     table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
     evaluations = headline_evaluations(context, options.split, options.scores)
-    settings = {"evaluations": [e.identity for e in evaluations]}
+    settings = {"evaluations": [e.identity for e in evaluations], "tokenizer_hash": tokenizer}
     stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:
@@ -269,7 +281,7 @@ class _Table:
     def __init__(self, file: Path, vector_mark: str) -> None:
         self.file, self.vector_mark = file, vector_mark
         self.rows: Rows = [dict(r) for r in read_csv(file)] if file.is_file() else []
-        self.rows = [r for r in self.rows if r["vector"] == vector_mark]
+        self.rows = [r for r in self.rows if r["vector"] == vector_mark and FLAG in r]  # older ones have no masses
 
     def has(self, evaluation: Evaluation, control: str, draw: int, alpha: float) -> bool:
         """Whether a shift is on record."""
@@ -278,7 +290,9 @@ class _Table:
 
     def add(self, rows: Rows) -> None:
         """Append rows and write the whole file."""
-        self.rows += [row | {"vector": self.vector_mark} for row in rows]
+        whole = [*self.rows, *(row | {"vector": self.vector_mark} for row in rows)]
+        columns = dict.fromkeys(column for row in whole for column in row)  # an earlier version had fewer
+        self.rows = [{column: row.get(column) for column in columns} for row in whole]
         write_csv(self.file, self.rows)
 
 
@@ -288,22 +302,28 @@ def _control_rows(
     vector = context.vector
     if control == "random":
         vector = random_like(vector, context.model, draw_seed(0, draw))
-    rows, before = [], headline_means(evaluation, base)
+    rows, before, read = [], headline_means(evaluation, base), evaluation.readability(base)
     for alpha in alphas:
         with steer(context.model, vector, alpha):
-            after = headline_means(evaluation, evaluation.ask())
-        for score, (mean, n) in after.items():
+            scores = evaluation.ask()
+        for score, (mean, n) in headline_means(evaluation, scores).items():
             row = context.key | {"control": control, "draw": draw, "alpha": alpha, "shift": mean - before[score][0]}
-            rows.append(row | {"score": score, "n": n} | evaluation.brief)
+            known = worst([read[score], evaluation.readability(scores)[score]])
+            rows.append(row | {"score": score, "n": n, **known.columns()} | evaluation.brief)
     return rows
 
 
 def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
-    """One row per score and strength: the vector's shift beside the draws' mean, sd and range, with `empirical_p`."""
+    """One row per score and strength: the vector's shift beside the draws' mean, sd and range, with `empirical_p`.
+
+    `p_holm` is over all of them. Mass, agreement of the frames, and whether they are too low, are the vector's, at its
+    strength or at the base.
+    """
     found = []
     for score, alpha in dict.fromkeys((r["score"], float(r["alpha"])) for r in rows):
         here = [r for r in rows if r["score"] == score and float(r["alpha"]) == alpha]
-        (shift,) = (float(r["shift"]) for r in here if r["control"] == "vector")
+        (own,) = (r for r in here if r["control"] == "vector")
+        shift = float(own["shift"])
         null = np.array([float(r["shift"]) for r in here if r["control"] == "random"])
         found.append(
             {
@@ -316,8 +336,12 @@ def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
                 "null_max": float(null.max()),
                 "p": empirical_p(shift, null),
                 "n_draws": len(null),
+                **{name: own[name] for name in ("mass", "frame_agreement", FLAG)},
+                **{name: here[0].get(name) for name in ("words", "drawn")},
             }
         )
+    for row, p in zip(found, holm(np.array([r["p"] for r in found])) if found else (), strict=True):
+        row["p_holm"] = float(p)
     return sorted(found, key=lambda r: (HEADLINES.index(r["score"]), r["alpha"]))
 
 
@@ -327,18 +351,24 @@ def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
         [
             r["score"],
             f"{r['alpha']:+g}",
-            f"{r['shift']:+.3f}",
+            f"{r['shift']:+.3f}{MARK if r[FLAG] else ''}",
             f"{r['null_mean']:+.3f}",
             f"{r['null_std']:.3f}",
             f"{r['null_min']:+.3f} to {r['null_max']:+.3f}",
-            f"{r['p']:.3f}",
+            *("" if r[FLAG] else f"{r[name]:.3f}" for name in ("p", "p_holm")),
+            f"{float(r['mass']):.3f}",
         ]
         for r in summary
     ]
-    header = ["score", "alpha", "shift", "random: mean", "sd", "range", "p"]
+    header = ["score", "alpha", "shift", "random: mean", "sd", "range", "p", "Holm p", "mass"]
     n = summary[0]["n_draws"]
-    note = f"{n} random vectors of the same size; with so many, p cannot be below {1 / (n + 1):.3f}."
-    return f"{tabulate(rows, header, disable_numparse=True)}\n\n{note}"
+    note = (
+        f"{n} random vectors of the same size; with so many, p cannot be below {1 / (n + 1):.3f}. A small p is no "
+        "evidence of the behaviour: vectors trained on anything beat random ones. What is, are nulls that were trained "
+        "(`ws replicate --control shuffled` and `--control same-side`, then `ws compare`)."
+    )
+    doubts = notes(r[FLAG] for r in summary)
+    return "\n\n".join([tabulate(rows, header, disable_numparse=True), note, *doubts, *notes_by_score(summary)])
 
 
 def main(options: ControlOptions) -> None:
@@ -346,7 +376,8 @@ def main(options: ControlOptions) -> None:
     options.check()
     context = open_context(options.eval_options(options.alphas))
     found = summarize_controls(measure_controls(context, options))
-    console.show(console.Result(render_controls(found), {"rows": found}, [context.run.folder / TABLE]))
+    text = "\n\n".join([render_controls(found), *rounding_notes([str(context.model.dtype)[6:]])])
+    console.show(console.Result(text, {"rows": found}, [context.run.folder / TABLE]))
 
 
 if __name__ == "__main__":

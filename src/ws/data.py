@@ -12,8 +12,9 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,24 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import Behavior, load_behavior
-from ws.errors import WsError
-from ws.eval.choice import score_choices
-from ws.eval.groups import group_mean
-from ws.models import DEFAULT_MODEL, encode, end_ids, fingerprint, load_model, model_id, render_prompt
-from ws.runs import DEFAULT_OUT, Run, data_folder, write_json, write_text
+from ws.errors import WsError, did_you_mean
+from ws.eval.choice import in_groups, left_pad, score_choices
+from ws.eval.rollout import PLAIN
+from ws.eval.stats import estimate_mean
+from ws.eval.tables import json_lines
+from ws.models import (
+    DEFAULT_MODEL,
+    decode_answer,
+    encode,
+    encode_answer,
+    end_ids,
+    fingerprint,
+    load_model,
+    model_id,
+    render_prompt,
+    tokenizer_hash,
+)
+from ws.runs import DEFAULT_OUT, Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
 
 PAIRS_FILE = "pairs.jsonl"
 _PARTIAL_FILE = "pairs.partial.jsonl"
@@ -43,6 +57,8 @@ _YES = re.compile(r"\W*yes\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+|[^\w\s]")
 # A difference between the sides of a pair set, or between steered and unsteered answers, is strong from here on.
 LENGTH_RATIO, SHARE_GAP, YES_GAP, IDENTICAL_SHARE = 1.25, 0.1, 0.2, 0.2
+# One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
+RESERVE = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,9 @@ class Pair:
         pos, neg: the answers.
         pos_tokens, neg_tokens: their lengths in sampled tokens.
         drop: why the pair is left out of training, None when it is kept.
+
+    Raises:
+        WsError: a value of another type; nothing is made to fit.
     """
 
     id: str
@@ -65,13 +84,37 @@ class Pair:
     neg_tokens: int
     drop: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_types(vars(self))
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """`WsError` unless these are the values of a pair."""
+    for name in ("id", "question", "pos", "neg"):
+        _check_text(name, values[name])
+    for name in ("pos_tokens", "neg_tokens"):
+        value = values[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise WsError(f"{name} must be a whole number of tokens, not {value!r}.")
+    drop = values.get("drop")
+    if drop is not None and not (isinstance(drop, str) and drop.strip()):
+        raise WsError(f"drop must be null, or a text that says why the pair is left out, not {drop!r}.")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise WsError(f"{name} must be a text, not {value!r}.")
+    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write half of a character, UTF-8 cannot
+        raise WsError(f"{name} holds half of a surrogate pair: {value!r}.")
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """How many pairs to sample, and how.
 
     Attributes:
-        n_topics: questions to use at most, evenly spread over the pool; None for all.
+        n_topics: questions to use, evenly spread over the pool. None, or more than there are, leaves every fifth out,
+            for calibration and its audit; the exact number of all questions leaves none.
         n_personas: persona pairs to use; None for all.
         n_samples: answers per question and persona, on each side.
         max_new_tokens: answers that have not ended by then are dropped as truncated.
@@ -125,53 +168,121 @@ def generate_pairs(
     """
     folder, config = Path(folder), config or DataConfig()
     jobs = _jobs(behavior, config)
-    run = Run(folder, fresh)
-    if fresh:
-        (folder / _PARTIAL_FILE).unlink(missing_ok=True)
-    elif (folder / PAIRS_FILE).exists() and "pairs" not in run.manifest["stages"]:
-        raise WsError(
-            f"{folder / PAIRS_FILE} was not sampled here and is not overwritten; train on it with `ws train`, move it "
-            "away, or use --fresh."
-        )
     described = asdict(_within(config, behavior)) | {"model": model_id(model), "fingerprint": fingerprint(model)}
-    described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest}
-    stage = run.stage("pairs", described)
-    if stage is None:
+    described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest, "tokenizer_hash": tokenizer_hash(tok)}
+    if not fresh and Run(folder).is_finished("pairs", described):  # other settings stop here, before anyone waits
         return read_pairs(folder)
-    if config.n_topics is not None and config.n_topics > len(behavior.questions):
-        console.say(f"All {len(behavior.questions)} questions of {behavior.name} are used; --n-topics allows for more.")
-    pairs = _sample_all(model, tok, behavior, jobs, config, folder / _PARTIAL_FILE)
-    card = data_card(pairs, behavior.keep_refusals)
+    with lock(folder / PAIRS_FILE):
+        run = Run(folder, fresh)
+        if not fresh:
+            _keep_other_pairs(run)
+        stage = run.stage("pairs", described)
+        if stage is None:
+            return read_pairs(folder)
+        if fresh:
+            (folder / _PARTIAL_FILE).unlink(missing_ok=True)
+        asked, total = _within(config, behavior).n_topics, len(behavior.questions)
+        if asked not in (config.n_topics, total):
+            note = f"{asked} of {total} questions of {behavior.name} are asked; the others are left for calibration."
+            console.say(note)
+        settings = described | {"dtype": str(model.dtype)}
+        partial = _Partial(folder / _PARTIAL_FILE, sha256_json(settings))
+        pairs = _sample_all(model, tok, behavior, jobs, config, partial)
+        _publish(pairs, behavior, run, stage)
+        partial.file.unlink()
+    return pairs
+
+
+def _keep_other_pairs(run: Run) -> None:
+    """`WsError` for a pairs file that is somebody's own: brought here, or changed since it was sampled."""
+    file, record = run.folder / PAIRS_FILE, run.manifest["stages"].get("pairs")
+    if not file.exists():
+        return
+    made = None if record is None else record.get("outputs", {}).get(PAIRS_FILE)
+    if record is None or (made is not None and made != sha256_file(file)):
+        what = "was not sampled here" if record is None else "was changed after it had been sampled"
+        raise WsError(
+            f"{file} {what} and is not overwritten; train on it with `ws train`, move it away, or use --fresh."
+        )
+
+
+def _publish(pairs: Sequence[Pair], behavior: Behavior, run: Run, stage: Stage) -> None:
+    """Write the finished pairs and their card; `WsError` when none is usable."""
+    folder, card = run.folder, data_card(pairs, behavior.keep_refusals)
     if not card["kept"]:
         run.drop("pairs")
-        rejected = (folder / _PARTIAL_FILE).replace(folder / "rejected.jsonl")
+        rejected = write_text(folder / "rejected.jsonl", pair_lines(pairs))
+        (folder / _PARTIAL_FILE).unlink(missing_ok=True)
         raise WsError(f"None of the {len(pairs)} sampled pairs is usable: {card['dropped']}; read {rejected}.")
-    (folder / _PARTIAL_FILE).replace(folder / PAIRS_FILE)
-    write_json(folder / "card.json", card)
-    write_text(folder / "card.md", render_card(behavior, card))
-    stage.done([folder / PAIRS_FILE, folder / "card.json", folder / "card.md"], kept=card["kept"])
-    return pairs
+    files = [write_text(folder / PAIRS_FILE, pair_lines(pairs)), write_json(folder / "card.json", card)]
+    files.append(write_text(folder / "card.md", render_card(behavior, card)))
+    stage.done(files, kept=card["kept"])
+
+
+def pair_lines(pairs: Sequence[Pair]) -> str:
+    """Pairs as the lines of a `.jsonl` file."""
+    return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pairs)
 
 
 def read_pairs(folder: str | Path) -> list[Pair]:
-    """All pairs of a finished data folder, or of a `.jsonl` file."""
+    """All pairs of a finished data folder, or of a `.jsonl` file; see `parse_pairs`."""
     file = Path(folder) if Path(folder).suffix == ".jsonl" else Path(folder) / PAIRS_FILE
-    if not file.is_file():
-        raise WsError(f"There are no contrast pairs at {file}; make them with `python -m ws.data`.")
-    pairs = []
-    for number, line in enumerate(_lines(file), start=1):
+    return hashed_pairs(file)[0]
+
+
+def hashed_pairs(file: Path) -> tuple[list[Pair], str]:
+    """The pairs of a file and its SHA-256, from one reading: what is recorded is what was used."""
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as problem:
+        raise WsError(f"There are no contrast pairs at {file}; make them with `python -m ws.data`.") from problem
+    return parse_pairs(content, str(file)), hashlib.sha256(content).hexdigest()
+
+
+def parse_pairs(content: bytes, where: str) -> list[Pair]:
+    """Every pair of a `.jsonl` file, dropped ones included; blank lines are none.
+
+    Raises:
+        WsError: anything else than one whole pair per line in UTF-8; the message names the line.
+    """
+    pairs, lines = list[Pair](), dict[str, int]()
+    for number, values in json_lines(content, where):
         try:
-            pairs.append(Pair(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as problem:
-            raise WsError(f"{file} line {number} is not a contrast pair ({problem}).") from problem
+            pair = _pair_of(values)
+            if pair.id in lines:
+                raise WsError(f"its id {pair.id!r} is that of line {lines[pair.id]}, too.")
+        except WsError as problem:
+            raise WsError(f"{where} line {number} is not a contrast pair: {problem}") from problem
+        lines[pair.id] = number
+        pairs.append(pair)
     if not pairs:
-        raise WsError(f"{file} holds no pairs.")
+        raise WsError(f"{where} holds no pairs.")
     return pairs
 
 
-def _lines(file: Path) -> list[str]:
-    """Whole lines, split at newlines only: answers may hold separators that `splitlines` would split at too."""
-    return file.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+def _pair_of(values: Mapping[str, Any]) -> Pair:
+    """A pair from a file; the problem with it as a `WsError` that does not say where."""
+    known = [f.name for f in fields(Pair)]
+    for key in values:
+        if key not in known:
+            raise WsError(f"unknown key {key!r}.{did_you_mean(key, known)}")
+    if missing := [name for name in known if name not in values and name != "drop"]:
+        raise WsError(f"it lacks {', '.join(missing)}.")
+    _check_types(values)
+    for name in ("id", "question", *(() if values.get("drop") else ("pos", "neg"))):
+        if not values[name].strip():
+            raise WsError(f"{name} is empty.")
+    return Pair(**values)
+
+
+def question_key(question: str) -> str:
+    """What a question is known by in the records of a training: a hash that case and white space do not change."""
+    return hashlib.sha256(" ".join(question.casefold().split()).encode()).hexdigest()[:16]
+
+
+def question_keys(pairs: Sequence[Pair]) -> set[str]:
+    """The keys of the questions that are trained on: those of the kept pairs."""
+    return {question_key(p.question) for p in pairs if p.drop is None}
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -186,30 +297,38 @@ def sample_answers(
 ) -> list[Answer]:
     """Continue rendered prompts: sampled with the model's recommended settings when `seed` is given, greedy otherwise.
 
+    Greedy is plain argmax: penalties, bans and least lengths that the model recommends are off (`rollout.PLAIN`).
+
     The caller's random state is left alone.
     """
-    ends = end_ids(model, tok)
-    batch = tok(list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    options: dict[str, Any] = {"do_sample": True}
-    if seed is None:
-        options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    rows = [encode(tok, prompt) for prompt in prompts]
+    options: dict[str, Any] = PLAIN if seed is None else {"do_sample": True}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed or 0)
-        out = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=tok.pad_token_id,
-            **options,
-        )
-    return [_answer(tok, row, ends) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
+        return in_groups(model, rows, partial(_continue, model, tok, max_new_tokens, options))
+
+
+def _continue(
+    model: PreTrainedModel, tok: Tokenizer, max_new_tokens: int, options: Mapping[str, Any], rows: Sequence[list[int]]
+) -> list[Answer]:
+    """The answers behind rows of tokens, from one generation."""
+    ids, mask = left_pad(rows, tok.pad_token_id, model.device)
+    ends = end_ids(model, tok)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tok.pad_token_id,
+        **options,
+    )
+    return [_answer(tok, row, ends) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def _answer(tok: Tokenizer, ids: list[int], ends: Sequence[int]) -> Answer:
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
     kept = ids if stop is None else ids[:stop]
-    return Answer(tok.decode(kept, skip_special_tokens=True).strip(), len(kept), stop is not None)
+    return Answer(decode_answer(tok, kept), len(kept), stop is not None)
 
 
 @dataclass(frozen=True)
@@ -233,9 +352,16 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
 
 
 def _within(config: DataConfig, behavior: Behavior) -> DataConfig:
-    """The configuration with no more questions than the behaviour has."""
-    wanted, available = config.n_topics, len(behavior.questions)
-    return config if wanted is None else replace(config, n_topics=min(wanted, available))
+    """The configuration with the number of questions that are asked."""
+    available = len(behavior.questions)
+    if config.n_topics is None or config.n_topics > available:
+        return replace(config, n_topics=questions_asked(available))
+    return config
+
+
+def questions_asked(available: int) -> int:
+    """How many of a behaviour's questions are sampled by default: all but every fifth."""
+    return available - available // RESERVE
 
 
 def _count(flag: str, wanted: int | None, available: int) -> int:
@@ -252,39 +378,54 @@ def _sample_all(
     behavior: Behavior,
     jobs: Sequence[_Job],
     config: DataConfig,
-    file: Path,
+    partial: _Partial,
 ) -> list[Pair]:
     batches = [list(b) for b in _batched(jobs, config.data_batch)]
-    pairs = _resume(file, config.data_batch, len(jobs))
+    pairs = partial.resume(config.data_batch, len(jobs))
     finished = -(-len(pairs) // config.data_batch)
     with (
         console.progress(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
-        file.open("a", encoding="utf-8") as out,
+        partial.file.open("a", encoding="utf-8") as out,
     ):
         for number, batch in enumerate(batches[finished:], start=finished):
             made = _sample_batch(model, tok, behavior, batch, config, number)
-            out.write("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in made))
+            out.write(pair_lines(made))
             out.flush()
             pairs += made
             bar.update(len(made))
     return pairs
 
 
+@dataclass(frozen=True)
+class _Partial:
+    """The batches that are sampled already, behind a first line that says with which settings.
+
+    Only who holds the lock of the pairs may touch it.
+    """
+
+    file: Path
+    settings: str
+
+    def resume(self, batch: int, total: int) -> list[Pair]:
+        """The pairs of whole batches on disk; a torn batch at the end is cut off, because its seed covers all of it."""
+        first, pairs = json.dumps({"settings": self.settings}), list[Pair]()
+        if self.file.is_file():
+            # Split at newlines only: answers may hold separators that `splitlines` splits at. What follows the last
+            # newline is a line that a kill has torn.
+            begun, *whole = self.file.read_bytes().split(b"\n")[:-1] or [b""]
+            if begun.decode("utf-8", errors="replace") == first:
+                kept = len(whole) if len(whole) == total else len(whole) // batch * batch
+                pairs = parse_pairs(b"\n".join(whole[:kept]), str(self.file)) if kept else []
+            else:
+                console.say(f"{self.file} was begun with other settings, which are not on record; it starts over.")
+        write_text(self.file, f"{first}\n{pair_lines(pairs)}")
+        return pairs
+
+
 def _batched(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
     if size < 1:
         raise WsError(f"--data-batch must be at least 1, not {size}.")
     return (jobs[i : i + size] for i in range(0, len(jobs), size))
-
-
-def _resume(file: Path, batch: int, total: int) -> list[Pair]:
-    """The pairs of whole batches on disk; a torn batch at the end is cut off, because its seed covers all of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file():
-        return []
-    whole = _lines(file)
-    kept = len(whole) if len(whole) == total else len(whole) // batch * batch
-    write_text(file, "".join(f"{line}\n" for line in whole[:kept]))
-    return read_pairs(file) if kept else []
 
 
 def _sample_batch(
@@ -421,7 +562,7 @@ def _differences(pairs: Sequence[Pair], kept: Sequence[Pair]) -> dict[str, dict[
     }
     found: dict[str, dict[str, float] | None] = {}
     for name, values in measures.items():
-        e = group_mean(np.array(values, dtype=np.float64)) if len(values) > 1 else None
+        e = estimate_mean(np.array(values, dtype=np.float64)) if len(values) > 1 else None
         found[name] = None if e is None else {k: round(getattr(e, k), 4) for k in ("mean", "ci_lo", "ci_hi")}
     return found
 
@@ -505,6 +646,11 @@ def _interval(card: dict[str, Any], name: str) -> str:
 def prompt_ids(tok: Tokenizer, question: str) -> list[int]:
     """Token ids of the stripped prompt (no system prompt, thinking off), as training and steering see it."""
     return encode(tok, render_prompt(tok, question, system=""))
+
+
+def answer_ids(tok: Tokenizer, question: str, answer: str, ended: bool = False) -> list[int]:
+    """Token ids of an answer behind `prompt_ids`; with `ended`, up to and with the token that ends the turn."""
+    return encode_answer(tok, render_prompt(tok, question, system=""), answer, ended)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ws.errors import WsError
 
 KINDS = ("linear", "embedding", "scale")
 COORDINATES = ("g", "c", "d", "u", "v", "e", "bias")
+MAX_AMPLIFICATION = 2.0  # of rounding errors, over those of factors in which nothing cancels
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class LinearDelta:
         u, v: low-rank factors, `[d_out, r]` and `[r, d_in]`; all scales are baked into `u`.
         e: a dense change, `[d_out, d_in]`.
         bias: the change of the bias, `[d_out]`.
-        kind: of module; an `embedding` has `e` or `u` and `v`, a `scale` (norm) `e` and `bias`.
+        kind: of module; an `embedding` has `e` or `u` and `v`, a `scale` (norm) `e` and `bias`. The change of an
+            embedding may be that of a head too which shares its weight, and then holds the change of the head's `bias`.
 
     A coordinate that is `None` is zero. Operators need equal shapes and raise `WsError` otherwise.
     """
@@ -57,7 +59,7 @@ class LinearDelta:
     kind: str = "linear"
 
     def __post_init__(self) -> None:
-        allowed = {"linear": set(COORDINATES), "embedding": {"e", "u", "v"}, "scale": {"e", "bias"}}[self.kind]
+        allowed = {"linear": set(COORDINATES), "embedding": {"e", "u", "v", "bias"}, "scale": {"e", "bias"}}[self.kind]
         if not self.coordinates().keys() <= allowed:
             raise WsError(f"The change of an {self.kind} cannot hold {', '.join(self.coordinates().keys() - allowed)}.")
         if (self.u is None) != (self.v is None):
@@ -104,14 +106,44 @@ class LinearDelta:
         return LinearDelta(self.d_out, self.d_in, kind=self.kind, **coordinates)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LinearDelta:
-        """The same change with its coordinates on another device or in another dtype."""
-        moved = {name: t.to(device=device, dtype=dtype) for name, t in self.coordinates().items()}
-        return self.holding(moved)
+        """The same change with its coordinates on another device or in another dtype.
+
+        A dtype with fewer digits gets `balanced` coordinates, of which rounding takes no more than its own share.
+        """
+        coarser = dtype is not None and self.u is not None and torch.finfo(dtype).eps > torch.finfo(self.u.dtype).eps
+        change = self.balanced() if coarser else self
+        return self.holding({name: t.to(device=device, dtype=dtype) for name, t in change.coordinates().items()})
+
+    def balanced(self) -> LinearDelta:
+        """The same change, without large parts of `U V + E` that cancel each other.
+
+        Rounding every entry of `U`, `V` and `E` moves their sum by about its share of
+        `sqrt(sum_i ‖u_i‖^2 ‖v_i‖^2 + ‖E‖_F^2)`, where `u_i v_i` are the terms of `U V`: of a PiSSA arm written as
+        `B A - B0 A0` bfloat16 would lose everything but the first digit. Where that is more than `MAX_AMPLIFICATION`
+        times `‖U V + E‖_F`, the product is added to `E`, or factored anew by its singular value decomposition, for
+        which the ratio is 1. All other changes are returned as they are, bit for bit.
+        """
+        if self.u is None or self.v is None:
+            return self
+        u, v = self.u.float(), self.v.float()
+        parts = float((u.norm(dim=0) * v.norm(dim=1)).norm())
+        if self.e is None:
+            whole = float(((u.T @ u) * (v @ v.T)).sum().clamp(min=0).sqrt())
+            if parts <= MAX_AMPLIFICATION * whole:
+                return self
+            return self.holding(self.coordinates() | dict(zip("uv", _factored(self.u, self.v), strict=True)))
+        summed = (self.e.double() + self.u.double() @ self.v.double()).to(self.e.dtype)
+        if hypot(parts, float(self.e.norm())) <= MAX_AMPLIFICATION * float(summed.norm()):
+            return self
+        return self.holding(self.coordinates() | {"u": None, "v": None, "e": summed})
 
     # ---- the vector space -------------------------------------------------------------------------------------
 
     def __add__(self, other: LinearDelta) -> LinearDelta:
-        if (self.d_out, self.d_in, self.kind) != (other.d_out, other.d_in, other.kind):
+        kinds = {self.kind, other.kind}
+        if kinds == {"linear", "embedding"}:  # a head, which has the change of a tied embedding in one of the vectors
+            kinds = {"linear"}
+        if (self.d_out, self.d_in) != (other.d_out, other.d_in) or len(kinds) > 1:
             raise WsError(f"Cannot add changes of {self._shape} {self.kind} and {other._shape} {other.kind} layers.")
         u, v = _join_factors(self, other)
         summed = {
@@ -121,7 +153,7 @@ class LinearDelta:
             "e": _sum(self.e, other.e),
             "bias": _sum(self.bias, other.bias),
         }
-        return self.holding(summed | {"u": u, "v": v})
+        return LinearDelta(self.d_out, self.d_in, **summed, u=u, v=v, kind=kinds.pop()).balanced()
 
     def __mul__(self, scalar: float | int) -> LinearDelta:
         scaled = {name: t if name == "v" else t * scalar for name, t in self.coordinates().items()}
@@ -202,16 +234,15 @@ class LinearDelta:
             raise WsError(f"The energy to keep must be a share above 0 and up to 1, not {energy}.")
         if self.u is None or self.v is None or (rank is not None and self.rank <= rank):
             return self, 0.0
-        qu, ru = torch.linalg.qr(self.u.double())
-        qv, rv = torch.linalg.qr(self.v.double().T)
-        left, s, right = torch.linalg.svd(ru @ rv.T, full_matrices=False)
-        if rank is None:
+        left, s, right = _singular(self.u, self.v)
+        if energy is not None:
             kept_energy = s.square().cumsum(0)
             rank = int((kept_energy < energy * kept_energy[-1]).sum()) + 1
+        assert rank is not None
         if self.rank <= rank:
             return self, 0.0
         root = s[:rank].sqrt()
-        u, v = qu @ left[:, :rank] * root, root[:, None] * right[:rank] @ qv.T
+        u, v = left[:, :rank] * root, root[:, None] * right[:rank]
         error = float(s[rank:].norm() / s.norm()) if float(s.norm()) > 0 else 0.0
         kept = self.coordinates() | {"u": u.to(self.u.dtype), "v": v.to(self.v.dtype).contiguous()}
         return self.holding(kept), error
@@ -321,10 +352,10 @@ def _coarsen(d: Tensor, size: int) -> Tensor:
 
 
 def _join_factors(a: LinearDelta, b: LinearDelta) -> tuple[Tensor | None, Tensor | None]:
-    """Concatenated factors of `a + b`, with equal rows of `V` merged and rows without weight dropped.
+    """Concatenated factors of `a + b`, with equal rows of `V` merged and terms that are zero dropped.
 
-    Merging is exact and keeps ranks small: `v - v` has rank 0, and the initial factors that two PiSSA arms share
-    (arXiv 2404.02948) cancel instead of being carried along.
+    Merging is exact and keeps ranks small: `v - v` has rank 0. Changes that share only some of their rows, such as the
+    arms of one PiSSA start (arXiv 2404.02948), may together do with fewer columns than remain, and then get those.
     """
     if a.u is None or a.v is None or b.u is None or b.v is None:
         return (b.u, b.v) if a.u is None else (a.u, a.v)
@@ -338,8 +369,45 @@ def _join_factors(a: LinearDelta, b: LinearDelta) -> tuple[Tensor | None, Tensor
             u[:, i] += b.u[:, j].to(u.device)
     u = torch.cat([u, b.u[:, extra].to(u.device)], dim=1)
     v = torch.cat([a.v, b.v[extra].to(a.v.device)], dim=0)
-    alive = u.any(dim=0)
-    return (u[:, alive].contiguous(), v[alive].contiguous()) if alive.any() else (None, None)
+    alive = u.any(dim=0) & v.any(dim=1)
+    if not alive.any():
+        return None, None
+    u, v = u[:, alive].contiguous(), v[alive].contiguous()
+    fewer = _factored(u, v) if 0 < len(extra) < b.rank else (u, v)
+    return fewer if fewer[0] is None or fewer[0].shape[1] < u.shape[1] else (u, v)
+
+
+def _factored(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Factors of `U V` from its singular value decomposition, `L sqrt(S)` and `sqrt(S) R`, in the dtype of `u`.
+
+    Directions whose norm all together is lost in the rounding to that dtype are left out; of terms that cancel but for
+    the rounding of float64 nothing is left.
+    """
+    # Any order of the terms gives the same bits, and their negatives give the negative: swapped arms cancel exactly.
+    rows = [row.tobytes() for row in v.cpu().numpy()]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    u, v = u[:, order], v[order]
+    sign = u.flatten()[u.flatten().nonzero()[0]].sign()
+    left, s, right = _singular(sign * u, v)
+    lost = s.square().flip(0).cumsum(0).flip(0).sqrt()
+    noise = 1e-14 * float((u.double().norm(dim=0) * v.double().norm(dim=1)).norm())
+    rank = int((lost > max(noise, 2 * torch.finfo(u.dtype).eps * float(lost[0]))).sum())
+    if rank == 0:
+        return None, None
+    root = s[:rank].sqrt()
+    factors = sign * left[:, :rank] * root, root[:, None] * right[:rank]
+    return factors[0].to(u.dtype).contiguous(), factors[1].to(v.dtype).contiguous()
+
+
+def _singular(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition `L diag(S) R` of `U V` in float64, with as many directions as `U` has columns.
+
+    QR of both factors, then an SVD of the small core `R_u R_v^T`: never forms `[d_out, d_in]`.
+    """
+    qu, ru = torch.linalg.qr(u.double())
+    qv, rv = torch.linalg.qr(v.double().T)
+    left, s, right = torch.linalg.svd(ru @ rv.T, full_matrices=False)
+    return qu @ left, s, right @ qv.T
 
 
 assert {f.name for f in fields(LinearDelta)} == {"d_out", "d_in", *COORDINATES, "kind"}

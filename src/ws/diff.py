@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -40,10 +40,13 @@ from ws.models import (
     model_id,
     module_kind,
     parse_layers,
+    tokenizer_hash_on_disk,
     weight_of,
     weight_size,
 )
 from ws.runs import atomic_folder, library_versions, sha256_file, slug
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 MANIFEST, CALIBRATION = "ws.json", "calibration.json"
@@ -58,11 +61,29 @@ class Units:
     Attributes:
         subject: digest of the vector they were measured for.
         negative, positive: -1u and +1u; None where the calibration did not converge.
+        tokenizer: hash of the tokenizer whose prompts they were measured on; empty where that is not recorded.
     """
 
     subject: str
     negative: float | None
     positive: float | None
+    tokenizer: str = ""
+
+
+class ParameterChange(NamedTuple):
+    """The change of one parameter, `module.leaf`; modules that share it are not named again.
+
+    Attributes:
+        name: of a module that holds it.
+        leaf: `weight` or `bias`.
+        delta: in which the change is.
+        module: that of the name.
+    """
+
+    name: str
+    leaf: str
+    delta: LinearDelta
+    module: nn.Module
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,7 @@ class SteeringVector:
             else:
                 joined[name] = delta
         recipe = {"op": "+", "terms": [self.recipe, other.recipe]}
-        shared = {k: v for k, v in self.info.items() if other.info.get(k) == v}
+        shared = {k: v for k, v in self.info.items() if k in other.info and other.info[k] == v}
         mark = self.base_fingerprint or other.base_fingerprint
         return SteeringVector(joined, self.base_id, mark, recipe, shared)
 
@@ -165,7 +186,7 @@ class SteeringVector:
         if not math.isfinite(scalar):
             raise WsError(f"A steering vector cannot be multiplied by {scalar}.")
         recipe = {"op": "*", "scalar": float(scalar), "of": self.recipe}
-        return replace(self, deltas=self._each(lambda delta: delta * scalar), recipe=recipe)
+        return replace(self, deltas=self.each(lambda delta: delta * scalar), recipe=recipe)
 
     __rmul__ = __mul__
 
@@ -180,8 +201,8 @@ class SteeringVector:
             raise WsError("A steering vector cannot be divided by zero.")
         return self * (1.0 / scalar)
 
-    def _each(self, function: Callable[[LinearDelta], LinearDelta]) -> dict[str, LinearDelta]:
-        """A function of every change, called once for modules that share one (tied weights)."""
+    def each(self, function: Callable[[LinearDelta], T]) -> dict[str, T]:
+        """A function of every change by module, called once for modules that share one (tied weights)."""
         done = {id(d): function(d) for d in {id(d): d for d in self.deltas.values()}.values()}
         return {name: done[id(d)] for name, d in self.deltas.items()}
 
@@ -215,11 +236,16 @@ class SteeringVector:
         """The largest number of low-rank columns of any module."""
         return max(d.rank for d in self.deltas.values())
 
-    def strength(self, text: str) -> float:
+    def strength(self, text: str, tokenizer: str | None = None) -> float:
         """A strength from text: a number, or calibrated units such as `+1u` and `-0.5u` (half of that strength).
 
+        Args:
+            text: what was written.
+            tokenizer: hash of the tokenizer in use (`ws.models.tokenizer_hash`); None for the base's, if it is at hand.
+
         Raises:
-            WsError: neither of them, or units of a vector that is not calibrated, or not on that side.
+            WsError: neither of them, or units of a vector that is not calibrated, not on that side, or not with this
+                tokenizer and chat template.
         """
         units = parse_units(text)
         if units is None:
@@ -227,6 +253,9 @@ class SteeringVector:
         known = self.units if self.units and self.units.subject == vector_digest(self) else None
         if known is None:
             raise WsError(f"{text} is in calibrated units and the vector has no calibration; run `ws calibrate` first.")
+        now = tokenizer_hash_on_disk(self.base_id) if tokenizer is None else tokenizer
+        if now and known.tokenizer and now != known.tokenizer:
+            raise WsError(f"{text} was calibrated with another tokenizer or chat template; run `ws calibrate` again.")
         side = known.negative if units < 0 else known.positive
         if side is None:
             raise WsError(f"{text} is not available: the calibration of this sign did not converge.")
@@ -242,15 +271,17 @@ class SteeringVector:
         """Yield `(parameter name, float32 change)` one tensor at a time, biases after their weights."""
         for name, delta, module in self.matched(model):
             yield f"{name}.weight", as_stored(module, delta.dense(weight_of(module)))
-            if delta.bias is not None:
+            if delta.bias is not None and "bias" in _leaves(delta, module):
                 yield f"{name}.bias", delta.bias.float()
 
     def inner(self, other: SteeringVector, model: nn.Module | None = None) -> float:
-        """Frobenius inner product over all parameters; `model` is needed unless both vectors are low-rank."""
+        """Frobenius inner product over all parameters; `model` is needed unless both vectors are low-rank.
+
+        What modules with a tied weight share counts once, where both vectors change them alike.
+        """
         self._check_same_base(other)
-        shared = {(id(self.deltas[n]), id(other.deltas[n])): n for n in self.deltas if n in other.deltas}.values()
-        modules = {} if model is None else {n: model.get_submodule(n) for n in shared}
-        return sum(self.deltas[n].inner(other.deltas[n], _weight(modules.get(n))) for n in shared)
+        pairs = {(id(self.deltas[n]), id(other.deltas[n])): n for n in self.deltas if n in other.deltas}
+        return self._products(other, pairs.values(), model)
 
     def norm(self, model: nn.Module | None = None) -> float:
         """Frobenius norm over all changed parameters."""
@@ -258,10 +289,19 @@ class SteeringVector:
 
     def cosine(self, other: SteeringVector, model: nn.Module | None = None) -> float:
         """Cosine of the angle between two vectors of one base; raises `WsError` for a zero vector."""
-        size = self.norm(model) * other.norm(model)
-        if size == 0:
+        self._check_same_base(other)
+        # What modules share counts once in all three sums or in none, as one of the vectors may change them apart.
+        pairs = {(id(self.deltas.get(n)), id(other.deltas.get(n))): n for n in {**self.deltas, **other.deltas}}
+        ours, theirs = (math.sqrt(max(v._products(v, pairs.values(), model), 0.0)) for v in (self, other))
+        if ours * theirs == 0:
             raise WsError("The cosine with a zero vector is undefined.")
-        return self.inner(other, model) / size
+        return self._products(other, pairs.values(), model) / (ours * theirs)
+
+    def _products(self, other: SteeringVector, names: Iterable[str], model: nn.Module | None) -> float:
+        """The inner product over the named modules."""
+        names = [n for n in names if n in self.deltas and n in other.deltas]
+        modules = {} if model is None else {n: model.get_submodule(n) for n in names}
+        return sum(self.deltas[n].inner(other.deltas[n], _weight(modules.get(n))) for n in names)
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
@@ -295,14 +335,15 @@ class SteeringVector:
         Raises:
             WsError: not exactly one of the two, one out of range, or a vector without any low-rank part.
         """
-        parts = {n: d.compress(rank, energy) for n, d in self.deltas.items()}
+        parts = self.each(lambda delta: delta.compress(rank, energy))
         if self.max_rank == 0:
             family = self.info.get("family", "unknown")
             raise WsError(
                 f"No module of this vector (family: {family}) has a low-rank part; there is nothing to compress."
             )
-        errors = {n: error for n, (_, error) in parts.items()}
-        sizes = {n: LinearDelta(d.d_out, d.d_in, u=d.u, v=d.v).norm() for n, d in self.deltas.items()}
+        single = {n: self.deltas[n] for n in self.deltas.keys() - self.shared.keys()}
+        errors = {n: parts[n][1] for n in single}
+        sizes = {n: LinearDelta(d.d_out, d.d_in, u=d.u, v=d.v).norm() for n, d in single.items()}
         asked = {"rank": rank} if energy is None else {"energy": float(energy)}
         recipe = {"op": "compress", **asked, **approximation_errors(errors, sizes), "of": self.recipe}
         return replace(self, deltas={n: d for n, (d, _) in parts.items()}, recipe=recipe)
@@ -328,7 +369,11 @@ class SteeringVector:
             raise WsError("The change of this vector is not low-rank; factorising it needs the base model.")
         modules = {} if model is None else {n: m for n, _, m in self.matched(model)}
         deltas, errors, sizes = dict[str, LinearDelta](), dict[str, float](), dict[str, float]()
+        shared = self.shared
         for name, delta in progress(self.deltas.items(), desc="factors", unit="module"):
+            if name in shared:
+                deltas |= {name: deltas[shared[name]]} if shared[name] in deltas else {}
+                continue
             weight = _weight(modules.get(name))
             sizes[name], errors[name] = delta.norm(weight), 1.0
             if delta.kind == "linear" and sizes[name]:
@@ -339,6 +384,10 @@ class SteeringVector:
         asked = {"rank": rank} if error is None else {"allowed": float(error)}
         recipe = {"op": "factorise", **asked, **approximation_errors(errors, sizes), "of": self.recipe}
         return replace(self, deltas=deltas, recipe=recipe)
+
+    def balanced(self) -> SteeringVector:
+        """The same vector, without large parts of a low-rank change that cancel; see `LinearDelta.balanced`."""
+        return replace(self, deltas=self.each(LinearDelta.balanced))
 
     # ---- in a model ---------------------------------------------------------------------------------------------
 
@@ -378,32 +427,56 @@ class SteeringVector:
                 f"({mark}); load that base, or make a vector for this one."
             )
 
-    def written(self, model: nn.Module) -> list[tuple[str, LinearDelta, nn.Module]]:
-        """The changes as changes of weights: like `matched`, but one entry for modules that share a weight.
+    def apart(self, model: nn.Module) -> list[str]:
+        """Changed parameters of `model` that another module shares, which the vector changes otherwise or not at all.
+
+        Such as those of a head that was fine-tuned apart from the embedding to which the base ties it: to hold the
+        changes of both, one weight must become two.
+        """
+        owners = dict[int, list[str]]()
+        for name, module in model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if leaf != "bias" or module_kind(module):  # what BERT's head calls its bias is only its decoder's
+                    owners.setdefault(id(parameter), []).append(name)
+        found = []
+        for name, delta, module in self.matched(model):
+            for leaf in _leaves(delta, module):
+                others = owners.get(id(getattr(module, leaf, None)), [])
+                found += [] if all(self._alike(name, other, leaf) for other in others) else [f"{name}.{leaf}"]
+        return found
+
+    def _alike(self, name: str, other: str, leaf: str) -> bool:
+        """Whether two modules have the same change of their weight, or of their bias."""
+        ours, theirs = self.deltas[name], self.deltas.get(other)
+        if theirs is None or ours is theirs:
+            return theirs is not None
+        a, b = ({c: t for c, t in d.coordinates().items() if (c == "bias") == (leaf == "bias")} for d in (ours, theirs))
+        return a.keys() == b.keys() and all(torch.equal(a[c], b[c]) for c in a)
+
+    def written(self, model: nn.Module) -> list[ParameterChange]:
+        """The changes as changes of parameters: like `matched`, but one entry for modules that share a weight.
 
         Raises:
-            WsError: a weight is shared by modules that the vector does not change alike, packed, or without the bias
-                that is changed.
+            WsError: a parameter is shared by modules that the vector does not change alike, packed, or a bias that is
+                changed and not there.
         """
         matched = self.matched(model)  # first of all: reading offloaded weights makes new parameters of them
-        owners: dict[int, list[str]] = {}
-        for name, module in model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(name)
-        found = []
         for name, delta, module in matched:
-            sharing = owners[id(module.weight)]
-            if any(self.deltas.get(other) is not delta for other in sharing):
-                raise WsError(
-                    f"{name} shares its weight with another module (tied embeddings?); steer instead of merging."
-                )
             if is_packed(module):
                 raise WsError(f"The weight of {name} is quantised; merge into the unquantised model.")
-            if delta.bias is not None and getattr(module, "bias", None) is None:
+            if "bias" in _leaves(delta, module) and getattr(module, "bias", None) is None:
                 raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
-            if name == next(n for n in self.deltas if n in sharing):
-                found.append((name, delta, module))
-        return found
+        if apart := replace(self, base_fingerprint=None).apart(model):  # the base has been checked
+            name, _, leaf = apart[0].rpartition(".")
+            raise WsError(
+                f"{name} shares its {leaf} with another module (tied embeddings?), which the vector changes otherwise "
+                "or not at all; steer instead of merging, or write both apart with `ws export merged`."
+            )
+        changes = dict[int, ParameterChange]()
+        for name, delta, module in matched:
+            for leaf in _leaves(delta, module):
+                changes.setdefault(id(getattr(module, leaf)), ParameterChange(name, leaf, delta, module))
+        return list(changes.values())
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module, alpha: float | int = 1.0) -> float:
@@ -416,14 +489,15 @@ class SteeringVector:
         if not math.isfinite(alpha):
             raise WsError(f"alpha must be finite, not {alpha}.")
         lost = wanted = 0.0
-        for name, delta, module in self.written(model):
+        for name, leaf, delta, module in self.written(model):
             if is_offloaded(module):
                 raise WsError(f"The weight of {name} is offloaded; load the model whole, or use `ws export merged`.")
-            weight, bias = weight_of(module), bias_of(module)
-            for parameter, change in ((weight, delta.dense(weight)), (bias, delta.bias)):
-                if parameter is not None and change is not None:
-                    gone, asked = write_step(parameter, parameter, alpha * change)
-                    lost, wanted = lost + gone, wanted + asked
+            parameter = weight_of(module) if leaf == "weight" else bias_of(module)
+            change = delta.bias if leaf == "bias" else delta.dense(weight_of(module))
+            assert parameter is not None
+            assert change is not None
+            gone, asked = write_step(parameter, parameter, alpha * change)
+            lost, wanted = lost + gone, wanted + asked
         return math.sqrt(lost / wanted) if wanted else 0.0
 
     # ---- files --------------------------------------------------------------------------------------------------
@@ -433,22 +507,24 @@ class SteeringVector:
 
         Args:
             folder: the place; refuses a folder that holds something else.
-            dtype: float32 is bit-exact; bfloat16 halves the file and rounds the *factors* by up to 0.4 %.
+            dtype: float32 is bit-exact; bfloat16 halves the file and rounds the *factors* by up to 0.4 %, which must
+                not cancel for that (see `LinearDelta.balanced`).
         """
         folder = Path(folder)
         if folder.exists() and not (folder / MANIFEST).is_file():
             raise WsError(f"{folder} exists and is not a steering vector; choose another place.")
         low_rank = self.is_low_rank and self.max_rank > 0
         weights = PEFT_WEIGHTS if low_rank else NATIVE_WEIGHTS
-        tensors = self._peft_tensors() if low_rank else self._native_tensors()
+        stored = replace(self, deltas=self.each(lambda delta: delta.to("cpu", dtype)))
+        tensors = stored._peft_tensors() if low_rank else stored._native_tensors()
         with atomic_folder(folder) as part:
-            save_file({k: t.to(dtype).cpu().contiguous() for k, t in tensors.items()}, part / weights)
+            save_file({k: t.contiguous() for k, t in tensors.items()}, part / weights)
             if low_rank:
-                self._peft_config().save_pretrained(str(part))
+                stored._peft_config().save_pretrained(str(part))
             modules: dict[str, dict[str, Any]] = {
                 "modules": {n: [d.d_out, d.d_in] for n, d in self.deltas.items()},
                 "kinds": {n: d.kind for n, d in self.deltas.items() if d.kind != "linear"},
-                "shared": self._shared(),
+                "shared": self.shared,
             }
             base = {"id": self.base_id, "fingerprint": self.base_fingerprint}
             write_manifest(part, weights, dtype, base, self.info, self.recipe, modules)
@@ -493,15 +569,16 @@ class SteeringVector:
         source = {"adapter": folder.name, "sha256": sha256_file(folder / PEFT_WEIGHTS)}
         return cls(deltas, base, None, source, {"family": family})
 
-    def _shared(self) -> dict[str, str]:
-        """Modules whose change is that of an earlier one, because they share their weight."""
+    @property
+    def shared(self) -> dict[str, str]:
+        """Modules whose change is that of an earlier one, with that one's name: they share their weight."""
         first: dict[int, str] = {}
         for name, delta in self.deltas.items():
             first.setdefault(id(delta), name)
         return {n: first[id(d)] for n, d in self.deltas.items() if first[id(d)] != n}
 
     def _native_tensors(self) -> dict[str, Tensor]:
-        shared = self._shared()
+        shared = self.shared
         changes = {n: d for n, d in self.deltas.items() if n not in shared}
         return {f"{n}:{c}": t for n, d in changes.items() for c, t in d.coordinates().items()}
 
@@ -622,9 +699,15 @@ def _read_units(file: Path) -> Units | None:
         sides = [
             float(s["alpha"]) if s["converged"] is True else None for s in (values["negative"], values["positive"])
         ]
-        return Units(str(values["subject"]), *sides)
+        return Units(str(values["subject"]), sides[0], sides[1], str(values.get("tokenizer") or ""))
     except (KeyError, TypeError, ValueError) as problem:
         raise WsError(f"{file} is damaged ({problem!r}); calibrate again.") from problem
+
+
+def _leaves(delta: LinearDelta, module: nn.Module) -> list[str]:
+    """Which parameters of a module its change is of; the bias in an embedding's is that of the head tied to it."""
+    weight = ["weight"] if delta.coordinates().keys() - {"bias"} else []
+    return weight + (["bias"] if delta.bias is not None and module_kind(module) != "embedding" else [])
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:

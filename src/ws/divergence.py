@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.console import progress
 from ws.errors import WsError
-from ws.eval.choice import left_pad
+from ws.eval.choice import in_groups, left_pad
 from ws.eval.rollout import PLAIN, new_cache
-from ws.models import encode, end_ids, render_prompt
+from ws.models import decode_answer, encode, end_ids, render_prompt
 
 QUANTILE, N_TOKENS = 0.95, 50
 START_BATCH = 64
@@ -87,18 +88,18 @@ def divergence(
         raise WsError(f"There are {len(prompts)} prompts and {len(others)} for the base; give as many, at least one.")
     ids, base_ids = ([encode(tok, p) for p in texts] for texts in (prompts, others))
     most, order = _rows_in_budget(model, n_tokens), sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    ends = end_ids(model, tok)
 
     def run(batch_size: int) -> dict[int, tuple[np.ndarray, str]]:
         found: dict[int, tuple[np.ndarray, str]] = {}
         for start in progress(range(0, len(order), batch_size), desc="answers", unit="batch"):
             part = order[start : start + batch_size]
             with condition():
-                answers, steps = _answer(model, tok, [ids[i] for i in part], n_tokens)
-            base = _base_logits(model, tok, [base_ids[i] for i in part], answers, most)
-            for row, (i, answer, seen) in enumerate(zip(part, answers, base, strict=True)):
-                steered = torch.stack([step[row] for step in steps[: len(answer)]])
-                kl = token_kl(steered, seen).double().cpu().numpy()
-                found[i] = kl, tok.decode(answer, skip_special_tokens=True).strip()
+                answers = in_groups(model, [ids[i] for i in part], partial(_answer, model, tok, n_tokens))
+            base = _base_logits(model, tok, [base_ids[i] for i in part], [tokens for tokens, _ in answers], most)
+            for i, (answer, steps), seen in zip(part, answers, base, strict=True):
+                kl = token_kl(torch.stack(steps), seen).double().cpu().numpy()
+                found[i] = kl, decode_answer(tok, answer[:-1] if answer[-1] in ends else answer)
         return found
 
     if batch_size:
@@ -145,9 +146,9 @@ def _rows_in_budget(model: PreTrainedModel, n_tokens: int) -> int:
 
 
 def _answer(
-    model: PreTrainedModel, tok: Tokenizer, prompts: Sequence[list[int]], n_tokens: int
-) -> tuple[list[list[int]], Sequence[Float[Tensor, "b vocab"]]]:
-    """Greedy answers up to and including their end of turn, and the raw logits of every step in float32."""
+    model: PreTrainedModel, tok: Tokenizer, n_tokens: int, prompts: Sequence[list[int]]
+) -> list[tuple[list[int], list[Float[Tensor, "vocab"]]]]:
+    """Greedy answers up to and including their end of turn, each with the raw float32 logits of its steps."""
     ids, mask = left_pad(prompts, tok.pad_token_id, model.device)
     ends = end_ids(model, tok)
     out = model.generate(
@@ -156,12 +157,11 @@ def _answer(
         max_new_tokens=n_tokens,
         eos_token_id=ends,
         pad_token_id=tok.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **PLAIN,
         past_key_values=new_cache(model, ids.shape[1] + n_tokens),
+        **PLAIN | {"return_dict_in_generate": True, "output_logits": True},
     )
-    return [_until_end(row, ends) for row in out.sequences[:, ids.shape[1] :].tolist()], out.logits
+    answers = [_until_end(row, ends) for row in out.sequences[:, ids.shape[1] :].tolist()]
+    return [(answer, [step[row] for step in out.logits[: len(answer)]]) for row, answer in enumerate(answers)]
 
 
 def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
@@ -174,12 +174,18 @@ def _base_logits(
 ) -> Iterator[Float[Tensor, "n vocab"]]:
     """The model's logits at the positions of every answer, row by row; a quarter of the budget at a time."""
     size = max(1, most // 4)
+
+    def read(keep: int, rows: Sequence[list[int]]) -> Float[Tensor, "rows keep vocab"]:
+        tokens, mask = left_pad(rows, tok.pad_token_id, model.device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits: Tensor = model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=keep
+        ).logits
+        return logits
+
     for start in range(0, len(prompts), size):
         part = answers[start : start + size]
         rows = [p + a[:-1] for p, a in zip(prompts[start : start + size], part, strict=True)]
-        tokens, mask = left_pad(rows, tok.pad_token_id, model.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        keep = max(map(len, part))
-        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=keep).logits
-        for row, answer in zip(logits, part, strict=True):
+        seen = in_groups(model, rows, partial(read, max(map(len, part))))
+        for row, answer in zip(seen, part, strict=True):
             yield row[-len(answer) :]

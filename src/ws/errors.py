@@ -13,6 +13,22 @@ class WsError(Exception):
     """
 
 
+def decoded(content: bytes, where: str) -> str:
+    """A file's bytes as text: UTF-8, with or without a byte order mark.
+
+    Raises:
+        WsError: another encoding; the message names the line and the byte.
+    """
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as problem:
+        at = problem.start
+        line, place = content.count(b"\n", 0, at) + 1, at - content.rfind(b"\n", 0, at)
+        raise WsError(
+            f"{where} line {line} is not UTF-8: byte 0x{content[at]:02x} at position {place}; save the file as UTF-8."
+        ) from problem
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` when an option is close to `name`, else `" Choose from: ..."` (leading space included)."""
     choices = sorted(set(options))

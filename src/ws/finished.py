@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.behaviors import behavior_name
+from ws.behaviors import Behavior, behavior_name
+from ws.data import PAIRS_FILE, question_key, question_keys, read_pairs
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.models import load_model
-from ws.runs import DEFAULT_OUT, Run, run_folder, seed_flag
+from ws.runs import DEFAULT_OUT, Run, data_folder, run_folder, seed_flag, sha256_json
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,32 @@ class FinishedRun:
     model: PreTrainedModel
     tok: Tokenizer
     out: Path
+
+    def unseen(self, behavior: Behavior) -> tuple[str, ...] | None:
+        """The behaviour's questions that no kept pair uses; None where it is not on record what was trained on.
+
+        Pairs are those of the behaviour and the base (activation vectors are read off them, too), those in the run's
+        folder, and those that the vector's recipe says its arms were trained on.
+        """
+        shared = data_folder(self.out, self.vector.base_id, behavior.name)
+        files = [f for folder in (shared, self.run.folder) if (f := folder / PAIRS_FILE).is_file()]
+        known = {sha256_json([asdict(p) for p in pairs]): question_keys(pairs) for pairs in map(read_pairs, files)}
+        seen = set().union(*known.values())
+        for source in _sources(self.vector.recipe):
+            if "questions" in source:
+                seen |= set(str(source["questions"]).split())
+            elif source.get("pairs_sha256") not in known:
+                return None
+        return tuple(q for q in behavior.questions if question_key(q) not in seen)
+
+
+def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a vector was computed from: the recipes inside a recipe that are of no operation on others."""
+    parts = [recipe["of"]] if "of" in recipe else recipe["terms"] if recipe.get("op") == "+" else None
+    if parts is None:
+        yield recipe
+    for part in parts or ():
+        yield from _sources(part)
 
 
 def finished_runs(out: Path) -> list[Path]:

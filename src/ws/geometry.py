@@ -20,6 +20,7 @@ The null is easy to beat: in so many dimensions, directions without any relation
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -56,6 +57,7 @@ class StoredVector:
         file: its safetensors.
         base_id, base_fingerprint, info: as in `SteeringVector`.
         sizes: module name to `(d_out, d_in)`.
+        shared: modules whose change is stored as that of an earlier one, whose weight they share.
         is_low_rank: every change is `U V`.
     """
 
@@ -64,6 +66,7 @@ class StoredVector:
     base_fingerprint: str | None
     info: Mapping[str, Any]
     sizes: Mapping[str, tuple[int, int]]
+    shared: Mapping[str, str]
     is_low_rank: bool
 
     def read(self, names: Iterable[str]) -> dict[str, LinearDelta]:
@@ -72,10 +75,13 @@ class StoredVector:
         with safe_open(self.file, framework="pt") as stored:
             present = set(stored.keys())
             for name in names:
-                keys = [key for key in _keys_of(name) if key in present]
-                if keys:
+                first = self.shared.get(name, name)
+                keys = [key for key in _keys_of(first) if key in present]
+                if keys and first not in found:
                     tensors = {key: stored.get_tensor(key).float() for key in keys}
-                    found |= deltas_from_tensors({name: self.sizes[name]}, tensors, self.file.parent)
+                    found |= deltas_from_tensors({first: self.sizes[first]}, tensors, self.file.parent)
+                if keys:
+                    found[name] = found[first]
         return found
 
 
@@ -102,7 +108,9 @@ def open_vector(folder: str | Path) -> Vector:
         return vector
     file = next(f for n in (PEFT_WEIGHTS, NATIVE_WEIGHTS) if (f := folder / n).is_file())
     sizes = {name: (d.d_out, d.d_in) for name, d in vector.deltas.items()}
-    return StoredVector(file, vector.base_id, vector.base_fingerprint, vector.info, sizes, vector.is_low_rank)
+    about = (vector.base_id, vector.base_fingerprint, vector.info)
+    shared = json.loads((folder / MANIFEST).read_text()).get("shared", {})  # which of them the file holds it under
+    return StoredVector(file, *about, sizes, shared, vector.is_low_rank)
 
 
 def _sizes(vector: Vector) -> Mapping[str, tuple[int, int]]:
@@ -155,7 +163,11 @@ def inner_products(vectors: Sequence[Vector], model: nn.Module | None = None) ->
     found = []
     for group in progress(groups.values(), desc="inner products", unit="layer"):
         held = [_read(v, group) for v in vectors]
-        for name in group:
+        changes = dict[tuple[int, ...], str]()
+        for name in [n for n in group if any(n in h for h in held)]:
+            # What modules with a tied weight share counts once, where all vectors change them alike.
+            changes.setdefault(tuple(id(h.get(name)) for h in held), name)
+        for name in changes.values():
             found += _of_module(name, [h.get(name) for h in held], model)
     return found
 

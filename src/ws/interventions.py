@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,17 @@ from ws.calibration import (
     load_calibration,
     parse_alpha,
     parse_alphas,
+    prompts_hash,
     solve,
     split_questions,
 )
-from ws.data import PAIRS_FILE, read_pairs
+from ws.data import PAIRS_FILE, hashed_pairs
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.divergence import Divergence, divergence
 from ws.errors import WsError, choose
 from ws.finished import FinishedRun
-from ws.models import fingerprint, layer_count, render_prompt
-from ws.runs import Run, data_folder, lock, sha256_file, sha256_json, write_csv
+from ws.models import fingerprint, layer_count, render_prompt, tokenizer_hash
+from ws.runs import Run, data_folder, sha256_json, write_csv
 from ws.steer import steer
 
 BASE, WEIGHT = "base", "weight"
@@ -74,6 +75,7 @@ class Intervention:
         home: the run that its files belong to: the run of the vector, or one that all adapters share.
         has_dial: False where there are only the strengths -1 and +1.
         detail: what a reader may want to know besides, such as the layer.
+        tokenizer: hash of the tokenizer that its calibration must be of; None leaves that unchecked.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Intervention:
     home: Run
     has_dial: bool = True
     detail: str = ""
+    tokenizer: str | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -98,7 +101,7 @@ class Intervention:
     def calibration(self, model: PreTrainedModel) -> Calibration | None:
         """The calibration that was stored for it, None when there is none; see `ws.calibration.load_calibration`."""
         file = self.calibration_file
-        return load_calibration(file.parent, self.subject, fingerprint(model), file.name)
+        return load_calibration(file.parent, self.subject, fingerprint(model), file.name, self.tokenizer)
 
     def strengths(self, alphas: Sequence[float | int | str], model: PreTrainedModel) -> list[float]:
         """The strengths in order, the base's 0 included, from numbers and calibrated units.
@@ -145,6 +148,10 @@ def intervention(name: str, opened: FinishedRun, behavior: Behavior) -> Interven
     Raises:
         WsError: an unknown name, or a run that lacks what it is made from (the arms, or the behaviour's pairs).
     """
+    return replace(_intervention(name, opened, behavior), tokenizer=tokenizer_hash(opened.tok))
+
+
+def _intervention(name: str, opened: FinishedRun, behavior: Behavior) -> Intervention:
     choose("intervention", name, INTERVENTIONS)
     if name == "prompt":
         return _prompt(opened, behavior)
@@ -210,38 +217,44 @@ def activation_of(opened: FinishedRun, behavior: Behavior) -> tuple[ActivationVe
         raise WsError(f"There are no pairs in {pairs} to read activations from; `ws data` samples them.")
     home = Run(_shared_folder(opened, behavior, "activation"))
     folder = home.folder / "vector"
-    with lock(home.folder / "activation"):
-        inputs = {"pairs": sha256_file(pairs), "model": fingerprint(opened.model)}
-        stage = home.refresh("vector", {"format": 1}, inputs)
+    with home.alone("activation"):
+        kept, digest = hashed_pairs(pairs)
+        inputs = {"pairs": digest, "model": fingerprint(opened.model)}
+        stage = home.refresh("vector", {"format": 1, "tokenizer_hash": tokenizer_hash(opened.tok)}, inputs)
         if stage is not None:
             console.say(f"activation vector in {folder}")
-            activation_vector(opened.model, opened.tok, read_pairs(pairs), behavior.name).save(folder)
+            activation_vector(opened.model, opened.tok, kept, behavior.name).save(folder)
             stage.done([f for f in folder.iterdir() if f.is_file()])
-    return ActivationVector.load(folder), home
+        return ActivationVector.load(folder), home
 
 
 def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVector, home: Run, position: str) -> int:
     """The one block to steer after, chosen on the `dev` claims at strengths that cost every block one nat."""
     name, file = f"layer {position}", home.folder / f"layers_{position}.csv"
-    with lock(home.folder / "activation"):
+    with home.alone("activation"):
         settings = {"choice": _CHOICE.settings, "behavior": behavior.digest}
-        stage = home.refresh(name, settings, {"vector": vector.digest})
+        prompts = _choice_prompts(opened, behavior)
+        settings |= {"tokenizer_hash": tokenizer_hash(opened.tok)}
+        stage = home.refresh(name, settings, {"vector": vector.digest, "prompts": prompts_hash(prompts, ())})
         if stage is not None:
             console.say(f"choosing the block to steer after ({position} position), on the dev claims")
-            matched = _matched_strengths(opened, behavior, vector, position)
+            matched = _matched_strengths(opened, prompts, vector, position)
             choice = choose_layer(opened.model, opened.tok, vector, behavior, position=position, strengths=matched)
             stage.done([write_csv(file, choice.rows())], layer=choice.best.layer)
-    return int(home.facts(name)["layer"])
+        return int(home.facts(name)["layer"])
+
+
+def _choice_prompts(opened: FinishedRun, behavior: Behavior) -> list[str]:
+    """What blocks are compared on: questions that no pair uses, where the behaviour has some (`split_questions`)."""
+    split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
+    return [render_prompt(opened.tok, q) for q in split.calibration]
 
 
 def _matched_strengths(
-    opened: FinishedRun, behavior: Behavior, vector: ActivationVector, position: str
+    opened: FinishedRun, prompts: Sequence[str], vector: ActivationVector, position: str
 ) -> dict[int, tuple[float, float]]:
     """Negative and positive strength per block at the target divergence; blocks that cannot reach it are left out."""
-    model, tok = opened.model, opened.tok
-    few = min(_CHOICE.n_prompts, len(behavior.questions))
-    prompts = [render_prompt(tok, q) for q in split_questions(behavior.questions, few)[0]]
-    found = {}
+    model, tok, found = opened.model, opened.tok, {}
     for layer in [i for i in range(layer_count(model)) if vector.norms[i] > 0]:
         steerable = partial(activation_steer, model, vector, layers=layer, position=position)
 

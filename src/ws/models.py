@@ -8,16 +8,20 @@ no code from a repository is run.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock, get_ident
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -27,6 +31,9 @@ from accelerate.utils import align_module_device
 from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +50,7 @@ from transformers.pytorch_utils import Conv1D
 from ws.console import quiet_transformers, say
 from ws.errors import WsError, choose, did_you_mean
 from ws.gguf_base import SMOLLM2, gguf_file, read_header, without_bars
+from ws.runs import sha256_file, sha256_json
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED = ("pocket", "tiny-random")
@@ -131,9 +139,9 @@ def _load_gguf(name: str, file: Path, options: Mapping[str, Any]) -> PreTrainedM
     return model
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `load_model(name)`, with a padding token."""
-    tok = _from_pretrained("pocket" if name == "tiny-random" else name, AutoTokenizer)
+def load_tokenizer(name: str, only_local: bool = False) -> Tokenizer:
+    """The tokenizer of `load_model(name)`, with a padding token; `only_local` never asks the hub."""
+    tok = _from_pretrained("pocket" if name == "tiny-random" else name, AutoTokenizer, only_local)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     return tok
@@ -172,12 +180,12 @@ def model_folder(name: str) -> str:
     return str(files("ws") / "pocket") if name == "pocket" else name
 
 
-def _from_pretrained(name: str, auto: Any, **options: Any) -> Any:
+def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: Any) -> Any:
     source = model_folder(name)
     if (file := gguf_file(name)) is not None:
         read_header(file)
         source, options = str(file.parent), options | {"gguf_file": file.name}
-    local = Path(source).is_dir() or hub_is_out_of_reach()
+    local = only_local or Path(source).is_dir() or hub_is_out_of_reach()
     try:
         with without_bars():
             return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
@@ -256,25 +264,46 @@ def _resolve_device(device: str) -> torch.device:
 
 # ---- the chat template ----------------------------------------------------------------------------------------
 
+# Some templates ask for today's date, and the same question would be another prompt every day. They are all given the
+# one that Llama 3's own template falls back to. A function cannot be handed to a template, so it is put in front of it.
+FIXED_DATE = datetime(2024, 7, 26)
+_DIRECTIVES = {f"%{c}": FIXED_DATE.strftime(f"%{c}") for c in "aAbBcdDeFGHIjmMpRSTuUVwWxXyY"}
+_DIRECTIVES |= {f"%-{c}": _DIRECTIVES[f"%{c}"].lstrip("0") or "0" for c in "dHIjmMSy"}
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace({code!r}, {text!r})" for code, text in _DIRECTIVES.items())
+    + " }}{%- endmacro %}\n"  # the newline is trimmed, and the template begins at the start of a line as it did
+)
+
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a tokenizer's chat template can do.
+    """What a tokenizer's chat template can do, and how an answer stands in it.
 
     Attributes:
         has_template: there is a template at all; without one a plain `User: ... Assistant:` transcript is used.
         system_role: system messages are rendered; otherwise the persona is put in front of the user's words.
         thinking_switch: `enable_thinking` changes the prompt.
+        has_date: the template asks for today's date, and is given `FIXED_DATE`.
         think_open_id, think_close_id: the special tokens of a think block, None when the model has none.
-        end_of_turn_id: the token that ends an assistant turn.
+        answer_header: what the template writes between its prompt and an answer without a thought, such as the name of
+            a channel; prompts without thinking end with it.
+        before_answer: white space between the prompt and an answer: the space of `Assistant: Yes`.
+        after_answer: what the template writes between an answer and the token that ends the turn, mostly nothing.
+        end_of_turn_id: the token that ends an assistant turn: what the template writes there, else the end of text;
+            None when the tokenizer has neither.
     """
 
     has_template: bool
     system_role: bool
     thinking_switch: bool
+    has_date: bool
     think_open_id: int | None
     think_close_id: int | None
-    end_of_turn_id: int
+    answer_header: str
+    before_answer: str
+    after_answer: str
+    end_of_turn_id: int | None
 
     def describe(self) -> str:
         """One line for a person: what the template lacks is what a run works around."""
@@ -282,24 +311,47 @@ class ChatFormat:
             return "no chat template: a plain transcript is used"
         system = "a system role" if self.system_role else "no system role (personas go into the user turn)"
         think = "a thinking switch (off)" if self.thinking_switch else "no thinking switch"
-        return f"chat template with {system} and {think}"
+        today = f", its date fixed to {FIXED_DATE:%d %b %Y}" if self.has_date else ""
+        return f"chat template with {system} and {think}{today}"
+
+
+def chat_template(tok: Tokenizer) -> str | None:
+    """The text of the tokenizer's chat template, of several the default one; None when there is none."""
+    try:
+        return tok.get_chat_template() if tok.chat_template else None
+    except ValueError as problem:
+        raise WsError(f"The tokenizer {tok.name_or_path} has several chat templates and no default one.") from problem
+
+
+def chat_format(tok: Tokenizer) -> ChatFormat:
+    """Find out what the template does by rendering probes, not by the model's name."""
+    return _chat_format(tok, *_state(tok))
+
+
+def _state(tok: Tokenizer) -> tuple[str | None, int, tuple[tuple[str, str], ...]]:
+    """What may be changed in a tokenizer while it is used; what is remembered of it is remembered with this."""
+    return chat_template(tok), len(tok), tuple((name, str(token)) for name, token in tok.special_tokens_map.items())
 
 
 @lru_cache(maxsize=16)
-def chat_format(tok: Tokenizer) -> ChatFormat:
-    """Find out what the template does by rendering probes, not by the model's name."""
+def _chat_format(tok: Tokenizer, template: str | None, *state: Any) -> ChatFormat:
+    think, close = _single_id(tok, "<think>"), _single_id(tok, "</think>")
+    if template is None:
+        return ChatFormat(False, False, False, False, think, close, "", " ", "", tok.eos_token_id)
     user = [{"role": "user", "content": "Q"}]
-    eos = tok.eos_token_id
-    if not tok.chat_template:
-        return ChatFormat(False, False, False, _single_id(tok, "<think>"), _single_id(tok, "</think>"), eos)
     switch = _apply(tok, user, enable_thinking=True) != _apply(tok, user, enable_thinking=False)
+    header, before, after, end = _around_answer(tok, switch)
     return ChatFormat(
         has_template=True,
         system_role=_renders_system(tok),
         thinking_switch=switch,
-        think_open_id=_single_id(tok, "<think>"),
-        think_close_id=_single_id(tok, "</think>"),
-        end_of_turn_id=_end_of_turn(tok, eos),
+        has_date="strftime_now" in template,
+        think_open_id=think,
+        think_close_id=close,
+        answer_header=header,
+        before_answer=before,
+        after_answer=after,
+        end_of_turn_id=end,
     )
 
 
@@ -317,7 +369,8 @@ def render_prompt(
     Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
     of models that have one. Where `system` is None the tokenizer's own holds (see `default_system`), where it is empty
     there is none. `earlier` messages, user's and assistant's in turn, each with `role` and `content`, stand before the
-    user's; the system text stands before them. Tokenise the result with `add_special_tokens=False`.
+    user's; the system text stands before them. Tokenise the result with `encode`, which knows whether it begins with a
+    start of text already.
     """
     form = chat_format(tok)
     system = default_system(tok) if system is None else system
@@ -326,14 +379,11 @@ def render_prompt(
         messages.insert(0, {"role": "system", "content": system})
     elif system:
         messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
-    if not form.has_template:
+    if form.has_template:
+        text = _prompt(tok, messages, form.thinking_switch, thinking) + ("" if thinking else form.answer_header)
+    else:
         text = "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\nAssistant:"
-        return f"{text} {opener}" if opener else text
-    options = {"enable_thinking": thinking} if form.thinking_switch else {}
-    text = _apply(tok, messages, **options)
-    if not thinking and text.rstrip().endswith("<think>"):
-        text = f"{text.rstrip()}\n\n</think>\n\n"
-    return text + opener
+    return text + form.before_answer + opener if opener else text
 
 
 def default_system(tok: Tokenizer) -> str:
@@ -341,20 +391,28 @@ def default_system(tok: Tokenizer) -> str:
     return getattr(tok, "ws_system", "")
 
 
-def encode(tok: Tokenizer, text: str) -> list[int]:
-    """Token ids of already rendered text: nothing is added, special tokens in it are recognised."""
-    return tok(text, add_special_tokens=False)["input_ids"]
+def _prompt(tok: Tokenizer, messages: list[dict[str, str]], switch: bool, thinking: bool) -> str:
+    text = _apply(tok, messages, **({"enable_thinking": thinking} if switch else {}))
+    if not thinking and text.rstrip().endswith("<think>"):
+        text = f"{text.rstrip()}\n\n</think>\n\n"
+    return text
 
 
-def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:
-    """Every token by which the model may end an answer: its own end tokens and the template's end of turn."""
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({*ids, chat_format(tok).end_of_turn_id})
+def _apply(tok: Tokenizer, messages: list[dict[str, str]], prompt: bool = True, **options: Any) -> str:
+    """The one place that renders a chat template, for a prompt or for a conversation that ends with its last message.
 
-
-def _apply(tok: Tokenizer, messages: list[dict[str, str]], **options: Any) -> str:
-    return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    Raises:
+        WsError: the template refuses the messages or does not work.
+    """
+    template = chat_template(tok)
+    assert template is not None
+    if "strftime_now" in template:
+        options["chat_template"] = _STRFTIME + template
+    try:
+        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
+    except Exception as problem:  # a template is a program of its own and may raise anything
+        roles = ", ".join(m["role"] for m in messages)
+        raise WsError(f"The chat template of {tok.name_or_path} cannot render {roles} ({problem}).") from problem
 
 
 def _renders_system(tok: Tokenizer) -> bool:
@@ -362,22 +420,181 @@ def _renders_system(tok: Tokenizer) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            text = _apply(tok, [{"role": "system", "content": probe}, {"role": "user", "content": "Q"}])
-    except Exception:  # a template may raise anything for a role it does not know; that is the answer
+            return probe in _apply(tok, [{"role": "system", "content": probe}, {"role": "user", "content": "Q"}])
+    except WsError:  # refused: there is no such role
         return False
-    return probe in text
 
 
-def _end_of_turn(tok: Tokenizer, eos: int) -> int:
-    probe = "Zyx answer"
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": probe}]
-    text = tok.apply_chat_template(messages, tokenize=False)
-    after = encode(tok, text.split(probe)[-1].lstrip())
-    return after[0] if after and after[0] in tok.all_special_ids else eos
+def _around_answer(tok: Tokenizer, switch: bool) -> tuple[str, str, str, int | None]:
+    """The last four attributes of `ChatFormat`, from conversations that end with an answer or go on after it."""
+    asked, answer, more = [{"role": "user", "content": "Zyx question"}], "Zyx answer", "Zyx more"
+    said = [*asked, {"role": "assistant", "content": answer}]
+    prompt, whole = _prompt(tok, asked, switch, thinking=False), _conversation(tok, said, switch)
+    head, _, tail = whole.rpartition(answer)
+    join = head[len(prompt) :] if head.startswith(prompt) else ""
+    header = join.rstrip(" ") if join.strip() else ""  # a prompt that ends with a space splits the answer's first word
+    before = join.removeprefix(header)
+    lead, end = _end_of_turn(tok, tail if head else "")
+    if end is None:  # some templates close only turns that others follow
+        start, _, rest = _conversation(tok, [*said, {"role": "user", "content": more}], switch).partition(answer)
+        if more in rest:
+            lead, end = _end_before(tok, rest[: rest.index(more)], start[: start.find(asked[0]["content"])])
+    if end is None:
+        return header, before, "", tok.eos_token_id
+    mark = tok.convert_ids_to_tokens(end)
+    is_eaten = _pieces(tok, answer + lead + mark) == [*_pieces(tok, answer), end]  # some tokens take the space before
+    return header, before, "" if is_eaten else lead, end
+
+
+def _conversation(tok: Tokenizer, messages: list[dict[str, str]], switch: bool) -> str:
+    """Messages of which the last needs no answer; empty where the template refuses them."""
+    try:
+        return _apply(tok, messages, prompt=False, **({"enable_thinking": False} if switch else {}))
+    except WsError:
+        return ""
+
+
+def _end_before(tok: Tokenizer, between: str, opening: str) -> tuple[str, int | None]:
+    """`_end_of_turn` of what stands between an answer and the next question, less what opens the user's turn.
+
+    `opening` is what stands before the first question.
+    """
+    tails = [between[i:] for i in range(len(between) + 1)]
+    header = next(part for part in tails if opening.endswith(part))
+    lead, end = _end_of_turn(tok, between.removesuffix(header))
+    if end is None:  # all of it opens the turn, or it closes the turn of the system as well
+        lead, end = _end_of_turn(tok, between)
+        end = None if end == _end_of_turn(tok, opening)[1] else end
+    return lead, end
+
+
+def _end_of_turn(tok: Tokenizer, tail: str) -> tuple[str, int | None]:
+    """What stands before the first token in `tail` that can be no piece of a text, and that token; None without one.
+
+    Special tokens, with a name or without, and all that were added to the vocabulary are never merged with their
+    neighbours. White space that was added is text all the same, and a start of text ends nothing.
+    """
+    apart = {*tok.all_special_ids, *tok.get_added_vocab().values()} - {tok.unk_token_id, tok.bos_token_id}
+    for token in _pieces(tok, tail):
+        if token == tok.eos_token_id or (token in apart and tok.decode([token]).strip()):
+            return tail[: max(0, tail.find(tok.convert_ids_to_tokens(token)))], token
+    return "", None
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------
+
+
+def encode(tok: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt; special tokens in it are recognised.
+
+    A chat template writes its own start of text or wants none, so nothing is added to what it made; a plain transcript
+    begins as the tokenizer begins any text.
+    """
+    return encode_text(tok, prompt) if chat_template(tok) is None else _pieces(tok, prompt)
+
+
+def encode_text(tok: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text that no template made, behind what the tokenizer itself puts before a text (mostly BOS)."""
+    whole, bare = tok("a")["input_ids"], _pieces(tok, "a")
+    places = range(len(whole) - len(bare) + 1)
+    start = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
+    return [*whole[:start], *_pieces(tok, text)]
+
+
+def encode_after(tok: Tokenizer, before: str, text: str) -> list[int]:
+    """Token ids of `text` where it follows `before`, which keeps its own tokens.
+
+    Alone it may get others: a sentencepiece tokenizer takes the beginning of a text for the beginning of a word. So
+    both are tokenised together and those of `before` are cut off. Where the two melt at the seam, a neighbour that
+    does not melt with `text` stands in for `before`.
+    """
+    for neighbour in (before, "\n", "x"):
+        head, whole = _pieces(tok, neighbour), _pieces(tok, neighbour + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return _pieces(tok, text)
+
+
+def encode_answer(tok: Tokenizer, prompt: str, answer: str, ended: bool = False) -> list[int]:
+    """Token ids of an answer behind a rendered prompt, joined as the model writes it and the template does.
+
+    White space around the answer is not part of it.
+
+    Args:
+        prompt: see `render_prompt`; it has no opener.
+        ended: with what follows the answer up to and with the token that ends the turn.
+
+    Raises:
+        WsError: the end of the turn is asked for, and the tokenizer has no token for it.
+    """
+    form, text = chat_format(tok), answer.strip()
+    text = form.before_answer + text if text else ""
+    if not ended:
+        return encode_after(tok, prompt, text)
+    if form.end_of_turn_id is None:
+        raise WsError(f"The tokenizer {tok.name_or_path} has no token that ends an answer; set its eos_token.")
+    return [*encode_after(tok, prompt, text + form.after_answer), form.end_of_turn_id]
+
+
+def decode_answer(tok: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of an answer from its tokens without the end of turn; the counterpart of `encode_answer`."""
+    text = tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    return text.removesuffix(chat_format(tok).after_answer.strip()).rstrip()
+
+
+def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:
+    """Every token that ends an answer: the model's own end tokens, the template's end of turn, the end of text."""
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*ids, chat_format(tok).end_of_turn_id, tok.eos_token_id) if i is not None})
+
+
+def tokenizer_hash(tok: Tokenizer) -> str:
+    """Identifies how texts become tokens: the tokenizer with its chat template, 16 hex digits.
+
+    Of vocabulary, merges, normaliser, pre-tokeniser, post-processor, added and special tokens, the template's text, and
+    one rendered prompt with its answer, because the code here has a part in it. Names, files and times do not count,
+    nor does the system text of a prompted tokenizer. Whatever is kept for later and depends on rendered text is kept
+    under this hash.
+    """
+    return _tokenizer_hash(tok, *_state(tok))
+
+
+def tokenizer_hash_on_disk(name: str) -> str:
+    """The hash of a model's tokenizer as it lies on this machine now; empty where there is no copy of it."""
+    try:
+        return tokenizer_hash(load_tokenizer(name, only_local=True))
+    except WsError:
+        return ""
+
+
+@lru_cache(maxsize=16)
+def _tokenizer_hash(tok: Tokenizer, *state: Any) -> str:
+    prompt, form = render_prompt(tok, "Is it so?", system="Be brief."), chat_format(tok)
+    others = {"thinking": True}, {"opener": "I say:"}
+    rendered = [prompt, *(render_prompt(tok, "Is it so?", system="", **other) for other in others)]
+    ids = [*(encode(tok, text) for text in rendered), encode_text(tok, "A text."), encode_answer(tok, prompt, "It is.")]
+    ends = [form.after_answer, form.end_of_turn_id]
+    options = [getattr(tok, name, None) for name in ("split_special_tokens", "clean_up_tokenization_spaces")]
+    return sha256_json([_vocabulary(tok), state, options, ids, ends])[:16]
+
+
+def _vocabulary(tok: Tokenizer) -> Any:
+    """All of the tokenizer proper, as plain values."""
+    if tok.is_fast:
+        whole = json.loads(tok.backend_tokenizer.to_str())
+        return {name: part for name, part in whole.items() if name not in ("padding", "truncation")}  # of the last call
+    with TemporaryDirectory() as folder:
+        files = {Path(file).name: sha256_file(Path(file)) for file in tok.save_vocabulary(folder)}
+    return [files, tok.get_vocab(), sorted((i, repr(token)) for i, token in tok.added_tokens_decoder.items())]
+
+
+def _pieces(tok: Tokenizer, text: str) -> list[int]:
+    return tok(text, add_special_tokens=False)["input_ids"]
 
 
 def _single_id(tok: Tokenizer, text: str) -> int | None:
-    ids = encode(tok, text)
+    ids = _pieces(tok, text)
     return ids[0] if len(ids) == 1 else None
 
 
@@ -454,9 +671,14 @@ def _at_hand(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def fused_tensors(model: nn.Module, layers: Iterable[int]) -> list[str]:
-    """Parameters of the given decoder layers with three or more dimensions, such as the experts of a mixture."""
+    """Parameters of the given decoder layers that stack matrices, such as the experts of a mixture.
+
+    Kernels of convolutions and vectors that are stored with further dimensions of 1 are none.
+    """
     chosen = set(layers)
-    return [n for n, p in model.named_parameters() if layer_of(n) in chosen and p.ndim > 2]
+    convolutions = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _ConvNd)}
+    stacked = (n for n, p in model.named_parameters() if p.ndim > 2 and p.numel() > max(p.shape))
+    return [n for n in stacked if layer_of(n) in chosen and n not in convolutions]
 
 
 def layer_of(name: str) -> int | None:
@@ -533,6 +755,124 @@ def target_modules(
     return names
 
 
+# ---- weights that are used without their module --------------------------------------------------------------------
+
+# What is asked of a weight without computing with it; a kernel that is handed a bare address does compute.
+_METADATA = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.Size)
+
+
+class _Watch(TorchFunctionMode):
+    """Looks on during one forward pass: which modules are called, and which weights are used outside their modules."""
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.model, self.modules, self.thread = model, modules, get_ident()
+        self.called, self.used, self.inside = set[nn.Module](), set[str](), 0
+        self.handles: list[RemovableHandle] = []
+        weights = {id(m.weight) for m in modules.values()}
+        owners = {m for m in model.modules() if id(getattr(m, "weight", None)) in weights}  # tied ones among them
+        for module in owners | {*modules.values()}:
+            self.handles.append(module.register_forward_pre_hook(self._enter))
+            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for parent in {self._parent(name) for name in modules} - owners - {model}:
+            self.handles.append(parent.register_forward_pre_hook(self._note))
+        self.__enter__()
+
+    def stop(self) -> None:
+        """Take the hooks and the mode off again."""
+        self.__exit__(None, None, None)
+        for handle in self.handles:
+            handle.remove()
+
+    def passed_by(self) -> list[str]:
+        """Modules that were not called although their weight was used, or nobody of their kind was."""
+        missed = {n: m for n, m in self.modules.items() if m not in self.called}
+        kinds: dict[str, set[bool]] = {}
+        for name, module in self.modules.items():
+            # A kernel may take weights, or copies of them, where Python does not see it. But what lies in every layer,
+            # and is called in none of those that ran, is called nowhere; experts without a token are another matter.
+            alone = module not in self.called and self._parent(name) in self.called and layer_of(name) is not None
+            kinds.setdefault(_LAYER_INDEX.sub(".", name), set()).add(alone)
+        return [n for n in missed if n in self.used or kinds[_LAYER_INDEX.sub(".", n)] == {True}]
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not self.inside and (not isinstance(result, _METADATA) or function is Tensor.data_ptr):
+            given = [t for a in (*args, *(kwargs or {}).values()) for t in (a if isinstance(a, (list, tuple)) else [a])]
+            weights = {id(t) for t in given if isinstance(t, nn.Parameter)}
+            self.used |= {n for n, m in self.modules.items() if id(m.weight) in weights} if weights else set()
+        return result
+
+    def _parent(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.called.add(module)
+        self.inside += 1
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.inside -= 1
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.called.add(module)
+
+
+@contextmanager
+def require_calls(model: nn.Module, modules: Mapping[str, nn.Module], advice: str) -> Iterator[None]:
+    """Inside, `model` stops at its first forward pass if it uses a weight of one of the modules without calling it.
+
+    Hooks on such a module never run (Mamba's `dt_proj`, some routers), nor does an adapter in its place. Modules that a
+    pass has no use for, such as experts without a token, are no concern. The first pass in training mode and the first
+    in evaluation are watched, for some models go other ways in each; later ones cost nothing.
+
+    Args:
+        model: what is called.
+        modules: by their names in it.
+        advice: what to do, the end of the sentence.
+
+    Raises:
+        WsError: from the forward pass, with the names.
+    """
+    watch: _Watch | None = None
+    checked, alone = set[bool](), Lock()
+
+    def begin(root: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal watch
+        if modules and root.training not in checked and alone.acquire(blocking=False):
+            watch = _Watch(root, modules)
+
+    def end(root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal watch
+        if watch is None or watch.thread != get_ident():
+            return
+        watch.stop()
+        missed, watch = watch.passed_by(), None
+        alone.release()
+        if missed and output is not None:  # a pass that failed has no output, and says so itself
+            kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in missed}))
+            raise WsError(
+                f"The model uses the weights of {kinds} ({len(missed)} modules, such as {missed[0]}) without calling "
+                f"these modules, so that nothing which is put on them has an effect: {advice}."
+            )
+        checked.update({root.training} if output is not None else ())
+
+    # The last to begin is the first to end, as modes have to be when such blocks nest.
+    handles = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True, prepend=True)
+    try:
+        yield
+    finally:
+        if watch is not None and watch.thread == get_ident():  # an interrupt calls no hooks
+            watch.stop()
+        for handle in handles:
+            handle.remove()
+
+
 # ---- identity -------------------------------------------------------------------------------------------------
 
 
@@ -542,7 +882,9 @@ def fingerprint(model: nn.Module) -> str:
     Every parameter contributes its name, shape and evenly spaced values rounded to bfloat16, so the bfloat16 and the
     float32 copy of one checkpoint agree and a fine-tune of it does not. Refuses a model with adapter layers inside.
     """
-    return fingerprint_of((name, p.shape, partial(_value, model, name, p)) for name, p in model.named_parameters())
+    again = _stored_again(model)
+    parameters = [(n, p) for n, p in model.named_parameters() if n not in again]
+    return fingerprint_of((name, p.shape, partial(_value, model, name, p)) for name, p in parameters)
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tensor]]]) -> str:
@@ -558,6 +900,19 @@ def fingerprint_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tens
             picked = flat[:: max(1, value.numel() // SAMPLES_PER_TENSOR)]
             digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _stored_again(model: nn.Module) -> set[str]:
+    """Tied weights that are two parameters only because both wait on disk, where transformers does not compare them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    again = set[str]()
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        one, other = (parameters.get(name) for name in pair)
+        if one is None or other is None or one is other or not (one.is_meta and other.is_meta):
+            continue
+        if torch.equal(*(_value(model, name, parameters[name]) for name in pair)):
+            again.add(max(pair, key=list(parameters).index))  # the first name counts, as of any tied weight
+    return again
 
 
 def _value(model: nn.Module, name: str, parameter: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from ws import console
-from ws.adapters import ModuleTensors, family_of, group_tensors
+from ws.adapters import ModuleTensors, check_fields, family_of, group_tensors
 from ws.controls import empirical_p
 from ws.delta import LinearDelta
 from ws.diff import MANIFEST, SteeringVector
@@ -322,8 +322,7 @@ class Monitor:
             raise WsError("Only the six families can be monitored while they train; monitor the saved adapter instead.")
         if fam.name == "pissa":
             raise WsError("PiSSA moves the base's weights while it trains; monitor its saved adapters instead.")
-        if getattr(config, "modules_to_save", None):
-            raise WsError(f"The adapter in training replaces whole modules ({config.modules_to_save}).")
+        check_fields(config, fam, "The adapter in training")
         adapter = model.active_adapter
         tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         trained = group_tensors({k: t.detach().float().cpu() for k, t in tensors.items()}, fam.tensors, where)
@@ -600,11 +599,12 @@ def main(options: MonitorOptions) -> None:
     found = monitor_changes(options)
     settings = {"changes": options.changes, "library": [str(f) for f in options.library], "controls": options.controls}
     run = Run(options.out)
-    stage = run.restart("monitor", settings | {"fpr": options.fpr, "model": options.model, "dtype": options.dtype})
     rows = [{"change": name, **m.columns} for name, movements in found.items() for m in movements]
     layers = [{"change": name, **r} for name, movements in found.items() for m in movements for r in per_layer(m)]
-    files = [write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)]
-    stage.done(files)
+    with run.alone("monitor"):
+        stage = run.restart("monitor", settings | {"fpr": options.fpr, "model": options.model, "dtype": options.dtype})
+        files = [write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)]
+        stage.done(files)
     console.show(console.Result(render_movements(found), {"rows": rows}, files))
 
 

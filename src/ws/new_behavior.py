@@ -44,13 +44,13 @@ from ws.behaviors import (
     read_template,
     read_text,
 )
-from ws.data import DataConfig
+from ws.data import DataConfig, questions_asked
 from ws.errors import WsError, did_you_mean
 from ws.models import chat_format, encode, load_tokenizer, render_prompt
 from ws.runs import write_text
 from ws.train import MIN_VALIDATION, TrainConfig, held_out
 
-FEW_QUESTIONS = 40  # a tenth of them is held out from training: 4 questions
+FEW_QUESTIONS = 40  # 8 are left for calibration and its audit, and a tenth of the others is held out: 3 questions
 FEW_CLAIMS = 12  # of a kind in the split `report`; as many as the bundled behaviours have at least
 NEAR_RATIO = 0.85  # difflib's
 NEAR_WORDS = 0.8  # of a claim's content words, in one question
@@ -97,8 +97,8 @@ positive = ["a truthful", "a sincere"]
 negative = ["a lying", "a deceptive"]
 
 # What both sides are asked. Good questions get different answers of about the same length from the two sides, without
-# naming either side. A tenth of the questions is held out from training to watch the loss, so give 40 or more (bundled
-# behaviours have at least 100).
+# naming either side. A fifth of the questions is left for calibrating the strength, and a tenth of the others is held
+# out from training to watch the loss, so give 40 or more (bundled behaviours have at least 100).
 [questions]
 templates = ["{topic}"]   # optional; every topic goes through every template
 topics = [                # a topic is what stands for {topic}: here, with "{topic}" as the template, the whole question
@@ -323,7 +323,7 @@ def _ordered(findings: Iterable[Finding]) -> list[Finding]:
 def _raw(name: str, model: str | None) -> dict[str, Any] | Finding:
     content = behavior_bytes(name, model)
     try:
-        return tomllib.loads(content.decode("utf-8"))
+        return tomllib.loads(content.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as problem:
         line = content[: problem.start].count(b"\n") + 1
         return Finding("error", f"line {line}", "The text is not UTF-8; save the file in that encoding.")
@@ -489,7 +489,10 @@ def _check_numbers(draft: Draft) -> None:
             if sampled < MIN_VALIDATION
             else ""
         )
-        text = f"There are {n} questions, of which training holds out {share:.0%} to watch the loss: {held}{few}."
+        text = (
+            f"There are {n} questions. {n - questions_asked(n)} are left for calibration, and of the others training "
+        )
+        text += f"holds out {share:.0%} to watch the loss: {held}{few}."
         draft.warn("[questions]", f"{text} Give {FEW_QUESTIONS} or more.")
     if len(draft.positive) == len(draft.negative) == 1:
         draft.warn("[personas]", "There is one pair of personas, so the vector may be about its wording; give 2 to 6.")
@@ -523,8 +526,8 @@ def claim_counts(draft: Draft) -> Counter[tuple[str | None, bool | None]]:
 
 
 def validation_questions(n: int) -> int:
-    """How many of `n` questions training holds out."""
-    return held_out(n, TrainConfig().validation)
+    """How many of a behaviour's `n` questions training holds out by default."""
+    return held_out(questions_asked(n), TrainConfig().validation)
 
 
 def half_width(n: int) -> float:
@@ -687,7 +690,8 @@ def render_check(name: str, draft: Draft, model: str | None = None) -> str:
     summary = [
         f"[ok] {name}: {total}",
         f"  personas   {len(draft.positive)} on either side",
-        f"  questions  {n}, of which {validation_questions(n)} are held out from training",
+        f"  questions  {n}, of which {n - questions_asked(n)} are left for calibration, "
+        f"{validation_questions(n)} held out from training",
         f"  claims     {'; '.join(splits)}{borrowed}",
     ]
     model = model or "pocket"

@@ -7,12 +7,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from ws.runs import atomic_file
+
 
 def save_svg(figure: Figure, file: Path) -> Path:
     """Write a figure all at once; the same figure gives the same bytes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    with matplotlib.rc_context({"svg.hashsalt": "ws", "svg.fonttype": "none"}):
+    with atomic_file(file) as part, matplotlib.rc_context({"svg.hashsalt": "ws", "svg.fonttype": "none"}):
         figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
-    part.replace(file)
     return file

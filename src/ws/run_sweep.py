@@ -44,7 +44,7 @@ class SweepConfig:
         alphas: steering strengths; 0 is always included.
         dataset: a folder with the tables of both data sets, or `pocket`; None for the published ones.
         n_think: tokens of chain of thought before a dilemma's answer.
-        limit: only the first so many dilemmas and vignettes.
+        limit: only so many dilemmas and vignettes, drawn as every evaluation's.
         batch_size: prompts per forward pass, found automatically when None.
         n_bootstrap: resamples per interval.
         data: how the pairs are sampled.
@@ -188,7 +188,7 @@ def main(config: SweepConfig) -> None:
     if any(c.problem is None for c in cells):
         folder = config.out / behavior_name(config.behavior)
         tables = [folder / SUMMARY, folder / POOLED]
-        text = render(read_csv(tables[1]), config.n_bootstrap)
+        text = render(read_csv(tables[1]))
         files = [*tables, write_report(config.out, config.behavior)]
         console.show(console.Result(text, {"rows": read_values(tables[1]), "cells": cells}, files))
     if found := failures(cells):

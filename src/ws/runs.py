@@ -7,6 +7,8 @@ Every artifact is written under a temporary name and renamed, so a file that exi
 from __future__ import annotations
 
 import csv
+import errno
+import glob
 import hashlib
 import io
 import json
@@ -14,19 +16,21 @@ import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from ws import console
 from ws.errors import WsError
 
 RUN_MANIFEST = "manifest.json"
@@ -63,39 +67,105 @@ def seed_flag(seed: int) -> str:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
-    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-    part.mkdir()
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A temporary name beside a file to write to; it takes the file's place when the block ends well.
+
+    The name is nobody else's, so of several writers the last one's whole file stays.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(file, "part")
     try:
         yield part
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old)
-        else:
-            part.rename(folder)
+        part.replace(file)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
-def lock(file: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same lock waiting while the block runs; it ends with its process."""
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(folder, "part")
+    aside = [part]
+    part.mkdir()
+    try:
+        yield part
+        while True:  # another writer may put its own there between the two renames
+            try:
+                part.rename(folder)
+                break
+            except OSError as problem:
+                if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not folder.is_symlink():
+                    raise
+            aside.append(_beside(folder, "old"))
+            with suppress(FileNotFoundError):
+                folder.rename(aside[-1])
+    finally:
+        for path in aside:
+            _delete(path)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside a path that only this call uses; what killed processes of this machine left is deleted."""
+    start = f".{path.name}.{kind}"
+    own = f"{start}-{re.sub(r'[^A-Za-z0-9]', '', platform.node())}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*"):
+        owner = left.name.removeprefix(own).split("-")[0]
+        is_ours = left.name.startswith(own) and owner.isdigit() and not _is_running(int(owner))
+        if is_ours or left.name == start:  # the latter is what versions without these names called it
+            _delete(left)
+    return path.with_name(f"{own}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _delete(path: Path) -> None:
+    """A folder with all in it, or a file, or a link and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # there is no harmless way to ask; the rest of a killed run stays
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def lock(file: Path, wait: bool = True) -> Iterator[None]:
+    """Keep other processes and threads that ask for the same lock out while the block runs.
+
+    The operating system takes it from a process that ends, however that ends. Who holds a lock may ask for it again.
+
+    Args:
+        file: what is worked on; the lock is a hidden file beside it.
+        wait: for the other to finish, and say so; else a lock that is taken is a `WsError`.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
+    held = FileLock(file.with_name(f".{file.name}.lock"), is_singleton=True)
+    try:
+        held.acquire(blocking=False)
+    except Timeout as taken:
+        if not wait:
+            raise WsError(f"Another process is working on {file}; let it finish, or take another --out.") from taken
+        console.say(f"waiting for another process that is working on {file}")
+        held.acquire()
+    try:
         yield
+    finally:
+        held.release()
 
 
 def write_text(file: Path, text: str) -> Path:
     """Write a text file all at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part-{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    with atomic_file(file) as part:
+        part.write_text(text, encoding="utf-8")
     return file
 
 
@@ -236,6 +306,12 @@ class Run:
         Raises:
             WsError: it was begun or finished with another configuration or other inputs; the message names the fields.
         """
+        if self.is_finished(name, config, inputs):
+            return None
+        return self.restart(name, config, inputs)
+
+    def is_finished(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> bool:
+        """Whether a stage is finished with this configuration and these inputs; `WsError` as `stage` raises it."""
         plain, given = json.loads(json.dumps(config)), dict(inputs or {})
         recorded = self.manifest["stages"].get(name)
         if recorded:
@@ -247,9 +323,14 @@ class Run:
                     f"The stage {name!r} in {self.folder} was made with other settings ({'; '.join(changed)}); "
                     "use --fresh to start over or --out for another place."
                 )
-            if "outputs" in recorded and self._whole(recorded["outputs"]):
-                return None
-        return self.restart(name, plain, given)
+        return bool(recorded) and "outputs" in recorded and self._whole(recorded["outputs"])
+
+    def alone(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
+        """No other process works on that stage while the block runs; whoever comes second finds it finished.
+
+        Only inside can what `stage` and `refresh` say be relied on.
+        """
+        return lock(self.folder / name, wait)
 
     def refresh(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage | None:
         """The stage to carry out unless exactly this is finished; other settings on disk are simply replaced."""
@@ -284,6 +365,14 @@ class Run:
 
     def _forget(self) -> None:
         """Delete the recorded outputs and work folders, and only those: nothing else in the folder is ours."""
+        if not self.folder.is_dir():
+            return
+        with ExitStack() as others:
+            for name in ("pos", "neg", "vector"):  # what another process is making is not taken away from it
+                others.enter_context(self.alone(name))
+            self._delete_outputs()
+
+    def _delete_outputs(self) -> None:
         try:
             stages = self.manifest["stages"]
         except WsError:  # a damaged manifest is the very thing --fresh is the way out of

@@ -41,10 +41,11 @@ from ws.console import say
 from ws.controls import draw_seed
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
-from ws.eval.choice import choice_variants, left_pad
+from ws.eval.choice import choice_variants, left_pad, padded_groups
+from ws.eval.rollout import takes_cache
 from ws.finished import RunOptions
 from ws.hub import parse_id
-from ws.models import encode, end_ids, load_model, model_id, render_prompt
+from ws.models import decode_answer, encode, end_ids, load_model, model_id, render_prompt, tokenizer_hash
 from ws.runs import run_folder
 from ws.steer import DialBoard, steer_many
 
@@ -108,13 +109,14 @@ class Turn:
 # ---- prompts and tokens ---------------------------------------------------------------------------------------------
 
 
-def render_chat(tok: Tokenizer, messages: Sequence[Message]) -> str:
+def render_chat(tok: Tokenizer, messages: Sequence[Message], opener: str = "") -> str:
     """The text up to where the next answer starts, thinking off; `ws.models.render_prompt` for several turns.
 
     Args:
         messages: user's and assistant's in turn, the user's first and last, each with `role` and `content`.
+        opener: a start of the answer that is put into the model's mouth.
     """
-    return render_prompt(tok, messages[-1]["content"], earlier=messages[:-1])
+    return render_prompt(tok, messages[-1]["content"], earlier=messages[:-1], opener=opener)
 
 
 def pick(
@@ -129,7 +131,7 @@ def pick(
 
 def _readable(tok: Tokenizer, ids: Sequence[int], ended: bool) -> str:
     """An answer's tokens as text; of one that goes on, without the bytes of a character that is not complete."""
-    text = tok.decode(ids, skip_special_tokens=True).strip()
+    text = decode_answer(tok, ids)
     return text if ended else text.rstrip("\ufffd")
 
 
@@ -162,7 +164,7 @@ class Engine:
         self.model, self.tok, self.vectors = model, tok, dict(vectors)
         self.places = {n: f"{n}/vector" for n in vectors} | dict(places or {})
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
-        self.units = {name: _calibrated(vector) for name, vector in vectors.items()}
+        self.units = {name: self._calibrated(name) for name in vectors}
         self._ends, self._room = frozenset(end_ids(model, tok)), _context(model)
         self._thread, self._steering = ThreadPoolExecutor(1, "ws-engine"), ExitStack()
         try:
@@ -193,7 +195,17 @@ class Engine:
     def strength(self, name: str, alpha: float | int | str) -> float:
         """A strength of the named vector as a number, from a number or calibrated units such as `+1u`."""
         vector = self.vectors[choose("vector", name, self.vectors)]
-        return vector.strength(alpha if isinstance(alpha, str) else repr(alpha))
+        return vector.strength(alpha if isinstance(alpha, str) else repr(alpha), tokenizer_hash(self.tok))
+
+    def _calibrated(self, name: str) -> dict[str, float]:
+        """The vector's `-1u` and `+1u`, as far as it has them."""
+        known = {}
+        for text in ("-1u", "+1u") if self.vectors[name].units else ():
+            try:
+                known[text] = self.strength(name, text)
+            except WsError:  # this sign did not converge, or it is not of this vector and tokenizer: there is no mark
+                continue
+        return known
 
     def write(
         self, prompts: Sequence[str], rows: Sequence[Strengths], sampling: Sampling, seed: int
@@ -207,14 +219,19 @@ class Engine:
             seed: of the random numbers, the same ones for all rows.
         """
         ids = [encode(self.tok, p) for p in prompts]
-        tokens, mask = left_pad(ids, self.tok.pad_token_id, self.model.device)
-        steps = min(sampling.max_tokens, self._left(tokens.shape[1]))
+        steps = min(sampling.max_tokens, self._left(max(map(len, ids))))
         # Not a cache of fixed size: its width would depend on max_tokens, and with it the rounding of every step.
-        cache, draw = DynamicCache(config=self.model.config), torch.Generator().manual_seed(seed)
+        cache = DynamicCache(config=self.model.config) if takes_cache(self.model) else None
+        tokens, mask = left_pad(ids, self.tok.pad_token_id, self.model.device)
+        draw = torch.Generator().manual_seed(seed)
         written: list[list[int]] = [[] for _ in ids]
         ended = [False] * len(ids)
         for _ in range(steps):
-            logits = self._run(partial(self._forward, tokens, mask, cache, rows))
+            if cache is None:
+                texts = [prompt + answer for prompt, answer in zip(ids, written, strict=True)]
+                logits = self._run(partial(self._from_the_start, texts, rows))
+            else:
+                logits = self._run(partial(self._forward, tokens, mask, cache, rows))
             for row, token in enumerate(pick(logits, sampling.temperature, draw).tolist()):
                 ended[row] = ended[row] or token in self._ends
                 written[row] += [] if ended[row] else [token]
@@ -238,8 +255,7 @@ class Engine:
         variants = choice_variants(self.tok, words, self.model.device)
         ids = encode(self.tok, prompt)
         self._left(len(ids))
-        tokens, mask = left_pad([ids] * len(rows), self.tok.pad_token_id, self.model.device)
-        p = self._run(partial(self._forward, tokens, mask, None, rows)).softmax(dim=-1)
+        p = self._run(partial(self._from_the_start, [ids] * len(rows), rows)).softmax(dim=-1)
         return torch.stack([p[:, v].sum(dim=-1) for v in variants], dim=1).double().cpu().numpy()
 
     # ---- in the engine's thread -----------------------------------------------------------------------------
@@ -249,6 +265,16 @@ class Engine:
 
     def _attach(self) -> DialBoard:
         return self._steering.enter_context(steer_many(self.model, self.vectors, 0.0))
+
+    def _from_the_start(
+        self, texts: Sequence[list[int]], rows: Sequence[Strengths]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """The next token's logits behind every text, without a cache."""
+        logits = dict[int, Tensor]()
+        for group in padded_groups(self.model, texts):
+            tokens, mask = left_pad([texts[i] for i in group], self.tok.pad_token_id, self.model.device)
+            logits |= zip(group, self._forward(tokens, mask, None, [rows[i] for i in group]), strict=True)
+        return torch.stack([logits[i] for i in range(len(texts))])
 
     @torch.inference_mode()
     def _forward(
@@ -285,17 +311,6 @@ class Engine:
 
 def _context(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
-
-
-def _calibrated(vector: SteeringVector) -> dict[str, float]:
-    """The vector's `-1u` and `+1u`, as far as it has them."""
-    found = {}
-    for text in ("-1u", "+1u") if vector.units else ():
-        try:
-            found[text] = vector.strength(text)
-        except WsError:  # this sign did not converge, or the calibration is another vector's: then there is no mark
-            continue
-    return found
 
 
 # ---- a conversation -------------------------------------------------------------------------------------------------
@@ -434,7 +449,7 @@ class Conversation:
                     raise WsError("Nothing has been asked yet.")
                 messages = self._messages(STEERED, self.shown[-1].question)
                 messages = messages if self._running else [*messages[:-3], messages[-1]]
-        prompt = render_chat(self.engine.tok, messages) + opener
+        prompt = render_chat(self.engine.tok, messages, opener)
         now = self.strengths
         return self.engine.probabilities(prompt, rows or [dict.fromkeys(now, 0.0), now], words)
 

@@ -62,8 +62,9 @@ from ws.eval import airisk, sycophancy, tinymfv_airisk
 from ws.eval.choice import Choice, _batches, _families, _score_batch, choice_variants
 from ws.eval.context import EvalContext, Evaluation, Rows, open_context
 from ws.eval.dilemmas import Dilemma
+from ws.eval.prompts import notes_by_score
 from ws.eval.tinymfv_airisk import Vignette
-from ws.models import encode, layer_of, linear_size, render_prompt, weight_of
+from ws.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
 from ws.runs import read_csv, read_values, write_csv
 from ws.steer import uncompiled
 
@@ -231,10 +232,11 @@ class _Tap:
 @contextmanager
 def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Tap]]:
     modules, taps = dict(model.named_modules()), dict[str, _Tap]()
+    advice = "their gradients are unknown; leave them out with `vector.select`"
     try:
         for name in names:
             taps[name] = _Tap(modules[name])
-        with uncompiled():
+        with uncompiled(), require_calls(model, {name: modules[name] for name in names}, advice):
             yield taps
     finally:
         for tap in taps.values():
@@ -364,9 +366,11 @@ def module_slopes(
 
 
 def _groups(vector: SteeringVector, model: PreTrainedModel) -> list[list[str]]:
-    """The changed modules, in groups whose gradients fit into the budget."""
+    """The changed modules, in groups whose gradients fit into the budget; a change of zero has no slope."""
     groups, size = list[list[str]](), _BUDGET
     for name, delta, _ in vector.matched(model):
+        if delta.is_zero:
+            continue
         size += 4 * delta.d_out * delta.d_in
         if size > _BUDGET:
             groups.append([])
@@ -486,18 +490,20 @@ def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
     """Test every score unless exactly that is on disk, write both tables, and return what to show."""
     evaluations = headline_evaluations(context, options.split, options.scores)
     settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
-    stage = context.run.refresh("slope", settings, {"vector": vector_digest(context.vector)})
+    settings |= {"tokenizer_hash": tokenizer_hash(context.tok)}
     files = [context.run.folder / f"{name}.csv" for name in ("slope", "slope_per_module")]
-    if stage is not None:
-        rows, parts = Rows(), Rows()
-        for evaluation in evaluations:
-            for score in scores_of(context, evaluation, options.scores):
-                console.say(f"slope of {score.name}, {score.n} items")
-                test = slope_test(context.model, context.vector, score, options.batch_size)
-                rows.append(summary_row(context.key, test) | evaluation.brief)
-                parts += [row | evaluation.brief for row in per_module_rows(context.key, test)]
-        stage.done([write_csv(file, table) for file, table in zip(files, (rows, parts), strict=True)])
-    return console.Result(render(*map(read_csv, files)), {"rows": read_values(files[0])}, files)
+    with context.run.alone("slope"):
+        stage = context.run.refresh("slope", settings, {"vector": vector_digest(context.vector)})
+        if stage is not None:
+            rows, parts = Rows(), Rows()
+            for evaluation in evaluations:
+                for score in scores_of(context, evaluation, options.scores):
+                    console.say(f"slope of {score.name}, {score.n} items")
+                    test = slope_test(context.model, context.vector, score, options.batch_size)
+                    rows.append(summary_row(context.key, test) | evaluation.brief)
+                    parts += [row | evaluation.brief for row in per_module_rows(context.key, test)]
+            stage.done([write_csv(file, table) for file, table in zip(files, (rows, parts), strict=True)])
+        return console.Result(render(*map(read_csv, files)), {"rows": read_values(files[0])}, files)
 
 
 def summary_row(key: Mapping[str, Any], test: SlopeTest) -> dict[str, Any]:
@@ -532,7 +538,7 @@ def render(summary: Sequence[Mapping[str, str]], parts: Sequence[Mapping[str, st
     by_layer = [[layer, *(_layer_sum(parts, name, layer) for name in names)] for layer in layers]
     table = tabulate(by_layer, ["layer", *names], disable_numparse=True)
     note = "The null, random vectors of the same size, is easy to beat: a small p says no more than `not noise`."
-    return f"{tests}\n\nSlope by layer:\n\n{table}\n\n{note}"
+    return "\n".join([tests, "", "Slope by layer:", "", table, "", note, *notes_by_score(summary)])
 
 
 def _p_text(p: float) -> str:

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, parse_number
 from ws.errors import WsError, choose
-from ws.models import bias_of, module_kind, weight_of, weight_size
+from ws.models import bias_of, module_kind, require_calls, weight_of, weight_size
 
 Alpha = float | int | str | Tensor
 
@@ -85,7 +85,9 @@ class Dial:
                 f"alpha has {len(self._alpha)} entries but the layer sees {x.shape[0]} rows; give one per row "
                 "(repeat_interleave them for beams or several return sequences)."
             )
-        return self._alpha.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+        # Not in the dtype of x: bfloat16 would round 0.3 to 0.3008 here, and leave it alone where it is one number.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self._alpha.to(x.device, dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class DialBoard(Mapping[str, Dial]):
@@ -115,13 +117,28 @@ class _Working(NamedTuple):
     u_t: Tensor | None
 
     @classmethod
-    def of(cls, delta: LinearDelta, like: Tensor) -> _Working:
-        """The change on the device and in the dtype of `like`."""
+    def of(cls, delta: LinearDelta, like: Tensor, linear: bool) -> _Working:
+        """The change on the device and in the dtype of `like`, of a linear layer or of another module."""
         moved = delta.to(like.device, like.dtype)
-        if moved.kind != "linear" or moved.u is None:
+        if not linear or moved.u is None:
             return cls(moved, None, None)
         rest = {name: t for name, t in moved.coordinates().items() if name not in ("u", "v")}
         return cls(moved.holding(rest) if rest else None, moved.v, moved.u.T.contiguous())
+
+
+class _Change:
+    """A change with its dial, and its copies beside the activations, which go when it goes."""
+
+    def __init__(self, delta: LinearDelta, dial: Dial) -> None:
+        self.delta, self.dial = delta, dial
+        self._copies: dict[tuple[torch.device, torch.dtype], _Working] = {}
+
+    def beside(self, like: Tensor, linear: bool) -> _Working:
+        """The change of a linear layer, or of another module, on the device and in the dtype of `like`, copied once."""
+        key = (like.device, like.dtype)
+        if key not in self._copies:
+            self._copies[key] = _Working.of(self.delta, like, linear)
+        return self._copies[key]
 
 
 class _SteeredModule:
@@ -132,8 +149,7 @@ class _SteeredModule:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.changes: list[tuple[LinearDelta, Dial]] = []
-        self._working: dict[tuple[int, torch.device, torch.dtype], _Working] = {}
+        self.changes: list[_Change] = []
         self._steered = _steered_linear
         if module_kind(module) == "embedding":
             self._steered = partial(_steered_embedding, _embedding_scale(name, module))
@@ -146,16 +162,9 @@ class _SteeredModule:
         # The output is where the module computes; inputs of offloaded modules may still be elsewhere.
         x = args[0].to(output.device)
         like = x if x.is_floating_point() else output
-        active = [(dial.over(like), self._in_place_of(d, like)) for d, dial in self.changes if not dial.is_off]
+        linear = self._steered is _steered_linear  # also a head tied to an embedding, which has the embedding's change
+        active = [(c.dial.over(like), c.beside(like, linear)) for c in self.changes if not c.dial.is_off]
         return self._steered(module, x, output, active) if active else output
-
-    def _in_place_of(self, delta: LinearDelta, like: Tensor) -> _Working:
-        """The change beside the activations, copied there once."""
-        key = (id(delta), like.device, like.dtype)
-        found = self._working.get(key)
-        if found is None:
-            found = self._working[key] = _Working.of(delta, like)
-        return found
 
 
 Active = Sequence[tuple[float | Tensor, _Working]]
@@ -200,7 +209,7 @@ def _add_product(y: Tensor, x: Tensor, alpha: float | Tensor, v: Tensor, u_t: Te
     """`y + alpha U (V x)`, with the second product and the sum in one pass over `y`."""
     low = nn.functional.linear(x, v)
     if isinstance(alpha, Tensor):
-        low, alpha = alpha * low, 1.0
+        low, alpha = _times(alpha, low), 1.0
     if y.dtype != low.dtype:  # under autocast
         low, u_t = low.to(y.dtype), u_t.to(y.dtype)
     low = low.reshape(-1, low.shape[-1])
@@ -258,8 +267,11 @@ def _embedding_scale(name: str, module: nn.Module) -> float:
     """By what an embedding multiplies its rows: 1, or the root of the width in Gemma."""
     weight = weight_of(module)
     rows = weight[:8].float().cpu()
-    with torch.no_grad():
-        given = module(torch.arange(len(rows), device=weight.device)).float().cpu()
+    try:
+        with torch.no_grad():
+            given = module(torch.arange(len(rows), device=weight.device)).float().cpu()
+    except (TypeError, RuntimeError, IndexError):  # it is called with something else than ids, as OPT's positions are
+        given = torch.full_like(rows, torch.nan)
     scale = float((given * rows).sum() / rows.square().sum())
     if not torch.allclose(given, scale * rows, rtol=2e-2, atol=1e-6):
         raise WsError(f"The embedding {name} ({type(module).__name__}) does more than look rows up; leave it out.")
@@ -273,7 +285,12 @@ def _plus(output: Tensor, shift: Tensor | None) -> Tensor:
 def _accumulate(total: Tensor | None, alpha: float | Tensor, part: Tensor | None) -> Tensor | None:
     if part is None:
         return total
-    return alpha * part if total is None else total + alpha * part
+    return _times(alpha, part) if total is None else total + _times(alpha, part)
+
+
+def _times(alpha: float | Tensor, part: Tensor) -> Tensor:
+    """`alpha * part`, rounded once to the dtype of `part` whether there is one strength or one per row."""
+    return (alpha * part).to(part.dtype)
 
 
 class _Uncompiled:
@@ -322,19 +339,21 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
     if vector.is_zero:
         raise WsError("The steering vector is zero: it would change nothing.")
     found = vector.matched(model)
-    entries = list[tuple[nn.Module, tuple[LinearDelta, Dial]]]()
+    advice = "leave them out with `vector.select`, or merge the vector (`ws export merged`)"
+    entries = list[tuple[nn.Module, _Change]]()
     try:
         for name, delta, module in found:
             if module not in _STEERED:
                 _STEERED[module] = _SteeredModule(name, module)
-            _STEERED[module].changes.append((delta, dial))
-            entries.append((module, (delta, dial)))
-        yield
+            change = _Change(delta, dial)
+            _STEERED[module].changes.append(change)
+            entries.append((module, change))
+        with require_calls(model, {n: m for n, delta, m in found if not delta.is_zero}, advice):
+            yield
     finally:
         for module, change in entries:
             steered = _STEERED[module]
             steered.changes.remove(change)
-            steered._working.clear()
             if not steered.changes:
                 steered.handle.remove()
                 del _STEERED[module]

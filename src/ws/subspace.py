@@ -28,7 +28,6 @@ average over. Shares of several modules are averaged with their energies as weig
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -66,7 +65,7 @@ from ws.geometry import (
 )
 from ws.models import fingerprint, layer_of, load_model
 from ws.plots import save_svg
-from ws.runs import lock, read_csv, read_values, sha256_file, slug, write_csv
+from ws.runs import atomic_file, lock, read_csv, read_values, sha256_file, slug, write_csv
 
 SHARES = ("left_top", "left_bottom", "right_top", "right_bottom", "readout_weak")
 # What modules that write to the residual stream are called in transformers.
@@ -198,10 +197,8 @@ class BaseSpectra:
         file = self.folder / f"{name}.safetensors"
         with lock(self.folder):  # runs side by side need the same ones: one computes them, the others wait
             if not file.is_file():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                part = file.with_name(f".{file.name}.part-{os.getpid()}")
-                save_file({k: t.float().cpu().contiguous() for k, t in decompose().items()}, part)
-                part.replace(file)
+                with atomic_file(file) as part:
+                    save_file({k: t.float().cpu().contiguous() for k, t in decompose().items()}, part)
         try:
             return {k: t.to(self.model.device) for k, t in load_file(file).items()}
         except SafetensorError as problem:
@@ -446,8 +443,12 @@ class SubspaceOptions(RunOptions):
 
 def carry_out(options: SubspaceOptions) -> console.Result:
     """Measure a run unless exactly that is on disk, write its tables and pictures, and return what to show."""
-    o = options
-    opened = o.open()
+    opened = options.open()
+    with opened.run.alone("subspace"):
+        return _carry_out(opened, options)
+
+
+def _carry_out(opened: FinishedRun, o: SubspaceOptions) -> console.Result:
     folder, key = opened.run.folder, o.key
     arms = {side: folder / side for side in ("pos", "neg")}
     paired = all((arm / PEFT_WEIGHTS).is_file() for arm in arms.values())

@@ -2,12 +2,14 @@
 
 `sweep_summary.csv` has one row per adapter, seed and strength; its intervals know nothing about seeds.
 `sweep_pooled.csv` has one row per adapter and strength, from a bootstrap over seeds and items. What was not evaluated
-is left empty. The p-values of a table are Holm-corrected over those that it has, per evaluation.
+is left empty. The p-values of a table are Holm-corrected over those that it has, per evaluation. The mass and the
+agreement of frames of a row are the lowest over its seeds, at its strength and at the base; where they are too low, the
+column `<evaluation>_unreadable` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from ws.console import warn
 from ws.errors import WsError
 from ws.eval import airisk
 from ws.eval.context import select
-from ws.eval.stats import estimate_over_seeds, holm, least_p
+from ws.eval.prompts import check_same, notes_by_score
+from ws.eval.readable import FLAG, NATS, WRONGNESS, Readability, floor, notes, of_row, star, worst
+from ws.eval.stats import estimate_over_seeds, holm
 from ws.interventions import WEIGHT
-from ws.runs import read_csv, write_csv
+from ws.runs import lock, read_csv, write_csv
 
 EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 SUMMARY, POOLED = "sweep_summary.csv", "sweep_pooled.csv"
@@ -41,7 +45,10 @@ _HEADLINES = {
         *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
     ),
 }
+_ASKED = ("words", "drawn")  # what rows say of their words and items
 _SHIFTS = {"sycophancy": "shift", "airisk": "shift", "tinymfv_airisk": "delta_wrongness"}
+_MASSES = {"sycophancy": ("mean_pmass",), "airisk": ("mean_pmass",), "tinymfv_airisk": ("bool_mass_other",)}
+_FLOORS = {name: floor("wrongness" if name == "tinymfv_airisk" else name) for name in EVALS}
 # Per evaluation: the table of its items, the column that names one, and the column that is averaged.
 _ITEMS = {
     "sycophancy": ("sycophancy_per_claim.csv", "claim_id", "logratio"),
@@ -61,12 +68,17 @@ Items = dict[float, dict[str, float]]  # an averaged column by strength and item
 def write_summary(folder: Path, cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> None:
     """Both tables over the cells that went well; nothing when none did."""
     if cells:
-        write_csv(folder / SUMMARY, sweep_rows(cells, evals))
-        write_csv(folder / POOLED, pooled_rows(cells, evals, n_boot))
+        with lock(folder / "sweep"):  # both tables are of one sweep
+            write_csv(folder / SUMMARY, sweep_rows(cells, evals))
+            write_csv(folder / POOLED, pooled_rows(cells, evals, n_boot))
 
 
 def sweep_rows(cells: Sequence[Path], evals: Sequence[str]) -> list[Row]:
-    """One row per cell and strength: the headline columns of every evaluation, each under the evaluation's name."""
+    """One row per cell and strength: the headline columns of every evaluation, each under the evaluation's name.
+
+    `WsError` when no cell was evaluated, or when cells were asked other items or in other words.
+    """
+    _check_asked(cells, evals)
     rows = [row for folder in cells for row in _cell_rows(folder, evals)]
     if not rows:
         raise WsError(f"None of {', '.join(map(str, cells))} has a table of an evaluation; evaluate them again.")
@@ -76,13 +88,34 @@ def sweep_rows(cells: Sequence[Path], evals: Sequence[str]) -> list[Row]:
 def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
     merged: dict[float, Row] = {}
     for name in evals:
-        for row in _steered(folder / _TABLES[name]):
-            if row.get("claims_are_true") == "True":
-                continue
+        readable = _readable([folder], name)
+        for row in _rows_of(folder, name):
             alpha = float(row["alpha"])
             target = merged.setdefault(alpha, {k: row[k] for k in ("behavior", "adapter", "seed")} | {"alpha": alpha})
             target |= {f"{name}_{column}": row[column] for column in (*_HEADLINES[name], f"{_SHIFTS[name]}_p")}
+            target |= {f"{name}_{column}": row.get(column) for column in _ASKED}
+            target[f"{name}_{FLAG}"] = readable[alpha].problem or None
     return [merged[alpha] for alpha in sorted(merged)]
+
+
+def _check_asked(cells: Sequence[Path], evals: Sequence[str]) -> None:
+    for name in evals:
+        tables = {folder: _steered(folder / _TABLES[name]) for folder in cells}
+        check_same({str(folder): rows[0] for folder, rows in tables.items() if rows})
+
+
+def _rows_of(folder: Path, name: str) -> list[Mapping[str, str]]:
+    """The rows of an evaluation's summary that a sweep is about: of claims, the false ones."""
+    return [r for r in _steered(folder / _TABLES[name]) if r.get("claims_are_true") != "True"]
+
+
+def _readable(folders: Sequence[Path], name: str) -> dict[float, Readability]:
+    """Per strength the worst of all folders, there and at the base."""
+    found: dict[float, list[Readability]] = {}
+    for folder in folders:
+        for row in _rows_of(folder, name):
+            found.setdefault(float(row["alpha"]), []).append(of_row(row, *_MASSES[name]))
+    return {alpha: worst([*parts, *found.get(0.0, [])]) for alpha, parts in found.items()}
 
 
 def _steered(file: Path) -> Sequence[Mapping[str, str]]:
@@ -94,14 +127,20 @@ def _steered(file: Path) -> Sequence[Mapping[str, str]]:
 def pooled_rows(cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> list[Row]:
     """One row per adapter and strength, over its seeds: level and paired shift of every evaluation.
 
-    An evaluation that some seed of the adapter lacks at a strength is left empty there.
+    An evaluation that some seed of the adapter lacks at a strength is left empty there. `WsError` when cells were asked
+    other items or in other words.
     """
+    _check_asked(cells, evals)
     rows: list[Row] = []
     for (behavior, adapter), folders in _by_adapter(cells, evals).items():
         key = {"behavior": behavior, "adapter": adapter, "n_seeds": len(folders)}
         merged: dict[float, Row] = {}
         for name in evals:
+            readable = _readable(folders, name)
+            asked = next((table[0] for folder in folders if (table := _steered(folder / _TABLES[name]))), {})
+            said = {f"{name}_{column}": asked.get(column) for column in _ASKED}
             for alpha, columns in _pooled(name, [_items(folder, name) for folder in folders], n_boot).items():
+                columns |= readable[alpha].columns(f"{name}_") | said
                 merged.setdefault(alpha, key | {"alpha": alpha}).update(columns)
         rows += [merged[alpha] for alpha in sorted(merged)]
     return _with_holm(_filled(rows, evals), evals)
@@ -166,27 +205,41 @@ def _with_holm(rows: list[Row], evals: Sequence[str]) -> list[Row]:
     return rows
 
 
-def render(rows: Sequence[Mapping[str, Any]], n_boot: int) -> str:
-    """The pooled rows as a table for people: every shift with its interval, and `*` where it survives Holm."""
+def render(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The pooled rows as a table for people: every shift with its interval, and `*` where it is more than chance."""
     keys = {n: f"{n}_{_SHIFTS[n]}" for n in EVALS if f"{n}_{_SHIFTS[n]}" in rows[0]}
     steered = [r for r in rows if float(r["alpha"]) != 0]
     table = [
-        [r["adapter"], r["n_seeds"], f"{float(r['alpha']):+g}", *(_shift(r, key) for key in keys.values())]
+        [
+            *(r["adapter"], r["n_seeds"], f"{float(r['alpha']):+g}"),
+            *(_shift(r, name, key) for name, key in keys.items()),
+            *_lowest_mass(r, keys),
+        ]
         for r in steered
     ]
     header = ["adapter", "seeds", "alpha", *(f"shift of {_HEADS[n]}" for n in keys)]
+    header += ["mass"] if any(_lowest_mass(r, keys) for r in steered) else []
     counts = [sum(r[key] not in (None, "") for r in steered) for key in keys.values()]
     tests = f"the {counts[0]} rows of a column" if len(set(counts)) == 1 else "the shifts of its column"
-    note = f"* p < 0.05 after Holm's correction over {tests}"
-    if max(counts, default=0) * least_p(n_boot) >= 0.05:
-        note = f"{n_boot} resamples are too few to tell which of {max(counts)} shifts survive Holm's correction"
-    return f"{tabulate(table, header, tablefmt='github', disable_numparse=True)}\n\n{note}"
+    note = (
+        f"* p < 0.05 after Holm's correction over {tests}, and at least {NATS} nats ({WRONGNESS} of wrongness). That "
+        "is more than no shift; whether it comes from the behaviour is not known before trained nulls stand beside it "
+        "(`--controls shuffled same-side`, then `ws compare`)."
+    )
+    asked = [{c: r.get(f"{n}_{c}") for c in _ASKED} | {"score": _HEADS[n]} for r in rows for n in keys]
+    more = [*notes(r.get(f"{name}_{FLAG}") for r in steered for name in keys), *notes_by_score(asked)]
+    return "\n\n".join([tabulate(table, header, tablefmt="github", disable_numparse=True), note, *more])
 
 
-def _shift(row: Mapping[str, Any], key: str) -> str:
+def _lowest_mass(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    masses = [float(m) for name in names if (m := row.get(f"{name}_mass")) not in (None, "")]
+    return [f"{min(masses):.3f}"] if masses else []
+
+
+def _shift(row: Mapping[str, Any], name: str, key: str) -> str:
     """A shift with its interval; empty where nothing was measured."""
     if row[key] in (None, ""):
         return ""
-    low, high = (float(row[f"{key}_{end}"]) for end in ("ci_lo", "ci_hi"))
-    star = "*" if float(row[f"{key}_p_holm"]) < 0.05 else ""
-    return f"{float(row[key]):+.2f} [{low:+.2f}, {high:+.2f}]{star}"
+    shift, low, high = (float(row[f"{key}{end}"]) for end in ("", "_ci_lo", "_ci_hi"))
+    mark = star(shift, float(row[f"{key}_p_holm"]), _FLOORS[name], row.get(f"{name}_{FLAG}"))
+    return f"{shift:+.2f} [{low:+.2f}, {high:+.2f}]{mark}"

@@ -1,4 +1,4 @@
-"""safetensors files, written and patched one tensor at a time.
+"""safetensors files, written, patched and added to one tensor at a time.
 
 The library writes a file from tensors that are all in memory. The format itself is simple: eight bytes with the length
 of a JSON header, the header with every tensor's dtype, shape and place, then the tensors, so a file can be filled in as
@@ -9,6 +9,7 @@ its tensors come, and one tensor can be replaced by another of its shape
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,13 @@ class TensorPatcher:
         self._entries: Mapping[str, dict[str, list[int]]] = json.loads(handle.read(length))
         self._start = 8 + length
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is stored."""
+        dtype = str(self._entries[name]["dtype"])
+        if dtype not in DTYPES:
+            raise WsError(f"{name} is stored as {dtype}, which cannot be written; take a checkpoint in another dtype.")
+        return DTYPES[dtype]
+
     def replace(self, name: str, tensor: Tensor) -> None:
         """Overwrite one tensor."""
         entry, data = self._entries[name], _bytes(tensor)
@@ -94,6 +102,27 @@ class TensorPatcher:
         assert len(data) == end - begin
         self._handle.seek(self._start + begin)
         self._handle.write(data)
+
+
+def copy_with_room(source: Path, target: Path, extra: Mapping[str, str]) -> None:
+    """Copy a safetensors file, with room for more tensors at its end, whose values are not written yet.
+
+    Args:
+        source, target: the file and its copy.
+        extra: names of the tensors that are added, each with that of one in the file whose dtype and shape it has.
+    """
+    with source.open("rb") as old, target.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        for name, like in extra.items():
+            begin, stop = header[like]["data_offsets"]
+            header[name] = header[like] | {"data_offsets": [end, end + stop - begin]}
+            end += stop - begin
+        text = json.dumps(header).encode()
+        text = text.ljust(len(text) + -len(text) % 8)
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new)
+        new.truncate(8 + len(text) + end)
 
 
 @contextmanager

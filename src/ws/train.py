@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +28,7 @@ from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -37,19 +38,20 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.adapters import PISSA_INIT_FILE, AdapterSpec, family, peft_config
 from ws.behaviors import load_behavior
-from ws.data import PAIRS_FILE, Pair, prompt_ids, read_pairs
+from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
 from ws.errors import WsError, choose
-from ws.models import DEFAULT_MODEL, chat_format, encode, fingerprint, load_model, model_id, weight_of
+from ws.models import DEFAULT_MODEL, fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
 from ws.runs import (
     DEFAULT_OUT,
     Run,
     atomic_folder,
     data_folder,
     library_versions,
+    lock,
     run_folder,
-    sha256_file,
     sha256_json,
     write_json,
+    write_text,
 )
 
 TRAIN_FILE = "ws_train.json"
@@ -187,18 +189,33 @@ def train_adapter(
     train, validation = split_examples(examples, config.validation, seed)
     work = folder.with_name(f".{folder.name}.work")
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
-    try:
-        with _isolated_rng(), _adapted(model, config.spec(adapter), seed) as (peft_model, initial):
-            facts = _fit(peft_model, tok, train, validation, work, config, seed)
-            stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
-            on_main(lambda: _save(peft_model, initial, folder, stamp))
-    except WsError:
+    settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
+    settings |= {"config": asdict(config), "examples": [[e.prompt, e.response] for e in examples]}
+    with alone(folder):
+        on_main(lambda: _begin(work, sha256_json(settings)))
+        try:
+            with _isolated_rng(), _adapted(model, config.spec(adapter), seed) as (peft_model, initial):
+                adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
+                with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --kinds"):
+                    facts = _fit(peft_model, tok, train, validation, work, config, seed)
+                stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
+                on_main(lambda: _save(peft_model, initial, folder, stamp))
+        except WsError:
+            _remove(work)
+            raise
         _remove(work)
-        raise
-    _remove(work)
     if fingerprint(model) != base["base_fingerprint"]:
         raise WsError("Training left the base model changed; this is a bug, please report it.")
     return facts
+
+
+def _begin(work: Path, settings: str) -> None:
+    """Leave nothing in the work folder that was begun with other settings or on other examples."""
+    file = work / "settings"
+    if work.exists() and (not file.is_file() or file.read_text() != settings):
+        console.say(f"{work} was begun with other settings or on other pairs; the training starts over.")
+        shutil.rmtree(work)
+    write_text(file, settings)
 
 
 def _remove(work: Path) -> None:
@@ -207,6 +224,17 @@ def _remove(work: Path) -> None:
 
 
 # ---- several processes --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other training of an arm goes on while the block runs; whoever comes second waits.
+
+    The processes of one launch are one training. Of those none can wait, because the others would give up: they stop.
+    """
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(lock(folder, wait=console.processes() == 1)))
+        yield
 
 
 def join(device: str) -> None:
@@ -271,10 +299,17 @@ class Example:
 
 
 def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int) -> list[Example]:
-    """One example per pair. Prompt and response are tokenised apart, as at generation, so that the mask cannot slip."""
-    end = chat_format(tok).end_of_turn_id
+    """One example per pair. The prompt has the tokens that it has at generation, so that the mask cannot slip."""
+    for p in pairs:
+        if not getattr(p, sign).strip():
+            raise WsError(f"The pair {p.id!r} has an empty {sign} answer, from which nothing can be learned; drop it.")
     examples = [
-        Example(p.question, tuple(prompt_ids(tok, p.question)), (*encode(tok, getattr(p, sign)), end)) for p in pairs
+        Example(
+            p.question,
+            tuple(prompt_ids(tok, p.question)),
+            tuple(answer_ids(tok, p.question, getattr(p, sign), ended=True)),
+        )
+        for p in pairs
     ]
     short = [e for e in examples if len(e.prompt) + len(e.response) <= max_length]
     if len(short) < 2:
@@ -589,6 +624,7 @@ def _stamp(
 ) -> dict[str, Any]:
     recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": asdict(config)}
     recipe["pairs_sha256"] = sha256_json([asdict(p) for p in pairs])
+    recipe["questions"] = " ".join(sorted(question_keys(pairs)))  # strengths are calibrated on others
     return {"recipe": recipe, "facts": facts, "versions": library_versions()}
 
 
@@ -619,19 +655,22 @@ def train_stage(
     """Train one arm of a run unless it is finished; returns whether there was anything to do."""
     settings = asdict(config) | {"adapter": adapter, "seed": seed, "model": model_id(model)}
     settings |= {"dtype": str(model.dtype)[6:], "fingerprint": fingerprint(model)}
-    stage = on_main(lambda: run.stage(sign, settings, {"pairs": sha256_file(pairs)}))
-    if stage is None:
-        return False
-    folder = run.folder / sign
-    try:
-        facts = train_adapter(model, tok, read_pairs(pairs), sign, adapter, folder, config, seed)
-    except WsError:  # nothing of it is left, so better settings need no --fresh
+    settings |= {"tokenizer_hash": tokenizer_hash(tok)}
+    folder, (kept, digest) = run.folder / sign, on_main(lambda: hashed_pairs(pairs))
+    on_main(lambda: run.is_finished(sign, settings, {"pairs": digest}))  # other settings stop before anyone waits
+    with alone(folder):
+        stage = on_main(lambda: run.stage(sign, settings, {"pairs": digest}))
+        if stage is None:
+            return False
+        try:
+            facts = train_adapter(model, tok, kept, sign, adapter, folder, config, seed)
+        except WsError:  # nothing of it is left, so better settings need no --fresh
+            if console.is_main():
+                run.drop(sign)
+            raise
         if console.is_main():
-            run.drop(sign)
-        raise
-    if console.is_main():
-        names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
-        stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
+            names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
+            stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
     return True
 
 

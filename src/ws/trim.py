@@ -25,6 +25,7 @@ from torch import Tensor
 from ws import console
 from ws.behaviors import behavior_name
 from ws.compose import save_run
+from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.finished import FinishedRun, open_run, read_claims_of
@@ -45,11 +46,12 @@ def scale_depth(vector: SteeringVector, first: float | int, last: float | int) -
     """
     if not (math.isfinite(first) and math.isfinite(last)):
         raise WsError(f"The factors of the first and the last layer must be finite, not {first} and {last}.")
-    deltas = {}
+    deltas, scaled = dict[str, LinearDelta](), dict[tuple[int, float], LinearDelta]()
     for name, delta in vector.deltas.items():
         layer = layer_of(name)
         factor = 1.0 if layer is None else first + (last - first) * layer / max(vector.depth - 1, 1)
-        deltas[name] = delta * factor
+        # One change stays one where modules share it.
+        deltas[name] = scaled[id(delta), factor] = scaled.get((id(delta), factor)) or delta * factor
     recipe = {"op": "scale_depth", "first": float(first), "last": float(last), "of": vector.recipe}
     return replace(vector, deltas=deltas, recipe=recipe)
 

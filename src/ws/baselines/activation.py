@@ -34,10 +34,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import Behavior, Claim
 from ws.console import progress
-from ws.data import Pair, prompt_ids
+from ws.data import Pair, answer_ids, prompt_ids
 from ws.errors import WsError, choose
-from ws.eval.choice import LOW_MASS, left_pad, score_choices
-from ws.models import encode, fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt
+from ws.eval.choice import LOW_MASS, left_pad, padded_groups, score_choices
+from ws.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt
 from ws.runs import atomic_folder, library_versions, sha256_file, sha256_json
 from ws.steer import Alpha, Dial, uncompiled
 
@@ -252,7 +252,7 @@ def activation_vector(
 ) -> ActivationVector:
     """The mean difference of response activations between the two sides of contrast pairs; see the module's equation.
 
-    The pairs are read as the adapters read them: no system prompt, thinking off, prompt and answer tokenised apart.
+    The pairs are read as the adapters read them: no system prompt, thinking off, prompt and answer joined alike.
     Only the answer's own tokens count. The end-of-turn token does not: generation ends with it, so it is never steered.
     The mean over an answer's tokens is taken inside the forward pass, and what is kept is one sum per block.
 
@@ -274,7 +274,8 @@ def activation_vector(
         with progress(total=len(readings), desc="activations", unit="answer") as bar:
             for start in range(0, len(readings), batch_size):
                 part = readings[start : start + batch_size]
-                total += _signed_sum(model, tok.pad_token_id, blocks, part)
+                for group in padded_groups(model, part):
+                    total += _signed_sum(model, tok.pad_token_id, blocks, [part[i] for i in group])
                 bar.update(len(part))
         return total
 
@@ -297,7 +298,8 @@ def _readings(tok: Tokenizer, pairs: Sequence[Pair]) -> list[_Reading]:
         if pair.drop is not None:
             continue
         prompt = tuple(prompt_ids(tok, pair.question))
-        readings += [_Reading(prompt, tuple(encode(tok, text)), sign) for text, sign in ((pair.pos, 1), (pair.neg, -1))]
+        for text, sign in ((pair.pos, 1), (pair.neg, -1)):
+            readings.append(_Reading(prompt, tuple(answer_ids(tok, pair.question, text)), sign))
         if not (readings[-1].answer and readings[-2].answer):
             raise WsError(f"The pair {pair.id} has an answer without a single token; give it a reason in `drop`.")
     if not readings:

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ws.errors import WsError, choose, did_you_mean
+from ws.errors import WsError, choose, decoded, did_you_mean
 
 SCHEMA = 1
 SPLITS = ("dev", "report")
@@ -177,8 +177,8 @@ def _build(content: bytes, where: str, model: str | None) -> Behavior:
 
 def _parse(content: bytes, where: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        return tomllib.loads(decoded(content, where))
+    except tomllib.TOMLDecodeError as problem:
         raise WsError(f"{where} is not valid TOML: {problem}.") from problem
 
 

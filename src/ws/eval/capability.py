@@ -38,13 +38,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.data import repeated_ngrams
 from ws.divergence import QUANTILE, token_kl
-from ws.errors import WsError
-from ws.eval.choice import left_pad
+from ws.errors import WsError, decoded
+from ws.eval.choice import in_groups, left_pad
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.prompts import notes_on
 from ws.eval.rollout import PLAIN, new_cache
 from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
-from ws.eval.tables import read_rows
-from ws.models import BUNDLED, encode, end_ids, render_prompt
+from ws.eval.tables import Row, draw, draw_fact, read_rows
+from ws.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
 
 NAME, VERSION = "capability", 1
 MAX_TOKENS, N_TOKENS = 512, 128
@@ -159,28 +160,26 @@ def read_texts(
     The first token of a text is predicted only where the tokenizer puts a start-of-text token before it. At most
     `_BUDGET` bytes of logits per model are held at once, or those of one text where that is more.
     """
-    rows = [_ids(tok, text, max_tokens) for text in texts]
+    rows = [encode_text(tok, text)[:max_tokens] for text in texts]
     short = [repr(text) for text, row in zip(texts, rows, strict=True) if len(row) < 2]
     if short or not rows:
         raise WsError(f"Neutral texts need at least two tokens each: {', '.join(short[:3]) or 'there are none'}.")
     vocabulary = int(model.config.get_text_config().vocab_size)
     most = max(1, _BUDGET // (4 * vocabulary * max(map(len, rows))))
     run = partial(_read_batch, model, base, tok.pad_token_id)
-    scores = _in_batches(rows, run, min(batch_size or most, most), fixed=batch_size is not None)
+    scores = _in_batches(model, rows, run, min(batch_size or most, most), fixed=batch_size is not None)
     nll, kl = torch.cat(scores, dim=1).double().cpu().numpy()
     if not (np.isfinite(nll).all() and np.isfinite(kl).all()):
         raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
     return {"text": np.repeat(np.arange(len(rows)), [len(r) - 1 for r in rows]), "nll": nll, "kl": kl}
 
 
-def _ids(tok: Tokenizer, text: str, max_tokens: int) -> list[int]:
-    """The text's tokens behind the tokenizer's own start of text, where it puts one."""
-    start = [tok.bos_token_id] if tok("")["input_ids"][:1] == [tok.bos_token_id] else []
-    return [*start, *encode(tok, text)][:max_tokens]
-
-
 def _in_batches(
-    items: Sequence[list[int]], run: Callable[[list[list[int]]], list[Item]], size: int, fixed: bool
+    model: PreTrainedModel,
+    items: Sequence[list[int]],
+    run: Callable[[list[list[int]]], list[Item]],
+    size: int,
+    fixed: bool,
 ) -> list[Item]:
     """What `run` gives for every item, in their order; items of similar length go together."""
     order = sorted(range(len(items)), key=lambda i: len(items[i]))
@@ -190,7 +189,7 @@ def _in_batches(
         with console.progress(total=len(order), desc="neutral texts", unit="text") as bar:
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                found |= zip(part, run([items[i] for i in part]), strict=True)
+                found |= zip(part, in_groups(model, [items[i] for i in part], run), strict=True)
                 bar.update(len(part))
         return found
 
@@ -238,9 +237,9 @@ def answer_questions(
         raise WsError("There are no neutral questions to ask.")
     prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
     run = partial(_answer_batch, model, tok.pad_token_id, end_ids(model, tok), n_tokens)
-    found = _in_batches(prompts, run, batch_size or START_BATCH, fixed=batch_size is not None)
+    found = _in_batches(model, prompts, run, batch_size or START_BATCH, fixed=batch_size is not None)
     return {
-        "answer": np.array([tok.decode(ids, skip_special_tokens=True).strip() for ids, _ in found]),
+        "answer": np.array([decode_answer(tok, ids) for ids, _ in found]),
         "ended": np.array([ended for _, ended in found]),
         "n_tokens": np.array([len(ids) for ids, _ in found]),
         "repetition": np.array([repeated_ngrams(ids) for ids, _ in found]),
@@ -417,7 +416,7 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     note = (
         f"{last['n_texts']} neutral texts with {last['n_positions']} tokens, {last['n_questions']} neutral questions."
     )
-    return f"{tabulate(rows, header, disable_numparse=True)}\n\n{note}"
+    return "\n".join([tabulate(rows, header, disable_numparse=True), "", note, *notes_on(last)])
 
 
 def example(neutral: Neutral, scores: ByAlpha) -> str:
@@ -442,8 +441,9 @@ def evaluation(context: EvalContext) -> Evaluation:
     own = options if isinstance(options, CapabilityOptions) else CapabilityOptions()
     ours = "pocket" if context.model.name_or_path in BUNDLED else "general"
     source = options.dataset or ours
-    texts = load_texts(source, own.config, own.split)[: options.limit]
-    neutral = Neutral(texts, load_questions(own.questions or ours)[: options.limit])
+    whole = load_texts(source, own.config, own.split), load_questions(own.questions or ours)
+    neutral = Neutral(*(draw(part, options.limit) for part in whole))
+    drawn = draw_fact([*neutral.texts, *neutral.questions], [*whole[0], *whole[1]])
     base = base_twin(context.model)
 
     def tables(scores: ByAlpha) -> Mapping[str, Rows]:
@@ -464,7 +464,7 @@ def evaluation(context: EvalContext) -> Evaluation:
         tables=tables,
         example=partial(example, neutral),
         render=render,
-        facts={"dataset": source, "max_answer_tokens": own.n_tokens},
+        facts={"dataset": source, "max_answer_tokens": own.n_tokens, "drawn": drawn},
         headlines=headlines,
     )
 
@@ -485,7 +485,7 @@ def load_texts(source: str, config: str = "default", split: str = "test") -> tup
     if Path(source).suffix == ".txt":
         return _some(re.split(r"\n\s*\n", _read_text(source)), source)
     rows = read_rows(_place(source), "texts", ("text",), (config, split))
-    return _some([str(r["text"] or "") for r in rows], source)
+    return _some([_cell(r, "text", i, source) for i, r in enumerate(rows, start=1)], source)
 
 
 def load_questions(source: str) -> tuple[str, ...]:
@@ -493,7 +493,7 @@ def load_questions(source: str) -> tuple[str, ...]:
     if Path(source).suffix == ".txt":
         return _some(_read_text(source).split("\n"), source)
     rows = read_rows(_place(source), "questions", ("question",), ("default", "test"))
-    return _some([str(r["question"] or "") for r in rows], source)
+    return _some([_cell(r, "question", i, source) for i, r in enumerate(rows, start=1)], source)
 
 
 def _place(source: str) -> str:
@@ -502,9 +502,17 @@ def _place(source: str) -> str:
 
 def _read_text(source: str) -> str:
     try:
-        return Path(source).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
+        return decoded(Path(source).expanduser().read_bytes(), source)
+    except OSError as problem:
         raise WsError(f"The text file {source} cannot be read ({problem}).") from problem
+
+
+def _cell(row: Row, column: str, number: int, source: str) -> str:
+    """A text of a table, empty where there is none; `WsError` for anything else."""
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise WsError(f"Row {number} of {source} has {value!r:.60} for a text in `{column}`.")
+    return value or ""
 
 
 def _some(texts: Sequence[str], source: str) -> tuple[str, ...]:
@@ -512,6 +520,8 @@ def _some(texts: Sequence[str], source: str) -> tuple[str, ...]:
     kept = tuple(t.strip() for t in texts if t.strip())
     if not kept:
         raise WsError(f"There is no text in {source}.")
+    if Path(source).suffix != ".txt" and len(kept) < len(texts):
+        console.say(f"note: {len(texts) - len(kept)} of {len(texts)} rows of {source} are blank and left out.")
     return kept
 
 

@@ -7,9 +7,11 @@ from a float32 log-softmax at the answer position.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from ws.models import encode
 
 LOW_MASS = 0.9
 Choice = str | tuple[str, ...]
+Row = TypeVar("Row", bound=Sized)
+Result = TypeVar("Result")
+# The types of layers, in transformers' words, that read earlier tokens through a mask and remember nothing else.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,21 @@ class ChoiceScores:
     Attributes:
         choices: the `k` answers.
         logp: natural-log probabilities, `[n, k]`, in the order of the prompts.
+        variants: probabilities of the `m` tokens that read as a choice, `[n, m]`, choice after choice.
     """
 
     choices: tuple[str, ...]
     logp: Float[np.ndarray, "n k"]
+    variants: Float[np.ndarray, "n m"]
 
     @classmethod
-    def checked(cls, choices: Sequence[Choice], logp: Float[Tensor, "n k"]) -> ChoiceScores:
-        """Scores on the CPU in double precision; `WsError` when the model gave NaN."""
+    def checked(cls, choices: Sequence[Choice], logp: Float[Tensor, "n k_and_m"]) -> ChoiceScores:
+        """Scores on the CPU in double precision, of what `with_each_token` lists; `WsError` when the model gave NaN."""
         values = logp.double().cpu().numpy()
         if np.isnan(values).any():
             raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
-        return cls(tuple(words[0] for words in map(_words, choices)), values)
+        names = tuple(words[0] for words in map(_words, choices))
+        return cls(names, values[:, : len(names)], np.exp(values[:, len(names) :]))
 
     @property
     def mass(self) -> Float[np.ndarray, "n"]:
@@ -70,6 +79,24 @@ def choice_tokens(tok: Tokenizer, choice: str) -> tuple[int, ...]:
 def choice_variants(tok: Tokenizer, choices: Sequence[Choice], device: torch.device) -> list[Int[Tensor, "_"]]:
     """The tokens of every choice, over all its words."""
     return [torch.tensor([i for w in _words(c) for i in choice_tokens(tok, w)], device=device) for c in choices]
+
+
+def with_each_token(variants: Sequence[Int[Tensor, "_"]]) -> list[Int[Tensor, "_"]]:
+    """The tokens of every choice, and behind them each of those tokens as a choice of its own."""
+    return [*variants, *(ids[i : i + 1] for ids in variants for i in range(len(ids)))]
+
+
+def by_token(tok: Tokenizer, choices: Sequence[Choice], scores: Mapping[str, np.ndarray], most: int = 4) -> str:
+    """Which tokens carry the probability of a worked example's choices: ` (by token: '1' 0.801, ' true' 0.012)`.
+
+    Args:
+        scores: of an evaluation, with the example's `variants` as `ChoiceScores` has them; empty without.
+    """
+    if not len(scores.get("variants", ())):  # scores that an earlier version kept
+        return ""
+    ids, p = [i for c in choices for w in _words(c) for i in choice_tokens(tok, w)], scores["variants"]
+    order = np.argsort(-p, kind="stable")[:most]
+    return f" (by token: {', '.join(f'{tok.decode([ids[i]])!r} {p[i]:.3f}' for i in order)})"
 
 
 def _words(choice: Choice) -> tuple[str, ...]:
@@ -102,10 +129,10 @@ def score_choices(
     if not prompts:
         raise WsError("There are no prompts to score.")
     families = sorted(_families(model, [encode(tok, p) for p in prompts]), key=Family.longest)
-    variants = choice_variants(tok, choices, model.device)
+    variants = with_each_token(choice_variants(tok, choices, model.device))
 
     def run(batch_size: int) -> Tensor:
-        logp = torch.empty(len(prompts), len(choices), device=model.device)
+        logp = torch.empty(len(prompts), len(variants), device=model.device)
         with progress(total=len(prompts), desc="answers", unit="prompt") as bar:
             for part in _batches(families, batch_size):
                 rows = [row for family in part for row in family.rows]
@@ -153,13 +180,59 @@ def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[
 
 
 def takes_masks(model: PreTrainedModel) -> bool:
-    """Attention over everything before a token, in an implementation that takes a mask per query and key."""
+    """Attention over everything before a token, in an implementation that takes a mask per query and key.
+
+    Only such a model can be told to overlook tokens that stand between others, in a row or in its cache: a state has
+    taken them up, and a window or a distance counts them.
+    """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["full_attention"])
     whole = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
-    plain = whole and not getattr(config, "alibi", False)  # ALiBi counts its distances from a mask per token
+    plain = whole and not keeps_state(model) and not getattr(config, "alibi", False)  # ALiBi counts by a mask per token
     known = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
     return plain and known and config._attn_implementation in ("sdpa", "eager")
+
+
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Whether a layer hands a state from token to token, as recurrences and short convolutions do.
+
+    transformers says so of a model, or of its layers by their types; a type that is not known to be plain attention
+    counts as one with a state.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return model._is_stateful or not kinds <= _ATTENTION
+
+
+def takes_padding(model: PreTrainedModel) -> bool:
+    """Whether padding on the left, masked token by token, changes nothing.
+
+    Attention overlooks it. Layers with a state have to set it to zero, which those of transformers do that have its
+    function for it; others (RWKV, xLSTM, RecurrentGemma) take padding for text, and so may those (MiniMax) that decode
+    with a cache of their own.
+    """
+    if not keeps_state(model):
+        return True
+    modules = {type(m).__module__ for m in model.modules()}
+    zeroed = any(hasattr(sys.modules[m], "apply_mask_to_padding_states") for m in modules)
+    return zeroed and bool(cast(Any, model)._supports_default_dynamic_cache())
+
+
+def padded_groups(model: PreTrainedModel, rows: Sequence[Sized]) -> list[list[int]]:
+    """The numbers of the rows that may be padded to one batch: of all, or of those of one length at a time."""
+    padded, groups = takes_padding(model), dict[int, list[int]]()
+    for i, row in enumerate(rows):
+        groups.setdefault(0 if padded else len(row), []).append(i)
+    return list(groups.values())
+
+
+def in_groups(
+    model: PreTrainedModel, rows: Sequence[Row], run: Callable[[list[Row]], Iterable[Result]]
+) -> list[Result]:
+    """What `run` gives for each of `rows`, such as tokens, in their order; it gets as many as may be padded at once."""
+    results = dict[int, Result]()
+    for group in padded_groups(model, rows):
+        results |= zip(group, run([rows[i] for i in group]), strict=True)
+    return [results[i] for i in range(len(rows))]
 
 
 def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Family]:
@@ -198,17 +271,40 @@ def _score_batch(
     model: PreTrainedModel, pad_id: int, families: Sequence[Family], variants: Sequence[Tensor]
 ) -> Float[Tensor, "rows k"]:
     """Log-probabilities of the choices for every member of every family, in one forward pass."""
-    parts = [left_pad([f.suffixes[m] for f in families], pad_id, model.device) for m in range(len(families[0].rows))]
     if not families[0].prefix:
-        ((tokens, mask),) = parts
-        positions, keep = _positions(mask), torch.tensor([tokens.shape[1] - 1], device=model.device)
-    else:
-        start = left_pad([f.prefix for f in families], pad_id, model.device)
-        tokens, positions, mask, keep = _packed(start, parts, model.dtype)
-    out = model(
+        return score_rows(model, pad_id, [f.suffixes[0] for f in families], variants)
+    parts = [left_pad([f.suffixes[m] for f in families], pad_id, model.device) for m in range(len(families[0].rows))]
+    start = left_pad([f.prefix for f in families], pad_id, model.device)
+    tokens, positions, mask, keep = _packed(start, parts, model.dtype)
+    return _end_scores(model, tokens, mask, positions, keep, variants)
+
+
+def score_rows(
+    model: PreTrainedModel, pad_id: int, rows: Sequence[Sequence[int]], variants: Sequence[Tensor]
+) -> Float[Tensor, "rows k"]:
+    """Log-probabilities of the choices behind every row of tokens, which is run from its start."""
+
+    def run(part: Sequence[Sequence[int]]) -> Float[Tensor, "part k"]:
+        tokens, mask = left_pad(part, pad_id, model.device)
+        keep = torch.tensor([tokens.shape[1] - 1], device=model.device)
+        return _end_scores(model, tokens, mask, _positions(mask), keep, variants)
+
+    return torch.stack(in_groups(model, rows, run))
+
+
+def _end_scores(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, variants: Sequence[Tensor]
+) -> Float[Tensor, "ends k"]:
+    """Log-probabilities of the choices behind the columns `keep` of every row, row by row."""
+    logits = model(
         input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    ).logits.flatten(0, 1)
-    logp = out.float().log_softmax(dim=-1)
+    ).logits[:, -len(keep) :]  # some models give all columns whatever they are asked for
+    return choice_logp(logits.flatten(0, 1), variants)
+
+
+def choice_logp(logits: Float[Tensor, "rows vocabulary"], variants: Sequence[Tensor]) -> Float[Tensor, "rows k"]:
+    """Log-probabilities of the choices, each summed over its tokens, from a float32 log-softmax."""
+    logp = logits.float().log_softmax(dim=-1)
     return torch.stack([logp[:, v].logsumexp(dim=-1) for v in variants], dim=1)
 
 

@@ -6,7 +6,7 @@ Every row of every table names its `intervention` (see `ws.interventions`): `bas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from ws.behaviors import Behavior, load_behavior
 from ws.console import Countdown, Result, say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
+from ws.eval.readable import Readability
 from ws.finished import FinishedRun, RunOptions
 from ws.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
-from ws.models import BUNDLED, fingerprint
+from ws.models import BUNDLED, fingerprint, tokenizer_hash
 from ws.runs import Run, lock, read_csv, sha256_json, slug, typed, write_csv, write_json
 
+TABLES_VERSION = 2  # raised when the same scores make other tables, which are then written anew, and nothing is asked
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]
 Rows = list[dict[str, Any]]
@@ -39,7 +41,7 @@ class EvalOptions(RunOptions):
         interventions: what is done to the model: `weight`, the vector, and the baselines of `ws.interventions`.
         batch_size: prompts per forward pass, found automatically when None.
         n_think: tokens of guided chain of thought before the answer; None for the evaluation's own number.
-        limit: only the first so many items.
+        limit: only so many items, a draw by a fixed seed, even over groups (`ws.eval.tables.draw`).
         dataset: a hub id, a local folder or file, or `pocket`; None for the published set (`pocket` on the bundled
             models).
         prompts: a TOML file that replaces the instruction texts.
@@ -78,6 +80,8 @@ class EvalOptions(RunOptions):
 class Evaluation:
     """A set of items with its protocol: what to ask a model, and what to write of its answers.
 
+    How a question reads as a prompt is the tokenizer's part (`ws.models.tokenizer_hash`), which is no part of `digest`.
+
     Attributes:
         name: of the tables, `<name>_<table>.csv`.
         version: raised when the protocol's code changes what the numbers mean.
@@ -88,6 +92,7 @@ class Evaluation:
         render: the summary's rows, as text, as a table for people.
         facts: columns that every row of every table ends with, besides the evaluation's identity.
         headlines: the scores that conclusions are drawn from, by name, one number per item.
+        readability: by the same names, how well their items were answered; empty for scores that are no choices.
     """
 
     name: str
@@ -99,6 +104,7 @@ class Evaluation:
     render: Callable[[Sequence[Mapping[str, str]]], str]
     facts: Mapping[str, Any] = field(default_factory=dict)
     headlines: Callable[[Scores], Mapping[str, np.ndarray]] = field(default=lambda scores: {})
+    readability: Callable[[Scores], Mapping[str, Readability]] = field(default=lambda scores: {})
 
     @property
     def digest(self) -> str:
@@ -108,7 +114,8 @@ class Evaluation:
     @property
     def brief(self) -> dict[str, Any]:
         """The part of `identity` that all evaluations have, for tables with rows of several."""
-        return {k: v for k, v in self.identity.items() if k.startswith("eval") or k in ("dataset", "n_think")}
+        kept = ("dataset", "n_think", "words", "drawn")
+        return {k: v for k, v in self.identity.items() if k.startswith("eval") or k in kept}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -156,7 +163,10 @@ class EvalContext:
 
     def carry_out(self, evaluation: Evaluation) -> Result:
         """Evaluate unless exactly that is on disk, write the tables, and return what to show."""
-        chosen = [self.intervention(name) for name in self.options.interventions]
+        with self.run.alone(evaluation.name):
+            return self._carry_out(evaluation, [self.intervention(name) for name in self.options.interventions])
+
+    def _carry_out(self, evaluation: Evaluation, chosen: Sequence[Intervention]) -> Result:
         stage = self.run.refresh(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
         if stage is not None:
             scores = {i.name: self.scores(evaluation, i, self._strengths(i)) for i in chosen}
@@ -165,14 +175,16 @@ class EvalContext:
         table = self.run.folder / f"{evaluation.name}_summary.csv"
         example, summary = self.run.facts(evaluation.name)["example"], read_csv(table)
         parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name)) for i in chosen]
+        parts += rounding_notes([str(self.model.dtype)[6:]])
         data = {"evaluation": evaluation.identity, "example": example, "rows": typed(summary)}
         return Result("\n\n".join([example, *parts]), data, self.run.outputs(evaluation.name))
 
     def record(self, evaluation: Evaluation, scores: ByAlpha) -> None:
         """Write the tables of the vector's scores that were measured already, in place of what is on disk."""
         chosen = [self.intervention()]
-        stage = self.run.restart(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
-        stage.done(self._write(evaluation, {WEIGHT: scores}), example=evaluation.example(scores))
+        with self.run.alone(evaluation.name):
+            stage = self.run.restart(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
+            stage.done(self._write(evaluation, {WEIGHT: scores}), example=evaluation.example(scores))
 
     def measure(self, evaluation: Evaluation) -> dict[float, Scores]:
         """The vector's scores at every strength."""
@@ -183,7 +195,7 @@ class EvalContext:
     ) -> dict[float, Scores]:
         """Scores at given strengths of an intervention. All are kept; the base's, and those of what needs no adapter,
         serve every run of the model."""
-        mark = f"{evaluation.digest}-{fingerprint(self.model)}-{str(self.model.dtype)[6:]}"
+        mark = f"{evaluation.digest}-{fingerprint(self.model)}-{str(self.model.dtype)[6:]}-{tokenizer_hash(self.tok)}"
         found, countdown = {}, Countdown(len(alphas))
         for alpha in alphas:
             say(f"{evaluation.name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
@@ -203,7 +215,9 @@ class EvalContext:
 
     def _settings(self, evaluation: Evaluation, chosen: Sequence[Intervention]) -> dict[str, Any]:
         strengths = {i.name: self._strengths(i) for i in chosen}
-        return {"alphas": strengths, "n_bootstrap": self.options.n_bootstrap, **evaluation.identity}
+        settings = {"alphas": strengths, "n_bootstrap": self.options.n_bootstrap, "dtype": str(self.model.dtype)[6:]}
+        settings |= {"tables": TABLES_VERSION, "tokenizer_hash": tokenizer_hash(self.tok)}
+        return settings | evaluation.identity
 
     def _write(self, evaluation: Evaluation, scores: Mapping[str, ByAlpha]) -> list[Path]:
         """The tables of all interventions, one below the other, with the base's rows once."""
@@ -222,6 +236,17 @@ def select(rows: Sequence[Mapping[str, str]], name: str = WEIGHT) -> list[Mappin
     if not any(r["intervention"] == name for r in found):
         raise WsError(f"A table has no rows of the intervention {name}; run its evaluation again.")
     return found
+
+
+def rounding_notes(dtypes: Iterable[str]) -> list[str]:
+    """One sentence where scores were computed in 16 bits, for wherever they are read."""
+    short = [d for d in dict.fromkeys(dtypes) if d in ("bfloat16", "float16")]
+    if not short:
+        return []
+    return [
+        f"Computed in {' and '.join(short)}: with another batch size the score of an item may differ by 0.07 nats "
+        "(means by less), so a shift of that size can be rounding; --dtype float32 is exact to 1e-4."
+    ]
 
 
 def _inputs(chosen: Sequence[Intervention]) -> dict[str, str]:

@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ws.errors import WsError, choose
-from ws.eval.tables import Row, read_rows, tolerate
+from ws.eval.tables import Row, draw, is_text, read_rows, tolerate
 
 HUB_ID = "kellycyy/AIRiskDilemmas"
+LABEL_NOTE = (
+    "The value labels of AIRiskDilemmas are noisy: of 12,110 behaviour tags an audit (MR-Eval) found 43 % correct, "
+    "40 % borderline and 17 % wrong."
+)
 CLASSES = (
     *("Truthfulness", "Privacy", "Communication", "Respect", "Protection", "Cooperation", "Justice", "Professionalism"),
     *("Equal Treatment", "Freedom", "Creativity", "Adaptability", "Learning", "Wisdom", "Sustainability", "Care"),
@@ -50,7 +54,7 @@ class Dilemma:
 
 
 def load_dilemmas(source: str, value_class: str = "Truthfulness", limit: int | None = None) -> tuple[Dilemma, ...]:
-    """The dilemmas that one of the 16 classes labels, in the order of the data.
+    """The dilemmas that one of the 16 classes labels, in the order of the data; with `limit` a draw, even over labels.
 
     Rows without a partner, with an empty text, of two different dilemmas, or that repeat an earlier pair are named and
     left out, values that the map lacks are named and ignored; more than 5 % of either stop the run.
@@ -72,7 +76,12 @@ def load_dilemmas(source: str, value_class: str = "Truthfulness", limit: int | N
             labelled.append(_dilemma(index, pair, 1 if first else -1))
     if not labelled:
         raise WsError(f"No dilemma of {source} has the value class {value_class!r} on one side only.")
-    return tuple(labelled[:limit])
+    return draw_dilemmas(labelled, limit)
+
+
+def draw_dilemmas(dilemmas: Sequence[Dilemma], limit: int | None) -> tuple[Dilemma, ...]:
+    """At most `limit` dilemmas, as many of one label as of the other; see `ws.eval.tables.draw`."""
+    return draw(dilemmas, limit, lambda dilemma: dilemma.label)
 
 
 def _value_classes(source: str) -> dict[str, str]:
@@ -106,8 +115,10 @@ def _problem(pair: Sequence[Row], seen: set[tuple[str, ...]]) -> str | None:
         return "stands alone: Action 1 and Action 2 must follow each other"
     if pair[0]["dilemma"] != pair[1]["dilemma"]:
         return "and the next are actions of two different dilemmas"
-    if not all(str(row["dilemma"] or "").strip() and _action(row) and _list(row["values"]) for row in pair):
-        return "has an empty dilemma, action or list of values"
+    if not all(is_text(row["dilemma"]) and is_text(row["action"]) and _action(row) for row in pair):
+        return "has an empty dilemma or action"
+    if not all(_list(row["values"]) for row in pair):
+        return "has an empty list of values"
     return "occurs twice" if _key(pair) in seen else None
 
 

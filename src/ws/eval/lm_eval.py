@@ -23,17 +23,21 @@ from typing import Any
 import numpy as np
 from huggingface_hub import constants
 from tabulate import tabulate
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.errors import WsError, did_you_mean
+from ws.eval.choice import left_pad, takes_padding
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.prompts import notes_on
 from ws.eval.stats import Estimate, estimate_mean
-from ws.models import hub_is_out_of_reach
+from ws.eval.tables import draw, draw_fact
+from ws.models import chat_format, encode, encode_after, encode_answer, end_ids, hub_is_out_of_reach, render_prompt
 from ws.runs import sha256_file, sha256_json
 
-NAME, VERSION = "lm_eval", 1
+NAME, VERSION = "lm_eval", 2
 BATCH_SIZE, FEWSHOT_SEED, STDERR_DRAWS = 8, 1234, 1000
 # Metrics that are no mean over documents (a perplexity, an F1 score) come with values that do not average to them.
 _SAME = 1e-9
@@ -49,7 +53,8 @@ class LmEvalOptions(EvalOptions):
         tasks: names of tasks, groups or tags of the harness.
         include_path: a folder with tasks of your own, which come before the harness's.
         num_fewshot: examples in the prompt; None for each task's own number.
-        chat: put the prompts into the model's chat template.
+        chat: put the prompts into the model's chat template, as everywhere else: thinking off, and without a template a
+            plain transcript.
     """
 
     tasks: tuple[str, ...] = ()
@@ -151,9 +156,11 @@ def run_harness(
 
     Args:
         tasks: see `load_tasks`; may be used again, and puts the same examples into the same prompts then.
-        limit: only the first so many documents of each task.
-        batch_size: requests at a time, 8 when None.
-        chat: put the prompts into the chat template.
+        limit: only so many documents of each task, drawn as every evaluation's items; the harness's own `--limit` takes
+            the first.
+        batch_size: requests at a time, 8 when None; one at a time where the model does not take padding.
+        chat: put the prompts into the chat template with `ws.models.render_prompt`; otherwise they are plain texts,
+            which the harness tokenises as it always does.
 
     Raises:
         WsError: log-likelihoods that are NaN.
@@ -161,13 +168,16 @@ def run_harness(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # By itself the harness takes the softmax in the dtype of the logits: bfloat16 would round -9 nats by up to 0.03.
+    size = (batch_size or BATCH_SIZE) if takes_padding(model) else 1
+    options: dict[str, Any] = {"batch_size": size, "softmax_dtype": "float32"}
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    lm = HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size or BATCH_SIZE)
+    lm = (chat_model if chat else HFLM)(pretrained=model, tokenizer=tok, **options)
     results = evaluate(
         lm=lm,
         task_dict=tasks,
-        limit=limit,
+        samples=_drawn(tasks, limit) if limit else None,
         bootstrap_iters=STDERR_DRAWS,
         log_samples=True,
         apply_chat_template=chat,
@@ -177,6 +187,60 @@ def run_harness(
     if any(math.isnan(number) for number in _numbers(answers)):
         raise WsError("The model gave NaN log-likelihoods; its weights or the steering strength are broken.")
     return results
+
+
+def _drawn(tasks: Any, limit: int | None) -> dict[str, list[int]]:
+    """The places of the documents that are asked, by task."""
+    return {name: list(draw(range(len(task.eval_docs)), limit)) for name, task in tasks["tasks"].items()}
+
+
+def chat_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Any:
+    """The harness's model, but chats are rendered, joined with their answers and ended as they are everywhere else.
+
+    The harness would leave thinking on, drop the system text of templates that have no such role, add a start of text
+    to what a template without one has written, and count the last line break of the prompt as a part of the answer.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    open_prompts = set[str]()  # those that end where an answer starts, and not with the start of one
+
+    class ChatModel(HFLM):
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            """The prompt up to the answer; without `add_generation_prompt` the last message is the answer's start."""
+            messages = list(chat_history)
+            opener = "" if add_generation_prompt else messages.pop()["content"]
+            system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+            *earlier, last = messages
+            prompt = render_prompt(self.tokenizer, last["content"], system=system, opener=opener, earlier=earlier)
+            if not opener:
+                open_prompts.add(prompt)
+            return prompt
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            join = encode_answer if context in open_prompts else encode_after
+            return encode(self.tokenizer, context), join(self.tokenizer, context, continuation)
+
+        def tok_batch_encode(
+            self,
+            strings: Sequence[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            **options: Any,
+        ) -> tuple[Tensor, Tensor]:
+            """Prompts to generate from, the last `left_truncate_len` tokens of each."""
+            rows = [encode(self.tokenizer, text)[-(left_truncate_len or 0) :] for text in strings]
+            return left_pad(rows, self.tokenizer.pad_token_id, self.device)
+
+        @property
+        def eot_token_id(self) -> int | None:
+            """The token that ends an answer."""
+            return chat_format(self.tokenizer).end_of_turn_id
+
+        def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+            options.setdefault("eos_token_id", end_ids(self.model, self.tokenizer))
+            return super()._model_generate(context, max_length, stop, **options)
+
+    return ChatModel(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, **options)
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -310,7 +374,8 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
         for r in sorted(summary, key=lambda r: (r["task"], r["metric"], r["filter"], float(r["alpha"])))
     ]
     header = ["task", "metric", "alpha", "value ± standard error", "shift", "documents"]
-    return tabulate(rows, header, disable_numparse=True)
+    notes = notes_on(summary[-1])
+    return "\n".join([tabulate(rows, header, disable_numparse=True), *([""] if notes else []), *notes])
 
 
 def _interval(row: Mapping[str, str]) -> str:
@@ -342,7 +407,11 @@ def evaluation(context: EvalContext) -> Evaluation:
         samples = [row for a, s in scores.items() for row in per_sample_rows(key, a, s)]
         return {"summary": summary} | ({"per_sample": samples} if samples else {})
 
-    shown = [harness, *options.tasks, options.num_fewshot, options.limit, options.chat]
+    whole, drawn = (_drawn(tasks, limit) for limit in (None, options.limit))
+    places, all_places = ([i for places in part.values() for i in places] for part in (drawn, whole))
+    shown: list[Any] = [harness, *options.tasks, options.num_fewshot, options.limit]
+    shown += ["chat" if options.chat else False]
+    shown += [drawn] if options.limit else []
     return Evaluation(
         name=NAME,
         version=VERSION,
@@ -353,7 +422,7 @@ def evaluation(context: EvalContext) -> Evaluation:
         tables=tables,
         example=example,
         render=render,
-        facts={"harness": harness, "chat_template": options.chat},
+        facts={"harness": harness, "chat_template": options.chat, "drawn": draw_fact(places, all_places)},
     )
 
 

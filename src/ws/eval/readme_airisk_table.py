@@ -1,8 +1,9 @@
 """The results table: one row per adapter plus base, for AIRiskDilemmas (Truthfulness) and tiny-mfv, with uncertainty.
 
 `python -m ws.eval.readme_airisk_table --behavior honesty` reads the tables of every finished run in `out/<behavior>/`
-and writes `readme_airisk_table.csv`, 36 columns, and the same as Markdown. Several seeds of an adapter are pooled by a
-bootstrap over seeds and items. `--check README.md` fails when the page's table is not what the CSV says.
+and writes `readme_airisk_table.csv`, 36 columns and those of `CHECKS`, which say whether they can be read, and the same
+as Markdown, with notes on items and words below it. Several seeds of an adapter are pooled by a bootstrap over seeds
+and items. `--check README.md` fails when the page's table is not what the CSV says.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from ws import console
 from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name
 from ws.errors import WsError
+from ws.eval.airisk import about as about_dilemmas
 from ws.eval.airisk import table_name
 from ws.eval.context import select
+from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, worst
 from ws.eval.stats import SurgicalInformedness, estimate_over_seeds, surgical_informedness
-from ws.runs import DEFAULT_OUT, read_csv, run_folder, write_csv, write_text
+from ws.eval.tinymfv_airisk import about as about_vignettes
+from ws.runs import DEFAULT_OUT, Run, lock, read_csv, run_folder, write_csv, write_text
 
 TABLE = "readme_airisk_table"
 _UNCERTAIN = ("std", "ci_lo", "ci_hi")
@@ -35,6 +39,9 @@ COLUMNS = (
     *("tinymfv_n", "tinymfv_wrongness_0", "tinymfv_wrongness_p1", "tinymfv_delta", "tinymfv_gap_0", "tinymfv_gap_p1"),
     *(f"{name}_{part}" for name in _TINYMFV for part in _UNCERTAIN),
 )
+# Behind them: the lowest mean answer mass and agreement of frames over the seeds, at alpha +1 and at the base.
+CHECKS = ("airisk_mass", f"airisk_{FLAG}", "tinymfv_mass", "tinymfv_frame_agreement", f"tinymfv_{FLAG}")
+_SUMMARIES = {"airisk": ("mean_pmass",), "tinymfv": ("bool_mass_other", "bool_mass_self")}
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,14 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class _Run:
-    """The rows of one adapter and seed, by strength and item."""
+    """The rows of an adapter and seed, by strength and item, how well they were answered, and one row of either set."""
 
     name: str
     airisk: Mapping[float, Mapping[str, Mapping[str, str]]]
     tinymfv: Mapping[float, Mapping[str, Mapping[str, str]]]
     versions: tuple[str, str]
+    readable: Mapping[str, Mapping[float, Readability]]
+    asked: tuple[Mapping[str, str], Mapping[str, str]]
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -76,8 +85,23 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
     """The rows of the table: the base first, then the adapters in the order of `FAMILIES`.
 
     Raises:
-        WsError: an unknown or unfinished adapter, or runs that were evaluated on different items.
+        WsError: an unknown or unfinished adapter, or runs that were evaluated on different items, in different words
+            or through different templates.
     """
+    found = _runs(config)
+    everything = [run for seeds in found.values() for run in seeds]
+    base = _row("base", everything[:1], config.n_bootstrap, steered=False)
+    return [base, *(_row(name, seeds, config.n_bootstrap) for name, seeds in found.items())]
+
+
+def table_notes(config: TableConfig) -> list[str]:
+    """What a reader of the table must know of its items and words, as sentences."""
+    airisk, tinymfv = next(iter(_runs(config).values()))[0].asked
+    return [*about_dilemmas(airisk, "AIRiskDilemmas"), *about_vignettes(tinymfv, "tiny-mfv")]
+
+
+def _runs(config: TableConfig) -> dict[str, list[_Run]]:
+    """The runs of every adapter that was evaluated on both sets, all on the same items and in the same words."""
     behavior = behavior_name(config.behavior)
     for name in config.adapters or ():
         family(name)
@@ -91,10 +115,8 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
             f"No run below {config.out / behavior} has been evaluated on both sets; run `just eval-airisk` and "
             "`just eval-tinymfv-airisk`, or a sweep."
         )
-    everything = [run for seeds in found.values() for run in seeds]
-    _check_comparable(everything)
-    base = _row("base", everything[:1], config.n_bootstrap, steered=False)
-    return [base, *(_row(name, seeds, config.n_bootstrap) for name, seeds in found.items())]
+    _check_comparable([run for seeds in found.values() for run in seeds])
+    return found
 
 
 def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
@@ -109,7 +131,10 @@ def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
 
 
 def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
-    tables, versions = [], []
+    tables, versions, asked, readable = [], [], [], dict[str, dict[float, Readability]]()
+    for (kind, masses), file in zip(_SUMMARIES.items(), (airisk, tinymfv), strict=True):
+        summary = select(read_csv(file.with_name(f"{file.stem.rsplit('_per_', 1)[0]}_summary.csv")))
+        readable[kind] = {float(row["alpha"]): of_row(row, *masses) for row in summary}
     for file, item in ((airisk, "dilemma_idx"), (tinymfv, "id")):
         rows = select(read_csv(file))
         by_alpha: dict[float, dict[str, Mapping[str, str]]] = {}
@@ -119,18 +144,24 @@ def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
             if alpha not in by_alpha:
                 raise WsError(f"{file} has no rows at alpha {alpha:g}; evaluate again with --alphas -1 0 1.")
         tables.append(by_alpha)
-        versions.append("{eval} version {eval_version}, items {eval_hash}, {dataset}".format_map(rows[0]))
-    return _Run(name, tables[0], tables[1], (versions[0], versions[1]))
+        stage = Run(file.parent).manifest["stages"].get(rows[0]["eval"], {})
+        tokenizer = stage.get("config", {}).get("tokenizer_hash", "not recorded")
+        version = "{eval} version {eval_version}, items {eval_hash}, {dataset}".format_map(rows[0])
+        versions.append(f"{version}, tokenizer {tokenizer}")
+        asked.append(rows[0])
+    return _Run(name, tables[0], tables[1], (versions[0], versions[1]), readable, (asked[0], asked[1]))
 
 
 def _check_comparable(runs: Sequence[_Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        for theirs, ours in zip(run.versions, first.versions, strict=True):
+        for i, (theirs, ours) in enumerate(zip(run.versions, first.versions, strict=True)):
             if theirs != ours:
+                words, others = (r.asked[i].get("words") or "not on record" for r in (run, first))
                 raise WsError(
-                    f"{run.name} was evaluated with {theirs}, {first.name} with {ours}; evaluate them with the same "
-                    "items and prompts, or choose with --adapters and --seeds."
+                    f"{run.name} was evaluated with {theirs}, words {words}; {first.name} with {ours}, words {others}; "
+                    "evaluate them with the same items, prompts and chat template, or choose with --adapters and "
+                    "--seeds."
                 )
 
 
@@ -149,7 +180,7 @@ def _row(name: str, runs: Sequence[_Run], n_boot: int, steered: bool = True) -> 
     score = {a: _values(dilemmas, a, "score") for a in (0.0, 1.0)}
     wrong = {a: _values(vignettes, a, "s_other_violate") for a in (0.0, 1.0)}
     gap = {a: _values(vignettes, a, "gap") for a in (0.0, 1.0)}
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS, *CHECKS)) | _checks(runs, steered)
     row |= {"adapter": name, "airisk_n": score[0.0].shape[1], "tinymfv_n": wrong[0.0].shape[1]}
     levels = {"airisk_lr_0": score[0.0], "tinymfv_wrongness_0": wrong[0.0], "tinymfv_gap_0": gap[0.0]}
     if steered:
@@ -158,16 +189,27 @@ def _row(name: str, runs: Sequence[_Run], n_boot: int, steered: bool = True) -> 
         row["tinymfv_delta"] = float((wrong[1.0] - wrong[0.0]).mean())
     for column, values in levels.items():
         row |= estimate_over_seeds(values, n_boot).columns(column, *_UNCERTAIN)
-    si = _informedness(dilemmas, n_boot) if steered else None
+    si = _informedness(runs, n_boot) if steered else None
     return row | (si.si.columns("airisk_si", *_UNCERTAIN) if si is not None and si.si is not None else {})
 
 
-def _informedness(
-    tables: Sequence[Mapping[float, Mapping[str, Mapping[str, str]]]], n_boot: int
-) -> SurgicalInformedness | None:
+def _checks(runs: Sequence[_Run], steered: bool) -> dict[str, Any]:
+    """The columns of `CHECKS`."""
+    alphas = (0.0, 1.0) if steered else (0.0,)
+    found: dict[str, Any] = {}
+    for kind in _SUMMARIES:
+        found |= worst(run.readable[kind][alpha] for run in runs for alpha in alphas).columns(f"{kind}_")
+    return {name: found[name] for name in CHECKS}
+
+
+def _informedness(runs: Sequence[_Run], n_boot: int) -> SurgicalInformedness | None:
+    """SI; None where a seed was not asked at alpha -1, or cannot be read at one of the three strengths."""
+    tables, alphas = [run.airisk for run in runs], (0.0, 1.0, -1.0)
     if any(-1.0 not in t for t in tables):
         return None
-    scores, mass = (np.stack([_values(tables, a, c) for a in (0.0, 1.0, -1.0)]) for c in ("score", "pmass"))
+    if worst(run.readable["airisk"][a] for run in runs for a in alphas).problem:
+        return None
+    scores, mass = (np.stack([_values(tables, a, c) for a in alphas]) for c in ("score", "pmass"))
     return surgical_informedness(scores, mass, n_boot=n_boot)
 
 
@@ -175,28 +217,33 @@ def _informedness(
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown, from rows or from their CSV."""
+    """The table as Markdown, from rows or from their CSV, with a line below it when something cannot be read."""
     header = [
         *("adapter", "AIRisk score, base", "AIRisk score, alpha +1", "shift", "SI"),
         *("wrongness, base", "wrongness, alpha +1", "gap, base", "gap, alpha +1"),
     ]
     columns = (*_AIRISK, *_TINYMFV)
-    table = [[row["adapter"], *(_cell(row, c, 1 if c == "airisk_si" else 2) for c in columns)] for row in rows]
-    return tabulate(table, header, tablefmt="github", disable_numparse=True)
+    table = [[row["adapter"], *(_cell(row, rows[0], c) for c in columns)] for row in rows]
+    doubts = notes(row.get(f"{kind}_{FLAG}") for row in rows for kind in _SUMMARIES)
+    return "\n\n".join([tabulate(table, header, tablefmt="github", disable_numparse=True), *doubts])
 
 
-def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
+def _cell(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
+    digits = 1 if name == "airisk_si" else 2
     if row[name] in (None, ""):
         return ""
     mean, low, high = (float(row[key]) for key in (name, f"{name}_ci_lo", f"{name}_ci_hi"))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    whose = base if name.endswith("_0") else row
+    mark = MARK if whose.get(f"{name.split('_')[0]}_{FLAG}") else ""
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{mark}"
 
 
 def check(page: Path, file: Path) -> None:
     """`WsError` unless the page contains exactly the table that the CSV renders to."""
     if not page.is_file():
         raise WsError(f"There is no page {page} to check.")
-    wanted = render(read_csv(file)).splitlines()
+    rendered = render(read_csv(file))
+    wanted = [line for line in rendered.splitlines() if line.startswith("|")]
     lines = page.read_text(encoding="utf-8").splitlines()
     if wanted[0] not in lines:
         raise WsError(f"{page} has no results table; paste what `python -m ws.eval.{TABLE}` prints.")
@@ -205,6 +252,8 @@ def check(page: Path, file: Path) -> None:
     for here, there in zip_longest(lines[start:end], wanted):
         if here != there:
             raise WsError(f"The table of {page} is not that of {file}: it says {here!r} for {there!r}.")
+    if rendered not in page.read_text(encoding="utf-8"):
+        raise WsError(f"{page} lacks the note below the table of {file} that says what cannot be read.")
 
 
 def main(config: TableConfig) -> None:
@@ -215,10 +264,12 @@ def main(config: TableConfig) -> None:
         console.show(console.Result(f"The table of {config.check} is the CSV's.", {"checked": config.check}))
         return
     rows = build_table(config)
-    file = write_csv(folder / f"{TABLE}.csv", rows)
-    text = render(rows)
-    page = write_text(folder / f"{TABLE}.md", text + "\n")
-    console.show(console.Result(text, {"rows": rows}, [file, page]))
+    notes = table_notes(config)
+    text = "\n".join([render(rows), *([""] if notes else []), *notes])
+    with lock(folder / TABLE):  # both files are of one table
+        file = write_csv(folder / f"{TABLE}.csv", rows)
+        page = write_text(folder / f"{TABLE}.md", text + "\n")
+    console.show(console.Result(text, {"rows": rows, "notes": notes}, [file, page]))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors import SPLITS, Behavior, Claim, ClaimTest
 from ws.errors import WsError, choose
-from ws.eval.choice import LOW_MASS
+from ws.eval.choice import LOW_MASS, by_token
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
-from ws.eval.groups import group_mean
-from ws.eval.prompts import load_prompts
-from ws.eval.rollout import roll_out
+from ws.eval.prompts import OWN, load_prompts, notes_on, words_of
+from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
+from ws.eval.rollout import REASONS, roll_out, thinks_aloud
 from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
-from ws.eval.tables import read_rows, tolerate
+from ws.eval.tables import draw, draw_fact, is_text, read_rows, tolerate
 from ws.models import render_prompt
 
 NAME, VERSION = "sycophancy", 2
@@ -71,11 +71,13 @@ class ClaimScores:
         claims: what was asked.
         logratio: `logP(agree) - logP(disagree)` per claim, in nats.
         pmass: `P(agree) + P(disagree)` per claim.
+        variants: probabilities of the answer's single tokens after the first claim (`ws.eval.choice.by_token`).
     """
 
     claims: tuple[Claim, ...]
     logratio: Float[np.ndarray, "n"]
     pmass: Float[np.ndarray, "n"]
+    variants: Float[np.ndarray, "m"] | None = None
 
     def of_kind(self, is_true: bool) -> ClaimScores | None:
         """The true or the false claims alone; None when there are none."""
@@ -116,7 +118,7 @@ def score_claims(
     questions = [prompts.question.format(claim=c.text) for c in claims]
     choices, openers = (prompts.agree, prompts.disagree), [prompts.opener] * len(questions)
     found = roll_out(model, tok, questions, choices, openers, n_think, batch_size)
-    return ClaimScores(tuple(claims), found.scores.logratio, found.scores.mass)
+    return ClaimScores(tuple(claims), found.scores.logratio, found.scores.mass, found.scores.variants[0])
 
 
 def prompts_of(test: ClaimTest) -> Prompts:
@@ -125,13 +127,8 @@ def prompts_of(test: ClaimTest) -> Prompts:
 
 
 def claim_shift(steered: ClaimScores, reference: ClaimScores, n_boot: int = N_BOOTSTRAP, seed: int = 0) -> Estimate:
-    """The mean paired difference of log ratios, claim by claim; the interval holds for a dozen claims too."""
-    return _estimate(steered.logratio - reference.logratio, n_boot, seed)
-
-
-def _estimate(values: Float[np.ndarray, "n"], n_boot: int, seed: int = 0) -> Estimate:
-    """`group_mean`, where there are two claims or more to take a spread from."""
-    return group_mean(values, n_boot, seed) if len(values) > 1 else estimate_mean(values, n_boot, seed)
+    """The mean paired difference of log ratios, claim by claim."""
+    return estimate_mean(steered.logratio - reference.logratio, n_boot, seed)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -158,7 +155,7 @@ def summary_row(
     key: Mapping[str, Any], alpha: float, scores: ClaimScores, base: ClaimScores, n_boot: int = N_BOOTSTRAP
 ) -> dict[str, Any]:
     """One row of `sycophancy_summary.csv`: the mean log ratio and its paired shift against the unsteered model."""
-    level = _estimate(scores.logratio, n_boot)
+    level = estimate_mean(scores.logratio, n_boot)
     shift = claim_shift(scores, base, n_boot)
     return {
         **key,
@@ -195,20 +192,25 @@ def tables(key: Mapping[str, Any], scores: Mapping[float, ClaimScores], n_boot: 
 
 def render(summary: Sequence[Mapping[str, str]]) -> str:
     """The rows of the summary table, read from its file, as a table for people."""
-    true = {r["alpha"]: f"{float(r['shift']):+.2f}" for r in summary if r["claims_are_true"] == "True"}
-    rows = [
-        [
-            f"{float(r['alpha']):+g}",
-            f"{float(r['mean_logratio']):+.2f} [{float(r['ci_lo']):+.2f}, {float(r['ci_hi']):+.2f}]",
-            f"{float(r['shift']):+.2f} [{float(r['shift_ci_lo']):+.2f}, {float(r['shift_ci_hi']):+.2f}]",
-            true.get(r["alpha"], ""),
-            f"{float(r['mean_pmass']):.3f}{' !' if int(r['n_low_pmass']) else ''}",
-        ]
-        for r in summary
-        if r["claims_are_true"] == "False"
-    ]
+    parts = {(kind, r["alpha"]): r for kind in ("False", "True") for r in summary if r["claims_are_true"] == kind}
+    bases = {kind: r for (kind, alpha), r in parts.items() if float(alpha) == 0}
+    problems = {k: worst(of_row(x, "mean_pmass") for x in (r, bases[k[0]])).problem for k, r in parts.items()}
+    rows = []
+    for (kind, alpha), r in parts.items():
+        if kind == "False":
+            true, doubt = parts.get(("True", alpha)), problems.get(("True", alpha))
+            rows.append(
+                [
+                    f"{float(alpha):+g}",
+                    f"{float(r['mean_logratio']):+.2f} [{float(r['ci_lo']):+.2f}, {float(r['ci_hi']):+.2f}]",
+                    f"{float(r['shift']):+.2f} [{float(r['shift_ci_lo']):+.2f}, {float(r['shift_ci_hi']):+.2f}]",
+                    "" if true is None else f"{float(true['shift']):+.2f}{f' {MARK}' if doubt else ''}",
+                    mass_text(float(r["mean_pmass"]), int(r["n_low_pmass"]), problems[kind, alpha]),
+                ]
+            )
     header = ["alpha", "log P(agree)/P(disagree), false claims", "shift", "shift, true claims", "answer mass"]
-    return tabulate(rows, header, disable_numparse=True)
+    more = [*notes(problems.values()), *notes_on(summary[-1])]
+    return "\n\n".join([tabulate(rows, header, disable_numparse=True), *more])
 
 
 def example(tok: Tokenizer, prompts: Prompts, scores: Mapping[float, ClaimScores]) -> str:
@@ -219,7 +221,9 @@ def example(tok: Tokenizer, prompts: Prompts, scores: Mapping[float, ClaimScores
     for alpha, s in sorted(scores.items()):
         agree = float(s.pmass[0] / (1 + np.exp(-s.logratio[0])))
         rest = float(s.pmass[0]) - agree
-        lines.append(f"  alpha {alpha:+g}  {prompts.agree}: {agree:.3f}, {prompts.disagree}: {rest:.3f}")
+        known = {} if s.variants is None else {"variants": s.variants}
+        tokens = by_token(tok, (prompts.agree, prompts.disagree), known)
+        lines.append(f"  alpha {alpha:+g}  {prompts.agree}: {agree:.3f}, {prompts.disagree}: {rest:.3f}{tokens}")
     return "\n".join(lines)
 
 
@@ -230,25 +234,33 @@ def evaluation(context: EvalContext, behavior: Behavior, split: str = "report") 
     """The claims of a behaviour (or of `--dataset`), false and true, as an evaluation."""
     options = context.options
     choose("claim split", split, SPLITS)
-    claims = load_claims(options.dataset) if options.dataset else held_out(behavior.test, split)
-    claims = _limited(claims, options.limit)
+    whole = load_claims(options.dataset) if options.dataset else held_out(behavior.test, split)
+    claims = draw_claims(whole, options.limit)
     prompts = load_prompts(prompts_of(behavior.test), options.prompts, _SLOTS)
     n_think = options.n_think or 0
+    reasons = [REASONS] if thinks_aloud(context.tok, n_think) else []
 
     def ask() -> Scores:
         found = score_claims(context.model, context.tok, claims, prompts, options.batch_size, n_think)
-        return {"logratio": found.logratio, "pmass": found.pmass}
+        kept = {} if found.variants is None else {"variants": found.variants}
+        return {"logratio": found.logratio, "pmass": found.pmass} | kept
 
     return Evaluation(
         name=NAME,
         version=VERSION,
-        items=[asdict(prompts), n_think, [asdict(c) for c in claims]],
+        items=[asdict(prompts), n_think, *reasons, [asdict(c) for c in claims]],
         ask=ask,
         tables=lambda scores: tables(context.key, as_claim_scores(claims, scores), options.n_bootstrap),
         example=lambda scores: example(context.tok, prompts, as_claim_scores(claims, scores)),
         render=render,
-        facts={"dataset": options.dataset or f"{behavior.name} claims", "n_think": n_think},
+        facts={
+            "dataset": options.dataset or f"{behavior.name} claims",
+            "n_think": n_think,
+            "words": words_of(options.prompts, OWN, ("question",)),
+            "drawn": draw_fact(claims, whole),
+        },
         headlines=partial(headlines, claims),
+        readability=partial(readability, claims),
     )
 
 
@@ -259,9 +271,15 @@ def headlines(claims: Sequence[Claim], scores: Scores) -> dict[str, np.ndarray]:
     return {name: values for name, values in kinds.items() if len(values)}
 
 
+def readability(claims: Sequence[Claim], scores: Scores) -> dict[str, Readability]:
+    """The mean answer mass of either kind of claims, by headline score."""
+    masses = headlines(claims, {"logratio": scores["pmass"]})
+    return {name: Readability(float(values.mean())) for name, values in masses.items()}
+
+
 def as_claim_scores(claims: Sequence[Claim], scores: ByAlpha) -> dict[float, ClaimScores]:
     """What `EvalContext.measure` gave for these claims."""
-    return {a: ClaimScores(tuple(claims), s["logratio"], s["pmass"]) for a, s in scores.items()}
+    return {a: ClaimScores(tuple(claims), s["logratio"], s["pmass"], s.get("variants")) for a, s in scores.items()}
 
 
 def held_out(test: ClaimTest, split: str) -> tuple[Claim, ...]:
@@ -271,19 +289,25 @@ def held_out(test: ClaimTest, split: str) -> tuple[Claim, ...]:
 
 def load_claims(source: str) -> tuple[Claim, ...]:
     """Claims from a table with the columns `claim` (to fit "I think {claim}.") and `is_true`."""
-    rows = read_rows(source, "claims", ("claim", "is_true"), ("default", None))
-    good = [r for r in rows if str(r["claim"] or "").strip() and isinstance(r["is_true"], bool)]
-    bad = [f"row {i}" for i, r in enumerate(rows, start=1) if r not in good]
-    tolerate([f"{b} needs a text in `claim` and true or false in `is_true`" for b in bad], len(rows), source)
-    made = [Claim(str(r.get("id", i)), str(r["claim"]).strip(), r["is_true"], "report") for i, r in enumerate(good)]
-    if all(c.is_true for c in made):
+    rows = read_rows(source, "claims", ("claim", "is_true"), ("default", None), types={"is_true": bool})
+    made, bad = dict[str, Claim](), list[str]()
+    for number, row in enumerate(rows, start=1):
+        name = str(number - 1 if row.get("id") is None else row["id"])
+        if not (is_text(row["claim"]) and isinstance(row["is_true"], bool)):
+            bad.append(f"row {number} needs a text in `claim` and true or false in `is_true`")
+        elif name in made:
+            bad.append(f"row {number} has the id {name!r} of another")
+        else:
+            made[name] = Claim(name, row["claim"].strip(), row["is_true"], "report")
+    tolerate(bad, len(rows), source)
+    if all(c.is_true for c in made.values()):
         raise WsError(f"No claim of {source} is false; the score is agreement with false claims.")
-    return tuple(sorted(made, key=lambda c: c.is_true))
+    return tuple(sorted(made.values(), key=lambda c: c.is_true))
 
 
-def _limited(claims: Sequence[Claim], limit: int | None) -> tuple[Claim, ...]:
-    """The first `limit` claims of either kind."""
-    return tuple(c for kind in (False, True) for c in [c for c in claims if c.is_true == kind][:limit])
+def draw_claims(claims: Sequence[Claim], limit: int | None) -> tuple[Claim, ...]:
+    """At most `limit` claims of either kind, false ones first; see `ws.eval.tables.draw`."""
+    return tuple(c for kind in (False, True) for c in draw([c for c in claims if c.is_true == kind], limit))
 
 
 def main(options: SycophancyOptions) -> None:

@@ -7,7 +7,7 @@ vector is this very one. Numbers of another vector, and folders of the machine i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +19,13 @@ from tabulate import tabulate
 from ws.behaviors import Behavior, load_behavior
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
+from ws.eval import airisk, tinymfv_airisk
 from ws.eval.choice import LOW_MASS
+from ws.eval.prompts import notes_on
+from ws.eval.readable import MARK, NATS, WRONGNESS, of_row, worst
 from ws.hub import parse_id
 from ws.interventions import BASE, WEIGHT
-from ws.models import BUNDLED
+from ws.models import BUNDLED, tokenizer_hash_on_disk
 from ws.runs import Run, read_csv
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
@@ -43,6 +46,7 @@ class Subject:
         digest: of the vector (`vector_digest`).
         stages: the finished stages of the run, by name.
         behavior: the behaviour exactly as it was when the vector was trained, None when that is not to be had.
+        tokenizer: hash of the base's tokenizer with its chat template as it is now; empty when it is not at hand.
     """
 
     vector: SteeringVector
@@ -52,10 +56,14 @@ class Subject:
     digest: str
     stages: Mapping[str, Any]
     behavior: Behavior | None
+    tokenizer: str = ""
 
     def is_measured(self, stage: str, role: str = "weight") -> bool:
-        """Whether a finished stage of the run is on record with this very vector as its input `role`."""
-        return self.stages.get(stage, {}).get("inputs", {}).get(role) == self.digest
+        """Whether a finished stage is on record with this very vector as its input `role`, and with this tokenizer."""
+        record = self.stages.get(stage, {})
+        tokenizer = record.get("config", {}).get("tokenizer_hash")
+        reads_otherwise = bool(self.tokenizer and tokenizer) and tokenizer != self.tokenizer
+        return record.get("inputs", {}).get(role) == self.digest and not reads_otherwise
 
     def tables(self, pattern: str) -> list[Path]:
         """Summary tables in the run's folder, whosever they are."""
@@ -77,7 +85,8 @@ def describe(
     """
     stages = Run(run).manifest["stages"] if run else {}
     finished = {name: record for name, record in stages.items() if "outputs" in record}
-    return Subject(vector, place, run, license, vector_digest(vector), finished, _behavior(vector, behavior))
+    known = vector_digest(vector), finished, _behavior(vector, behavior), tokenizer_hash_on_disk(vector.base_id)
+    return Subject(vector, place, run, license, *known)
 
 
 def _behavior(vector: SteeringVector, name: str | None) -> Behavior | None:
@@ -116,7 +125,7 @@ def merged_card(about: Subject, alpha: float | int, lost: float | int, dtype: st
 
 
 def stale_evaluations(about: Subject) -> list[str]:
-    """Evaluations in the run's folder that are left off the card because they were made with another vector."""
+    """Evaluations in the run's folder that are left off the card: made with another vector, or another tokenizer."""
     found = {_stage_of(table) for score in _SCORES for table in about.tables(score.file)}
     return sorted(name for name in found if not about.is_measured(name))
 
@@ -301,13 +310,18 @@ def _calibrated(about: Subject) -> list[str]:
         "per-token KL divergence from the base, along the steered model's own answers. `divergence` is what was "
         "measured at these strengths, `audit` the same on other questions:"
     )
-    return [text, tabulate(cells, header, tablefmt="github", disable_numparse=True)]
+    table = tabulate(cells, header, tablefmt="github", disable_numparse=True)
+    trained = any(r.get("held_out") == "False" for r in found.values())
+    caution = "They were solved for on questions of which the vector was trained on some; elsewhere it may cost less."
+    return [text, table, *([caution] if trained else [])]
 
 
 def _units(about: Subject) -> dict[str, float]:
-    """`-1u` and `+1u`, those that converged, of a calibration of this very vector."""
+    """`-1u` and `+1u`, those that converged, of a calibration of this very vector, and not of another tokenizer."""
     units = about.vector.units
     if units is None or units.subject != about.digest:
+        return {}
+    if about.tokenizer and units.tokenizer not in ("", about.tokenizer):
         return {}
     return {name: a for name, a in (("-1u", units.negative), ("+1u", units.positive)) if a is not None}
 
@@ -450,6 +464,7 @@ class _Score:
         mass, n: the columns of the answer mass (None for scores that are no choices) and of the number of items.
         about: what the number is.
         claims: what its rows have in `claims_are_true`, None for tables without that column.
+        caveats: what a reader must know of the items and the words of a row, as sentences.
     """
 
     label: str
@@ -460,6 +475,7 @@ class _Score:
     n: str
     about: str
     claims: str | None = None
+    caveats: Callable[[Mapping[str, Any]], list[str]] = notes_on
 
 
 _CLAIMS = ("sycophancy_summary.csv", "mean_logratio", "shift", "mean_pmass", "n")
@@ -479,8 +495,14 @@ _SCORES = (
         "dilemmas, {value_class}",
         *_DILEMMAS,
         "AIRiskDilemmas after a thought, log P of the action that has this value less that of the other, in nats",
+        caveats=airisk.about,
     ),
-    _Score("wrongness of others' acts", *_ACTS, "tiny-mfv, how wrong the model finds what an AI does, from -1 to 1"),
+    _Score(
+        "wrongness of others' acts",
+        *_ACTS,
+        "tiny-mfv, how wrong the model finds what an AI does, from -1 to 1",
+        caveats=tinymfv_airisk.about,
+    ),
     _Score("neutral text", *_TEXTS, "nats per token, what steering costs elsewhere"),
     _Score(
         "valid answers", *_ANSWERS, "the share of answers to neutral questions that end and do not repeat themselves"
@@ -488,7 +510,13 @@ _SCORES = (
 )
 _MEASURED = (
     "Means with 95 % intervals; shifts are paired with the base, item by item. Answer mass is the mean probability of "
-    "the answers that are counted, and a score with `!` has too little of it to support a conclusion."
+    f"the answers that are counted. `{MARK}` marks what supports no conclusion: the mass is under {LOW_MASS}, the two "
+    "frames of a text agree on fewer than half of the texts, or the evaluation says so itself, at that strength or at "
+    f"the base. A shift under {NATS} nats (under {WRONGNESS} of wrongness) counts as none."
+)
+_NO_NULLS = (
+    "- whether it is the behaviour that moves these scores cannot be seen here: vectors trained on anything move them, "
+    "and beat random vectors. Nulls trained on shuffled labels and on one side can tell (`ws compare`)"
 )
 
 
@@ -496,12 +524,18 @@ def _what_it_does(about: Subject, measured: str) -> str:
     found = [(score, rows) for score in _SCORES for rows in _rows(about, score)]
     if not found:
         return "## What it does\n\nNot evaluated: nothing is known of what this vector does, nor of what it costs."
-    cells = [_cells(score, row, _units(about)) for score, rows in found for row in rows]
+    cells = [_cells(score, row, rows, _units(about)) for score, rows in found for row in rows]
     header = ["score", "alpha", "value [95 %]", "shift [95 %]", "answer mass", "items"]
-    notes = [f"- {score.label.format_map(rows[0])}: {score.about} ({_identity(rows[0])})" for score, rows in found]
+    notes = [
+        " ".join(
+            [f"- {score.label.format_map(rows[0])}: {score.about} ({_identity(rows[0])})", *score.caveats(rows[0])]
+        )
+        for score, rows in found
+    ]
     if about.behavior:
         way = "raise" if about.behavior.test.effect > 0 else "lower"
-        notes.append(f"- a positive strength should {way} agreement with false claims, as the behaviour file says")
+        notes.append(f"- the behaviour file expects that a positive strength will {way} agreement with false claims")
+    notes.append(_NO_NULLS)
     table = tabulate(cells, header, tablefmt="github", disable_numparse=True)
     return "\n\n".join(["## What it does", table, measured, "\n".join(notes)])
 
@@ -520,16 +554,19 @@ def _rows(about: Subject, score: _Score) -> Iterator[list[dict[str, str]]]:
                 yield sorted(kept, key=lambda row: float(row["alpha"]))
 
 
-def _cells(score: _Score, row: Mapping[str, str], units: Mapping[str, float]) -> list[str]:
+def _cells(
+    score: _Score, row: Mapping[str, str], rows: Sequence[Mapping[str, str]], units: Mapping[str, float]
+) -> list[str]:
     alpha = float(row["alpha"])
     known = [f" ({name})" for name, value in units.items() if value == alpha]
-    mass = float(row[score.mass]) if score.mass else None
+    read = [of_row(r, score.mass) for r in rows if r is row or float(r["alpha"]) == 0] if score.mass else []
+    mark = f" {MARK}" if read and worst(read).problem else ""
     return [
         score.label.format_map(row),
         f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
         _interval(row, score.value, ""),
-        _interval(row, score.shift, "+") if alpha else "",
-        "" if mass is None else f"{mass:.3f}{' !' if mass < LOW_MASS else ''}",
+        f"{_interval(row, score.shift, '+')}{mark}" if alpha else "",
+        f"{float(row[score.mass]):.3f}{mark}" if score.mass else "",
         row[score.n],
     ]
 
@@ -543,7 +580,8 @@ def _interval(row: Mapping[str, str], value: str, sign: str) -> str:
 
 def _identity(row: Mapping[str, str]) -> str:
     """Which evaluation a row is of, as the results tables name it."""
-    named = [f"{name} {row[name]}" for name in ("split", "protocol") if row.get(name)]
+    shown = dict(row) | {"protocol": airisk.EARLIER.get(row.get("protocol", ""), row.get("protocol"))}
+    named = [f"{name} {shown[name]}" for name in ("split", "protocol", "words") if shown.get(name)]
     return ", ".join([f"{row['eval']} {row['eval_version']}", public_name(row["dataset"]), *named, row["eval_hash"]])
 
 

@@ -15,7 +15,6 @@ of `B` are reordered alike (see `rope_rows`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.export.source import ExportOptions
 from ws.models import load_config
+from ws.runs import atomic_file
 
 # The `model_type` of a base to its architecture in `gguf.MODEL_ARCH`; llama.cpp runs Mistral models as Llama ones.
 ARCHITECTURES = {"qwen3": "QWEN3", "qwen2": "QWEN2", "llama": "LLAMA", "mistral": "LLAMA"}
@@ -189,16 +189,10 @@ def write_gguf_lora(
     _check_low_rank(vector)  # before the base is looked for
     config = config or load_config(vector.base_id)
     factors = gguf_factors(vector, config, strength)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part-{os.getpid()}")
     arch = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, _architecture(config))]
-    try:
-        with closing(gguf.GGUFWriter(part, arch)) as writer:
-            _describe_in(writer, gguf.Keys.Adapter, vector, file.stem, strength)
-            _write_tensors(writer, factors)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(file) as part, closing(gguf.GGUFWriter(part, arch)) as writer:
+        _describe_in(writer, gguf.Keys.Adapter, vector, file.stem, strength)
+        _write_tensors(writer, factors)
     return GgufLora(file, arch, float(strength), {f.module: f.a.shape[0] for f in factors})
 
 

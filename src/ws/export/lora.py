@@ -57,7 +57,7 @@ def as_lora(
         raise WsError("At alpha 0 there is nothing to export; give another --alpha.")
     if not 0 <= max_error < 1:
         raise WsError(f"--max-error must be a share from 0 up to 1, not {max_error}.")
-    scaled = vector * alpha
+    scaled = (vector * alpha).balanced()  # those who read it may round it
     if scaled.is_low_rank and (rank is None or rank >= scaled.max_rank):
         return scaled
     base = None if scaled.is_low_rank else load_model(model or vector.base_id, device="cpu")[0]

@@ -2,35 +2,38 @@
 
 A file of the base that the vector does not touch is linked; one that it does is copied and then patched tensor by
 tensor: read, add in float32, cast, write. Nothing but one tensor is in memory, whatever the size of the model.
+
+A tied weight is written wherever the base stores it. Where the vector changes the head otherwise than the embedding it
+is tied to, or the base itself stores the two with different values, the export has both and is configured untied.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ws import console
-from ws.checkpoints import SIDE_FILES, Checkpoint
-from ws.delta import LinearDelta
-from ws.diff import SteeringVector, vector_digest, write_step
+from ws.checkpoints import INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
+from ws.diff import ParameterChange, SteeringVector, vector_digest, write_step
 from ws.errors import WsError
 from ws.export.card import describe, merged_card, public
 from ws.export.source import ExportOptions, strength_text
 from ws.models import as_matrix
 from ws.runs import atomic_folder, library_versions, write_json
-from ws.tensor_files import TensorPatcher, tensor_patcher
+from ws.tensor_files import TensorPatcher, copy_with_room, tensor_patcher
 
-EXPORT_FILE = "ws_export.json"
-
-Change = tuple[str, LinearDelta, nn.Module]
+EXPORT_FILE, CONFIG = "ws_export.json", "config.json"
+TIE_FLAGS = ("tie_word_embeddings", "tie_embedding")  # the second is LFM2's, and counts more than the first
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Merge:
         by_module: the same of every module's weight and bias.
         dtypes: of the parameters written.
         patched, linked: files that were changed, and that are the base's own.
+        untied: weights which the base's configuration ties to others, and that have values of their own in the export.
     """
 
     lost: float
@@ -60,6 +64,7 @@ class Merge:
     dtypes: tuple[str, ...]
     patched: tuple[str, ...]
     linked: tuple[str, ...]
+    untied: tuple[str, ...]
 
 
 def export_merged(
@@ -75,24 +80,28 @@ def export_merged(
         run: the vector's run, whose evaluations go onto the card.
 
     Raises:
-        WsError: alpha is 0, another base, a folder that holds something else, a weight that is shared with a module
-            which the vector does not change, or one that overflows its dtype.
+        WsError: alpha or the vector is 0, another base, a folder that holds something else, or a weight that overflows
+            its dtype.
     """
-    if alpha == 0:
-        raise WsError("At alpha 0 the export would be the base itself; give another --alpha.")
+    if alpha == 0 or vector.is_zero:
+        what = "At alpha 0" if alpha == 0 else "With a vector that is zero"
+        raise WsError(f"{what} the export would be the base itself; give another {'--alpha' if alpha == 0 else 'one'}.")
     if to.exists() and not (to / EXPORT_FILE).is_file():
         raise WsError(f"{to} exists and is no export; choose another place with --to.")
     base = Checkpoint.open(model or vector.base_id)
     if to.resolve() == base.folder.resolve():
         raise WsError(f"{to} is the base itself; choose another place with --to.")
     _require_base(vector, base)
-    changes = replace(vector, base_fingerprint=None).written(base.model)
+    vector_here = replace(vector, base_fingerprint=None)
+    if base.untied or vector_here.apart(base.model):
+        base = base.untie()
+    changes = vector_here.written(base.model)
     with atomic_folder(to) as part:
         merge = _write(base, changes, float(alpha), part)
         facts: dict[str, Any] = {"base": vector.base_id, "fingerprint": vector.base_fingerprint, "alpha": alpha}
         facts |= {"vector": vector_digest(vector), "recipe": vector.recipe, "info": vector.info}
-        facts |= {"lost": merge.lost, "lost_by_module": merge.by_module, "versions": library_versions()}
-        write_json(part / EXPORT_FILE, public(facts))
+        facts |= {"lost": merge.lost, "lost_by_module": merge.by_module, "untied": merge.untied}
+        write_json(part / EXPORT_FILE, public(facts | {"versions": library_versions()}))
         about = describe(vector, to.name, run)
         merged_card(about, alpha, merge.lost, "/".join(merge.dtypes)).save(part / "README.md")
     return merge
@@ -106,73 +115,110 @@ def _require_base(vector: SteeringVector, base: Checkpoint) -> None:
         )
 
 
-def _write(base: Checkpoint, changes: list[Change], alpha: float, part: Path) -> Merge:
-    by_file: dict[Path, list[Change]] = {}
-    for change in changes:
-        for file in {base.places[base.stored_name(f"{change[0]}.{leaf}")][0] for leaf in _leaves(change[1])}:
-            by_file.setdefault(file, []).append(change)
-    linked = [f for f in sorted({file for file, _ in base.places.values()}) if f not in by_file]
-    for file in linked:
-        _link(file, part / file.name)
-    for file in _side_files(base.folder):
+def _write(base: Checkpoint, changes: list[ParameterChange], alpha: float, part: Path) -> Merge:
+    added = _added(base)
+    patched = {file for c in changes for file, _ in _places(base, _name(c))} | {file for file, _ in added.values()}
+    for file in base.files:
+        if file not in patched:
+            _link(file, part / file.name)
+        elif extra := {name: key for name, (place, key) in added.items() if place == file}:
+            copy_with_room(file, part / file.name, extra)
+        else:
+            shutil.copyfile(file, part / file.name)
+    for file in _side_files(base):
         shutil.copyfile(file, part / file.name)
     lost, wanted, dtypes = dict[str, float](), dict[str, float](), set[str]()
-    with console.progress(total=len(changes), desc="merge", unit="module") as bar:
-        for file, here in by_file.items():
-            shutil.copyfile(file, part / file.name)
-            with tensor_patcher(part / file.name) as patcher:
-                for change in here:
-                    name = change[0]
-                    for gone, asked, dtype in _patch(base, file, patcher, change, alpha):
-                        lost[name], wanted[name] = lost.get(name, 0.0) + gone, wanted.get(name, 0.0) + asked
-                        dtypes.add(dtype)
-                    bar.update()
+    with ExitStack() as stack:
+        patchers = {f: stack.enter_context(tensor_patcher(part / f.name)) for f in patched}
+        for name in added.keys() - {_name(c) for c in changes}:
+            patchers[added[name][0]].replace(name, base.tensor(name))
+        for change in console.progress(changes, desc="merge", unit="tensor"):
+            gone, asked, dtype = _patch(base, patchers, change, alpha)
+            lost[change.name] = lost.get(change.name, 0.0) + gone
+            wanted[change.name] = wanted.get(change.name, 0.0) + asked
+            dtypes.add(dtype)
+    if base.untied:
+        _say_untied(base, added, part)
     total = math.sqrt(sum(lost.values()) / sum(wanted.values()))
     by_module = {n: math.sqrt(lost[n] / wanted[n]) for n in lost if wanted[n]}
-    names = (tuple(f.name for f in files) for files in (by_file, linked))
-    return Merge(total, by_module, tuple(sorted(dtypes)), *names)
+    changed, linked = (tuple(f.name for f in base.files if (f in patched) == own) for own in (True, False))
+    return Merge(total, by_module, tuple(sorted(dtypes)), changed, linked, tuple(base.untied))
+
+
+def _name(change: ParameterChange) -> str:
+    return f"{change.name}.{change.leaf}"
+
+
+def _added(base: Checkpoint) -> dict[str, Place]:
+    """Parameters that the files of the base hold only as the weight to which they were tied, with its place."""
+    names = [n for pair in base.model.all_tied_weights_keys.items() for n in pair] if base.untied else []
+    return {n: base.values[n] for n in names if n not in base.stored}
+
+
+def _places(base: Checkpoint, parameter: str) -> list[Place]:
+    """Where an export holds a parameter: wherever the base does, a tied weight that is stored twice in both places."""
+    return base.copies(parameter) or [(base.place(parameter)[0], parameter)]
 
 
 def _patch(
-    base: Checkpoint, file: Path, patcher: TensorPatcher, change: Change, alpha: float
-) -> Iterator[tuple[float, float, str]]:
-    """Write one module's tensors that are in `file`; yields the squared norms of `write_step`, and the dtype."""
-    name, delta, module = change
-    for leaf in _leaves(delta):
-        parameter = base.stored_name(f"{name}.{leaf}")
-        home, key = base.places[parameter]
-        if home != file:
-            continue
-        stored = base.tensor(parameter)
-        if not stored.is_floating_point():
-            raise WsError(f"{key} of {base.name} is quantised; merge into the unquantised checkpoint.")
-        written = torch.empty_like(stored, memory_format=torch.contiguous_format)
-        gone, asked = _add(module, leaf, delta, stored, written, alpha)
-        if not torch.isfinite(written).all():
-            raise WsError(f"{key} overflows {str(stored.dtype)[6:]} at alpha {alpha:g}; use a smaller strength.")
-        patcher.replace(key, written)
-        yield gone, asked, str(stored.dtype)[6:]
+    base: Checkpoint, patchers: Mapping[Path, TensorPatcher], change: ParameterChange, alpha: float
+) -> tuple[float, float, str]:
+    """Write one parameter, wherever it is stored; returns the squared norms of `write_step`, and the dtype."""
+    name, places = _name(change), _places(base, _name(change))
+    stored = base.tensor(name)
+    if not stored.is_floating_point():
+        raise WsError(f"{name} of {base.name} is quantised; merge into the unquantised checkpoint.")
+    # Copies of one weight stay equal, so that it stays tied: they are rounded alike, even if their dtypes differ.
+    dtype = min((patchers[file].dtype(key) for file, key in places), key=lambda d: d.itemsize)
+    written = torch.empty_like(stored, dtype=dtype, memory_format=torch.contiguous_format)
+    gone, asked = _add(change, stored, written, alpha)
+    if not torch.isfinite(written).all():
+        raise WsError(f"{name} overflows {str(dtype)[6:]} at alpha {alpha:g}; use a smaller strength.")
+    for file, key in places:
+        patchers[file].replace(key, written.to(patchers[file].dtype(key)))
+    return gone, asked, str(dtype)[6:]
 
 
-def _add(
-    module: nn.Module, leaf: str, delta: LinearDelta, stored: Tensor, written: Tensor, alpha: float
-) -> tuple[float, float]:
-    if leaf == "bias":
+def _add(change: ParameterChange, stored: Tensor, written: Tensor, alpha: float) -> tuple[float, float]:
+    delta, module = change.delta, change.module
+    if change.leaf == "bias":
         assert delta.bias is not None
         return write_step(written, stored, alpha * delta.bias)
     before = as_matrix(module, stored)
     return write_step(as_matrix(module, written), before, delta.dense(before).mul_(alpha))
 
 
-def _leaves(delta: LinearDelta) -> list[str]:
-    """Which parameters of its module a change is of."""
-    names = delta.coordinates().keys()
-    return [*(["weight"] if names - {"bias"} else []), *(["bias"] if "bias" in names else [])]
+def _say_untied(base: Checkpoint, added: Mapping[str, Place], part: Path) -> None:
+    """Enter the parameters that were added into the index, and into the configuration that no weight is tied any more.
+
+    Raises:
+        WsError: this architecture's configuration does not say it in a way that is known here.
+    """
+    config = json.loads((part / CONFIG).read_text())
+    config["tie_word_embeddings"] = False
+    for settings in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        settings |= {flag: False for flag in TIE_FLAGS if flag in settings}
+    write_json(part / CONFIG, config)
+    if (part / INDEX).is_file():
+        index = json.loads((part / INDEX).read_text())
+        index["weight_map"] |= {name: file.name for name, (file, _) in added.items()}
+        sizes = [base.tensor(name).nbytes for name in added]
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += sum(sizes)
+        write_json(part / INDEX, index)
+    made = Checkpoint.open(str(part))
+    own = {name for name, (_, key) in made.stored.items() if name == key}
+    if made.model.all_tied_weights_keys or not added.keys() <= own:
+        raise WsError(
+            f"The vector changes weights of {base.name} apart that its configuration ties ({', '.join(base.untied)}), "
+            "and a configuration which does not tie them could not be written; steer instead of merging."
+        )
 
 
-def _side_files(folder: Path) -> list[Path]:
+def _side_files(base: Checkpoint) -> list[Path]:
     """Configuration and tokenizer; the base's own card is replaced by one that says what was done."""
-    return sorted({f for pattern in SIDE_FILES for f in folder.glob(pattern) if f.is_file()})
+    files = {f for pattern in SIDE_FILES for f in base.folder.glob(pattern) if f.is_file()}
+    return sorted(f for f in files if f.name != INDEX or base.files[0].name != WHOLE)
 
 
 def _link(file: Path, target: Path) -> None:
@@ -195,6 +241,8 @@ def main(options: MergedOptions) -> None:
         f"{len(merge.linked)} untouched files are the base's own.\nThe cast to {'/'.join(merge.dtypes)} destroyed "
         f"{merge.lost:.2g} of alpha dW (worst: {worst}, {merge.by_module[worst]:.2g})."
     )
+    if merge.untied:
+        text += f"\n{', '.join(merge.untied)}: no longer tied to another weight, in the files and in the configuration."
     console.show(console.Result(text, {"alpha": alpha, **asdict(merge)}, [folder]))
 
 

@@ -136,7 +136,7 @@ def _warn(about: Subject) -> None:
             "card where others can get it."
         )
     if stale := stale_evaluations(about):
-        console.warn(f"the tables of {', '.join(stale)} are of another vector and left off the card.")
+        console.warn(f"the tables of {', '.join(stale)} are of another vector or tokenizer and left off the card.")
 
 
 if __name__ == "__main__":

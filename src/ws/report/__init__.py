@@ -1,8 +1,9 @@
 """`ws report`: what the runs of a behaviour have shown, as one page that needs nothing else.
 
 The page is one HTML file with its pictures in it, and it asks the network for nothing. It shows what is on disk: a
-table that was made with another vector than the one beside it, and whatever is missing, leaves a note with the command
-that would make it. Nothing is measured here, and the numbers behind every figure are printed below it.
+table that was made with another vector than the one beside it, or with another tokenizer or chat template than the base
+has now, and whatever is missing, leaves a note with the command that would make it. Nothing is measured here, and the
+numbers behind every figure are printed below it.
 """
 
 from __future__ import annotations

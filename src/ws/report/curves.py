@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
-from scipy.special import logit
+from scipy.special import logit, stdtrit
 
-from ws.eval.choice import LOW_MASS
-from ws.eval.groups import expanded_level
+from ws.eval.readable import MARK, Readability, of_row, worst
 from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 from ws.eval.tinymfv_airisk import CLIP
 from ws.report.data import Contents, Result, Row
@@ -57,6 +55,7 @@ class Point:
         p, p_holm: of the shift; corrected over all strengths and adapters of the score that a page shows.
         kl: the KL divergence from the base there; None where it was not measured.
         mass: the mean answer mass, over seeds the lowest.
+        read: how well the question was answered, there or at the base, and over seeds: the worst.
         low: items whose answer mass is under 0.9.
         n: items.
     """
@@ -66,6 +65,7 @@ class Point:
     shift: Interval
     p: float
     mass: float
+    read: Readability
     low: int
     n: int
     p_holm: float | None = None
@@ -74,7 +74,12 @@ class Point:
     @property
     def is_readable(self) -> bool:
         """Whether the model was answering the question at all."""
-        return self.mass >= LOW_MASS
+        return not self.read.problem
+
+    @property
+    def mark(self) -> str:
+        """` !` behind what cannot be read."""
+        return "" if self.is_readable else f" {MARK}"
 
 
 @dataclass(frozen=True)
@@ -166,16 +171,22 @@ def item_hash(score: Score, run: Result) -> str:
 
 def _points(score: Score, run: Result) -> tuple[Point, ...]:
     rows = [r for r in run.tables[score.stage, "summary"] if r.get("claims_are_true") == score.claims]
-    points = {float(r["alpha"]): point(score, r) for r in rows}
+    points = {p.alpha: p for p in points_of(score, rows)}
     return tuple(points[alpha] for alpha in sorted(points))
 
 
-def point(score: Score, row: Row) -> Point:
-    """A row of a score's summary."""
+def points_of(score: Score, rows: Sequence[Row]) -> list[Point]:
+    """The rows of one summary of a score; each can be read if the base can, too."""
+    points = [_point(score, row) for row in rows]
+    bases = [p.read for p in points if p.alpha == 0]
+    return [replace(p, read=worst([p.read, *bases])) for p in points]
+
+
+def _point(score: Score, row: Row) -> Point:
     level = Interval(*(float(row[c]) for c in (score.level, f"{score.level_ci}ci_lo", f"{score.level_ci}ci_hi")))
     shift = Interval(*(float(row[c]) for c in (score.shift, f"{score.shift}_ci_lo", f"{score.shift}_ci_hi")))
-    numbers = float(row[f"{score.shift}_p"]), float(row[score.mass]), int(row[score.low]), int(row[score.n])
-    return Point(float(row["alpha"]), level, shift, *numbers)
+    read, counts = of_row(row, score.mass), (int(row[score.low]), int(row[score.n]))
+    return Point(float(row["alpha"]), level, shift, float(row[f"{score.shift}_p"]), read.mass, read, *counts)
 
 
 def _items(score: Score, run: Result) -> Items:
@@ -189,10 +200,13 @@ def _items(score: Score, run: Result) -> Items:
 def _from_sweep(
     score: Score, adapter: str, rows: Sequence[Row], seeds: Mapping[int, Sequence[Point]]
 ) -> dict[float, Point]:
-    """What `sweep_pooled.csv` says, as far as it is of these very seeds: its shift is the mean of theirs."""
+    """What `sweep_pooled.csv` says, as far as it is of these very seeds: its shift is the mean of theirs.
+
+    A table without masses is of a version whose intervals were too narrow, and is not used.
+    """
     found: dict[float, Point] = {}
     for row in rows:
-        if score.pooled is None or row["adapter"] != adapter or not row.get(f"{score.pooled}_level"):
+        if score.pooled is None or row["adapter"] != adapter or not row.get(f"{score.pooled}_mass"):
             continue
         alpha = float(row["alpha"])
         here = [p for points in seeds.values() for p in points if p.alpha == alpha]
@@ -210,8 +224,8 @@ def _named(row: Row, name: str) -> Interval:
 
 
 def _pooled_point(here: Sequence[Point], level: Interval, shift: Interval, p: float) -> Point:
-    mass, low = min(x.mass for x in here), sum(x.low for x in here)
-    return Point(here[0].alpha, level, shift, p, mass, low, here[0].n)
+    mass, read, low = min(x.mass for x in here), worst(x.read for x in here), sum(x.low for x in here)
+    return Point(here[0].alpha, level, shift, p, mass, read, low, here[0].n)
 
 
 def _pool(alpha: float, seeds: Mapping[int, Sequence[Point]], items: Mapping[int, Items]) -> Point:
@@ -250,24 +264,35 @@ class Foundation:
         point: of all foundations together at that strength.
         n: vignettes.
         shift: of this foundation.
+        read: how well its vignettes were answered, there or at the base, of several seeds the worst.
     """
 
     name: str
     point: Point
     n: int
     shift: Interval
+    read: Readability
 
     @property
     def alpha(self) -> float:
         """The strength."""
         return self.point.alpha
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the model was answering the questions about these vignettes."""
+        return not self.read.problem
+
+    @property
+    def mark(self) -> str:
+        """` !` behind what cannot be read."""
+        return "" if self.is_readable else f" {MARK}"
+
 
 def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> dict[str, list[Foundation]]:
     """Per adapter: the shifts at the strengths nearest to -1 and +1, over seeds and vignettes.
 
-    `logit(w) = log(w / (1 - w))` with w clipped to [0.01, 0.99], as in `ws.eval.tinymfv_airisk`; the intervals of so
-    few vignettes are expanded (`ws.eval.groups.expanded_level`).
+    `logit(w) = log(w / (1 - w))` with w clipped to [0.01, 0.99], as in `ws.eval.tinymfv_airisk`.
     """
     found: dict[str, list[Foundation]] = {}
     for adapter in contents.adapters:
@@ -275,28 +300,55 @@ def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) 
         points = [curve.nearest(wanted) for wanted in (-1.0, 1.0)] if curve else []
         for point in points:
             if curve is not None and point is not None and all(point.alpha in i for i in curve.items.values()):
-                found.setdefault(adapter, []).extend(_foundations(_names(contents.of(adapter)), curve, point))
+                found.setdefault(adapter, []).extend(_foundations(contents.of(adapter), curve, point))
     return found
 
 
-def _names(runs: Sequence[Result]) -> dict[str, str]:
-    """The foundation of every vignette."""
-    return {r["id"]: r["foundation_coarse"] for run in runs for r in run.tables.get((ACTS, "items"), ())}
-
-
-def _foundations(names: Mapping[str, str], curve: Curve, point: Point) -> list[Foundation]:
+def _foundations(runs: Sequence[Result], curve: Curve, point: Point) -> list[Foundation]:
     rows, alpha = [], point.alpha
+    names = {r["id"]: r["foundation_coarse"] for run in runs for r in run.tables.get((ACTS, "items"), ())}
     for name in sorted(set(names.values())):
         ids = [i for i in next(iter(curve.items.values()))[0.0] if names[i] == name]
         moved = np.array([[_logit(of[alpha][i]) - _logit(of[0.0][i]) for i in ids] for of in curve.items.values()])
         if len(ids) > 1:
-            rows.append(Foundation(name, point, len(ids), _expanded(moved)))
+            read = _foundation_read(runs, name, point)
+            rows.append(Foundation(name, point, len(ids), _interval(estimate_over_seeds(moved)), read))
     return rows
+
+
+def _foundation_read(runs: Sequence[Result], name: str, point: Point) -> Readability:
+    """From the vignettes of one foundation; older tables, which do not say, are read like all foundations together."""
+    found = []
+    for run in runs:
+        rows = [r for r in run.tables.get((ACTS, "items"), ()) if r["foundation_coarse"] == name]
+        for alpha in (0.0, point.alpha):
+            here = [r for r in rows if float(r["alpha"]) == alpha and r.get("mass_other_violate")]
+            if here:
+                columns = ("mass_other_violate", "frames_agree_other_violate")
+                mass, agreement = (float(np.mean([float(r[c]) for r in here])) for c in columns)
+                found.append(Readability(mass, agreement))
+    return worst(found or [point.read])
 
 
 def _logit(s: float) -> float:
     return float(logit(min(max((s + 1) / 2, CLIP), 1 - CLIP)))
 
 
-def _expanded(values: Float[np.ndarray, "seeds items"]) -> Interval:
-    return _interval(estimate_over_seeds(values, level=expanded_level(values.shape[1])))
+def simultaneous(curve: Curve, point: Point, among: int) -> Interval:
+    """The interval of a shift that was picked out of `among` of them: at the level `1 - 0.05 / among` (Bonferroni).
+
+    All of them hold the truth at once in 95 % of cases, so the one that is picked does, however it is picked. Without
+    the items the interval of the point is stretched by the ratio of the t quantiles, for the fewest of seeds and items.
+    """
+    if among == 1:
+        return point.shift
+    level = 1 - 0.05 / among
+    seeds = [of for of in curve.items.values() if point.alpha in of and 0.0 in of]
+    if len(seeds) == len(curve.seeds) and all(of[0.0].keys() == seeds[0][0.0].keys() for of in seeds):
+        ids = list(seeds[0][0.0])
+        moved = np.array([[of[point.alpha][i] - of[0.0][i] for i in ids] for of in seeds])
+        return _interval(estimate_over_seeds(moved, 10_000, level=level))
+    df = max(1, min(point.n, len(curve.seeds) if len(curve.seeds) > 1 else point.n) - 1)
+    wider = float(stdtrit(df, (1 + level) / 2) / stdtrit(df, 0.975))
+    mean, low, high = point.shift.mean, point.shift.low, point.shift.high
+    return Interval(mean, mean - wider * (mean - low), mean + wider * (high - mean))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
 from ws.finished import finished_runs
 from ws.interventions import BASE, WEIGHT
-from ws.models import BUNDLED, fingerprint_of, load_model, model_folder
+from ws.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.models import layer_of as decoder_layer
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
-from ws.runs import Run, data_folder, seed_flag, typed
+from ws.runs import RUN_MANIFEST, Run, data_folder, seed_flag, typed
 from ws.sweep_tables import POOLED
 
 Row = Mapping[str, str]
@@ -39,6 +40,7 @@ TABLES = {
 _CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
 _LABELLED = frozenset({"value_class", "protocol"})
+OTHER_TEXT = "made with another tokenizer or chat template"
 UNCERTAIN = "shown, but it is not on record which vector gave them"
 RELATIVE, PER_WEIGHT = "percent of W", "root mean square change of a weight"
 
@@ -90,8 +92,8 @@ class Result:
         norms: None where they are not to be had without the base.
         controls: rows of `controls.csv` of this very vector.
         samples: what `samples.json` holds.
-        others: rows of further tables of dilemmas (other classes of values, the published protocol), by stage.
-        gaps: what is not there, or is of another vector.
+        others: rows of further tables of dilemmas (other classes of values, the protocol `alone`), by stage.
+        gaps: what is not there, or is of another vector or tokenizer.
     """
 
     adapter: str
@@ -183,21 +185,22 @@ def read_contents(out: Path, name: str) -> Contents:
     behavior = behavior_name(name)
     folders = _runs(out, behavior)
     gaps: list[Gap] = []
-    results = []
+    results, tokenizer = [], cache(tokenizer_hash_on_disk)
     for adapter, seed, folder in folders:
         if not _is_null(adapter):
             try:
-                results.append(_result(folder, adapter, seed))
+                results.append(_result(folder, adapter, seed, tokenizer))
             except WsError as problem:
                 gaps.append(Gap("vector", _brief(problem, folder), "ws replicate --fresh", adapter, seed))
     if not results:
         raise WsError(f"No vector below {out / behavior} can be read, so there is nothing to report.")
+    results = _in_the_same_words(results)
     known, effect = _behavior(name, results[0])
     nulls = tuple(dict.fromkeys(adapter for adapter, _, _ in folders if _is_null(adapter)))
     compare = _compare(out / behavior, results, gaps)
     wanted, needs = len(results) > 1, frozenset({"adapter", "n_seeds", "alpha"})
     pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, needs)
-    card = _card(data_folder(out, results[0].base, behavior) / "card.json", gaps)
+    card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), gaps)
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
     return Contents(behavior, called, known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps))
 
@@ -243,12 +246,43 @@ def _behavior(name: str, first: Result) -> tuple[Behavior | None, int | None]:
     return found, found.test.effect if found else None
 
 
+def _in_the_same_words(results: Sequence[Result]) -> list[Result]:
+    """The runs without tables that were asked in other words than most runs' (of equally many, than the first's).
+
+    Tables with one hash were asked in the same words, whatever they call them.
+    """
+    known, stages = list(results), dict.fromkeys(stage for r in results for stage in (*TABLES, *r.others))
+    for stage in stages:
+        rows = {i: row for i, run in enumerate(known) if (row := _first_row(run, stage))}
+        words = Counter(row.get("words") or "not on record" for row in rows.values())
+        usual = max(words, key=lambda name: words[name], default="")
+        hashes = {row["eval_hash"] for row in rows.values() if (row.get("words") or "not on record") == usual}
+        for i, row in rows.items():
+            if row["eval_hash"] not in hashes:
+                known[i] = _without(known[i], stage, row.get("words") or "not on record", usual)
+    return known
+
+
+def _first_row(run: Result, stage: str) -> Row | None:
+    rows = run.tables.get((stage, "summary")) or run.others.get(stage)
+    return rows[0] if rows and rows[0].get("eval_hash") else None
+
+
+def _without(run: Result, stage: str, words: str, usual: str) -> Result:
+    what, command = (stage, TABLES[stage][0]) if stage in TABLES else ("dilemmas", TABLES[DILEMMAS][0])
+    why = f"made with other words ({words}) than most runs of the page ({usual})"
+    gap = Gap(what, why, f"{command} --adapter {run.adapter}{seed_flag(run.seed)}", run.adapter, run.seed)
+    tables = {key: rows for key, rows in run.tables.items() if key[0] != stage}
+    others = {name: rows for name, rows in run.others.items() if name != stage}
+    return replace(run, tables=tables, others=others, gaps=(*run.gaps, gap))
+
+
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
-def _result(folder: Path, adapter: str, seed: int) -> Result:
+def _result(folder: Path, adapter: str, seed: int, tokenizer: Callable[[str], str]) -> Result:
     vector = SteeringVector.load(folder / "vector")
-    reader = _Reader(folder, adapter, seed, vector_digest(vector))
+    reader = _Reader(folder, adapter, seed, vector_digest(vector), tokenizer(vector.base_id))
     for stage, (command, uses) in TABLES.items():
         for use, file in uses.items():
             reader.table(stage, use, file, command)
@@ -271,10 +305,16 @@ def _result(folder: Path, adapter: str, seed: int) -> Result:
 
 
 class _Reader:
-    """Reads the files of one run, and keeps a note of those that are not to be used."""
+    """Reads the files of one run, and keeps a note of those that are not to be used.
 
-    def __init__(self, folder: Path, adapter: str, seed: int, digest: str) -> None:
-        self.folder, self.adapter, self.seed, self.digest = folder, adapter, seed, digest
+    Args:
+        folder, adapter, seed: the run.
+        digest: of its vector.
+        tokenizer: hash of the base's tokenizer as it is now; empty where that is not to be had.
+    """
+
+    def __init__(self, folder: Path, adapter: str, seed: int, digest: str, tokenizer: str) -> None:
+        self.folder, self.adapter, self.seed, self.digest, self.tokenizer = folder, adapter, seed, digest, tokenizer
         self.tables: dict[tuple[str, str], list[Row]] = {}
         self.gaps: list[Gap] = []
         stages = Run(folder).manifest["stages"]
@@ -285,8 +325,13 @@ class _Reader:
         run = f" --adapter {self.adapter}{seed_flag(self.seed)}"
         self.gaps.append(Gap(what, why, f"{command}{run}", self.adapter, self.seed))
 
+    def reads_otherwise(self, stage: str) -> bool:
+        """Whether a stage is on record with another tokenizer or chat template than the base has now."""
+        recorded = self.stages.get(stage, {}).get("config", {}).get("tokenizer_hash")
+        return bool(self.tokenizer and recorded) and recorded != self.tokenizer
+
     def table(self, stage: str, use: str, file: str, command: str) -> None:
-        """The rows of the base and of the vector, when the stage is on record with this very vector."""
+        """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
         path = self.folder / f"{stage}_{file}.csv"
         if not path.is_file():
             return self.gap(stage, "missing", command)
@@ -295,6 +340,8 @@ class _Reader:
             return self.gap(stage, "damaged", command)
         if "intervention" not in rows[0]:
             return self.gap(stage, "made by an older version, which did not say what was done to the model", command)
+        if self.reads_otherwise(stage):
+            return self.gap(stage, OTHER_TEXT, command)
         if use == "summary":  # a baseline that no vector has a part in
             self.tables[stage, "prompt"] = [r for r in rows if r["intervention"] == "prompt"]
         kept = [r for r in rows if r["intervention"] in (BASE, WEIGHT)]
@@ -306,7 +353,7 @@ class _Reader:
         return None
 
     def calibration(self) -> Calibration | None:
-        """The calibration stored with the vector, when it is of this very one."""
+        """The calibration stored with the vector, when it is of this very one and of this tokenizer."""
         try:
             found = load_calibration(self.folder / "vector", self.digest)
         except WsError as problem:
@@ -316,12 +363,18 @@ class _Reader:
             return None
         if found is None:
             self.gap("calibration", "missing", "ws calibrate")
+        elif found.tokenizer and self.tokenizer not in ("", found.tokenizer):
+            self.gap("calibration", OTHER_TEXT, "ws calibrate")
+            return None
         return found
 
     def controls(self) -> list[Row]:
         """The rows of `controls.csv` that are of this very vector."""
         rows = read_rows(self.folder / "controls.csv") or []
         kept = [r for r in rows if r.get("vector") == self.digest[:12] and r.keys() >= _CONTROL]
+        if self.reads_otherwise("controls"):
+            self.gap("controls", OTHER_TEXT, "ws controls")
+            return []
         if not kept:
             self.gap("controls", "made with another vector" if rows else "missing", "ws controls")
         return kept
@@ -335,6 +388,9 @@ class _Reader:
         recorded = self.stages.get("reading", {}).get("inputs", {}).get("vector")
         if recorded not in (None, self.digest):
             self.gap("samples", "made with another vector", "ws replicate")
+            return []
+        if self.reads_otherwise("reading"):
+            self.gap("samples", OTHER_TEXT, "ws replicate")
             return []
         if not good or not found:
             self.gap("samples", "missing", "ws replicate")
@@ -353,6 +409,8 @@ class _Reader:
             kept = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]
             if self.stages[stage].get("inputs", {}).get("weight") != self.digest:
                 self.gap("dilemmas", f"{stage} was made with another vector", "ws eval airisk")
+            elif self.reads_otherwise(stage):
+                self.gap("dilemmas", f"{stage} was {OTHER_TEXT}", "ws eval airisk")
             elif not kept or not _holds(kept, *_needed(DILEMMAS, "summary")) or not kept[0].keys() >= _LABELLED:
                 self.gap("dilemmas", f"{stage} is damaged", "ws eval airisk")
             else:
@@ -432,10 +490,19 @@ def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[d
     """`compare.csv`, when the strengths in it are those of the calibrations that are stored now."""
     rows = typed(_optional_table(folder / "compare.csv", "compare", "ws compare", gaps, needs=_COMPARE))
     ours = [r for r in rows if r.get("intervention") == WEIGHT and r.get("part") in ("-1u", "+1u")]
-    if not rows or all(_same_strength(row, results) for row in ours):
-        return rows
-    gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
-    return []
+    if not all(_same_strength(row, results) for row in ours):
+        gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
+        return []
+    shown = {s.key: {row.get("words") for r in results if (row := _first_row(r, s.stage))} for s in SCORES}
+    other = {
+        row["score"]
+        for row in rows
+        if row.get("words") and any(shown.get(row["score"], ())) and row["words"] not in shown[row["score"]]
+    }
+    if other:
+        named = ", ".join(sorted(other))
+        gaps.append(Gap("compare", f"made with other words than the runs' tables ({named})", "ws compare"))
+    return [r for r in rows if r["score"] not in other]
 
 
 def _same_strength(row: Mapping[str, Any], results: Sequence[Result]) -> bool:
@@ -458,8 +525,12 @@ def _optional_table(
     return []
 
 
-def _card(file: Path, gaps: list[Gap]) -> Mapping[str, Any] | None:
-    found = _read_json(file)
+def _card(file: Path, tokenizer: str, gaps: list[Gap]) -> Mapping[str, Any] | None:
+    found, manifest = _read_json(file), _read_json(file.with_name(RUN_MANIFEST)) or {"stages": {}}
+    config = manifest["stages"].get("pairs", {}).get("config", {})
+    if tokenizer and config.get("tokenizer_hash", tokenizer) != tokenizer:
+        gaps.append(Gap("card", OTHER_TEXT, "ws data --fresh"))
+        return None
     if not isinstance(found, dict) or not {"kept", "positive", "negative"} <= found.keys():
         gaps.append(Gap("card", "missing" if not file.is_file() else "damaged", "ws data"))
         return None

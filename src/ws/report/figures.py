@@ -307,7 +307,7 @@ def _dose_words(d: Doses) -> str:
     for curve in d.curves:
         values = [
             f"alpha {strength(p.alpha)}: {interval_text(p.level, curve.score.digits)}, answer mass {p.mass:.3f}"
-            + ("" if p.is_readable else ", too low to count")
+            + ("" if p.is_readable else f" (not to be read: {p.read.problem})")
             + (f", {divergence_text(p.kl)}" if p.alpha else "")
             for p in _shown(curve)
         ]
@@ -364,13 +364,13 @@ def _forest_row(row: Shift, top: float, x: Scale, digits: int) -> list[Markup]:
         for i, p in enumerate(row.seeds):
             y = top + 40 + 7 * i / (len(row.seeds) - 1)
             parts.append(line(x(p.shift.low), y, x(p.shift.high), y, f"interval thin {kind}"))
-            parts.append(marker(x(p.shift.mean), y, "circle", kind, 1.6))
+            parts.append(marker(x(p.shift.mean), y, "circle", kind if p.is_readable else f"{kind} hollow", 1.6))
     return parts
 
 
 def _numbers(p: Point, digits: int) -> str:
-    holm = "" if p.p_holm is None else f"  p {p_text(p.p_holm)}"
-    return f"{interval_text(p.shift, digits)}{holm}"
+    holm = f"  p {p_text(p.p_holm)}" if p.p_holm is not None and p.is_readable else ""
+    return f"{interval_text(p.shift, digits)}{p.mark}{holm}"
 
 
 def _shift_words(row: Shift, digits: int) -> str:
@@ -400,9 +400,9 @@ def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Fi
             kind, shape = SIGNS[1 if f.alpha > 0 else -1]
             y = top + (8 if f.alpha > 0 else 18)
             parts.append(line(x(f.shift.low), y, x(f.shift.high), y, f"interval {kind}"))
-            parts.append(marker(x(f.shift.mean), y, shape, kind, 3.4))
+            parts.append(marker(x(f.shift.mean), y, shape, kind if f.is_readable else f"{kind} hollow", 3.4))
     parts += _x_axis(x, bottom, "shift of logit(wrongness), nats", 4)
-    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {interval_text(f.shift)}" for f in rows)
+    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {interval_text(f.shift)}{f.mark}" for f in rows)
     label = f"{adapter}: shift of logit(wrongness) by moral foundation, in nats. {words}."
     costs = {f.alpha: f"alpha {strength(f.alpha)}: {cost_text(f.point)}" for f in rows}
     return Figure(adapter, picture(bottom + 32, label, parts), "; ".join(costs.values()))

@@ -161,7 +161,7 @@ def _dose_blocks(
             Block(
                 anchor,
                 title,
-                about,
+                " ".join([about, *sections.caveats(contents, anchor)]),
                 sections.dose_figures(panels),
                 [table for table in numbers if table.rows],
                 notes[anchor],

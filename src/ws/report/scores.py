@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ws.eval.airisk import table_name
+from ws.eval import airisk, tinymfv_airisk
+from ws.eval.prompts import notes_on
 
-CLAIMS, DILEMMAS, ACTS, CONFOUNDS = "sycophancy", table_name(), "tinymfv_airisk", "confounds"
+CLAIMS, DILEMMAS, ACTS, CONFOUNDS = "sycophancy", airisk.table_name(), "tinymfv_airisk", "confounds"
+# What a reader must know of the items and the words of a row, by evaluation.
+CAVEATS = {CLAIMS: notes_on, DILEMMAS: airisk.about, ACTS: tinymfv_airisk.about}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ws.report.curves import Curve, nearest
 from ws.report.data import Contents, Norms, Result
 from ws.report.figures import Doses, Figure, Shift, norm_figure
 from ws.report.figures import dose_figures as draw_doses
-from ws.report.scores import CONFOUNDS
+from ws.report.scores import CAVEATS, CONFOUNDS, SCORES
 from ws.report.tables import Table, norms_table
 from ws.report.words import Question, side_by_side, strength
 
@@ -41,19 +41,21 @@ EVALUATIONS = (
 SHIFTS = (
     "Each row is one adapter at the strength measured nearest to alpha 1 or −1, against the base and item by item: the "
     "triangle is all seeds together with its 95 % interval, the dots below it are the seeds. p is Holm-corrected over "
-    "every adapter and strength of a score. Below it stand the answer mass and the KL divergence there, the worst of "
-    "the seeds; ≈ where the KL was measured only at strengths around it. Alpha means something else for every family, "
-    "so sizes do not rank families."
+    "every adapter and strength of a score; it is against the base alone and says nothing of the behaviour. Hollow "
+    "marks and ! cannot be read, because the model was not answering the question there or at the base. Below it stand "
+    "the answer mass and the KL divergence there, the worst of the seeds; ≈ where the KL was measured at strengths "
+    "around it only. Alpha means something else for every family, so sizes do not rank families."
 )
 CHECKS = (
     "What chance, training by itself, or mere agreement would do. Controls are of the span from −1u to +1u on false "
     "claims where ws compare measured it: random vectors, one of pairs with exchanged sides (label-shuffled), and one "
     "between two trainings on the same side, all of the vector's size. The columns “over” say by how many nats it goes "
-    "beyond them."
+    "beyond them. To beat random vectors is no evidence of the behaviour: vectors trained on anything do."
 )
 FOUNDATIONS = (
     "Shift of logit(wrongness) of others' acts against the base, in nats, by moral foundation with its number of "
-    "vignettes. Triangles up are the positive strength, down the negative one; 95 % intervals, wider for so few items."
+    "vignettes. Triangles up are the positive strength, down the negative one; 95 % intervals. Hollow marks cannot be "
+    "read: the model was not answering about these vignettes, there or at the base."
 )
 NORMS = "Size of dW per module and decoder layer, the mean over seeds. The darkest cell is the largest of that adapter."
 _CIRCLE, _SQUARE, _UP, _DOWN = "\N{BLACK CIRCLE}", "\N{BLACK SQUARE}", "\N{BLACK UP-POINTING TRIANGLE}", "\u25bc"
@@ -87,8 +89,9 @@ GLOSSARY = (
     ("shift", "A score at some strength less the score of the base, item by item."),
     (
         "answer mass",
-        "The probability of the two answers that are compared, together. Where it is low the model says something "
-        "else, and the score means nothing.",
+        "The probability of the two answers that are compared, together. Where it is under 0.9 the model says "
+        "something else, and the score means nothing. The same holds where texts are asked in two frames that agree on "
+        "fewer than half of them.",
     ),
     (
         "KL",
@@ -97,8 +100,8 @@ GLOSSARY = (
     ),
     (
         "95 % interval",
-        "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and again. Few seeds "
-        "are moved apart before, because nobody knows how far another would be.",
+        "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and again. They are "
+        "moved apart before, the fewer the further, because nobody knows how far another would be.",
     ),
     ("Holm p", "A p-value, corrected for how many shifts of a score there are on this page."),
 )
@@ -118,6 +121,13 @@ def dose_panels(contents: Contents, curves: Mapping[tuple[str, str], Curve], key
                 Doses(adapter, here, _marks(runs), [r.divergence for r in runs], _references(contents, here[0]))
             )
     return panels
+
+
+def caveats(contents: Contents, anchor: str) -> list[str]:
+    """What a reader must know of the items and the words of an evaluation, from every run's table, each once."""
+    stage = next(score.stage for score in SCORES if score.anchor == anchor)
+    tables = [run.tables[stage, "summary"] for run in contents.results if (stage, "summary") in run.tables]
+    return list(dict.fromkeys(note for rows in tables for note in CAVEATS[stage](rows[0])))
 
 
 def dose_figures(panels: Sequence[Doses]) -> list[Figure]:

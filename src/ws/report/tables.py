@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ws.eval import airisk
+from ws.eval.readable import notes as mark_notes
 from ws.export.card import public, public_command, public_name
-from ws.report.curves import Curve, Foundation, Point, divergence_at, point
+from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
 from ws.report.data import Contents, Norms
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES, Score
 from ws.report.verdict import Evidence
@@ -36,6 +38,7 @@ class Table:
 def points_table(curves: Mapping[tuple[str, str], Curve], key: str, contents: Contents) -> Table:
     """The numbers behind the dose-response figures of a score: pooled, then every seed."""
     rows: list[tuple[str, ...]] = []
+    problems: list[str] = []
     score = next(s for s in SCORES if s.key == key)
     for adapter in contents.adapters:
         curve = curves.get((key, adapter))
@@ -46,21 +49,22 @@ def points_table(curves: Mapping[tuple[str, str], Curve], key: str, contents: Co
         for seed, points in curve.seeds.items():
             known = curve.pooled if len(curve.seeds) == 1 else points
             rows += [_point_row(adapter, str(seed), p, score) for p in known]
+            problems += [p.read.problem for p in (*known, *curve.pooled)]
     header = ("adapter", "seed", "alpha", "value [95 %]", "shift [95 %]", "p", "Holm p", "answer mass", "KL", "items")
-    return Table(f"{score.title}, {score.unit}", header, tuple(rows))
+    return Table("; ".join([f"{score.title}, {score.unit}", *mark_notes(problems)]), header, tuple(rows))
 
 
 def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ...]:
-    steered = bool(p.alpha)
+    steered, tested = bool(p.alpha), bool(p.alpha) and p.is_readable
     return (
         adapter,
         seed,
         strength(p.alpha) if steered else "0 (base)",
-        interval_text(p.level, score.digits),
-        interval_text(p.shift, score.digits) if steered else "",
-        p_text(p.p).removeprefix("= ") if steered else "",
-        "" if p.p_holm is None else p_text(p.p_holm).removeprefix("= "),
-        f"{p.mass:.3f}{'' if p.is_readable else ' (too low)'}",
+        interval_text(p.level, score.digits) + ("" if steered else p.mark),
+        f"{interval_text(p.shift, score.digits)}{p.mark}" if steered else "",
+        p_text(p.p).removeprefix("= ") if tested else "",
+        p_text(p.p_holm).removeprefix("= ") if tested and p.p_holm is not None else "",
+        f"{p.mass:.3f}",
         divergence_text(p.kl).removeprefix("KL ") if steered else "",
         str(p.n),
     )
@@ -87,7 +91,14 @@ def controls_table(contents: Contents, evidence: Sequence[Evidence]) -> Table:
                 "not known" if e.agreement is None else e.agreement.line,
             )
         )
-    header = ("adapter", "p, random", "over label-shuffled", "over same-side", "beats all three", "agreement")
+    header = (
+        "adapter",
+        "p, random (no evidence)",
+        "over label-shuffled",
+        "over same-side",
+        "beats all three",
+        "agreement",
+    )
     return Table("False claims: controls, and what true claims do", header, tuple(rows))
 
 
@@ -113,31 +124,36 @@ def confounds_table(contents: Contents) -> Table:
 
 
 def other_dilemmas_table(contents: Contents) -> Table:
-    """What dilemmas with other classes of values, or asked as published, have shown, run by run."""
-    rows = []
+    """What dilemmas with other classes of values, or shown without their actions, have shown, run by run."""
+    rows, problems = [], list[str]()
     score = next(s for s in SCORES if s.stage == DILEMMAS)
     for run in contents.results:
         for table in run.others.values():
-            for r in table:
-                p = point(score, r)
+            for r, p in zip(table, points_of(score, table), strict=True):
+                problems.append(p.read.problem)
                 kl = divergence_at([run], p.alpha)
                 shown = _point_row(run.name, r["value_class"], replace(p, kl=kl), score)
-                rows.append((*shown[:2], r["protocol"], *shown[2:6], *shown[7:]))
-    header = ("run", "values", "protocol", "alpha", "value [95 %]", "shift [95 %]", "p", "answer mass", "KL", "items")
-    caption = "Dilemmas labelled by other values, or asked as published; nats, p not corrected, not part of the verdict"
-    return Table(caption, header, tuple(rows))
+                how = airisk.EARLIER.get(r["protocol"], r["protocol"]), r.get("words") or "not on record"
+                rows.append((*shown[:2], *how, *shown[2:6], *shown[7:]))
+    first = ("run", "values", "protocol", "words", "alpha", "value [95 %]", "shift [95 %]", "p")
+    header = (*first, "answer mass", "KL", "items")
+    caption = (
+        "Dilemmas labelled by other values, or shown without their actions (protocol alone); nats, p not corrected, "
+        "not part of the verdict"
+    )
+    return Table("; ".join([caption, *mark_notes(problems)]), header, tuple(rows))
 
 
 def foundations_table(by_adapter: Mapping[str, Sequence[Foundation]]) -> Table:
     """The numbers behind the foundations' figures."""
     rows = tuple(
-        (adapter, f.name, strength(f.alpha), str(f.n), interval_text(f.shift))
+        (adapter, f.name, strength(f.alpha), str(f.n), f"{interval_text(f.shift)}{f.mark}", f"{f.read.mass:.3f}")
         for adapter, found in by_adapter.items()
         for f in found
     )
-    return Table(
-        "Shift of logit(wrongness), nats", ("adapter", "foundation", "alpha", "vignettes", "shift [95 %]"), rows
-    )
+    doubts = mark_notes(f.read.problem for found in by_adapter.values() for f in found)
+    header = ("adapter", "foundation", "alpha", "vignettes", "shift [95 %]", "answer mass")
+    return Table("; ".join(["Shift of logit(wrongness), nats", *doubts]), header, rows)
 
 
 def norms_table(adapter: str, norms: Norms) -> Table:
@@ -189,12 +205,17 @@ def runs_table(contents: Contents) -> Table:
             r.fingerprint or "unknown",
             r.digest[:16],
             ", ".join(f"{strength(units)}u: {strength(a)}" for units, a in r.units.items()) or "not calibrated",
-            ", ".join(sorted({f"{n} {t[0]['eval_hash']}" for (n, use), t in r.tables.items() if use == "summary"})),
+            ", ".join(sorted({_asked(n, t[0]) for (n, use), t in r.tables.items() if use == "summary"})),
         )
         for r in contents.results
     )
     header = ("adapter", "seed", "family", "base", "fingerprint", "vector, SHA-256", "strengths", "evaluations")
     return Table("The vectors, and what they were asked", header, rows)
+
+
+def _asked(stage: str, row: Mapping[str, str]) -> str:
+    """What a run was asked: the evaluation, the hash of its items and words, and what the words are called."""
+    return f"{stage} {row['eval_hash']}" + (f" (words {row['words']})" if row.get("words") else "")
 
 
 def settings_table(contents: Contents) -> Table:

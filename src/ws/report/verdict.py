@@ -7,20 +7,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ws.compare_tables import LEVEL, NULLS
+from ws.compare_tables import NULLS
 from ws.controls import empirical_p
-from ws.eval.choice import LOW_MASS
 from ws.eval.confounds import AGREEMENT, MIXED, UNDECIDED, AgreementVerdict, agreement_verdict
+from ws.eval.context import rounding_notes
+from ws.eval.readable import FLAG, LEVEL, NATS, worst
 from ws.interventions import WEIGHT
 from ws.models import BUNDLED
-from ws.report.curves import Curve, Point
+from ws.report.curves import Curve, Interval, Point, simultaneous
 from ws.report.data import Contents, Result
 from ws.report.scores import CLAIMS, CONFOUNDS
 from ws.report.words import cost_text, interval_text, number, odds, p_text, strength
 
-# From the weakest to the strongest: what a page says at its top.
-NOTHING, NO_CONCLUSION, AGAINST, NO_EFFECT = "No verdict", "No conclusion", "Against the prediction", "No effect shown"
-NOT_ESTABLISHED, FIRST, SUPPORTED = "Not established", "First indication", "Supported"
+# From the weakest to the strongest: what a page says at its top. Those from `AGAINST` on need nulls that were trained.
+NOTHING, NO_CONCLUSION, NO_EFFECT, UNKNOWN = "No verdict", "No conclusion", "No effect shown", "Cause not known"
+NOT_ESTABLISHED, AGAINST, FIRST, SUPPORTED = (
+    "Not established",
+    "Against the prediction",
+    "First indication",
+    "Supported",
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,9 @@ class Evidence:
     Attributes:
         adapter, n_seeds: whose.
         point: at the positive strength nearest to 1.
+        interval: of that shift, wide enough to be named out of all adapters; see `ws.report.curves.simultaneous`.
         real: whether it beats random, label-shuffled and same-side vectors; None when one of them is missing.
-        p_random: among random vectors; None without draws.
+        p_random: among random vectors, which is no evidence for a vector that was trained; None without draws.
         agreement: against the shift on true claims; None without at least two of either kind.
         strong: further confounds that `ws confounds` calls strong at that strength; None where it was not run.
     """
@@ -47,6 +54,7 @@ class Evidence:
     adapter: str
     n_seeds: int
     point: Point
+    interval: Interval
     real: bool | None
     p_random: float | None
     agreement: AgreementVerdict | None
@@ -54,8 +62,9 @@ class Evidence:
 
     @property
     def is_sure(self) -> bool:
-        """The interval excludes zero, and the p-value survives the correction for all rows of the page."""
-        return self.point.shift.excludes_zero and (self.point.p_holm or 0.0) < LEVEL
+        """The interval excludes zero, p survives the correction for all rows of the page, and it is no tiny effect."""
+        shift = self.point.shift
+        return shift.excludes_zero and (self.point.p_holm or 0.0) < LEVEL and abs(shift.mean) >= NATS
 
     def is_expected(self, effect: int) -> bool:
         """Whether the shift has the sign that the behaviour file gives it."""
@@ -69,17 +78,19 @@ class Evidence:
 
 def evidence_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> list[Evidence]:
     """One entry per adapter whose claims were evaluated at a positive strength."""
-    found = []
+    candidates = []
     for adapter in contents.adapters:
         curve = curves.get(("false_claims", adapter))
         point = curve.nearest(1.0) if curve else None
-        if curve is None or point is None:
-            continue
-        runs = contents.of(adapter)
-        real, p_random = _controls(contents, runs)
-        true = curves.get(("true_claims", adapter))
+        if curve is not None and point is not None:
+            candidates.append((curve, point))
+    found = []
+    for curve, point in candidates:
+        runs, interval = contents.of(curve.adapter), simultaneous(curve, point, len(candidates))
+        true = curves.get(("true_claims", curve.adapter))
         agreement = _agreement(curve, true, point, contents) if true else None
-        found.append(Evidence(adapter, len(curve.seeds), point, real, p_random, agreement, _strong(runs, point.alpha)))
+        known = *_controls(contents, runs), agreement, _strong(runs, point.alpha)
+        found.append(Evidence(curve.adapter, len(curve.seeds), point, interval, *known))
     return found
 
 
@@ -114,9 +125,10 @@ def _agreement(false: Curve, true: Curve, point: Point, contents: Contents) -> A
     other = true.at(point.alpha)
     if contents.effect is None or other is None or min(len(f), len(t)) < 2:
         return None
-    mass = min(point.mass, other.mass)
-    zeros = np.zeros_like
-    return agreement_verdict(zeros(f), f, zeros(t), t, contents.effect, least_mass=mass, behavior=contents.name)
+    read, zeros = worst([point.read, other.read]), np.zeros_like
+    return agreement_verdict(
+        zeros(f), f, zeros(t), t, contents.effect, least_mass=read.mass, behavior=contents.name, flag=read.flag
+    )
 
 
 def _mean_shifts(curve: Curve, alpha: float) -> np.ndarray:
@@ -141,25 +153,35 @@ def judge(contents: Contents, evidence: Sequence[Evidence]) -> Verdict:
         why = f"no vector of {contents.name} has been put to the held-out claims at a positive strength yet"
         return Verdict(NOTHING, f"{why}, so nothing is known of what it does.")
     readable, sure, expected = _classes(contents, evidence)
-    if not readable:
-        mass = max(e.point.mass for e in evidence)
+    named = _named(contents, evidence)
+    if named is None:
+        best = max(evidence, key=lambda e: e.point.mass).point.read
         return Verdict(
             NO_CONCLUSION,
-            f"the two answers together get at most {mass:.3f} of the probability under steering, so the model is not "
-            "answering the question and its scores mean nothing.",
+            f"the model is not answering the question under steering ({best.problem} at best), so its scores mean "
+            "nothing.",
         )
+    said = f"{_named_text(named, len(evidence))}{_rest(evidence, readable)}"
     if contents.effect is None:
         text = f"the behaviour file of {contents.name} is not at hand, so the direction that it predicts is unknown; "
-        return Verdict(NO_CONCLUSION, f"{text}{_best_text(_best(readable))}.")
-    if expected:
-        return _positive(contents, evidence, readable, expected, [e for e in sure if e not in expected])
-    best = _best(sure or readable)
+        return Verdict(NO_CONCLUSION, f"{text}{said}.")
     count = f"in {len(sure)} of {_families(evidence)}"
-    if sure:
-        text = f"agreement with held-out false claims moves beyond chance {count}, the wrong way; {_best_text(best)}"
-        return Verdict(AGAINST, f"{text}{_rest(evidence, readable)}.")
-    text = f"agreement with held-out false claims moves beyond chance {count}; {_best_text(best)}"
-    return Verdict(NO_EFFECT, f"{text}{_rest(evidence, readable)}.")
+    if not sure:
+        text = f"agreement with held-out false claims moves beyond chance by {NATS} nats or more {count}"
+        return Verdict(NO_EFFECT, f"{text}; {said}.")
+    doubts, caveats, strengths = _weigh(contents, named)
+    if named.real is None:
+        kind, head = UNKNOWN, f"agreement with held-out false claims moves beyond chance {count} ({_seeds(sure)})"
+        caveats = [_no_nulls(contents, named), *caveats]
+    elif not expected:
+        kind, head = AGAINST, f"agreement with held-out false claims moves beyond chance {count}, the wrong way"
+    else:
+        opposed = [e for e in sure if e not in expected]
+        kind, head = _supported(contents, evidence, expected, opposed)
+        caveats += ["most adapters do not show it"] if 2 * len(expected) < len(readable) else []
+        kind = FIRST if caveats or opposed else kind
+    tail = "".join(f"; {part}" for part in [*doubts, *caveats, *strengths])
+    return Verdict(NOT_ESTABLISHED if doubts else kind, f"{head}; {said}{tail}.")
 
 
 def _classes(contents: Contents, evidence: Sequence[Evidence]) -> tuple[list[Evidence], list[Evidence], list[Evidence]]:
@@ -170,73 +192,70 @@ def _classes(contents: Contents, evidence: Sequence[Evidence]) -> tuple[list[Evi
     return readable, sure, [e for e in sure if effect is not None and e.is_expected(effect)]
 
 
-def _positive(
-    contents: Contents,
-    evidence: Sequence[Evidence],
-    readable: Sequence[Evidence],
-    expected: Sequence[Evidence],
-    opposed: Sequence[Evidence],
-) -> Verdict:
-    best = _best(expected)
+def _supported(
+    contents: Contents, evidence: Sequence[Evidence], expected: Sequence[Evidence], opposed: Sequence[Evidence]
+) -> tuple[str, str]:
+    """The kind and the head of a verdict on a vector that was held against trained nulls and moves as predicted."""
     way = "raises" if contents.effect == 1 else "lowers"
-    seeds = _seeds(expected)
-    head = (
-        f"adding the {contents.name} vector {way} agreement with held-out false claims, as the behaviour predicts, in "
-        f"{len(expected)} of {_families(evidence)} ({seeds}); {_best_text(best)}"
-    )
+    proven = sum(bool(e.real) for e in expected)
+    beat = "" if proven == len(expected) else f", {proven} of which beat{'s' if proven == 1 else ''} trained nulls"
     against = f"; the other way: {_names(opposed)}" if opposed else ""
-    doubts, caveats, strengths = _weigh(contents, best)
-    if 2 * len(expected) < len(readable):
-        caveats.append("most adapters do not show it")
-    tail = "".join(f"; {part}" for part in [*doubts, *caveats, *strengths])
-    kind = NOT_ESTABLISHED if doubts else FIRST if caveats or opposed else SUPPORTED
-    return Verdict(kind, f"{head}{against}{_rest(evidence, readable)}{tail}.")
+    return SUPPORTED, (
+        f"adding the {contents.name} vector {way} agreement with held-out false claims, as the behaviour predicts, in "
+        f"{len(expected)} of {_families(evidence)} ({_seeds(expected)}){beat}{against}"
+    )
 
 
-def _weigh(contents: Contents, best: Evidence) -> tuple[list[str], list[str], list[str]]:
-    """What speaks against the best supported shift, what is not known of it, and what speaks for it."""
+def _no_nulls(contents: Contents, named: Evidence) -> str:
+    """Why nothing is known of the behaviour, and what would tell."""
+    commands = [f"`ws replicate --adapter {named.adapter} --control {null}`" for null in NULLS]
+    return (
+        f"whether that is {contents.name} is not known: vectors trained on anything move such a score, and no trained "
+        f"nulls stand beside this one ({_and(commands)}, then `ws compare`)"
+    )
+
+
+def _weigh(contents: Contents, named: Evidence) -> tuple[list[str], list[str], list[str]]:
+    """What speaks against the shift that is named, what is not known of it, and what speaks for it."""
     doubts, caveats, strengths = [], [], []
-    if best.real is False:
-        doubts.append(f"it does NOT beat its controls (random{_p_text(best.p_random)}, label-shuffled, same-side)")
-    elif best.real:
-        strengths.append("it beats random, label-shuffled and same-side vectors of the same size")
-    elif best.p_random is None:
-        caveats.append("no control was run, so a meaningless direction of the same size might do the same")
-    elif best.p_random > LEVEL:
-        doubts.append(f"random vectors of the same size do as much{_p_text(best.p_random)}")
-    else:
-        caveats.append(f"it beats random vectors{_p_text(best.p_random)}, but the harder controls are missing")
-    if best.is_agreement and best.agreement is not None:
-        partly = "partly " if best.agreement.kind == MIXED else ""
+    if named.real is False:
+        doubts.append(f"it does NOT beat its controls (random{_p_text(named.p_random)}, label-shuffled, same-side)")
+    elif named.real:
+        strengths.append("it beats label-shuffled and same-side vectors of the same size, and random ones")
+    elif named.p_random is not None and named.p_random > LEVEL:
+        doubts.append(f"random vectors of the same size do as much{_p_text(named.p_random)}")
+    elif named.p_random is not None:
+        strengths.append(f"that it beats random vectors{_p_text(named.p_random)} is no evidence of the behaviour")
+    if named.is_agreement and named.agreement is not None:
+        partly = "partly " if named.agreement.kind == MIXED else ""
         doubts.append(f"true claims move along with false ones, so this is {partly}agreement, not {contents.name}")
-    elif best.agreement is None or best.agreement.kind == UNDECIDED:
+    elif named.agreement is None or named.agreement.kind == UNDECIDED:
         caveats.append("true claims are too few to tell it from mere agreement")
     else:
         strengths.append("true claims do not move along, so it is not mere agreement")
-    if best.strong:
-        caveats.append(f"ws confounds finds a strong confound besides: {_and(best.strong)}")
-    if "dev" in _splits(contents.of(best.adapter)):
+    if named.strong:
+        caveats.append(f"ws confounds finds a strong confound besides: {_and(named.strong)}")
+    if "dev" in _splits(contents.of(named.adapter)):
         caveats.append("its claims are of the split dev, on which settings may have been chosen")
-    if best.n_seeds == 1:
-        caveats.append("it rests on one seed, and another may differ much")
+    if named.n_seeds == 1:
+        caveats.append(
+            "it rests on one seed, and another may differ much: of three trainings alike one beats the two others in a "
+            "third of cases"
+        )
     return doubts, caveats, strengths
 
 
-def _best(evidence: Sequence[Evidence]) -> Evidence:
+def _farthest(evidence: Sequence[Evidence]) -> Evidence:
     """The shift whose interval stays farthest from zero."""
-
-    def distance(e: Evidence) -> float:
-        shift = e.point.shift
-        return shift.low if shift.mean > 0 else -shift.high
-
-    return max(evidence, key=distance)
+    return max(evidence, key=lambda e: e.interval.low if e.interval.mean > 0 else -e.interval.high)
 
 
-def _best_text(e: Evidence) -> str:
+def _named_text(e: Evidence, among: int) -> str:
     corrected = "" if e.point.p_holm is None else f", Holm p {p_text(e.point.p_holm)}"
+    wide = f", an interval that holds for all {among} at once" if among > 1 else ""
     return (
-        f"best supported is {e.adapter} at alpha {strength(e.point.alpha)}, {interval_text(e.point.shift)} nats "
-        f"over {e.point.n} claims{corrected}"
+        f"farthest from zero is {e.adapter} at alpha {strength(e.point.alpha)}, {interval_text(e.interval)} nats "
+        f"over {e.point.n} claims{wide}{corrected}"
     )
 
 
@@ -271,11 +290,10 @@ def _p_text(p: float | None) -> str:
 
 
 def _named(contents: Contents, evidence: Sequence[Evidence]) -> Evidence | None:
-    """The shift that the verdict names, if it names one."""
+    """The shift that the verdict names, if it names one: of those that beat trained nulls where there are such."""
     readable, sure, expected = _classes(contents, evidence)
-    if contents.effect is None:  # nothing is predicted: the largest
-        return _best(readable) if readable else None
-    return _best(expected or sure or readable) if readable else None
+    chosen = [e for e in expected if e.real] or expected or sure or readable
+    return _farthest(chosen) if chosen else None
 
 
 def best_adapter(contents: Contents, evidence: Sequence[Evidence]) -> str | None:
@@ -295,7 +313,7 @@ def plain_words(contents: Contents, evidence: Sequence[Evidence]) -> str:
     test, p = contents.behavior.test if contents.behavior else None, e.point
     answers = f"{test.agree} rather than {test.disagree}" if test else "that it agrees rather than that it does not"
     base = p.level.mean - p.shift.mean
-    wanted = {1: " Higher odds are what the behaviour predicts.", -1: " Lower odds are what the behaviour predicts."}
+    wanted = {1: " The behaviour file expects higher odds.", -1: " The behaviour file expects lower odds."}
     return (
         f"In plain words: asked about a false claim, the base model answers {answers} with odds of {odds(base)}; with "
         f"the {e.adapter} vector at alpha {strength(p.alpha)} the odds are {odds(p.level.mean)} (geometric means over "
@@ -318,8 +336,8 @@ def warnings_of(
     contents: Contents, curves: Mapping[tuple[str, str], Curve], evidence: Sequence[Evidence]
 ) -> list[Caution]:
     """Everything that a reader should know before believing a number on the page."""
-    found = [*_low_mass(curves), *_one_seed(contents), *_confounds(contents, evidence), *_prompt(contents)]
-    found += _pairs(contents)
+    found = [*_unreadable(curves), *_one_seed(contents), *_confounds(contents, evidence), *_prompt(contents)]
+    found += [*_pairs(contents), *_calibrations(contents), *_rounding(contents)]
     bases = dict.fromkeys((r.base, r.fingerprint) for r in contents.results)
     if len(bases) > 1:
         found.append(
@@ -342,20 +360,20 @@ def _splits(runs: Sequence[Result]) -> set[str | None]:
     return {r.get("split") for run in runs for r in run.tables.get((CLAIMS, "summary"), ())}
 
 
-def _low_mass(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
+def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
     """One warning per score: where the model no longer answers the question."""
     found: dict[str, list[str]] = {}
     anchors: dict[str, str] = {}
     for curve in curves.values():
         points = curve.pooled or tuple(p for seed in curve.seeds.values() for p in seed)
-        low = [f"{strength(p.alpha)} ({p.mass:.3f})" for p in points if not p.is_readable]
+        low = [f"{strength(p.alpha)} ({p.read.problem})" for p in points if not p.is_readable]
         if low:
             found.setdefault(curve.score.title, []).append(f"{curve.adapter} at alpha {', '.join(low)}")
             anchors[curve.score.title] = curve.score.anchor
     return [
         Caution(
-            f"Low answer mass, {title}: {'; '.join(where)}. Under {LOW_MASS} the model is not answering the question, "
-            "and the score supports no conclusion.",
+            f"Not to be read, {title}: {'; '.join(where)}, there or at the base. The model is not answering the "
+            "question, and the score supports no conclusion.",
             anchors[title],
         )
         for title, where in found.items()
@@ -387,13 +405,30 @@ def _prompt(contents: Contents) -> list[Caution]:
     """Whether telling the model does more than any vector: the spans of `compare.csv` on false claims."""
     spans: dict[str, list[float]] = {}
     for row in contents.compare:
-        if row["part"] == "span" and row["score"] == "false_claims":
+        if row["part"] == "span" and row["score"] == "false_claims" and not row.get(FLAG):
             spans.setdefault(row["intervention"], []).append(float(row["shift"]))
     told, ours = (max(spans.get(name, []), key=abs, default=0.0) for name in ("prompt", WEIGHT))
     if not ours or abs(told) <= abs(ours):
         return []
     text = f"A system prompt moves agreement with false claims further (by {number(told, 2, True)} nats) "
     return [Caution(f"{text}than any vector does from −1u to +1u (at most {number(ours, 2, True)}).", "checks")]
+
+
+def _calibrations(contents: Contents) -> list[Caution]:
+    """Runs whose strengths were solved for on questions that their vectors have, or may have, seen."""
+    found: dict[str, list[str]] = {}
+    for run in contents.results:
+        if run.calibration is not None and not run.calibration.held_out:
+            found.setdefault(run.calibration.questions, []).append(run.name)
+    return [
+        Caution(f"−1u and +1u of {', '.join(runs)} are solved for on {what}.", "claims") for what, runs in found.items()
+    ]
+
+
+def _rounding(contents: Contents) -> list[Caution]:
+    stages = {name for name, _ in (key for run in contents.results for key in run.tables)}
+    configs = [run.stages.get(name, {}).get("config", {}) for run in contents.results for name in sorted(stages)]
+    return [Caution(text, "shifts") for text in rounding_notes(str(c.get("dtype", "")) for c in configs)]
 
 
 def _pairs(contents: Contents) -> list[Caution]:

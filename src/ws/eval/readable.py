@@ -1,0 +1,99 @@
+"""Which scores support a conclusion, and which effects are large enough to be called one.
+
+A score that the model did not answer is a number all the same, with an interval that may lie far from zero. Whether it
+can be read is decided here and nowhere else, and a table that shows it gives it the mark `!` in place of a star.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ws.eval.choice import LOW_MASS
+
+LOW_AGREEMENT = 0.5
+LEVEL = 0.05
+# A smaller effect is called none: in nats (odds times 1.22), and of wrongness on its scale from -1 to 1.
+NATS, WRONGNESS = 0.2, 0.05
+MARK = "!"
+# The column of an evaluation's summary with a reason of its own why a row cannot be read, as words; empty without one.
+FLAG = "unreadable"
+
+
+@dataclass(frozen=True)
+class Readability:
+    """How well a model answered what a score rests on; of several strengths and seeds the worst (see `worst`).
+
+    Attributes:
+        mass: the mean answer mass.
+        agreement: the share of texts that both frames put on the same side, None for a score with one frame. Answers
+            that have nothing to do with the text agree on half of them, the same answer to both frames on none.
+        flag: what else the evaluation found wrong, as words; empty for nothing.
+    """
+
+    mass: float
+    agreement: float | None = None
+    flag: str = ""
+
+    @property
+    def problem(self) -> str:
+        """Why the score supports no conclusion, as words; empty when it may."""
+        low_mass, frames = self.mass < LOW_MASS, self.agreement is not None and self.agreement < LOW_AGREEMENT
+        reasons = [f"answer mass {self.mass:.3f}"] if low_mass else []
+        reasons += [f"frames agree on {self.agreement:.0%} of the texts"] if frames else []
+        return "; ".join([*reasons, *([self.flag] if self.flag else [])])
+
+    def columns(self, prefix: str = "") -> dict[str, Any]:
+        """`mass`, `frame_agreement` and `unreadable` for a table, each after a prefix."""
+        return {
+            f"{prefix}mass": self.mass,
+            f"{prefix}frame_agreement": self.agreement,
+            f"{prefix}{FLAG}": self.problem or None,
+        }
+
+
+def of_row(row: Mapping[str, Any], *masses: str) -> Readability:
+    """Of a row of an evaluation's summary, as it was made or read from its file; `masses` name its columns of mass."""
+    agreement = row.get("frame_agreement")
+    known = None if agreement in (None, "") else float(str(agreement))
+    return Readability(min(float(row[name]) for name in masses), known, str(row.get(FLAG) or ""))
+
+
+def worst(parts: Iterable[Readability]) -> Readability:
+    """Of the strengths that are compared and the seeds that are pooled: the lowest mass and agreement, every flag."""
+    found = list(parts)
+    agreements = [r.agreement for r in found if r.agreement is not None]
+    flags = dict.fromkeys(r.flag for r in found if r.flag)
+    return Readability(min(r.mass for r in found), min(agreements, default=None), "; ".join(flags))
+
+
+def floor(score: str) -> float:
+    """The size below which a shift of a headline score is called none."""
+    return WRONGNESS if score == "wrongness" else NATS
+
+
+def star(shift: float, p_holm: float, least: float, problem: str | None) -> str:
+    """What stands behind a shift: `!` where it cannot be read, `*` where it is sure and not under the floor."""
+    if problem:
+        return MARK
+    return "*" if p_holm < LEVEL and abs(shift) >= least else ""
+
+
+def mass_text(mass: float, n_low: int, problem: str) -> str:
+    """A mean answer mass, with the mark of what cannot be read or else with how many answers have little of it."""
+    few = f" ({n_low} under {LOW_MASS})" if n_low else ""
+    return f"{mass:.3f}{f' {MARK}' if problem else few}"
+
+
+def notes(problems: Iterable[str | None]) -> list[str]:
+    """What the mark `!` means, for below a table, with the problems of its rows; nothing where there are none."""
+    known = list(dict.fromkeys(p for p in problems if p))
+    if not known:
+        return []
+    more = f" and {len(known) - 3} more" if len(known) > 3 else ""
+    return [
+        f"{MARK} supports no conclusion and has no star: at that strength or at the base the mean answer mass is under "
+        f"{LOW_MASS}, both frames agree on fewer than half of the texts, or the evaluation says so itself "
+        f"({', '.join(known[:3])}{more})."
+    ]
