@@ -250,9 +250,11 @@ def test_the_command_compares_the_shift_with_its_null(options, capsys, tiny):
     assert f"{null.mean():+.3f}" in line
     assert "p cannot be below 0.250" in printed
     assert "vectors trained on anything beat random ones" in printed
-    masses = [ws.evaluate_sycophancy(model, tok, behavior, "dev").pmass[:4].mean()]
-    with ws.steer(model, vector, 1.0):
-        masses.append(ws.evaluate_sycophancy(model, tok, behavior, "dev").pmass[:4].mean())
+    masses = []
+    for alpha in (0.0, 1.0):
+        with ws.steer(model, vector, alpha):
+            every = ws.evaluate_sycophancy(model, tok, behavior, "dev").pmass
+        masses.append(every[list(tables.draw(range(len(every)), 4))].mean())
     assert float(found["mass"]) == pytest.approx(min(masses), abs=1e-5)
     assert f"{shift:+.3f}!" in line, "random weights do not answer Yes or No"
     assert f"{found['p']:.3f} " not in line

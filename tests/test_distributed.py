@@ -186,7 +186,7 @@ def test_an_error_is_said_once_and_leaves_nothing(trained):
     assert (first.stderr + second.stderr).count("error: ") == 1
     assert "Traceback" not in first.stderr + second.stderr
     folder = top / "bad" / FOLDER / "lora"
-    assert {p.name for p in folder.iterdir()} <= {"manifest.json", ".manifest.json.lock"}
+    assert {p.name for p in folder.iterdir()} <= {"manifest.json", ".manifest.json.lock", ".pos.lock"}
     assert json.loads((folder / "manifest.json").read_text())["stages"] == {}
 
 

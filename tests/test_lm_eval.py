@@ -327,7 +327,7 @@ def made(value: float, per_document: list[float] | None) -> dict:
 def test_metrics_that_are_no_mean_have_a_shift_without_an_interval():
     mean = [summary_rows({}, 1.0, scores_of(made(0.5, [0.0, 1.0])), scores_of(made(0.0, [0.0, 0.0])), 200)]
     assert (mean[0][0]["shift"], mean[0][0]["stderr"], mean[0][0]["n"]) == (0.5, None, 2)
-    assert (mean[0][0]["shift_ci_lo"], mean[0][0]["shift_ci_hi"]) == (0.0, 1.0)
+    assert mean[0][0]["shift_ci_lo"] < 0 < 1 < mean[0][0]["shift_ci_hi"], "two documents say little"
     assert (mean[0][1]["task"], mean[0][1]["hash"], mean[0][1]["shift_p"]) == ("g", "", None)
     for after, before in ((made(7.0, None), made(5.0, None)), (made(7.0, [0.0, 1.0]), made(5.0, [0.0, 0.0]))):
         row = summary_rows({}, 1.0, scores_of(after), scores_of(before), 200)[0]

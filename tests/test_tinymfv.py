@@ -142,7 +142,7 @@ def test_a_bias_towards_true_cancels_between_the_frames():
     assert readability(flat)["other_violate"].problem == "frames agree on 0% of the texts"
     items = per_vignette_rows({}, 1.0, load_vignettes("pocket", 4), flat)
     assert {(r["mass_other_violate"], r["frames_agree_self_violate"]) for r in items} == {(1.0, 0)}
-    text = render([{k: str(v) for k, v in (row | {"alpha": a}).items()} for a in (0.0, 1.0)])
+    text = render([{k: "" if v is None else str(v) for k, v in (row | {"alpha": a}).items()} for a in (0.0, 1.0)])
     assert text.count("1.000 !") == 2
     assert "frames agree on 0% of the texts" in text
     assert row["human_corr"] is row["human_corr_pearson"] is None

@@ -384,7 +384,7 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     spans = [r for r in rows if r["part"] == "span" and r["score"] in EFFECTS]
     notes += [*_significant(spans), *mark_notes(r.get(FLAG) for r in spans)]
-    notes += [*_calibrated_on(rows), *rounding_notes(r["dtype"] for r in rows)]
+    notes += [*_calibrated_on(rows), *rounding_notes(r.get("dtype") or "float32" for r in rows)]
     if not all(r["matched"] for r in rows):
         notes.append("* has no dial and stands at the divergence it happens to have.")
     if any(r["divergence_minus"] is None or r["divergence_plus"] is None for r in rows):
@@ -404,8 +404,9 @@ def _calibrated_on(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What strengths were solved for on, in one sentence where that is the same for all."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        label, known = _label(row), groups.setdefault(row["calibrated_on"], [])
-        if row["calibrated_on"] and label not in known:
+        what = row.get("calibrated_on") or ""  # tables of earlier versions do not say
+        label, known = _label(row), groups.setdefault(what, [])
+        if what and label not in known:
             known.append(label)
     parts = [
         f"{what}{f' ({chr(44).join(names)})' if len(groups) > 1 else ''}" for what, names in groups.items() if what
