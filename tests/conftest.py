@@ -84,6 +84,16 @@ def reworded(tok: Tokenizer) -> Tokenizer:
     return made
 
 
+def without_thinking(tok: Tokenizer) -> Tokenizer:
+    """A template that never thinks, over a vocabulary that has the think tokens."""
+    plain = copy.deepcopy(tok)
+    plain.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return plain
+
+
 def lay_out(source: Path, target: Path, copies: str, sharded: bool = False) -> Path:
     """A copy of a checkpoint in one file whose tied weights are stored otherwise.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import hashlib
 import json
@@ -18,7 +17,7 @@ import torch
 from scipy.stats import binom
 
 import ws
-from conftest import reworded
+from conftest import reworded, without_thinking
 from ws.adapters import FAMILIES
 from ws.delta import LinearDelta
 from ws.eval import sycophancy, tinymfv_airisk
@@ -434,15 +433,6 @@ def test_prompts_can_be_replaced(options, tmp_path):
     file.write_text('explicit = "{dilemma} {action_1}"')
     with pytest.raises(ws.WsError, match="must contain {dilemma} and {action_1} and {action_2}"):
         evaluation(open_context(replace(options, prompts=file)))
-
-
-def without_thinking(tok):
-    plain = copy.deepcopy(tok)
-    plain.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    return plain
 
 
 def test_a_model_without_a_block_is_asked_for_its_reasons_and_that_is_another_evaluation(options, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -135,6 +136,13 @@ def test_a_broken_file_is_a_sentence(how, whole, tmp_path):
     for read in (ws.load_model, load_tokenizer, load_config):
         with pytest.raises(ws.WsError, match=r"broken\.gguf"):
             read(str(file))
+
+
+def test_a_problem_without_words_is_named_by_its_kind(whole, tmp_path, monkeypatch):
+    file = damaged(whole, tmp_path / "other.gguf", "cut tensors")
+    monkeypatch.setattr("ws.gguf_base.read_gguf_metadata", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(ws.WsError, match=r"other\.gguf is no readable GGUF file \(MemoryError\)"):
+        read_header(file)
 
 
 @pytest.mark.parametrize(("metadata", "what"), [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ws
+from conftest import without_thinking
 from ws.divergence import divergence
 from ws.eval.choice import choice_tokens, score_choices
 from ws.eval.rollout import REASONS, has_think_block, roll_out, statements, thinking_prompt, thinks_aloud
@@ -56,16 +57,6 @@ def without_template(tok):
     bare = copy.deepcopy(tok)
     bare.chat_template = None
     return bare
-
-
-def without_thinking(tok):
-    """A template that never thinks, over a vocabulary that has the think tokens."""
-    plain = copy.deepcopy(tok)
-    plain.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    return plain
 
 
 def always_thinking(tok):

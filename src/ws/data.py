@@ -181,15 +181,15 @@ def generate_pairs(
             return read_pairs(folder)
         if fresh:
             (folder / _PARTIAL_FILE).unlink(missing_ok=True)
-        asked, total = _within(config, behavior).n_topics, len(behavior.questions)
+        asked, total = described["n_topics"], len(behavior.questions)
         if asked not in (config.n_topics, total):
             note = f"{asked} of {total} questions of {behavior.name} are asked; the others are left for calibration."
             console.say(note)
         settings = described | {"dtype": str(model.dtype)}
-        partial = _Partial(folder / _PARTIAL_FILE, sha256_json(settings))
-        pairs = _sample_all(model, tok, behavior, jobs, config, partial)
+        begun = _Partial(folder / _PARTIAL_FILE, sha256_json(settings))
+        pairs = _sample_all(model, tok, behavior, jobs, config, begun)
         _publish(pairs, behavior, run, stage)
-        partial.file.unlink()
+        begun.file.unlink()
     return pairs
 
 
@@ -268,7 +268,7 @@ def _pair_of(values: Mapping[str, Any]) -> Pair:
             raise WsError(f"unknown key {key!r}.{did_you_mean(key, known)}")
     if missing := [name for name in known if name not in values and name != "drop"]:
         raise WsError(f"it lacks {', '.join(missing)}.")
-    _check_types(values)
+    _check_types(values)  # before `Pair`, whose annotations a type checker at run time would enforce with a traceback
     for name in ("id", "question", *(() if values.get("drop") else ("pos", "neg"))):
         if not values[name].strip():
             raise WsError(f"{name} is empty.")
@@ -378,14 +378,14 @@ def _sample_all(
     behavior: Behavior,
     jobs: Sequence[_Job],
     config: DataConfig,
-    partial: _Partial,
+    begun: _Partial,
 ) -> list[Pair]:
     batches = [list(b) for b in _batched(jobs, config.data_batch)]
-    pairs = partial.resume(config.data_batch, len(jobs))
+    pairs = begun.resume(config.data_batch, len(jobs))
     finished = -(-len(pairs) // config.data_batch)
     with (
         console.progress(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
-        partial.file.open("a", encoding="utf-8") as out,
+        begun.file.open("a", encoding="utf-8") as out,
     ):
         for number, batch in enumerate(batches[finished:], start=finished):
             made = _sample_batch(model, tok, behavior, batch, config, number)

@@ -8,12 +8,12 @@ it, not the one that was published, and `describe` says so.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -100,25 +100,36 @@ def read_header(file: Path) -> GgufBase:
         WsError: no package `gguf`, a broken or cut file, one part of several, an adapter, an embedding model, an
             unknown architecture, or a file without a tokenizer.
     """
-    if find_spec("gguf") is None:
-        raise WsError(
-            "Reading a GGUF file needs the package gguf; install it with `uv sync --extra gguf` or "
-            '`pip install "weight-steering[gguf]"`.'
-        )
+    gguf_package()
     try:
         metadata, _ = read_gguf_metadata(str(file))
         _require_model(file, metadata)
         header = GgufHeader.from_file(str(file))
         end = header.data_start + max(t.offset + t.nbytes for t in header.tensors)
     except _BROKEN as problem:
-        raise WsError(f"{file} is no readable GGUF file ({str(problem).splitlines()[0][:200]}).") from problem
+        why = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
+        raise WsError(f"{file} is no readable GGUF file ({why}).") from problem
     size = file.stat().st_size
     if size < end:
         raise WsError(f"{file} is cut short: it has {size:,} of {end:,} bytes; download it again.")
-    weights = {kind: sum(prod(t.shape) for t in header.tensors if t.ggml_type == kind) for kind in _kinds(header)}
-    most = max(weights, key=weights.__getitem__)
-    bits = 8 * sum(t.nbytes for t in header.tensors) / sum(weights.values())
+    weights = Counter[int]()
+    for t in header.tensors:
+        weights[t.ggml_type] += prod(t.shape)
+    most = weights.most_common(1)[0][0]
+    bits = 8 * sum(t.nbytes for t in header.tensors) / weights.total()
     return GgufBase(file, header.architecture, _PLAIN.get(most) or GGML_NAME.get(most, f"type {most}"), bits)
+
+
+def gguf_package() -> Any:
+    """The package `gguf`, which an extra installs; `WsError` without it."""
+    try:
+        import gguf
+    except ImportError:
+        raise WsError(
+            "GGUF files need the package gguf; install it with `uv sync --extra gguf` or "
+            '`pip install "weight-steering[gguf]"`.'
+        ) from None
+    return gguf
 
 
 @contextmanager
@@ -129,10 +140,6 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = bar
-
-
-def _kinds(header: GgufHeader) -> set[int]:
-    return {t.ggml_type for t in header.tensors}
 
 
 def _require_model(file: Path, metadata: dict[str, Any]) -> None:

@@ -94,11 +94,7 @@ def load_model(
         model, tok = tiny_random(), load_tokenizer("pocket")
         model = model if options["dtype"] == "auto" else model.to(options["dtype"])
     else:
-        tok = load_tokenizer(name)
-        model, info = _from_pretrained(
-            name, AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True
-        )
-        _refuse_missing_weights(name, info["missing_keys"])
+        tok, model = load_tokenizer(name), _load_weights(name, **options, use_safetensors=True)
     if name in BUNDLED or file is not None:
         model.config._name_or_path = model.name_or_path = name
     return (model if "device_map" in options else model.to(_resolve_device(device))).eval(), tok
@@ -128,11 +124,7 @@ def _load_gguf(name: str, file: Path, options: Mapping[str, Any]) -> PreTrainedM
     if "device_map" in options:
         raise WsError(f"{name} is a GGUF file, which is expanded whole; leave out --device map and packed dtypes.")
     say(read_header(file).describe())
-    expanded = GgufConfig(dequantize=True)
-    model, info = _from_pretrained(
-        name, AutoModelForCausalLM, **options, quantization_config=expanded, output_loading_info=True
-    )
-    _refuse_missing_weights(name, info["missing_keys"])
+    model = _load_weights(name, **options, quantization_config=GgufConfig(dequantize=True))
     # Transformers goes on calling it quantised, and would neither train nor save it.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
@@ -187,7 +179,7 @@ def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: 
         source, options = str(file.parent), options | {"gguf_file": file.name}
     local = only_local or Path(source).is_dir() or hub_is_out_of_reach()
     try:
-        with without_bars():
+        with nullcontext() if file is None else without_bars():
             return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise WsError(_why_not_loaded(name, problem)) from problem
@@ -239,13 +231,14 @@ def _why_not_loaded(name: str, problem: Exception) -> str:
     )
 
 
-def _refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
-    """Transformers fills absent tensors with random numbers and goes on; that must not pass for the model."""
-    absent = sorted(missing)
-    if absent:
+def _load_weights(name: str, **options: Any) -> PreTrainedModel:
+    """The model with all of its weights: transformers would fill absent ones with random numbers and go on."""
+    model, info = _from_pretrained(name, AutoModelForCausalLM, **options, output_loading_info=True)
+    if absent := sorted(info["missing_keys"]):
         raise WsError(
             f"The checkpoint {name} lacks {len(absent)} of its weights ({', '.join(absent[:3])}...); download it again."
         )
+    return model
 
 
 def _resolve_device(device: str) -> torch.device:

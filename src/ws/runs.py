@@ -268,6 +268,15 @@ class Stage:
         self.run.write(self.name, record)
 
 
+def reads_otherwise(record: Mapping[str, Any], tokenizer: str) -> bool:
+    """Whether the stage of this record was run with another tokenizer or chat template than `tokenizer`.
+
+    Both are hashes of `ws.models.tokenizer_hash`; where one is empty or not on record, nothing is known: no.
+    """
+    recorded = record.get("config", {}).get("tokenizer_hash")
+    return bool(tokenizer and recorded) and recorded != tokenizer
+
+
 class Run:
     """A folder with a manifest of finished stages.
 

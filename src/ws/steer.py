@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -381,7 +381,7 @@ def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Itera
     Raises:
         WsError: another base, a module without partner, a zero vector, or an alpha that is not finite.
     """
-    dial = Dial(alpha, vector.strength)
+    dial = Dial(alpha, cache(vector.strength))  # units are looked up once, not at every turn of the dial
     with uncompiled(), _attached(model, vector, dial):
         yield dial
 
@@ -397,7 +397,7 @@ def steer_many(
         for name in alphas:
             choose("vector", name, vectors)
     start = {n: alphas.get(n, 1.0) if isinstance(alphas, Mapping) else alphas for n in vectors}
-    dials = {n: Dial(a, vectors[n].strength) for n, a in start.items()}
+    dials = {n: Dial(a, cache(vectors[n].strength)) for n, a in start.items()}
     with uncompiled(), ExitStack() as stack:
         for name, vector in vectors.items():
             stack.enter_context(_attached(model, vector, dials[name]))

@@ -26,7 +26,7 @@ from ws.eval.readable import MARK, NATS, WRONGNESS, of_row, worst
 from ws.hub import parse_id
 from ws.interventions import BASE, WEIGHT
 from ws.models import BUNDLED, tokenizer_hash_on_disk
-from ws.runs import Run, read_csv
+from ws.runs import Run, read_csv, reads_otherwise
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
 _PATH = re.compile(r"(?<![\w./~])(?!(?<=:)//)(?:file:)?(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^\s'\",;()*]+")
@@ -61,9 +61,7 @@ class Subject:
     def is_measured(self, stage: str, role: str = "weight") -> bool:
         """Whether a finished stage is on record with this very vector as its input `role`, and with this tokenizer."""
         record = self.stages.get(stage, {})
-        tokenizer = record.get("config", {}).get("tokenizer_hash")
-        reads_otherwise = bool(self.tokenizer and tokenizer) and tokenizer != self.tokenizer
-        return record.get("inputs", {}).get(role) == self.digest and not reads_otherwise
+        return record.get("inputs", {}).get(role) == self.digest and not reads_otherwise(record, self.tokenizer)
 
     def tables(self, pattern: str) -> list[Path]:
         """Summary tables in the run's folder, whosever they are."""

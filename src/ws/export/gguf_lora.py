@@ -30,6 +30,7 @@ from ws import console
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.export.source import ExportOptions
+from ws.gguf_base import gguf_package
 from ws.models import load_config
 from ws.runs import atomic_file
 
@@ -132,7 +133,7 @@ def _check_low_rank(vector: SteeringVector) -> None:
 
 def _gguf_names(vector: SteeringVector, config: PreTrainedConfig) -> dict[str, str]:
     """The name of every changed module's weight in GGUF; `WsError` when one has none."""
-    gguf, arch = _package(), _architecture(config)
+    gguf, arch = gguf_package(), _architecture(config)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch), config.num_hidden_layers)
     changed = sorted(name for name, delta in vector.deltas.items() if delta.rank)
     # llama.cpp reads a LoRA of the embedding transposed, and a head that is tied to it has no tensor of its own.
@@ -181,7 +182,7 @@ def write_gguf_lora(
     Raises:
         WsError: see `gguf_factors`; no package `gguf`, no such base, or a place that is a folder.
     """
-    file, gguf = Path(file), _package()
+    file, gguf = Path(file), gguf_package()
     if strength == 0:
         raise WsError("An adapter of strength 0 would change nothing at any scale; give another --alpha.")
     if file.is_dir():
@@ -219,17 +220,6 @@ def _write_tensors(writer: Any, factors: Sequence[GgufFactors]) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise WsError(
-            "Writing GGUF needs the package gguf; install it with `uv sync --extra gguf` or "
-            '`pip install "weight-steering[gguf]"`.'
-        ) from None
-    return gguf
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -45,8 +45,24 @@ class Divergence:
     is_exact: bool
 
 
+class _Read:
+    """What is read off answers, well or not."""
+
+    read: Readability
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the model was answering the question at all."""
+        return not self.read.problem
+
+    @property
+    def mark(self) -> str:
+        """` !` behind what cannot be read."""
+        return "" if self.is_readable else f" {MARK}"
+
+
 @dataclass(frozen=True)
-class Point:
+class Point(_Read):
     """A score at one strength.
 
     Attributes:
@@ -70,16 +86,6 @@ class Point:
     n: int
     p_holm: float | None = None
     kl: Divergence | None = None
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether the model was answering the question at all."""
-        return not self.read.problem
-
-    @property
-    def mark(self) -> str:
-        """` !` behind what cannot be read."""
-        return "" if self.is_readable else f" {MARK}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ def _with_holm(curves: Sequence[Curve]) -> list[Curve]:
 
 
 @dataclass(frozen=True)
-class Foundation:
+class Foundation(_Read):
     """The shift of logit(wrongness) of one moral foundation at one strength, in nats, others' acts.
 
     Attributes:
@@ -277,16 +283,6 @@ class Foundation:
     def alpha(self) -> float:
         """The strength."""
         return self.point.alpha
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether the model was answering the questions about these vignettes."""
-        return not self.read.problem
-
-    @property
-    def mark(self) -> str:
-        """` !` behind what cannot be read."""
-        return "" if self.is_readable else f" {MARK}"
 
 
 def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> dict[str, list[Foundation]]:

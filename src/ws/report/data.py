@@ -26,7 +26,7 @@ from ws.interventions import BASE, WEIGHT
 from ws.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.models import layer_of as decoder_layer
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
-from ws.runs import RUN_MANIFEST, Run, data_folder, seed_flag, typed
+from ws.runs import RUN_MANIFEST, Run, data_folder, reads_otherwise, seed_flag, typed
 from ws.sweep_tables import POOLED
 
 Row = Mapping[str, str]
@@ -327,8 +327,7 @@ class _Reader:
 
     def reads_otherwise(self, stage: str) -> bool:
         """Whether a stage is on record with another tokenizer or chat template than the base has now."""
-        recorded = self.stages.get(stage, {}).get("config", {}).get("tokenizer_hash")
-        return bool(self.tokenizer and recorded) and recorded != self.tokenizer
+        return reads_otherwise(self.stages.get(stage, {}), self.tokenizer)
 
     def table(self, stage: str, use: str, file: str, command: str) -> None:
         """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
@@ -527,8 +526,7 @@ def _optional_table(
 
 def _card(file: Path, tokenizer: str, gaps: list[Gap]) -> Mapping[str, Any] | None:
     found, manifest = _read_json(file), _read_json(file.with_name(RUN_MANIFEST)) or {"stages": {}}
-    config = manifest["stages"].get("pairs", {}).get("config", {})
-    if tokenizer and config.get("tokenizer_hash", tokenizer) != tokenizer:
+    if reads_otherwise(manifest["stages"].get("pairs", {}), tokenizer):
         gaps.append(Gap("card", OTHER_TEXT, "ws data --fresh"))
         return None
     if not isinstance(found, dict) or not {"kept", "positive", "negative"} <= found.keys():
