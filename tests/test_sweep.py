@@ -258,7 +258,7 @@ def test_cells_that_were_asked_in_other_words_do_not_go_into_one_table(cells, tm
         assert {r["tinymfv_airisk_words"] for r in rows} == {"paraphrase"}
         assert {r["tinymfv_airisk_drawn"] for r in rows} == {"20 of 131, seed 0"}
         assert {r["sycophancy_words"] for r in rows} == {""}, "not on record"
-    text = render(rows, 200)
+    text = render(rows)
     assert text.count("Words of wrongness: paraphrase, which is this project's and not the published text") == 1
     assert "Items of wrongness: a draw of 20 of 131, seed 0" in text
     relabel(cells[3], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="another")
