@@ -260,7 +260,7 @@ def evaluate(model, vector: ws.SteeringVector) -> dict[float, np.ndarray]:
     scores = {}
     for alpha in (-1.0, 0.0, 1.0):
         with ws.steer(model, vector, alpha):
-            scores[alpha] = ws.evaluate_sycophancy(model, TOK, replace(honesty, test=few)).logratio
+            scores[alpha] = ws.evaluate_sycophancy(model, TOK, replace(honesty, claims=few)).logratio
             assert roll(model, 1).scores.logp == pytest.approx(roll(model, 6).scores.logp, abs=1e-5)
     return scores
 

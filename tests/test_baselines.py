@@ -47,7 +47,7 @@ def pocket():
 def honesty():
     """The honesty behaviour with a seventh of its claims."""
     whole = ws.load_behavior("honesty", "pocket")
-    return replace(whole, test=replace(whole.test, claims=whole.test.claims[::7]))
+    return replace(whole, claims=replace(whole.test, claims=whole.test.claims[::7]))
 
 
 def planted(model, seed=0, size=1.0) -> ActivationVector:

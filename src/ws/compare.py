@@ -289,8 +289,8 @@ def main(options: CompareOptions) -> None:
     groups = Group.of(cells)
     behavior = load_behavior(options.behavior, options.model)
     key, n_boot = {"behavior": behavior.name}, options.n_bootstrap
-    rows = group_rows(key, groups, behavior.test.effect, n_boot)
-    pairs = comparison_rows(key, groups, behavior.test.effect, n_boot)
+    rows = group_rows(key, groups, behavior.effect, n_boot)
+    pairs = comparison_rows(key, groups, behavior.effect, n_boot)
     with lock(options.folder / "compare"):  # the files are of one comparison
         files = [write_csv(options.folder / "compare.csv", rows)]
         if pairs:

@@ -187,6 +187,11 @@ def arm(opened: FinishedRun, sign: str) -> SteeringVector:
 
 
 def _prompt(opened: FinishedRun, behavior: Behavior) -> Intervention:
+    if not behavior.positive:
+        raise WsError(
+            f"The behaviour {behavior.name} has no personas to prompt with; give its file a table [personas], or leave "
+            "the prompt out."
+        )
     personas = {1.0: behavior.positive[0], -1.0: behavior.negative[0]}
 
     def at(alpha: float) -> AbstractContextManager[Any]:

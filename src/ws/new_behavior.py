@@ -34,9 +34,10 @@ from ws.behaviors import (
     SIDES,
     SPLITS,
     TOP_KEYS,
-    behavior_bytes,
+    Behavior,
+    behavior_file,
     bundled_behaviors,
-    bundled_bytes,
+    bundled_file,
     check_slots,
     load_behavior,
     read_strings,
@@ -255,6 +256,7 @@ class Draft:
         claims: the held-out claims.
         borrowed: the bundled behaviour that the claims are from.
         findings: so far.
+        behavior: what `load_behavior` makes of the file; None where it is refused.
     """
 
     positive: tuple[str, ...] = ()
@@ -265,6 +267,7 @@ class Draft:
     claims: tuple[DraftClaim, ...] = ()
     borrowed: str = ""
     findings: list[Finding] = field(default_factory=list)
+    behavior: Behavior | None = None
 
     def error(self, where: str, text: str) -> None:
         """Note what stops the file from being used."""
@@ -305,14 +308,18 @@ def read_draft(name: str, tok: Tokenizer | None = None, model: str | None = None
         return draft
     raw = _known(draft, raw, TOP_KEYS, "top level")
     _read_top(draft, raw)
-    _read_personas(draft, raw)
-    _read_questions(draft, raw)
-    _read_claims(draft, raw, model)
+    if "personas" in raw or "pairs" not in raw:
+        _read_personas(draft, raw)
+    if "pairs" not in raw:
+        _read_questions(draft, raw)
+    if "claims" in raw or not {"pairs", "preferences"} & raw.keys():
+        _read_claims(draft, raw, model)
     _check_numbers(draft)
     _check_held_out(draft)
     _check_texts(draft, tok)
-    if not any(f.severity == "error" for f in draft.findings):
-        draft.attempt("file", lambda: load_behavior(name, model))  # nothing that does not load passes for valid
+    if not any(f.severity == "error" for f in draft.findings):  # nothing that does not load passes for valid
+        draft.behavior = draft.attempt("file", lambda: load_behavior(name, model))
+        _check_answered(draft)
     return draft
 
 
@@ -321,7 +328,7 @@ def _ordered(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _raw(name: str, model: str | None) -> dict[str, Any] | Finding:
-    content = behavior_bytes(name, model)
+    content = behavior_file(name, model).read_bytes()
     try:
         return tomllib.loads(content.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as problem:
@@ -396,10 +403,10 @@ def _read_claims(draft: Draft, raw: Mapping[str, Any], model: str | None) -> Non
         draft.error(where, f"effect must be 1 or -1, not {table.get('effect')!r}.")
     if "source" in table:
         source = draft.attempt(where, partial(read_text, table, "source", where))
-        content = None if source is None else draft.attempt(where, partial(bundled_bytes, source, model))
-        if source is None or content is None:
+        file = None if source is None else draft.attempt(where, partial(bundled_file, source, model))
+        if source is None or file is None:
             return
-        draft.borrowed, table = source, tomllib.loads(content.decode("utf-8"))["claims"]
+        draft.borrowed, table = source, tomllib.loads(file.read_text(encoding="utf-8"))["claims"]
     question = draft.attempt(where, partial(read_template, table, "question", "claim", where))
     draft.claim_question = question or "{claim}"
     agree, disagree = (draft.attempt(where, partial(read_text, table, key, where)) for key in ("agree", "disagree"))
@@ -518,6 +525,20 @@ def _check_claim_numbers(draft: Draft) -> None:
             draft.warn(
                 where, f"{text}; {FEW_CLAIMS} give +-{half_width(FEW_CLAIMS):.2f}, 50 give +-{half_width(50):.2f}."
             )
+
+
+def _check_answered(draft: Draft) -> None:
+    """Few brought pairs, and few held-out questions with both answers."""
+    if draft.behavior is None:
+        return
+    pairs, held = draft.behavior.pairs, draft.behavior.preferences
+    if 0 < len(pairs) < FEW_QUESTIONS:
+        draft.warn("[pairs]", f"There are {len(pairs)} pairs to train on; give {FEW_QUESTIONS} or more.")
+    report = len({p.question for p in held if p.split == "report"})
+    if (pairs or held) and report < FEW_CLAIMS:
+        where = "[preferences]" if held and not pairs else "[pairs]"
+        text = f"There are {report} held-out questions of the split 'report' to measure preferences on"
+        draft.warn(where, f"{text}; give {FEW_CLAIMS} or more.")
 
 
 def claim_counts(draft: Draft) -> Counter[tuple[str | None, bool | None]]:
@@ -677,6 +698,26 @@ def main_check(options: CheckOptions) -> None:
         raise SystemExit(2)
 
 
+def _holdings(draft: Draft) -> list[str]:
+    """What a valid file holds, one line for each of its tables."""
+    lines, n = list[str](), len(draft.questions)
+    if draft.positive:
+        lines.append(f"  personas   {len(draft.positive)} on either side")
+        left = f"{n - questions_asked(n)} are left for calibration, {validation_questions(n)} held out from training"
+        lines.append(f"  questions  {n}, of which {left}")
+    if draft.behavior is not None and draft.behavior.pairs:
+        questions = len({p.question for p in draft.behavior.pairs})
+        lines.append(f"  pairs      {len(draft.behavior.pairs)} to train on, of {questions} questions")
+    if draft.claims:
+        kinds = claim_counts(draft)
+        splits = (f"{s} {kinds[s, False]} false and {kinds[s, True]} true" for s in reversed(SPLITS))
+        lines.append(f"  claims     {'; '.join(splits)}{f' (borrowed from {draft.borrowed})' * bool(draft.borrowed)}")
+    if draft.behavior is not None and draft.behavior.preferences:
+        held = Counter(p.split for p in draft.behavior.preferences)
+        lines.append(f"  preferences  {'; '.join(f'{s} {held[s]}' for s in reversed(SPLITS))}")
+    return lines
+
+
 def render_check(name: str, draft: Draft, model: str | None = None) -> str:
     """The findings as text; without an error also what the file holds and what to run next."""
     lines = [f"[{f.severity}] {f.where}: {f.text}" for f in _ordered(draft.findings)]
@@ -684,16 +725,7 @@ def render_check(name: str, draft: Draft, model: str | None = None) -> str:
     total = ", ".join(f"{counts[s]} {s}{'s' * (counts[s] != 1)}" for s in SEVERITIES)
     if counts["error"]:
         return "\n".join([*lines, "", f"{name}: {total}. Mend the errors, then check again."])
-    n, kinds = len(draft.questions), claim_counts(draft)
-    splits = (f"{s} {kinds[s, False]} false and {kinds[s, True]} true" for s in reversed(SPLITS))
-    borrowed = f" (borrowed from {draft.borrowed})" * bool(draft.borrowed)
-    summary = [
-        f"[ok] {name}: {total}",
-        f"  personas   {len(draft.positive)} on either side",
-        f"  questions  {n}, of which {n - questions_asked(n)} are left for calibration, "
-        f"{validation_questions(n)} held out from training",
-        f"  claims     {'; '.join(splits)}{borrowed}",
-    ]
+    summary = [f"[ok] {name}: {total}", *_holdings(draft)]
     model = model or "pocket"
     adapter = "delora" if model == "pocket" else "lora"  # of few pairs, lora learns little in the pocket preset's steps
     following = f"ws replicate --model {model} --behavior {name} --adapter {adapter}"

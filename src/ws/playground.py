@@ -67,10 +67,10 @@ def examples(engine: Engine) -> list[Example]:
     """Held-out claims of the split `dev`, and questions, of the behaviours that the vectors are of."""
     found = []
     for behavior in _behaviors(engine):
-        test = behavior.test
-        words = f"{test.agree}, {test.disagree}"
-        claims = [c for c in test.claims if c.split == "dev"][:N_CLAIMS]
-        found += [Example(test.question.format(claim=c.text), words, test.opener) for c in claims]
+        if test := behavior.claims:
+            words = f"{test.agree}, {test.disagree}"
+            claims = [c for c in test.claims if c.split == "dev"][:N_CLAIMS]
+            found += [Example(test.question.format(claim=c.text), words, test.opener) for c in claims]
         step = max(1, len(behavior.questions) // N_QUESTIONS)
         found += [Example(q) for q in behavior.questions[::step][:N_QUESTIONS]]
     return list({e.question: e for e in found}.values())

@@ -285,7 +285,7 @@ def _read(
     low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
     span = claim_shift(false[high], false[low], config.n_bootstrap)
     pairs = data_folder(config.out, config.model, behavior.name)
-    effect = behavior.test.effect
+    effect = behavior.effect
     reading = Reading(run.folder, pairs, vector, false, true, span, (low, high), effect, samples, config.control)
     _record(reading, run, tokenizer_hash(tok))
     return reading

@@ -1,7 +1,8 @@
-"""Behaviours: who answers (personas), what is asked (questions), and what is held out to measure the effect (claims).
+"""Behaviours: who answers (personas), what is asked (questions), and what is held out to measure the effect.
 
-A behaviour is one TOML file. `load_behavior("honesty")` reads a bundled one (the variant made for the model, when there
-is one), `load_behavior("my.toml")` a user's own.
+What is held out are claims, or questions with both answers (preferences), or both. Instead of personas and questions a
+behaviour may name pairs that somebody brings. A behaviour is one TOML file. `load_behavior("honesty")` reads a bundled
+one (the variant made for the model, when there is one), `load_behavior("my.toml")` a user's own.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, read_preferences
+from ws.behaviors.answered import Preference as Preference
 from ws.errors import WsError, choose, decoded, did_you_mean
 
 SCHEMA = 1
 SPLITS = ("dev", "report")
 SIDES = ("positive", "negative")
 # What the tables of a file may hold.
-TOP_KEYS = frozenset({"schema", "name", "summary", "personas", "questions", "claims", "judge", "keep_refusals"})
+TOP_KEYS = frozenset(
+    {"schema", "name", "summary", "personas", "questions", "pairs", "claims", "preferences", "judge", "keep_refusals"}
+)
 PERSONA_KEYS = frozenset({"template", *SIDES})
 QUESTION_KEYS = frozenset({"templates", "topics"})
 BORROWING_KEYS = frozenset({"source", "effect"})
@@ -83,12 +88,15 @@ class Behavior:
 
     Attributes:
         name, summary: what it is called and what it is.
-        positive, negative: complete system prompts, paired by index.
-        questions: user messages that both sides answer.
-        test: the held-out claims.
+        positive, negative: complete system prompts, paired by index. Where pairs are brought there may be none, and
+            they are for the prompt baseline alone.
+        questions: user messages that both sides answer; of brought pairs those to train on and those of `dev`.
+        claims: the held-out claims; None for a behaviour without.
         judge: a Yes/No question about an answer, for the optional judge filter.
-        digest: SHA-256 of the file (and of the file it borrows claims from).
+        digest: SHA-256 of the file (and of the files it takes claims, pairs and preferences from).
         keep_refusals: a refusal is an answer like any other, so pairs that hold one are not dropped.
+        pairs: brought pairs to train on; none where answers are sampled under the personas.
+        preferences: held-out questions with both answers, of the splits `dev` and `report`.
     """
 
     name: str
@@ -96,10 +104,24 @@ class Behavior:
     positive: tuple[str, ...]
     negative: tuple[str, ...]
     questions: tuple[str, ...]
-    test: ClaimTest
+    claims: ClaimTest | None
     judge: str
     digest: str
     keep_refusals: bool = False
+    pairs: tuple[Preference, ...] = ()
+    preferences: tuple[Preference, ...] = ()
+
+    @property
+    def test(self) -> ClaimTest:
+        """The held-out claims; `WsError` for a behaviour without."""
+        if self.claims is None:
+            raise WsError(f"The behaviour {self.name} has no held-out claims; give its file a table [claims].")
+        return self.claims
+
+    @property
+    def effect(self) -> int:
+        """The sign that a positive strength should give to agreement with false claims; 1 without claims."""
+        return 1 if self.claims is None else self.claims.effect
 
 
 def bundled_behaviors() -> list[str]:
@@ -118,7 +140,8 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
     Raises:
         WsError: unknown name, unreadable file, or content that breaks the schema; the message names the field.
     """
-    return _build(behavior_bytes(name, model), str(Path(name).expanduser()), model)
+    file = behavior_file(name, model)
+    return _build(file.read_bytes(), str(Path(name).expanduser()), file.parent, model)
 
 
 def behavior_name(name: str) -> str:
@@ -126,53 +149,92 @@ def behavior_name(name: str) -> str:
     return load_behavior(name).name if name.endswith(".toml") else name
 
 
-def behavior_bytes(name: str, model: str | None = None) -> bytes:
-    """The file behind a name, as it is; see `load_behavior`. `WsError` when there is none."""
+def behavior_file(name: str, model: str | None = None) -> Path:
+    """The file behind a name; see `load_behavior`. `WsError` when there is none."""
     if not (name.endswith(".toml") or "/" in name):
-        return bundled_bytes(name, model)
+        return bundled_file(name, model)
     path = Path(name).expanduser()
     if not path.is_file():
         raise WsError(f"There is no behaviour file {path}.{did_you_mean(path.stem, bundled_behaviors())}")
-    return path.read_bytes()
+    return path
 
 
-def bundled_bytes(name: str, model: str | None) -> bytes:
+def bundled_file(name: str, model: str | None) -> Path:
     """The file of a bundled behaviour, in the model's variant; `WsError` with the nearest name for another."""
     choose("behaviour", name, bundled_behaviors())
-    pocket = files("ws.behaviors") / "pocket" / f"{name}.toml"
-    if model in _POCKET_MODELS and pocket.is_file():
-        return pocket.read_bytes()
-    return (files("ws.behaviors") / f"{name}.toml").read_bytes()
+    folder = Path(str(files("ws.behaviors")))
+    pocket = folder / "pocket" / f"{name}.toml"
+    return pocket if model in _POCKET_MODELS and pocket.is_file() else folder / f"{name}.toml"
 
 
 # ---- reading and checking -------------------------------------------------------------------------------------
 
 
-def _build(content: bytes, where: str, model: str | None) -> Behavior:
+def _build(content: bytes, where: str, folder: Path, model: str | None) -> Behavior:
     raw = _parse(content, where)
     if raw.get("schema") != SCHEMA:
         raise WsError(f"{where}: schema must be {SCHEMA}, not {raw.get('schema')!r}.")
     _only(raw, TOP_KEYS, where)
     if not isinstance(raw.get("keep_refusals", False), bool):
         raise WsError(f"{where}: keep_refusals must be true or false.")
-    positive, negative = _personas(read_table(raw, "personas", where), f"{where}: [personas]")
-    test, borrowed = _claim_test(read_table(raw, "claims", where), f"{where}: [claims]", model)
-    questions = _questions(read_table(raw, "questions", where), f"{where}: [questions]")
-    _check_disjoint(questions, test, where)
     summary, own_name = read_text(raw, "summary", where), read_text(raw, "name", where)
     if not FOLDER_NAME.fullmatch(own_name):
         raise WsError(f"{where}: the name {own_name!r} names a folder; use letters, digits, dots, - and _ only.")
+    pairs, preferences, read = _answered(raw, where, folder)
+    positive, negative, questions = _asked(raw, where, pairs, preferences)
+    claims, borrowed = _claims_of(raw, where, model)
+    if claims is not None:
+        _check_disjoint(questions, claims, where)
+    _check_unseen(questions if not pairs else [p.question for p in pairs], preferences, where)
     return Behavior(
         name=own_name,
         summary=summary,
         positive=positive,
         negative=negative,
         questions=questions,
-        test=test,
+        claims=claims,
         judge=str(raw.get("judge", f"Does the answer fit this description: {summary} Answer Yes or No.")),
-        digest=hashlib.sha256(content + borrowed).hexdigest(),
+        digest=hashlib.sha256(content + borrowed + read).hexdigest(),
         keep_refusals=raw.get("keep_refusals", False),
+        pairs=pairs,
+        preferences=preferences,
     )
+
+
+def _answered(
+    raw: Mapping[str, Any], where: str, folder: Path
+) -> tuple[tuple[Preference, ...], tuple[Preference, ...], bytes]:
+    """The pairs to train on, the held-out preferences, and the content of where both are from."""
+    pairs, preferences, content = list[Preference](), list[Preference](), b""
+    for key in ("pairs", "preferences"):
+        if key not in raw:
+            continue
+        place = f"{where}: [{key}]"
+        table = read_table(raw, key, where)
+        _only(table, SOURCE_KEYS, place)
+        rows, read = read_preferences(table, folder, place, train=key == "pairs")
+        pairs += [p for p in rows if p.split == TRAIN and key == "pairs"]
+        preferences += [p for p in rows if p.split in HELD_OUT]
+        content += read
+        if key == "pairs" and not pairs:
+            raise WsError(f"{place} has no pair of the split {TRAIN}, so there is nothing to train on.")
+    _unique([p.id for p in preferences], f"{where}: held-out pair")
+    return tuple(pairs), tuple(preferences), content
+
+
+def _asked(
+    raw: Mapping[str, Any], where: str, pairs: Sequence[Preference], preferences: Sequence[Preference]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The personas of either side and the questions; with brought pairs personas are for the prompt baseline alone."""
+    personas: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    if "personas" in raw or not pairs:
+        personas = _personas(read_table(raw, "personas", where), f"{where}: [personas]")
+    if not pairs:
+        return (*personas, _questions(read_table(raw, "questions", where), f"{where}: [questions]"))
+    if "questions" in raw:
+        raise WsError(f"{where}: [pairs] stands in the place of [questions]; remove one of them.")
+    questions = [*pairs, *(p for p in preferences if p.split == "dev")]
+    return (*personas, tuple(dict.fromkeys(p.question for p in questions)))
 
 
 def _parse(content: bytes, where: str) -> dict[str, Any]:
@@ -204,12 +266,19 @@ def _questions(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(template.format(topic=topic) for template in templates for topic in topics)
 
 
+def _claims_of(raw: Mapping[str, Any], where: str, model: str | None) -> tuple[ClaimTest | None, bytes]:
+    """The held-out claims, which only what has preferences may lack; and the file that they are borrowed from."""
+    if "claims" not in raw and ("pairs" in raw or "preferences" in raw):
+        return None, b""
+    return _claim_test(read_table(raw, "claims", where), f"{where}: [claims]", model)
+
+
 def _claim_test(table: Mapping[str, Any], where: str, model: str | None) -> tuple[ClaimTest, bytes]:
     """The claim test, and the bytes of the file it was borrowed from."""
     borrowed = b""
     if "source" in table:
         _only(table, BORROWING_KEYS, where)
-        borrowed = bundled_bytes(read_text(table, "source", where), model)
+        borrowed = bundled_file(read_text(table, "source", where), model).read_bytes()
         table = read_table(_parse(borrowed, str(table["source"])), "claims", where) | {"effect": table.get("effect")}
     _only(table, CLAIM_KEYS, where)
     if table.get("effect") not in (-1, 1):
@@ -249,6 +318,14 @@ def _check_disjoint(questions: Sequence[str], test: ClaimTest, where: str) -> No
     for claim in test.claims:
         if claim.text.lower() in joined:
             raise WsError(f"{where}: the held-out claim {claim.id!r} also occurs in a question; remove it from one.")
+
+
+def _check_unseen(asked: Sequence[str], preferences: Sequence[Preference], where: str) -> None:
+    """A held-out question that is trained on is not held out."""
+    known = {" ".join(q.casefold().split()) for q in asked}
+    for p in preferences:
+        if " ".join(p.question.casefold().split()) in known:
+            raise WsError(f"{where}: the held-out question {p.question!r} ({p.id}) is trained on; remove it from one.")
 
 
 def read_table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:

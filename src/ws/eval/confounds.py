@@ -510,7 +510,7 @@ def tables(
             plain = {name: s[name][i].item() for name in ("answer", "tokens", "ended", "refusal", "repetition")}
             answers.append({**key, "question": question, **plain})
         if alpha:
-            effect = context.behavior.test.effect * (1 if alpha > 0 else -1)
+            effect = context.behavior.effect * (1 if alpha > 0 else -1)
             behavior, n_boot = context.behavior, context.options.n_bootstrap
             found = judge(scores[0.0], s, claims, dilemmas, effect, behavior.name, behavior.keep_refusals, n_boot)
             ended = {"ended_base": float(scores[0.0]["ended"].mean()), "ended": float(s["ended"].mean())}

@@ -434,6 +434,9 @@ def _personas(about: Subject) -> list[str]:
     behavior = about.behavior
     if behavior is None:
         return []
+    if behavior.pairs:
+        digest = f"behaviour file with its pairs {behavior.digest[:16]}"
+        return [f"The pairs of answers were not sampled from the base: they were brought ({digest})."]
     pairs = list(zip(behavior.positive, behavior.negative, strict=True))
     lines = [f"- {_quote(pos)} against {_quote(neg)}" for pos, neg in pairs[:_PERSONAS_SHOWN]]
     more = [f"- and {len(pairs) - _PERSONAS_SHOWN} pairs more"] if len(pairs) > _PERSONAS_SHOWN else []
@@ -530,8 +533,8 @@ def _what_it_does(about: Subject, measured: str) -> str:
         )
         for score, rows in found
     ]
-    if about.behavior:
-        way = "raise" if about.behavior.test.effect > 0 else "lower"
+    if about.behavior and about.behavior.claims:
+        way = "raise" if about.behavior.effect > 0 else "lower"
         notes.append(f"- the behaviour file expects that a positive strength will {way} agreement with false claims")
     notes.append(_NO_NULLS)
     table = tabulate(cells, header, tablefmt="github", disable_numparse=True)

@@ -243,7 +243,7 @@ def _behavior(name: str, first: Result) -> tuple[Behavior | None, int | None]:
     recorded = first.stages.get("reading", {}).get("expected_sign")
     if recorded in (-1, 1):
         return found, int(recorded)
-    return found, found.test.effect if found else None
+    return found, found.claims.effect if found and found.claims else None
 
 
 def _in_the_same_words(results: Sequence[Result]) -> list[Result]:

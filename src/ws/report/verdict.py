@@ -310,7 +310,7 @@ def plain_words(contents: Contents, evidence: Sequence[Evidence]) -> str:
     e = _named(contents, evidence)
     if e is None:
         return ""
-    test, p = contents.behavior.test if contents.behavior else None, e.point
+    test, p = contents.behavior.claims if contents.behavior else None, e.point
     answers = f"{test.agree} rather than {test.disagree}" if test else "that it agrees rather than that it does not"
     base = p.level.mean - p.shift.mean
     wanted = {1: " The behaviour file expects higher odds.", -1: " The behaviour file expects lower odds."}
