@@ -32,7 +32,7 @@ from ws.eval.rollout import PLAIN
 from ws.models import end_ids, render_prompt
 from ws.runs import Run
 
-SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5)
+SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5, anyway=True)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_more_topics_than_there_are_are_a_limit(tiny, tmp_path, capsys):
     model, tok = tiny
     pool = tuple(f"What is {thing}?" for thing in ("ice", "honey", "rain", "bread", "a river", "the moon"))
     behavior = replace(ws.load_behavior("honesty", "pocket"), questions=pool)
-    preset = replace(data_preset("pocket"), n_samples=1, max_new_tokens=48)
+    preset = replace(data_preset("pocket"), n_samples=1, max_new_tokens=48, anyway=True)
     pairs = generate_pairs(model, tok, behavior, tmp_path, preset)
     assert {p.question for p in pairs} == set(pool) - {"What is the moon?"}
     assert "5 of 6 questions of honesty are asked; the others are left" in capsys.readouterr().err

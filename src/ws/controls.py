@@ -145,7 +145,15 @@ def exchange_half(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 
 def _exchanged(pair: Pair) -> Pair:
-    return replace(pair, pos=pair.neg, neg=pair.pos, pos_tokens=pair.neg_tokens, neg_tokens=pair.pos_tokens)
+    return replace(
+        pair,
+        pos=pair.neg,
+        neg=pair.pos,
+        pos_tokens=pair.neg_tokens,
+        neg_tokens=pair.pos_tokens,
+        pos_cut=pair.neg_cut,
+        neg_cut=pair.pos_cut,
+    )
 
 
 def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
@@ -159,7 +167,7 @@ def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
     for a in pairs_a:
         b = partners.get((a.id, a.question))
         if a.drop is None and b is not None and not _same(a.pos, b.pos):
-            made.append(Pair(a.id, a.question, a.pos, b.pos, a.pos_tokens, b.pos_tokens))
+            made.append(replace(a, neg=b.pos, neg_tokens=b.pos_tokens, neg_cut=b.pos_cut))
     if not made:
         raise WsError(
             "No pair of one file has a partner with another positive answer in the other; sample both from one "

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors import Behavior, load_behavior
+from ws.acting import acted, base_problems, persona_margins
+from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
 from ws.errors import WsError, did_you_mean
-from ws.eval.choice import in_groups, left_pad, score_choices
+from ws.eval.choice import LOW_MASS, in_groups, left_pad, score_choices
 from ws.eval.rollout import PLAIN
 from ws.eval.stats import estimate_mean
 from ws.eval.tables import json_lines
@@ -59,6 +60,10 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 LENGTH_RATIO, SHARE_GAP, YES_GAP, IDENTICAL_SHARE = 1.25, 0.1, 0.2, 0.2
 # One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
 RESERVE = 5
+# Of so many pairs the card says how far they are acted and whether they are right; and from this share on it says that
+# answers talk about their persona, or are hardly more than a word.
+N_READ, NAMED_SHARE, SHORT, SHORT_SHARE = 64, 0.05, 5, 0.1
+RIGHT = "Is the answer factually right? Answer Yes or No."
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Pair:
         pos, neg: the answers.
         pos_tokens, neg_tokens: their lengths in sampled tokens.
         drop: why the pair is left out of training, None when it is kept.
+        pos_cut, neg_cut: whether an answer was cut off before it ended; then no end of turn is learned from it.
 
     Raises:
         WsError: a value of another type; nothing is made to fit.
@@ -83,9 +89,15 @@ class Pair:
     pos_tokens: int
     neg_tokens: int
     drop: str | None = None
+    pos_cut: bool = False
+    neg_cut: bool = False
 
     def __post_init__(self) -> None:
         _check_types(vars(self))
+
+    def as_row(self) -> dict[str, Any]:
+        """The pair as it is stored: `pos_cut` and `neg_cut` only where they say something."""
+        return {k: v for k, v in asdict(self).items() if v or not k.endswith("_cut")}
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
@@ -99,6 +111,9 @@ def _check_types(values: Mapping[str, Any]) -> None:
     drop = values.get("drop")
     if drop is not None and not (isinstance(drop, str) and drop.strip()):
         raise WsError(f"drop must be null, or a text that says why the pair is left out, not {drop!r}.")
+    for name in ("pos_cut", "neg_cut"):
+        if not isinstance(values.get(name, False), bool):
+            raise WsError(f"{name} must be true or false, not {values[name]!r}.")
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -121,6 +136,9 @@ class DataConfig:
         data_batch: pairs sampled at once.
         data_seed: seed of the sampling.
         judge: drop pairs in which the model itself does not find more of the behaviour in the positive answer.
+        min_margin: drop pairs in which an answer gains less than so many nats per token from its own persona.
+        keep_truncated: train on answers that have not ended, without an end of turn, instead of dropping them.
+        anyway: go on where the base cannot do what the behaviour asks of it (`ws.acting.base_problems`).
     """
 
     n_topics: int | None = None
@@ -130,12 +148,15 @@ class DataConfig:
     data_batch: int = 32
     data_seed: int = 0
     judge: bool = False
+    min_margin: float | None = None
+    keep_truncated: bool = False
+    anyway: bool = False
 
 
 def data_preset(model: str) -> DataConfig:
     """The defaults for a model; the bundled ones answer in a few tokens and need fewer samples."""
     if model == "tiny-random":
-        return DataConfig(n_topics=16, n_samples=1, max_new_tokens=64, data_batch=8)
+        return DataConfig(n_topics=16, n_samples=1, max_new_tokens=64, data_batch=8, anyway=True)
     if model == "pocket":
         return DataConfig(n_topics=400, n_samples=2, max_new_tokens=64, data_batch=200)
     return DataConfig()
@@ -158,17 +179,19 @@ def generate_pairs(
     config: DataConfig | None = None,
     fresh: bool = False,
 ) -> list[Pair]:
-    """Sample contrast pairs into `folder/pairs.jsonl` and return all of them, dropped ones included.
+    """Make the contrast pairs in `folder/pairs.jsonl` and return all of them, dropped ones included.
 
-    Finished pairs are read back, half-finished ones continued. Also writes `card.json` and `card.md`, which say how the
-    two sides compare in length, agreement, refusals and overlap.
+    They are sampled, or those that the behaviour brings. Finished pairs are read back, half-finished ones continued.
+    Also writes `card.json` and `card.md`, which say how the two sides compare in length, agreement, refusals and
+    overlap, and how far they are acted.
 
     Raises:
-        WsError: counts out of range, other settings on disk, or no usable pair at all.
+        WsError: counts out of range, other settings on disk, a base that cannot do what the behaviour asks of it, or no
+            usable pair at all.
     """
     folder, config = Path(folder), config or DataConfig()
     jobs = _jobs(behavior, config)
-    described = asdict(_within(config, behavior)) | {"model": model_id(model), "fingerprint": fingerprint(model)}
+    described = _described(config, behavior) | {"model": model_id(model), "fingerprint": fingerprint(model)}
     described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest, "tokenizer_hash": tokenizer_hash(tok)}
     if not fresh and Run(folder).is_finished("pairs", described):  # other settings stop here, before anyone waits
         return read_pairs(folder)
@@ -181,16 +204,45 @@ def generate_pairs(
             return read_pairs(folder)
         if fresh:
             (folder / _PARTIAL_FILE).unlink(missing_ok=True)
-        asked, total = described["n_topics"], len(behavior.questions)
-        if asked not in (config.n_topics, total):
-            note = f"{asked} of {total} questions of {behavior.name} are asked; the others are left for calibration."
-            console.say(note)
-        settings = described | {"dtype": str(model.dtype)}
-        begun = _Partial(folder / _PARTIAL_FILE, sha256_json(settings))
-        pairs = _sample_all(model, tok, behavior, jobs, config, begun)
-        _publish(pairs, behavior, run, stage)
-        begun.file.unlink()
+        if not config.anyway and (problems := base_problems(model, tok, behavior)):
+            raise WsError(f"On this base {behavior.name} promises nothing: {'; '.join(problems)}. --anyway goes on.")
+        if behavior.pairs:
+            pairs = brought_pairs(model, tok, behavior, config)
+        else:
+            asked, total = described["n_topics"], len(behavior.questions)
+            if asked not in (config.n_topics, total):
+                said = f"{asked} of {total} questions of {behavior.name} are asked"
+                console.say(f"{said}; the others are left for calibration.")
+            begun = _Partial(folder / _PARTIAL_FILE, sha256_json(described | {"dtype": str(model.dtype)}))
+            pairs = _sample_all(model, tok, behavior, jobs, config, begun)
+        pairs = _publish(model, tok, pairs, behavior, config, run, stage)
+        (folder / _PARTIAL_FILE).unlink(missing_ok=True)
     return pairs
+
+
+def _described(config: DataConfig, behavior: Behavior) -> dict[str, Any]:
+    """The settings that pairs depend on, as they are recorded; filters only where they are used."""
+    values = asdict(_within(config, behavior))
+    del values["anyway"]
+    for name in ("min_margin", "keep_truncated"):
+        if values[name] == getattr(DataConfig, name):
+            del values[name]
+    if behavior.pairs:
+        return {k: v for k, v in values.items() if k in ("n_topics", "judge", "min_margin")}
+    return values
+
+
+def brought_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> list[Pair]:
+    """The pairs that a behaviour brings, of `n_topics` of their questions evenly spread; lengths in tokens."""
+    questions = list(dict.fromkeys(p.question for p in behavior.pairs))
+    wanted = _count("--n-topics", config.n_topics, len(questions))
+    picked = {questions[i * len(questions) // wanted] for i in range(wanted)}
+    both = []
+    for p in behavior.pairs:
+        if p.question in picked:
+            pos, neg = (Answer(t, len(answer_ids(tok, p.question, t)), True) for t in (p.positive, p.negative))
+            both.append((_Job(p.id, p.question, 0), pos, neg))
+    return _as_pairs(model, tok, behavior, both, config)
 
 
 def _keep_other_pairs(run: Run) -> None:
@@ -206,9 +258,20 @@ def _keep_other_pairs(run: Run) -> None:
         )
 
 
-def _publish(pairs: Sequence[Pair], behavior: Behavior, run: Run, stage: Stage) -> None:
-    """Write the finished pairs and their card; `WsError` when none is usable."""
+def _publish(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    pairs: Sequence[Pair],
+    behavior: Behavior,
+    config: DataConfig,
+    run: Run,
+    stage: Stage,
+) -> list[Pair]:
+    """Filter the finished pairs, and write them and their card; `WsError` when none is usable."""
+    pairs, played = _by_margin(model, tok, pairs, behavior, config.min_margin)
     folder, card = run.folder, data_card(pairs, behavior.keep_refusals)
+    card["acted"], card["judged_right"] = played, _judged_right(model, tok, pairs)
+    card["confounds"] += _named_personas(pairs, behavior)
     if not card["kept"]:
         run.drop("pairs")
         rejected = write_text(folder / "rejected.jsonl", pair_lines(pairs))
@@ -217,11 +280,105 @@ def _publish(pairs: Sequence[Pair], behavior: Behavior, run: Run, stage: Stage) 
     files = [write_text(folder / PAIRS_FILE, pair_lines(pairs)), write_json(folder / "card.json", card)]
     files.append(write_text(folder / "card.md", render_card(behavior, card)))
     stage.done(files, kept=card["kept"])
+    return list(pairs)
+
+
+def _evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """At most so many of the kept pairs, evenly spread."""
+    kept = [p for p in pairs if p.drop is None]
+    return [kept[i * len(kept) // min(most, len(kept))] for i in range(min(most, len(kept)))]
+
+
+def _by_margin(
+    model: PreTrainedModel, tok: Tokenizer, pairs: Sequence[Pair], behavior: Behavior, least: float | None
+) -> tuple[list[Pair], dict[str, Any] | None]:
+    """The pairs, those below the least margin dropped, and how far the sides are acted; None without personas.
+
+    Without a filter the margins are those of `N_READ` pairs.
+    """
+    if not behavior.positive:
+        if least is not None:
+            raise WsError(f"--min-margin compares personas, and {behavior.name} brings pairs without; leave it out.")
+        return list(pairs), None
+    read = _evenly(pairs, N_READ if least is None else len(pairs))
+    if len({p.question for p in read}) < 2:
+        return list(pairs), None
+    sides = list(zip(behavior.positive, behavior.negative, strict=True))
+    personas = [sides[_persona(p)] for p in read]
+    margins = persona_margins(
+        model,
+        tok,
+        [p.question for p in read],
+        personas,
+        [(p.pos, p.neg) for p in read],
+        [(p.pos_cut, p.neg_cut) for p in read],
+    )
+    played = acted([p.question for p in read], margins)
+    if played.problem:
+        console.say(f"warning: {played.problem}")
+    low = {p.id for p, m in zip(read, margins.min(axis=1), strict=True) if least is not None and m < least}
+    return [replace(p, drop="margin") if p.id in low else p for p in pairs], played.as_data()
+
+
+def _persona(pair: Pair) -> int:
+    """Which personas a pair was sampled under; brought pairs go with the first."""
+    sampled = re.fullmatch(r"q\d+-p(\d+)-s\d+", pair.id)
+    return int(sampled[1]) if sampled else 0
+
+
+def _judged_right(model: PreTrainedModel, tok: Tokenizer, pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    """The share of either side's answers that the base itself takes for right, with the mass it says so with."""
+    read = _evenly(pairs, N_READ)
+    if not read:
+        return None
+    asked = [
+        render_prompt(tok, f"Question: {p.question}\nAnswer: {text}\n\n{RIGHT}", opener="My answer:")
+        for p in read
+        for text in (p.pos, p.neg)
+    ]
+    try:
+        scores = score_choices(model, tok, asked, ("Yes", "No"))
+    except WsError as problem:  # a tokenizer without these words: the card says so, and the pairs are none the worse
+        return {"problem": str(problem)}
+    right = scores.logratio.reshape(-1, 2) > 0
+    shares = {name: round(float(right[:, side].mean()), 4) for side, name in enumerate(("positive", "negative"))}
+    return {**shares, "n": len(read), "mass": round(float(scores.mass.mean()), 4)}
+
+
+def _named_personas(pairs: Sequence[Pair], behavior: Behavior) -> list[str]:
+    """A sentence for either side whose answers talk about their persona ("I'm just a liar.") instead of acting it."""
+    kept, sentences = [p for p in pairs if p.drop is None], list[str]()
+    stems = [
+        {_stem(w) for text in own for w in _content(text)} - {_stem(w) for text in other for w in _content(text)}
+        for own, other in ((behavior.positive, behavior.negative), (behavior.negative, behavior.positive))
+    ]
+    telling = stems[0] | stems[1]
+    for side, name in (("pos", "positive"), ("neg", "negative")):
+        hits = [p for p in kept if telling & ({_stem(w) for w in _content(getattr(p, side))} - _question_stems(p))]
+        if kept and len(hits) >= NAMED_SHARE * len(kept):
+            example = " ".join(getattr(hits[0], side).split())[:80]
+            sentences.append(
+                f"Persona words: {len(hits)} of {len(kept)} {name} answers use words of a persona, such as {example!r}."
+            )
+    return sentences
+
+
+def _content(text: str) -> list[str]:
+    return [w for w in re.findall(r"[^\W\d_]+", text.lower()) if len(w) > 3]
+
+
+def _stem(word: str) -> str:
+    """The start of a word, which its other forms share; to lie and a liar do not share theirs."""
+    return "lia" if word.startswith(("liar", "lying", "lies")) else word[:5]
+
+
+def _question_stems(pair: Pair) -> set[str]:
+    return {_stem(w) for w in _content(pair.question)}
 
 
 def pair_lines(pairs: Sequence[Pair]) -> str:
     """Pairs as the lines of a `.jsonl` file."""
-    return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pairs)
+    return "".join(json.dumps(p.as_row(), ensure_ascii=False) + "\n" for p in pairs)
 
 
 def read_pairs(folder: str | Path) -> list[Pair]:
@@ -266,7 +423,8 @@ def _pair_of(values: Mapping[str, Any]) -> Pair:
     for key in values:
         if key not in known:
             raise WsError(f"unknown key {key!r}.{did_you_mean(key, known)}")
-    if missing := [name for name in known if name not in values and name != "drop"]:
+    optional = ("drop", "pos_cut", "neg_cut")
+    if missing := [name for name in known if name not in values and name not in optional]:
         raise WsError(f"it lacks {', '.join(missing)}.")
     _check_types(values)  # before `Pair`, whose annotations a type checker at run time would enforce with a traceback
     for name in ("id", "question", *(() if values.get("drop") else ("pos", "neg"))):
@@ -340,6 +498,8 @@ class _Job:
 
 def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     """Every (sample, persona, question), the question varying fastest, so that a cut-off run is still balanced."""
+    if behavior.pairs:
+        return []
     questions = list(enumerate(behavior.questions))
     n_topics = _count("--n-topics", _within(config, behavior).n_topics, len(questions))
     n_personas = _count("--n-personas", config.n_personas, len(behavior.positive))
@@ -352,7 +512,9 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
 
 
 def _within(config: DataConfig, behavior: Behavior) -> DataConfig:
-    """The configuration with the number of questions that are asked."""
+    """The configuration with the number of questions that are asked; of brought pairs it stays as it is."""
+    if behavior.pairs:
+        return config
     available = len(behavior.questions)
     if config.n_topics is None or config.n_topics > available:
         return replace(config, n_topics=questions_asked(available))
@@ -442,19 +604,30 @@ def _sample_batch(
     seed = int.from_bytes(hashlib.sha256(f"pairs:{config.data_seed}:{number}".encode()).digest()[:4], "big")
     answers = sample_answers(model, tok, prompts, config.max_new_tokens, seed)
     both = list(zip(jobs, answers[: len(jobs)], answers[len(jobs) :], strict=True))
-    drops = [_drop_reason(pos, neg, behavior.keep_refusals) for _, pos, neg in both]
+    return _as_pairs(model, tok, behavior, both, config)
+
+
+def _as_pairs(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    behavior: Behavior,
+    both: Sequence[tuple[_Job, Answer, Answer]],
+    config: DataConfig,
+) -> list[Pair]:
+    """Pairs of the answers of both sides, each with the reason to leave it out."""
+    drops = [_drop_reason(pos, neg, behavior.keep_refusals, config.keep_truncated) for _, pos, neg in both]
     if config.judge:
         drops = _judge_drops(model, tok, behavior, both, drops)
     return [
-        Pair(job.id, job.question, pos.text, neg.text, pos.tokens, neg.tokens, drop)
+        Pair(job.id, job.question, pos.text, neg.text, pos.tokens, neg.tokens, drop, not pos.ended, not neg.ended)
         for (job, pos, neg), drop in zip(both, drops, strict=True)
     ]
 
 
-def _drop_reason(pos: Answer, neg: Answer, keep_refusals: bool = False) -> str | None:
+def _drop_reason(pos: Answer, neg: Answer, keep_refusals: bool = False, keep_truncated: bool = False) -> str | None:
     if not pos.text or not neg.text:
         return "empty"
-    if not (pos.ended and neg.ended):
+    if not (keep_truncated or (pos.ended and neg.ended)):
         return "truncated"
     if _same(pos.text, neg.text):
         return "identical"
@@ -505,6 +678,7 @@ def data_card(pairs: Sequence[Pair], keep_refusals: bool = False) -> dict[str, A
         "kept": len(kept),
         "dropped": dict(Counter(p.drop for p in pairs if p.drop)),
         "questions": len({p.question for p in kept}),
+        "cut": sum(p.pos_cut or p.neg_cut for p in kept),
         "overlap": round(statistics.fmean(_overlap(p) for p in kept), 4) if kept else 0.0,
         "identical": round(sum(_same(p.pos, p.neg) for p in pairs) / max(1, len(pairs)), 4),
         "positive": _side([(p.pos, p.pos_tokens) for p in kept]),
@@ -549,6 +723,7 @@ def _side(answers: Sequence[tuple[str, int]]) -> dict[str, float]:
         "yes_rate": round(sum(bool(_YES.match(t)) for t in texts) / n, 4),
         "distinct": round(len(set(texts)) / n, 4),
         "repetition": round(sum(map(repetition, texts)) / n, 4),
+        "short": round(sum(len(t) < SHORT for t in texts) / n, 4),
     }
 
 
@@ -588,6 +763,12 @@ def _confounds(card: dict[str, Any], keep_refusals: bool) -> list[str]:
     if sure("repetition", SHARE_GAP):
         rates = " and ".join(f"{s['repetition']:.0%}" for s in sides)
         found.append(f"Repetition: {rates} of the 4-grams in positive and negative answers are repeated.")
+    if card["sampled"] > 2 * card["kept"]:
+        reasons = ", ".join(f"{n} {why}" for why, n in card["dropped"].items())
+        found.append(f"Selection: more than half of the pairs are dropped ({reasons}); the rest is a selection.")
+    for name, side in zip(("positive", "negative"), sides, strict=True):
+        if side["short"] >= SHORT_SHARE:
+            found.append(f"Short: {side['short']:.0%} of the {name} answers have fewer than {SHORT} characters.")
     if card["identical"] >= IDENTICAL_SHARE:
         found.append(
             f"Identical: in {card['identical']:.0%} of pairs both sides say the same; the rest is a selection."
@@ -616,12 +797,14 @@ def render_card(behavior: Behavior, card: dict[str, Any]) -> str:
     lines = [
         f"# Data card: {behavior.name}",
         "",
-        f"{card['kept']} of {card['sampled']} sampled pairs kept, {card['questions']} questions; dropped: {dropped}.",
+        f"{card['kept']} of {card['sampled']} pairs kept, {card['questions']} questions; dropped: {dropped}."
+        + f" In {card['cut']} an answer was cut off, and no end of turn is learned from it." * bool(card["cut"]),
         "",
         tabulate(table, ["", "positive", "negative", "difference [95 %]"], tablefmt="github"),
         "",
         f"Word overlap within a pair (Jaccard): {card['overlap']:.2f}; identical pairs: {card['identical']:.1%}.",
         "",
+        *_acting_lines(card),
         "## Confounds",
         "",
         *([f"- {line}" for line in card["confounds"]] or ["None of these differences is strong."]),
@@ -631,6 +814,29 @@ def render_card(behavior: Behavior, card: dict[str, Any]) -> str:
     for s in card["samples"]:
         lines += ["", f"- **{s['question']}**", f"  - positive: {s['pos']}", f"  - negative: {s['neg']}"]
     return "\n".join(lines) + "\n"
+
+
+def _acting_lines(card: Mapping[str, Any]) -> list[str]:
+    """How far the sides are acted and whether they are right, where that was asked."""
+    lines = list[str]()
+    if played := card.get("acted"):
+        rows = [
+            [f"{played[s]['mean']:+.3f} [{played[s]['ci_lo']:+.3f}, {played[s]['ci_hi']:+.3f}]" for s in SIDES],
+            [" / ".join(f"{q:+.3f}" for q in played[s]["quartiles"]) for s in SIDES],
+            [f"{played[s]['preferred']:.0%}" for s in SIDES],
+        ]
+        names = ["margin, mean [95 %]", "quartiles", "likelier under their own persona"]
+        table = [[name, *row] for name, row in zip(names, rows, strict=True)]
+        text = "How far the personas are acted: nats per token that an answer gains from its own persona"
+        lines += ["## Personas", "", f"{text} ({played['questions']} questions)."]
+        lines += ["", tabulate(table, ["", *SIDES], tablefmt="github", disable_numparse=True), ""]
+        lines += [played["problem"], ""] if played["problem"] else []
+    judged = card.get("judged_right")
+    if judged and "problem" not in judged:
+        doubt = f", at an answer mass of {judged['mass']:.2f} only, which says little" * (judged["mass"] < LOW_MASS)
+        shares = " and ".join(f"{judged[s]:.0%} of the {s}" for s in SIDES)
+        lines += [f"The base itself takes {shares} answers for factually right ({judged['n']} pairs{doubt}).", ""]
+    return lines
 
 
 def _interval(card: dict[str, Any], name: str) -> str:
@@ -667,10 +873,13 @@ class DataCommand:
         device, dtype: see `ws.load_model`.
         fresh: start over, forgetting what is on disk.
         data: how many, and how.
+        pairs, columns: pairs that you bring, see `ws.behaviors.brought_or_named`; they are the behaviour.
     """
 
     model: str = DEFAULT_MODEL
     behavior: str = "honesty"
+    pairs: str | None = None
+    columns: tuple[str, ...] = ()
     out: Path = DEFAULT_OUT
     device: str = "auto"
     dtype: str = "auto"
@@ -685,14 +894,16 @@ class DataCommand:
 
 def main(command: DataCommand) -> None:
     """The command `ws data`: sample, then print the data card."""
-    behavior = load_behavior(command.behavior, command.model)
+    name = brought_or_named(command.behavior, command.pairs, command.columns, command.out)
+    behavior = load_behavior(name, command.model)
     _jobs(behavior, command.data)
     model, tok = load_model(command.model, command.device, command.dtype)
     folder = data_folder(command.out, command.model, behavior.name)
     generate_pairs(model, tok, behavior, folder, command.data, command.fresh)
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     text = (folder / "card.md").read_text(encoding="utf-8").rstrip()
-    console.show(console.Result(text, {"card": card}, [folder / PAIRS_FILE, folder / "card.md"]))
+    following = f"ws replicate --model {command.model} --behavior {name}" if command.pairs else ""
+    console.show(console.Result(text, {"card": card}, [folder / PAIRS_FILE, folder / "card.md"], following))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class FinishedRun:
         """
         shared = data_folder(self.out, self.vector.base_id, behavior.name)
         files = [f for folder in (shared, self.run.folder) if (f := folder / PAIRS_FILE).is_file()]
-        known = {sha256_json([asdict(p) for p in pairs]): question_keys(pairs) for pairs in map(read_pairs, files)}
+        known = {sha256_json([p.as_row() for p in pairs]): question_keys(pairs) for pairs in map(read_pairs, files)}
         seen = set().union(*known.values())
         for source in _sources(self.vector.recipe):
             if "questions" in source:

@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.acting import Acted, acted, base_problems, persona_margins
 from ws.behaviors import (
     BORROWING_KEYS,
     CLAIM_KEYS,
@@ -45,14 +46,15 @@ from ws.behaviors import (
     read_template,
     read_text,
 )
-from ws.data import DataConfig, questions_asked
+from ws.data import DataConfig, questions_asked, sample_answers
 from ws.errors import WsError, did_you_mean
-from ws.models import chat_format, encode, load_tokenizer, render_prompt
+from ws.models import chat_format, encode, load_model, load_tokenizer, render_prompt
 from ws.runs import write_text
 from ws.train import MIN_VALIDATION, TrainConfig, held_out
 
 FEW_QUESTIONS = 40  # 8 are left for calibration and its audit, and a tenth of the others is held out: 3 questions
 FEW_CLAIMS = 12  # of a kind in the split `report`; as many as the bundled behaviours have at least
+N_ACTED, N_ACTED_TOKENS = 24, 64  # questions that are answered under the personas, and tokens of an answer
 NEAR_RATIO = 0.85  # difflib's
 NEAR_WORDS = 0.8  # of a claim's content words, in one question
 SEVERITIES = ("error", "warning")
@@ -670,11 +672,15 @@ class CheckOptions:
 
     Attributes:
         file: the TOML file, or the name of a bundled behaviour.
-        model: also check the texts against this model's chat template and tokenizer.
+        model: also check the texts against this model's chat template and tokenizer, whether it can do what the
+            behaviour asks of a base, and how far it acts the personas.
+        device, dtype: see `ws.load_model`.
     """
 
     file: tyro.conf.Positional[str]
     model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
 
 
 def main_init(options: InitOptions) -> None:
@@ -692,8 +698,10 @@ def main_check(options: CheckOptions) -> None:
     """The command `ws check-behavior`."""
     tok = load_tokenizer(options.model) if options.model else None
     draft = read_draft(options.file, tok, options.model)
-    text = render_check(options.file, draft, options.model)
-    console.show(console.Result(text, {"file": options.file, "findings": draft.findings}))
+    played = _act(draft, options) if options.model and draft.behavior else None
+    text = render_check(options.file, draft, options.model, played)
+    known = {"file": options.file, "findings": draft.findings, "acted": played.as_data() if played else None}
+    console.show(console.Result(text, known))
     if any(f.severity == "error" for f in draft.findings):
         raise SystemExit(2)
 
@@ -718,14 +726,45 @@ def _holdings(draft: Draft) -> list[str]:
     return lines
 
 
-def render_check(name: str, draft: Draft, model: str | None = None) -> str:
-    """The findings as text; without an error also what the file holds and what to run next."""
+def _act(draft: Draft, options: CheckOptions) -> Acted | None:
+    """How far the model acts the personas, in `N_ACTED` questions; what it cannot do is a warning."""
+    behavior = draft.behavior
+    assert behavior is not None
+    model, tok = load_model(options.model or "", options.device, options.dtype)
+    for problem in base_problems(model, tok, behavior):
+        draft.warn("base", f"{problem[0].upper()}{problem[1:]}.")
+    if behavior.pairs or len(behavior.questions) < 2:
+        return None
+    n, sides = min(N_ACTED, len(behavior.questions)), list(zip(behavior.positive, behavior.negative, strict=True))
+    questions = [behavior.questions[i * len(behavior.questions) // n] for i in range(n)]
+    personas = [sides[i % len(sides)] for i in range(n)]
+    prompts = [
+        render_prompt(tok, q, system=pair[s]) for s in (0, 1) for q, pair in zip(questions, personas, strict=True)
+    ]
+    made = sample_answers(model, tok, prompts, N_ACTED_TOKENS, seed=0)
+    both = [(i, a, b) for i, (a, b) in enumerate(zip(made[:n], made[n:], strict=True)) if a.text and b.text]
+    if len(both) < 2:
+        draft.warn("personas", "The model gives empty answers under these personas.")
+        return None
+    kept = [questions[i] for i, _, _ in both]
+    texts, cut = [(a.text, b.text) for _, a, b in both], [(not a.ended, not b.ended) for _, a, b in both]
+    played = acted(kept, persona_margins(model, tok, kept, [personas[i] for i, _, _ in both], texts, cut))
+    if played.problem:
+        draft.warn("personas", played.problem)
+    return played
+
+
+def render_check(name: str, draft: Draft, model: str | None = None, played: Acted | None = None) -> str:
+    """The findings as text; without an error also what the file holds, how it is acted, and what to run next."""
     lines = [f"[{f.severity}] {f.where}: {f.text}" for f in _ordered(draft.findings)]
     counts = Counter(f.severity for f in draft.findings)
     total = ", ".join(f"{counts[s]} {s}{'s' * (counts[s] != 1)}" for s in SEVERITIES)
     if counts["error"]:
         return "\n".join([*lines, "", f"{name}: {total}. Mend the errors, then check again."])
     summary = [f"[ok] {name}: {total}", *_holdings(draft)]
+    if played is not None:
+        sides = (f"{s} {e.mean:+.2f} [{e.ci_lo:+.2f}, {e.ci_hi:+.2f}]" for s, e in played.sides().items())
+        summary.append(f"  acted      {', '.join(sides)} nats per token gained from the own persona")
     model = model or "pocket"
     adapter = "delora" if model == "pocket" else "lora"  # of few pairs, lora learns little in the pocket preset's steps
     following = f"ws replicate --model {model} --behavior {name} --adapter {adapter}"

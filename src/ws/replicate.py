@@ -55,6 +55,7 @@ class ReplicateConfig:
     Attributes:
         model: hub id, local folder, `pocket` or `tiny-random`.
         behavior: a bundled behaviour or the path of a TOML file.
+        pairs, columns: pairs that you bring, see `ws.behaviors.brought_or_named`; they are the behaviour.
         adapter: the adapter family.
         out: where everything goes.
         seed: of both arms' initialisation and order.
@@ -71,6 +72,8 @@ class ReplicateConfig:
 
     model: str = DEFAULT_MODEL
     behavior: str = "honesty"
+    pairs: str | None = None
+    columns: tuple[str, ...] = ()
     adapter: str = "lora"
     out: Path = DEFAULT_OUT
     seed: int = 0

@@ -307,7 +307,7 @@ def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length:
         Example(
             p.question,
             tuple(prompt_ids(tok, p.question)),
-            tuple(answer_ids(tok, p.question, getattr(p, sign), ended=True)),
+            tuple(answer_ids(tok, p.question, getattr(p, sign), ended=not getattr(p, f"{sign}_cut"))),
         )
         for p in pairs
     ]
@@ -623,7 +623,7 @@ def _stamp(
     adapter: str, sign: str, seed: int, config: TrainConfig, pairs: Sequence[Pair], facts: dict[str, Any]
 ) -> dict[str, Any]:
     recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": asdict(config)}
-    recipe["pairs_sha256"] = sha256_json([asdict(p) for p in pairs])
+    recipe["pairs_sha256"] = sha256_json([p.as_row() for p in pairs])
     recipe["questions"] = " ".join(sorted(question_keys(pairs)))  # strengths are calibrated on others
     return {"recipe": recipe, "facts": facts, "versions": library_versions()}
 

@@ -287,7 +287,7 @@ def activation_vector(
         (total / n_pairs).float(),
         model_id(model),
         mark,
-        recipe | {"pairs_sha256": sha256_json([asdict(p) for p in pairs])},
+        recipe | {"pairs_sha256": sha256_json([p.as_row() for p in pairs])},
         {"behavior": behavior, "n_pairs": n_pairs, "n_answers": len(readings), "n_tokens": lengths},
     )
 

@@ -8,6 +8,7 @@ one (the variant made for the model, when there is one), `load_behavior("my.toml
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, read_preferences
 from ws.behaviors.answered import Preference as Preference
 from ws.errors import WsError, choose, decoded, did_you_mean
+from ws.runs import write_text
 
 SCHEMA = 1
 SPLITS = ("dev", "report")
@@ -31,7 +33,8 @@ TOP_KEYS = frozenset(
 PERSONA_KEYS = frozenset({"template", *SIDES})
 QUESTION_KEYS = frozenset({"templates", "topics"})
 BORROWING_KEYS = frozenset({"source", "effect"})
-CLAIM_KEYS = frozenset({"question", "opener", "agree", "disagree", "effect", "items"})
+CLAIM_KEYS = frozenset({"question", "opener", "agree", "disagree", "effect", "about", "items"})
+CLAIMS_ABOUT = ("facts", "values")
 ITEM_KEYS = frozenset({"id", "claim", "true", "split"})
 FOLDER_NAME = re.compile(r"[\w-][\w.-]*")  # a behaviour's name is that of a folder
 _POCKET_MODELS = ("pocket", "tiny-random")
@@ -64,6 +67,7 @@ class ClaimTest:
         agree, disagree: the two answers scored.
         effect: the sign that a positive strength should give to `logP(agree) - logP(disagree)` on false claims.
         claims: all held-out claims of both splits.
+        about: `facts`, which a base has to tell true from false; or `values`, which have no false side.
     """
 
     question: str
@@ -72,6 +76,7 @@ class ClaimTest:
     disagree: str
     effect: int
     claims: tuple[Claim, ...]
+    about: str = "facts"
 
     def select(self, split: str, is_true: bool) -> tuple[Claim, ...]:
         """The claims of one split and truth value; `WsError` when there are none."""
@@ -157,6 +162,57 @@ def behavior_file(name: str, model: str | None = None) -> Path:
     if not path.is_file():
         raise WsError(f"There is no behaviour file {path}.{did_you_mean(path.stem, bundled_behaviors())}")
     return path
+
+
+def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], out: Path) -> str:
+    """The behaviour that a command is about: the one named, or that of pairs that somebody brings.
+
+    Brought pairs get a behaviour file, `<out>/behaviors/<name>.toml`, which every other command takes by its path and
+    to which personas, claims and a summary may be added.
+
+    Args:
+        behavior: the one named, used where there are no pairs.
+        pairs: a file (`.jsonl`, `.csv`, `.parquet`) or the id of a data set on the hub, `owner/name` with a
+            `@revision` behind it or not.
+        columns: `role=column` for roles of `ws.behaviors.answered.ROLES` whose column has another name; `config=...`
+            and `hub_split=...` for data sets on the hub.
+        out: where runs are.
+
+    Raises:
+        WsError: no such file, an unknown role, or a file of that name that says something else.
+    """
+    if pairs is None:
+        if columns:
+            raise WsError("--columns is for the columns of --pairs; give that, too.")
+        return behavior
+    table = _source_of(pairs)
+    for text in columns:
+        role, equals, column = text.partition("=")
+        if not (equals and column.strip()):
+            raise WsError(f"--columns takes role=column, such as question=prompt, not {text!r}.")
+        choose("role of a column", role, sorted(SOURCE_KEYS - {"file", "hub", "revision"}))
+        table[role] = column
+    name = re.sub(r"[^\w.-]+", "-", Path(table.get("hub", table.get("file", ""))).stem).strip("-.") or "pairs"
+    lines = [f"schema = {SCHEMA}", f"name = {json.dumps(name)}"]
+    lines += [f"summary = {json.dumps(f'Answers as the positive side of {name} does.')}", "", "[pairs]"]
+    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
+    file, content = out / "behaviors" / f"{name}.toml", "\n".join(lines) + "\n"
+    if file.is_file() and file.read_text(encoding="utf-8") != content:
+        raise WsError(f"{file} exists and says something else; use --behavior {file}, or move it away.")
+    _build(content.encode(), str(file), file.parent, None)  # what does not load is not written
+    write_text(file, content)
+    return str(file)
+
+
+def _source_of(pairs: str) -> dict[str, str]:
+    """The keys of a table `[pairs]` that say where pairs are from."""
+    path = Path(pairs).expanduser()
+    if path.is_file():
+        return {"file": str(path.resolve())}
+    source, _, revision = pairs.partition("@")
+    if path.suffix or source.count("/") != 1 or pairs.startswith((".", "/", "~")):
+        raise WsError(f"There is no file {path}; --pairs takes .jsonl, .csv, .parquet, or a hub id such as owner/name.")
+    return {"hub": source} | ({"revision": revision} if revision else {})
 
 
 def bundled_file(name: str, model: str | None) -> Path:
@@ -290,6 +346,7 @@ def _claim_test(table: Mapping[str, Any], where: str, model: str | None) -> tupl
         disagree=read_text(table, "disagree", where),
         effect=table["effect"],
         claims=_claims(table.get("items"), where),
+        about=choose(f"subject of {where}", str(table.get("about", "facts")), CLAIMS_ABOUT),
     )
     return test, borrowed
 
