@@ -6,8 +6,8 @@ with the temperature, top-p, top-k and limit that `ws data` would use, on one th
 - A: `ws.sampling.sample_rows`, the rows of a round at once: sorted, ended rows leave, others take their places;
 - B: transformers' `generate`, eight rows at a time in the order of the file.
 
-Only tokens up to and with the end of an answer count. Who goes first changes from round to round. The ratio is of tokens
-per second of the clock; beside it stands that of CPU time, which other work on the machine disturbs less.
+Only tokens up to and with the end of an answer count. Who goes first changes from round to round. The ratio is of
+tokens per second of the clock; beside it stands that of CPU time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
