@@ -31,6 +31,7 @@ from ws.data import (
 from ws.eval.rollout import PLAIN
 from ws.models import end_ids, render_prompt
 from ws.runs import Run
+from ws.sampling import sample_rows
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5, anyway=True)
 
@@ -301,7 +302,7 @@ ADVICE = {
     "top_k": 3,
     "top_p": 0.5,
     "num_beams": 2,
-    "repetition_penalty": 1.8,
+    "repetition_penalty": 5.0,
     "no_repeat_ngram_size": 1,
     "min_length": 60,
     "min_new_tokens": 9,
@@ -325,8 +326,11 @@ def test_greedy_answers_are_the_argmax_whatever_the_model_advises(tiny):
     from ws.eval.capability import answer_questions
     from ws.eval.confounds import free_answers
     from ws.models import encode
+    from ws.replicate import _samples
+    from ws.session import Engine, Sampling
 
     model, tok = tiny
+    nothing = ws.SteeringVector({"lm_head": ws.LinearDelta(len(tok), 64, g=torch.ones(len(tok)))}, "tiny-random", None)
     questions = ["What is red?", "Is snow warm, and why would anybody think so?"]
     prompts, kept = [render_prompt(tok, q) for q in questions], model.generation_config
     plain, ends = [], end_ids(model, tok)
@@ -337,8 +341,19 @@ def test_greedy_answers_are_the_argmax_whatever_the_model_advises(tiny):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         plain.append(tok.decode([i for i in ids[start:] if i not in ends], skip_special_tokens=True).strip())
 
+    def chat():
+        with Engine(model, tok, {"v": nothing}) as engine:
+            *_, last = engine.write(prompts, [{"v": 0.0}] * len(prompts), Sampling(max_tokens=24), 0)
+        return last
+
+    def sample(question):
+        (answer,) = _samples(model, tok, mock.Mock(questions=[question]), mock.Mock(), [0.0], 24)
+        return answer.answer
+
     def said():
         return {
+            "chat": chat(),
+            "samples": [sample(q) for q in questions],
             "sampling": [a.text for a in sample_answers(model, tok, prompts, 24)],
             "confounds": free_answers(model, tok, questions, 24)["answer"].tolist(),
             "capability": answer_questions(model, tok, questions, 24)["answer"].tolist(),
@@ -346,8 +361,10 @@ def test_greedy_answers_are_the_argmax_whatever_the_model_advises(tiny):
         }
 
     assert said() == dict.fromkeys(said(), plain)
-    model.generation_config = GenerationConfig(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id)
+    alone = GenerationConfig(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id, repetition_penalty=5.0)
+    model.generation_config = alone
     try:
+        assert said() == dict.fromkeys(said(), plain)
         for name, value in ADVICE.items():
             setattr(model.generation_config, name, value)
         assert said() == dict.fromkeys(said(), plain)
@@ -379,11 +396,111 @@ def test_every_setting_of_generate_is_switched_off_or_known_to_be_harmless():
         ({"n_samples": 0}, "--n-samples"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
         ({"data_batch": 0}, "--data-batch"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_p": 1.01}, "--top-p"),
+        ({"top_p": float("nan")}, "--top-p"),
     ],
 )
 def test_counts_out_of_range_are_explained(tiny, tmp_path, behavior, change, flag):
     with pytest.raises(ws.WsError, match=flag):
         generate_pairs(*tiny, behavior, tmp_path, replace(SMALL, **change))
+
+
+# ---- settings of the sampling, and the batch size that is found -----------------------------------------------------
+
+
+def test_a_model_without_settings_is_sampled_with_a_stated_default(tiny, tmp_path, behavior, capsys):
+    model, tok = tiny
+    pairs = generate_pairs(model, tok, behavior, tmp_path, SMALL)
+    stated = "temperature 0.7 (default), top-p 0.9 (default), top-k 50 (default)"
+    assert f"Answers are sampled at {stated}." in capsys.readouterr().err
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["sampling"]["temperature"] == {"value": 0.7, "from": "default"}
+    assert card["sampling"]["top_p"] == {"value": 0.9, "from": "default"}
+    assert f"Sampled at {stated}." in (tmp_path / "card.md").read_text()
+    same = replace(SMALL, temperature=0.7, top_p=0.9)
+    assert generate_pairs(model, tok, behavior, tmp_path, same) == pairs, "asked for or not, they are the same settings"
+    for other, named in (
+        (replace(SMALL, temperature=0.2), "temperature: 0.7 -> 0.2"),
+        (replace(SMALL, top_p=1.0), "top_p: 0.9 -> 1.0"),
+    ):
+        with pytest.raises(ws.WsError, match=rf"other settings \({named}\)"):
+            generate_pairs(model, tok, behavior, tmp_path, other)
+
+
+def test_options_reach_the_sampling(tiny, tmp_path, behavior):
+    model, tok = tiny
+    for number, batch in enumerate((5, None)):
+        cold = replace(SMALL, data_batch=batch, temperature=1e-6)
+        pairs = generate_pairs(model, tok, behavior, tmp_path / f"{number}", cold)
+        prompts = [render_prompt(tok, p.question, system=behavior.positive[0]) for p in pairs]
+        assert [p.pos for p in pairs] == [a.text for a in sample_answers(model, tok, prompts, SMALL.max_new_tokens)]
+        assert json.loads((tmp_path / f"{number}" / "card.json").read_text())["sampling"]["temperature"] == {
+            "value": 1e-6, "from": "option",
+        }  # fmt: skip
+
+
+def test_folders_of_versions_that_recorded_no_settings_stay_good_where_those_are_the_same(tmp_path, behavior):
+    """They sampled as `generate` does by itself: with the model's own settings."""
+    model, tok = ws.load_model("pocket", device="cpu")
+    few = replace(SMALL, n_topics=2, n_samples=1)
+    pairs = generate_pairs(model, tok, behavior, tmp_path, few)
+    file = tmp_path / "manifest.json"
+    record = json.loads(file.read_text())
+    for name in ("temperature", "top_p", "top_k"):
+        assert record["stages"]["pairs"]["config"].pop(name) is not None
+    file.write_text(json.dumps(record))
+    for same in (few, replace(few, temperature=0.8, top_p=0.95)):
+        assert generate_pairs(model, tok, behavior, tmp_path, same) == pairs
+    with pytest.raises(ws.WsError, match=r"other settings \(temperature: None -> 0.7\)"):
+        generate_pairs(model, tok, behavior, tmp_path, replace(few, temperature=0.7))
+    assert generate_pairs(model, tok, behavior, tmp_path, few, fresh=True) == pairs
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ws.WsError, match=r"other settings \(temperature: 0.8 -> 0.5\)"):
+        generate_pairs(model, tok, behavior, tmp_path, few)
+
+
+FOUND = replace(SMALL, data_batch=None)
+
+
+def test_pairs_of_a_batch_that_is_found_depend_on_their_id_and_the_data_seed(tiny, tmp_path, behavior, monkeypatch):
+    model, tok = tiny
+    whole = {p.id: p for p in generate_pairs(model, tok, behavior, tmp_path / "whole", FOUND)}
+    monkeypatch.setattr("ws.data._CHUNK", 5)
+    fewer = replace(FOUND, n_samples=1)
+    some = generate_pairs(model, tok, behavior, tmp_path / "some", fewer)
+    assert len(some) == 6
+    assert all(whole[p.id] == p for p in some)
+    other = generate_pairs(model, tok, behavior, tmp_path / "other", replace(fewer, data_seed=1))
+    assert sum(whole[p.id].pos != p.pos for p in other) > 3
+    assert sum(p.pos == p.neg for p in some) < 3, "the sides have random numbers of their own"
+    assert sum(whole[p.id].pos == whole[p.id.replace("s0", "s1")].pos for p in some) < 3, "and so have samples"
+
+
+@pytest.mark.parametrize("torn", [0, 4, 5, 11])
+def test_a_found_batch_continues_with_the_same_pairs(tiny, tmp_path, behavior, torn, monkeypatch):
+    model, tok = tiny
+    monkeypatch.setattr("ws.data._CHUNK", 5)
+    whole = generate_pairs(model, tok, behavior, tmp_path / "whole", FOUND)
+    lines, calls = (tmp_path / "whole" / "pairs.jsonl").read_text().splitlines(keepends=True), []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ws.data.sample_rows", mock.Mock(side_effect=KeyboardInterrupt))
+        generate_pairs(model, tok, behavior, tmp_path / "torn", FOUND)
+    with (tmp_path / "torn" / "pairs.partial.jsonl").open("a") as partial:
+        partial.write("".join(lines[:torn]) + lines[torn][:20])
+    monkeypatch.setattr("ws.data.sample_rows", lambda *a, **k: calls.append(1) or sample_rows(*a, **k))
+    assert generate_pairs(model, tok, behavior, tmp_path / "torn", FOUND) == whole
+    assert len(calls) == 3 - torn // 5
+
+
+def test_the_presets_of_bundled_models_keep_their_draws():
+    """Published tables rest on them."""
+    assert (data_preset("pocket").data_batch, data_preset("tiny-random").data_batch) == (200, 8)
+    assert data_preset("smollm2").data_batch is None
 
 
 def test_no_usable_pair_stops_the_run_with_the_counts(tiny, tmp_path, behavior):

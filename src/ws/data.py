@@ -1,8 +1,8 @@
 """Contrast pairs: the same question answered under a positive and under a negative persona.
 
-Both sides are sampled for every (question, persona, sample) with the model's own recommended settings and end by
-themselves. The system prompt is stripped: a stored pair is a question and two answers. Batches are appended as they are
-made; an interrupted run continues where it stopped and gives the same pairs.
+Both sides are sampled for every (question, persona, sample) with the model's own recommended settings, or a stated
+default (`ws.sampling`), and end by themselves. The system prompt is stripped: a stored pair is a question and two
+answers. Batches are appended as they are made; an interrupted run continues where it stopped and gives the same pairs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,14 @@ from ws.models import (
     tokenizer_hash,
 )
 from ws.runs import DEFAULT_OUT, Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
+from ws.sampling import (
+    SamplingSettings,
+    check_settings,
+    describe_settings,
+    generate_settings,
+    sample_rows,
+    sampling_settings,
+)
 
 PAIRS_FILE = "pairs.jsonl"
 _PARTIAL_FILE = "pairs.partial.jsonl"
@@ -64,6 +72,8 @@ RESERVE = 5
 # answers talk about their persona, or are hardly more than a word.
 N_READ, NAMED_SHARE, SHORT, SHORT_SHARE = 64, 0.05, 5, 0.1
 RIGHT = "Is the answer factually right? Answer Yes or No."
+# Pairs that are sampled before they are saved, where the batch size is found; an interruption loses at most so many.
+_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,9 @@ class DataConfig:
         n_personas: persona pairs to use; None for all.
         n_samples: answers per question and persona, on each side.
         max_new_tokens: answers that have not ended by then are dropped as truncated.
-        data_batch: pairs sampled at once.
+        temperature, top_p: None for the model's own, or the default of `ws.sampling` where it brings none.
+        data_batch: None for a batch size that is found, and answers that depend on the data seed, the pair and the
+            side alone; a number samples so many pairs at once by `generate`, from one stream of random numbers.
         data_seed: seed of the sampling.
         judge: drop pairs in which the model itself does not find more of the behaviour in the positive answer.
         min_margin: drop pairs in which an answer gains less than so many nats per token from its own persona.
@@ -145,7 +157,9 @@ class DataConfig:
     n_personas: int | None = None
     n_samples: int = 4
     max_new_tokens: int = 256
-    data_batch: int = 32
+    temperature: float | None = None
+    top_p: float | None = None
+    data_batch: int | None = None
     data_seed: int = 0
     judge: bool = False
     min_margin: float | None = None
@@ -190,9 +204,12 @@ def generate_pairs(
             usable pair at all.
     """
     folder, config = Path(folder), config or DataConfig()
-    jobs = _jobs(behavior, config)
+    _jobs(behavior, config)  # numbers out of range stop here
     described = _described(config, behavior) | {"model": model_id(model), "fingerprint": fingerprint(model)}
     described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest, "tokenizer_hash": tokenizer_hash(tok)}
+    if not behavior.pairs:
+        stages = {} if fresh else Run(folder).manifest["stages"]
+        described = _with_sampling(described, _sampling(model, config), model, stages)
     if not fresh and Run(folder).is_finished("pairs", described):  # other settings stop here, before anyone waits
         return read_pairs(folder)
     with lock(folder / PAIRS_FILE):
@@ -209,15 +226,31 @@ def generate_pairs(
         if behavior.pairs:
             pairs = brought_pairs(model, tok, behavior, config)
         else:
-            asked, total = described["n_topics"], len(behavior.questions)
-            if asked not in (config.n_topics, total):
-                said = f"{asked} of {total} questions of {behavior.name} are asked"
-                console.say(f"{said}; the others are left for calibration.")
-            begun = _Partial(folder / _PARTIAL_FILE, sha256_json(described | {"dtype": str(model.dtype)}))
-            pairs = _sample_all(model, tok, behavior, jobs, config, begun)
+            pairs = _sampled_pairs(model, tok, behavior, config, folder, described)
         pairs = _publish(model, tok, pairs, behavior, config, run, stage)
         (folder / _PARTIAL_FILE).unlink(missing_ok=True)
     return pairs
+
+
+def _sampled_pairs(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    behavior: Behavior,
+    config: DataConfig,
+    folder: Path,
+    described: Mapping[str, Any],
+) -> list[Pair]:
+    """The pairs that are sampled, what was begun before continued."""
+    asked, total = described["n_topics"], len(behavior.questions)
+    if asked not in (config.n_topics, total):
+        console.say(f"{asked} of {total} questions of {behavior.name} are asked; the others are left for calibration.")
+    console.say(f"Answers are sampled at {describe_settings(_sampling(model, config).card)}.")
+    begun = _Partial(folder / _PARTIAL_FILE, sha256_json({**described, "dtype": str(model.dtype)}))
+    return _sample_all(model, tok, behavior, _jobs(behavior, config), config, begun)
+
+
+def _sampling(model: PreTrainedModel, config: DataConfig) -> SamplingSettings:
+    return sampling_settings(model, config.temperature, config.top_p)
 
 
 def _described(config: DataConfig, behavior: Behavior) -> dict[str, Any]:
@@ -230,6 +263,20 @@ def _described(config: DataConfig, behavior: Behavior) -> dict[str, Any]:
     if behavior.pairs:
         return {k: v for k, v in values.items() if k in ("n_topics", "judge", "min_margin")}
     return values
+
+
+def _with_sampling(
+    described: Mapping[str, Any], sampling: SamplingSettings, model: PreTrainedModel, stages: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is recorded, with the settings that answers are sampled with instead of the options asked for.
+
+    Versions that recorded none sampled as `generate` does by itself: beside their record stands what differs from that.
+    """
+    rest, values = {k: v for k, v in described.items() if k not in ("temperature", "top_p")}, dict(sampling.values)
+    if "pairs" in stages and "temperature" not in stages["pairs"]["config"]:
+        usual = generate_settings(model)
+        values = {name: value for name, value in values.items() if value != usual[name]}
+    return rest | values
 
 
 def brought_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> list[Pair]:
@@ -272,6 +319,8 @@ def _publish(
     folder, card = run.folder, data_card(pairs, behavior.keep_refusals)
     card["acted"], card["judged_right"] = played, _judged_right(model, tok, pairs)
     card["confounds"] += _named_personas(pairs, behavior)
+    if not behavior.pairs:
+        card["sampling"] = _sampling(model, config).card
     if not card["kept"]:
         run.drop("pairs")
         rejected = write_text(folder / "rejected.jsonl", pair_lines(pairs))
@@ -452,15 +501,19 @@ def sample_answers(
     prompts: Sequence[str],
     max_new_tokens: int,
     seed: int | None = None,
+    sampling: SamplingSettings | None = None,
 ) -> list[Answer]:
-    """Continue rendered prompts: sampled with the model's recommended settings when `seed` is given, greedy otherwise.
+    """Continue rendered prompts: sampled when `seed` is given, greedy otherwise.
 
-    Greedy is plain argmax: penalties, bans and least lengths that the model recommends are off (`rollout.PLAIN`).
+    Sampled is with `sampling`, or else the model's own settings or the stated default (`ws.sampling`). Greedy is plain
+    argmax: penalties, bans and least lengths that the model recommends are off (`rollout.PLAIN`).
 
     The caller's random state is left alone.
     """
     rows = [encode(tok, prompt) for prompt in prompts]
-    options: dict[str, Any] = PLAIN if seed is None else {"do_sample": True}
+    options: dict[str, Any] = PLAIN
+    if seed is not None:
+        options = {"do_sample": True, **(sampling or sampling_settings(model)).values}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed or 0)
         return in_groups(model, rows, partial(_continue, model, tok, max_new_tokens, options))
@@ -503,9 +556,11 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     questions = list(enumerate(behavior.questions))
     n_topics = _count("--n-topics", _within(config, behavior).n_topics, len(questions))
     n_personas = _count("--n-personas", config.n_personas, len(behavior.positive))
-    for flag, value in (("--n-samples", config.n_samples), ("--max-new-tokens", config.max_new_tokens)):
-        if value < 1:
+    counts = (("--n-samples", config.n_samples), ("--max-new-tokens", config.max_new_tokens))
+    for flag, value in (*counts, ("--data-batch", config.data_batch)):
+        if value is not None and value < 1:
             raise WsError(f"{flag} must be at least 1, not {value}.")
+    check_settings(config.temperature, config.top_p)
     picked = [questions[i * len(questions) // n_topics] for i in range(n_topics)]
     order = product(range(config.n_samples), range(n_personas), picked)
     return [_Job(f"q{i:04d}-p{p}-s{s}", question, p) for s, p, (i, question) in order]
@@ -542,9 +597,10 @@ def _sample_all(
     config: DataConfig,
     begun: _Partial,
 ) -> list[Pair]:
-    batches = [list(b) for b in _batched(jobs, config.data_batch)]
-    pairs = begun.resume(config.data_batch, len(jobs))
-    finished = -(-len(pairs) // config.data_batch)
+    size = config.data_batch or _CHUNK
+    batches = [list(b) for b in _batched(jobs, size)]
+    pairs = begun.resume(size, len(jobs))
+    finished = -(-len(pairs) // size)
     with (
         console.progress(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
         begun.file.open("a", encoding="utf-8") as out,
@@ -585,8 +641,6 @@ class _Partial:
 
 
 def _batched(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
-    if size < 1:
-        raise WsError(f"--data-batch must be at least 1, not {size}.")
     return (jobs[i : i + size] for i in range(0, len(jobs), size))
 
 
@@ -598,11 +652,21 @@ def _sample_batch(
     config: DataConfig,
     number: int,
 ) -> list[Pair]:
-    """Both sides of one batch in one call; its seed depends on nothing but the data seed and the batch's number."""
+    """Both sides of one batch.
+
+    With `data_batch` all of it has one seed, of the data seed and the batch's number; else every answer has its own.
+    """
     sides = (behavior.positive, behavior.negative)
     prompts = [render_prompt(tok, job.question, system=side[job.persona]) for side in sides for job in jobs]
-    seed = int.from_bytes(hashlib.sha256(f"pairs:{config.data_seed}:{number}".encode()).digest()[:4], "big")
-    answers = sample_answers(model, tok, prompts, config.max_new_tokens, seed)
+    sampling = _sampling(model, config)
+    if config.data_batch is not None:
+        seed = _seed(config.data_seed, number, n_bytes=4)
+        answers = sample_answers(model, tok, prompts, config.max_new_tokens, seed, sampling)
+    else:
+        rows, ends = [encode(tok, prompt) for prompt in prompts], end_ids(model, tok)
+        seeds = [_seed(config.data_seed, job.id, side) for side in ("positive", "negative") for job in jobs]
+        ids = sample_rows(model, tok.pad_token_id, rows, seeds, config.max_new_tokens, ends, sampling)
+        answers = [_answer(tok, row, ends) for row in ids]
     both = list(zip(jobs, answers[: len(jobs)], answers[len(jobs) :], strict=True))
     return _as_pairs(model, tok, behavior, both, config)
 
@@ -622,6 +686,11 @@ def _as_pairs(
         Pair(job.id, job.question, pos.text, neg.text, pos.tokens, neg.tokens, drop, not pos.ended, not neg.ended)
         for (job, pos, neg), drop in zip(both, drops, strict=True)
     ]
+
+
+def _seed(*parts: str | int, n_bytes: int = 16) -> int:
+    """A seed that depends on nothing but these."""
+    return int.from_bytes(hashlib.sha256(":".join(["pairs", *map(str, parts)]).encode()).digest()[:n_bytes], "big")
 
 
 def _drop_reason(pos: Answer, neg: Answer, keep_refusals: bool = False, keep_truncated: bool = False) -> str | None:
@@ -803,6 +872,7 @@ def render_card(behavior: Behavior, card: dict[str, Any]) -> str:
         tabulate(table, ["", "positive", "negative", "difference [95 %]"], tablefmt="github"),
         "",
         f"Word overlap within a pair (Jaccard): {card['overlap']:.2f}; identical pairs: {card['identical']:.1%}.",
+        *(["", f"Sampled at {describe_settings(card['sampling'])}."] if "sampling" in card else []),
         "",
         *_acting_lines(card),
         "## Confounds",
