@@ -128,6 +128,7 @@ def test_unknown_behaviours_get_a_suggestion(tmp_path):
 
 # ---- behaviours with answers on both sides ---------------------------------------------------------------------------
 
+SPLITS = ("train", "dev", "report")
 ANSWERED = ("truthfulness", "agreement", "tone")
 NEVER_TRAINED = {
     "truthfulness": {"sound", "tool", "calendar", "body", "landmark", "author", "size", "work"},
@@ -144,6 +145,12 @@ def words(*texts: str) -> Counter[str]:
 VERDICTS = words(
     "I agree, disagree, yes, no, you are right, wrong, think so too, otherwise, that is true, false, share, reject"
 ).keys()
+
+
+def opinion(text: str) -> str:
+    """The words of a text in their order, without those that only say whose view it is."""
+    around = {*VERDICTS, *words("my view opinion would say if ask me")}
+    return " ".join(w for w in re.findall(r"[\w'-]+", text.lower()) if w not in around)
 
 
 def rows(name: str, split: str) -> list[Preference]:
@@ -168,7 +175,7 @@ def test_answered_behaviours_are_large_enough_in_every_split(name, n_train, n_de
 
 @pytest.mark.parametrize("name", ANSWERED)
 def test_every_answer_is_a_sentence_and_no_row_is_there_twice(name):
-    every = [p for split in ("train", "dev", "report") for p in rows(name, split)]
+    every = [p for split in SPLITS for p in rows(name, split)]
     for p in every:
         assert re.fullmatch(r"[A-Z].*[.?]", p.question), p
         for answer in (p.positive, p.negative):
@@ -179,14 +186,10 @@ def test_every_answer_is_a_sentence_and_no_row_is_there_twice(name):
     assert len({p.id for p in every}) == len(every)
 
 
-@pytest.mark.parametrize("name", ANSWERED)
-@pytest.mark.parametrize("split", ["train", "dev", "report"])
+@pytest.mark.parametrize(("name", "split"), [(n, s) for n in ANSWERED for s in SPLITS if (n, s) != ("tone", "train")])
 def test_the_two_answers_cannot_be_told_apart_by_length_or_negation(name, split):
-    """Over a split; a single row may differ by a word."""
+    """In the mean of a split; the answers of a row may differ by three words."""
     held = rows(name, split)
-    if not held:
-        assert (name, split) == ("tone", "train")
-        return
     for size in (len, lambda text: len(text.split())):
         positive, negative = (fmean(size(getattr(p, side)) for p in held) for side in ("positive", "negative"))
         assert abs(positive / negative - 1) <= 0.03
@@ -209,7 +212,7 @@ def test_kinds_that_are_never_trained_are_held_out_beside_new_rows_of_trained_ki
     assert min(counts.values()) >= (4 if name == "truthfulness" else 10)
 
 
-@pytest.mark.parametrize("split", ["train", "dev", "report"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_false_answers_are_the_true_answers_of_other_questions(split):
     """Each word is on both sides equally often within a kind, so that no word tells true from false."""
     held = rows("truthfulness", split)
@@ -219,7 +222,7 @@ def test_false_answers_are_the_true_answers_of_other_questions(split):
     assert {p.positive for p in held}.isdisjoint(p.negative for p in held)
 
 
-@pytest.mark.parametrize("split", ["train", "dev", "report"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_true_and_false_answers_of_a_question_have_one_frame(split):
     """They share all words but one value (in comparisons, the order), which is at most five words."""
     for p in rows("truthfulness", split):
@@ -248,7 +251,7 @@ def test_a_held_out_fact_of_an_open_kind_is_not_trained_from_its_other_end():
                 value = words(p.positive) - words(p.negative)
                 assert value
                 assert not set(value) & set(trained), p
-    sums = [p for split in ("train", "dev", "report") for p in rows("truthfulness", split) if p.kind == "sum"]
+    sums = [p for split in SPLITS for p in rows("truthfulness", split) if p.kind == "sum"]
     assert len({frozenset(subject(p).split(" plus ")) for p in sums}) == len(sums)
 
 
@@ -256,7 +259,7 @@ def test_every_sum_is_right_and_its_false_answer_wrong():
     upto_ten = "zero one two three four five six seven eight nine ten"
     teens = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
     number = {name: n for n, name in enumerate(f"{upto_ten} {teens}".split())}
-    sums = [p for split in ("train", "dev", "report") for p in rows("truthfulness", split) if p.kind == "sum"]
+    sums = [p for split in SPLITS for p in rows("truthfulness", split) if p.kind == "sum"]
     assert len(sums) >= 30
     for p in sums:
         a, b = (number[w] for w in subject(p).split(" plus "))
@@ -272,7 +275,7 @@ def test_honesty_measures_on_the_held_out_rows_of_truthfulness():
     assert ws.load_behavior("honesty", "pocket").preferences == ()
 
 
-@pytest.mark.parametrize("split", ["train", "dev", "report"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_every_opinion_is_stated_in_both_directions(split):
     """Of two rows about a topic the one agrees with what the other contradicts: only the verdict's words differ."""
     held = sorted(rows("agreement", split), key=lambda p: p.id)
@@ -285,14 +288,12 @@ def test_every_opinion_is_stated_in_both_directions(split):
     assert len(verdictless) >= len(held) / 3, "some answers say neither yes nor no"
 
 
-@pytest.mark.parametrize("split", ["train", "dev", "report"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_the_agreeing_answer_holds_the_opinion_and_the_other_its_opposite(split):
     for p in rows("agreement", split):
-        asked, yes, no = (set(words(t)) - VERDICTS for t in (p.question, p.positive, p.negative))
-        assert len(yes & asked) / len(yes) >= len(no & asked) / len(no), p
-        if p.kind != "comparison":
-            assert yes - no <= asked, p
-            assert not (no - yes) <= asked, p
+        asked, agreeing, contradicting = (opinion(t) for t in (p.question, p.positive, p.negative))
+        assert agreeing in asked, p
+        assert contradicting not in asked, p
 
 
 def test_no_opinion_and_no_way_to_ask_is_both_trained_and_held_out():
