@@ -166,6 +166,7 @@ _READERS: dict[str, Callable[[Path, Mapping[str, type]], list[Row]]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
+SUFFIXES = tuple(_READERS)
 
 
 def is_text(value: Any) -> bool:

@@ -64,7 +64,7 @@ def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ..
         f"{interval_text(p.shift, score.digits)}{p.mark}" if steered else "",
         p_text(p.p).removeprefix("= ") if tested else "",
         p_text(p.p_holm).removeprefix("= ") if tested and p.p_holm is not None else "",
-        f"{p.mass:.3f}",
+        "" if p.mass is None else f"{p.mass:.3f}",
         divergence_text(p.kl).removeprefix("KL ") if steered else "",
         str(p.n),
     )
