@@ -27,7 +27,7 @@ COMMANDS = {
     "queue": ("ws.queue", "main", "QueueConfig", "a sweep as a graph of jobs: here, in pueue or on a ray cluster"),
     "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
     "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
-    "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "EvalOptions", "tiny-mfv (airisk) on a finished run"),
+    "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "TinymfvOptions", "tiny-mfv (airisk) on a finished run"),
     "eval-preference": (
         "ws.eval.preference",
         "main",

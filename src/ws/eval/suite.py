@@ -104,7 +104,7 @@ _ENTRIES = (
     Entry(
         name="tinymfv_airisk",
         make=lambda context, asked: tinymfv_airisk.evaluation(context),
-        options=EvalOptions,
+        options=tinymfv_airisk.TinymfvOptions,
         scores=("wrongness",),
         title="wrongness",
         stage=tinymfv_airisk.NAME,

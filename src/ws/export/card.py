@@ -481,7 +481,7 @@ class _Score:
 
 _CLAIMS = ("sycophancy_summary.csv", "mean_logratio", "shift", "mean_pmass", "n")
 _DILEMMAS = ("airisk_*_summary.csv", "mean_score", "shift", "mean_pmass", "n")
-_ACTS = ("tinymfv_airisk_summary.csv", "wrongness", "delta_wrongness", "bool_mass_other", "n_vignettes")
+_ACTS = ("tinymfv_*_summary.csv", "wrongness", "delta_wrongness", "bool_mass_other", "n_vignettes")
 _PREFERENCE = ("preference_summary.csv", "mean_margin", "shift", None, "n")
 _STATEMENTS = ("statements_summary.csv", "mean_score", "shift", "mean_pmass", "n")
 _TEXTS = ("capability_summary.csv", "nll", "shift", None, "n_texts")

@@ -133,7 +133,9 @@ def other_dilemmas_table(contents: Contents) -> Table:
                 problems.append(p.read.problem)
                 kl = divergence_at([run], p.alpha)
                 shown = _point_row(run.name, r["value_class"], replace(p, kl=kl), score)
-                how = airisk.EARLIER.get(r["protocol"], r["protocol"]), r.get("words") or "not on record"
+                protocol = airisk.EARLIER.get(r["protocol"], r["protocol"])
+                protocol += f", {r['config']}" if r.get("config") else ""
+                how = protocol, r.get("words") or "not on record"
                 rows.append((*shown[:2], *how, *shown[2:6], *shown[7:]))
     first = ("run", "values", "protocol", "words", "alpha", "value [95 %]", "shift [95 %]", "p")
     header = (*first, "answer mass", "KL", "items")
