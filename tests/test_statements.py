@@ -153,7 +153,7 @@ def test_broken_rows_are_named_and_many_stop_the_run(tmp_path, capsys):
         load(folder(tmp_path / "many", kind=[*good[:10], *bad]), "kind")
 
 
-def test_sources_and_traits_that_are_not_there_are_explained(tmp_path, monkeypatch):
+def test_sources_and_traits_that_are_not_there_are_explained(tmp_path):
     source = folder(tmp_path / "sets", kind=rows("x"), rude=rows("y"))
     assert [s.trait for s in load(source / "rude.jsonl")] == ["rude"] * 8
     with pytest.raises(ws.WsError, match="Did you mean 'rude'"):
@@ -172,7 +172,6 @@ def test_sources_and_traits_that_are_not_there_are_explained(tmp_path, monkeypat
         load("./nowhere", "kind")
     with pytest.raises(ws.WsError, match="--revision is of a data set on the hub"):
         trait_files(str(source), ["kind"], "main")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ws.WsError, match="hf download somebody/evals --repo-type dataset"):
         load("somebody/evals", "kind")
 
