@@ -81,7 +81,7 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, kind:
         raise WsError(_why_not_fetched(repo, revision, problem, kind)) from problem
     folder = Path(found)
     if not any(True for pattern in patterns for _ in folder.glob(pattern)):
-        there = _files_like(repo, patterns[0], folder, revision, kind)
+        there = _files_like(repo, patterns[0], folder, revision, kind) if kind == "dataset" else []
         hint = did_you_mean(patterns[0], there) if there else ""
         raise WsError(f"The repository {repo} on the hub holds none of the files {', '.join(patterns)}.{hint}")
     return folder

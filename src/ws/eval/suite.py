@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ws.errors import choose
 from ws.eval import airisk, preference, statements, sycophancy, tinymfv_airisk
@@ -12,6 +12,7 @@ from ws.eval.context import EvalContext, EvalOptions, Evaluation
 from ws.eval.prompts import notes_on
 
 
+@runtime_checkable
 class Asked(Protocol):
     """Which items the evaluations of a command are asked: the held-out `split`, and the `traits` of statements."""
 

@@ -576,8 +576,9 @@ def _cells(
     known = [f" ({name})" for name, value in units.items() if value == alpha]
     read = [of_row(r, score.mass) for r in rows if r is row or float(r["alpha"]) == 0] if score.mass else []
     mark = f" {MARK}" if read and worst(read).problem else ""
+    config = f", {row['config']}" if row.get("config") else ""
     return [
-        score.label.format_map(row),
+        f"{score.label.format_map(row)}{config}",
         f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
         _interval(row, score.value, ""),
         f"{_interval(row, score.shift, '+')}{mark}" if alpha else "",
