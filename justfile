@@ -107,6 +107,14 @@ eval-tinymfv-airisk *args:
 eval-sycophancy *args:
     uv run python -m ws.eval.sycophancy {{args}}
 
+# which of two given answers is likelier, on held-out questions: `just eval-preference adapter=delora behavior=mine.toml`
+eval-preference *args:
+    uv run python -m ws.eval.preference {{args}}
+
+# statements that somebody with a trait would say: `just eval-statements adapter=delora --traits agreeableness`
+eval-statements *args:
+    uv run python -m ws.eval.statements {{args}}
+
 # what steering costs on neutral text: `just eval-capability adapter=delora behavior=honesty`
 eval-capability *args:
     uv run python -m ws.eval.capability {{args}}

@@ -91,9 +91,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"errors": [], "warnings": []})
         elif path == "/api/repos/create":
             self.create()
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path):
             self.model(*found.groups())
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*found.groups())
         else:
             self.refuse(404, "EntryNotFound")

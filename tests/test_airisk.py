@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import json
@@ -143,7 +144,14 @@ BREAKS = {
     "empty text": (lambda r: [r[0] | {"dilemma": " "}, r[1] | {"dilemma": " "}], "has an empty"),
     "empty action": (lambda r: [r[0] | {"action": "Action 1: "}, r[1]], "has an empty"),
     "no values": (lambda r: [r[0] | {"values": []}, r[1]], "has an empty"),
-    "not a list": (lambda r: [r[0] | {"values": []}, r[1] | {"values": []}], "has an empty"),
+    "not a list": (
+        lambda r: [r[0] | {"values": "honesty, trust"}, r[1]],
+        "has values that are no list of texts: 'honesty",
+    ),
+    "no texts": (lambda r: [r[0], r[1] | {"values": ["honesty", 3]}], "has values that are no list of texts"),
+    "a dictionary": (lambda r: [r[0] | {"values": '{"honesty": 1}'}, r[1]], "has values that are no list of texts"),
+    "cut off": (lambda r: [r[0] | {"values": "['honesty', 'trust'"}, r[1]], "has values that are no list of texts"),
+    "targets": (lambda r: [r[0] | {"targets": "Human"}, r[1]], "has targets that are no list of texts: 'Human'"),
 }
 
 
@@ -160,6 +168,65 @@ def test_a_few_broken_pairs_are_named_and_many_stop_the_run(tmp_path, capsys, ho
     many = [row for i, pair in enumerate(pairs) for row in (spoil(pair) if i % 5 == 0 else pair)]
     with pytest.raises(ws.WsError, match="at most 5%"):
         load_dilemmas(write(tmp_path / "many", many))
+
+
+@REAL
+def test_the_published_lists_may_be_texts(tmp_path):
+    file = Path(os.environ["WS_REAL_DATA"]) / "airisk-dilemmas/model_eval_15.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(isinstance(r[c], str) for r in rows for c in ("values", "targets"))
+    lists = [r | {c: ast.literal_eval(r[c]) for c in ("values", "targets")} for r in rows]
+    values = sorted({v for r in lists for v in r["values"]})
+    classes = [{"value": v, "value_class": CLASSES[i % len(CLASSES)]} for i, v in enumerate(values)]
+    for value_class in ("Truthfulness", "Care"):
+        of_texts = load_dilemmas(write(tmp_path / "texts", rows, classes), value_class)
+        assert of_texts == load_dilemmas(write(tmp_path / "lists", lists, classes), value_class)
+        assert of_texts
+
+
+def test_a_bad_list_names_its_row(tmp_path, capsys):
+    rows = lines("model_eval")
+    rows[7] = rows[7] | {"values": "honesty"}
+    assert len(load_dilemmas(write(tmp_path, rows))) == 239
+    assert "row 8 has values that are no list of texts: 'honesty'" in capsys.readouterr().err
+
+
+def test_the_hub_is_read_at_the_pinned_commit_unless_another_is_asked_for(monkeypatch):
+    asked = []
+
+    def refuse(name, config, split, revision):
+        asked.append((name, config, split, revision))
+        raise OSError
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(ws.WsError, match="pinned revision 8674d1f5.*--revision main reads the newest"):
+        load_dilemmas("kellycyy/AIRiskDilemmas")
+    for source, revision, config in (
+        ("kellycyy/AIRiskDilemmas", "main", "full"),
+        ("kellycyy/AIRiskDilemmas@v2", None, "full"),
+        ("ada/dilemmas", None, "model_eval"),
+    ):
+        with pytest.raises(ws.WsError, match="could not be read from the hub"):
+            load_dilemmas(source, config=config, revision=revision)
+    assert [(name, revision) for name, _, _, revision in asked] == [
+        ("kellycyy/AIRiskDilemmas", "8674d1f5844c3909b05e06d9f30bbc2b7c753f39"),
+        ("kellycyy/AIRiskDilemmas", "main"),
+        ("kellycyy/AIRiskDilemmas", "v2"),
+        ("ada/dilemmas", "main"),
+    ]
+    with pytest.raises(ws.WsError, match="--revision is of a data set on the hub, and pocket is none"):
+        load_dilemmas("pocket", revision="main")
+
+
+def test_another_configuration_has_tables_and_a_file_of_its_own(tmp_path):
+    source = write(tmp_path, lines("model_eval"))
+    (tmp_path / "x_full.jsonl").write_text((tmp_path / "x_model_eval.jsonl").read_text().split("\n", 20)[-1])
+    usual, full = ({d.text for d in load_dilemmas(source, config=config)} for config in ("model_eval", "full"))
+    assert full < usual, "without the first ten"
+    assert table_name(config="full") == "airisk_truthfulness_full"
+    assert table_name("Care", "alone", "full") == "airisk_care_alone_full"
+    with pytest.raises(ws.WsError, match="no file ending in half"):
+        load_dilemmas(source, config="half")
 
 
 def test_repeated_pairs_and_unknown_values_are_named(tmp_path, capsys):

@@ -20,11 +20,13 @@ from huggingface_hub import ModelCard, constants
 import ws
 from conftest import build_adapter, build_model, tokens
 from stand_in_hub import GATED, READ_ONLY, TOKEN, Repository, StandInHub
+from test_statements import rows as statement_rows
 from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES, Units, vector_digest
+from ws.eval.statements import load_statements, trait_files
 from ws.export.card import describe, is_local, merged_card, public, public_command, public_name, vector_card
 from ws.export.push import PushOptions, main
-from ws.hub import check_name, fetch, parse_id
+from ws.hub import check_name, commit_of, fetch, parse_id
 from ws.models import hub_is_out_of_reach
 from ws.runs import Run, read_csv, write_csv
 
@@ -261,6 +263,28 @@ def test_what_cannot_be_fetched_says_why(hub, capsys):
     assert not [r for r in hub.requests if "pytorch_model.bin" in r]
     with pytest.raises(ws.WsError, match="'a--b/c' cannot name"):
         fetch("a--b/c", VECTOR_FILES)
+
+
+def test_statements_are_fetched_at_their_commit_and_a_misspelt_trait_is_guessed(hub):
+    rows = statement_rows("x")
+    first, second = ("".join(json.dumps(r) + "\n" for r in part).encode() for part in (rows, rows[:2]))
+    hub.repositories["ada/evals"] = Repository()
+    old = hub.repositories["ada/evals"].commit("one", {"persona/kind.jsonl": first, "persona/rude.jsonl": first})
+    new = hub.repositories["ada/evals"].commit("two", {"persona/kind.jsonl": second, "other/kin.jsonl": b""})
+    for source, revision, n, commit in (
+        ("ada/evals", None, 2, new),
+        ("ada/evals", old, 8, old),
+        (f"ada/evals@{old}", None, 8, old),
+    ):
+        files = trait_files(source, ["kind"], revision)
+        assert len(load_statements(files)) == n
+        assert commit_of(files["kind"]) == commit
+    assert commit_of(Path("sets/persona/kind.jsonl")) is None
+    assert not [r for r in hub.requests if r.endswith("rude.jsonl")], "only what is asked for is fetched"
+    with pytest.raises(ws.WsError, match="persona/kinf.jsonl. Did you mean 'persona/kind.jsonl'"):
+        trait_files("ada/evals", ["kinf"])
+    with pytest.raises(ws.WsError, match="no revision 'nine'"):
+        trait_files("ada/evals", ["kind"], "nine")
 
 
 def test_names_of_repositories():

@@ -24,6 +24,7 @@ from ws.eval.tinymfv_airisk import (
     HUB_ID,
     Prompts,
     Vignette,
+    about,
     ask,
     evaluate_tinymfv_airisk,
     evaluation,
@@ -33,6 +34,7 @@ from ws.eval.tinymfv_airisk import (
     render,
     signed_wrongness,
     summary_row,
+    table_name,
 )
 from ws.models import encode, fingerprint, render_prompt
 
@@ -99,6 +101,51 @@ def test_a_few_broken_rows_are_named_and_many_stop_the_run(tmp_path, capsys, how
     source = write(tmp_path / "many", [*other[:100], *(BREAKS[how](r) for r in other[100:])], own)
     with pytest.raises(ws.WsError, match="at most 5%"):
         load_vignettes(source)
+
+
+def test_configurations_are_told_apart_by_their_files(tmp_path):
+    other, own = rows("other_violate"), rows("self_violate")
+    for config, n in (("airisk", 30), ("classic", 20), ("ai-actor", 10)):
+        for name, table in (("other_violate", other), ("self_violate", own)):
+            file = tmp_path / f"vignettes_{config}_{name}.jsonl"
+            file.write_text("".join(json.dumps(r | {"text": f"{config} {r['text']}"}) + "\n" for r in table[:n]))
+    for config, n in (("airisk", 30), ("classic", 20), ("ai-actor", 10)):
+        vignettes = load_vignettes(str(tmp_path), config=config)
+        assert len(vignettes) == n
+        assert all(text.startswith(config) for v in vignettes for text in (v.other, v.own))
+        one = load_vignettes(str(tmp_path / f"vignettes_{config}_self_violate.jsonl"), config=config)
+        assert one == vignettes
+    beside = load_vignettes(str(tmp_path / "vignettes_classic_self_violate.jsonl"))
+    assert beside == load_vignettes(str(tmp_path), config="classic"), "the other condition is named alike"
+    with pytest.raises(ws.WsError, match="no file ending in scifi_other_violate"):
+        load_vignettes(str(tmp_path), config="scifi")
+    with pytest.raises(ws.WsError, match="Did you mean 'classic'"):
+        load_vignettes(str(tmp_path), config="clasic")
+    with pytest.raises(ws.WsError, match="configuration airisk alone"):
+        load_vignettes("pocket", config="classic")
+
+
+def test_the_hub_is_asked_for_a_configuration_at_a_revision(monkeypatch):
+    asked = []
+
+    def load(name, config, split, revision):
+        asked.append((name, config, split, revision))
+        raise OSError
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ws.WsError, match="has probably left the hub"):
+        load_vignettes(HUB_ID)
+    with pytest.raises(ws.WsError, match="could not be read from the hub") as problem:
+        load_vignettes(HUB_ID, config="classic", revision="abc")
+    assert "has probably left the hub" not in str(problem.value)
+    assert asked == [(HUB_ID, "airisk", "other_violate", "main"), (HUB_ID, "classic", "other_violate", "abc")]
+
+
+def test_the_note_on_what_left_the_hub_is_of_its_configuration_alone():
+    assert about({"dataset": "somewhere"})
+    assert not about({"dataset": "somewhere", "config": "classic"})
+    assert not about({"dataset": "pocket"})
+    assert (table_name(), table_name("ai-actor")) == ("tinymfv_airisk", "tinymfv_ai_actor")
 
 
 def test_tables_that_are_not_there_are_explained(tmp_path):

@@ -27,7 +27,19 @@ COMMANDS = {
     "queue": ("ws.queue", "main", "QueueConfig", "a sweep as a graph of jobs: here, in pueue or on a ray cluster"),
     "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
     "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
-    "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "EvalOptions", "tiny-mfv (airisk) on a finished run"),
+    "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "TinymfvOptions", "tiny-mfv (airisk) on a finished run"),
+    "eval-preference": (
+        "ws.eval.preference",
+        "main",
+        "PreferenceOptions",
+        "which of two given answers is likelier, on held-out questions",
+    ),
+    "eval-statements": (
+        "ws.eval.statements",
+        "main",
+        "StatementOptions",
+        "statements that somebody with a trait would say (model-written evals)",
+    ),
     "eval-capability": ("ws.eval.capability", "main", "CapabilityOptions", "what steering costs on neutral text"),
     "eval-lm-eval": ("ws.eval.lm_eval", "main", "LmEvalOptions", "lm-evaluation-harness tasks on a finished run"),
     "summarize-airisk": (

@@ -37,15 +37,15 @@ from ws.compare_tables import Cell, Group, comparison_rows, group_rows, plot, re
 from ws.controls import ControlOptions, measure_controls
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
-from ws.eval import airisk, capability, sycophancy, tinymfv_airisk
+from ws.eval import capability
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, Scores
 from ws.eval.readable import Readability
+from ws.eval.suite import EVALS, SUITE, set_notes
 from ws.finished import open_run
 from ws.interventions import INTERVENTIONS, TRAINED, WEIGHT, Intervention
 from ws.plots import save_svg
 from ws.runs import DEFAULT_OUT, Run, lock, run_folder, write_csv
 
-EVALS = {"sycophancy": ("false_claims", "true_claims"), "tinymfv_airisk": ("wrongness",), "airisk": ("choices",)}
 NULLS = ("shuffled", "same-side")
 SIGNS = (-1, 1)
 _Scored: TypeAlias = dict[str, dict[int, np.ndarray]]
@@ -63,11 +63,12 @@ class CompareOptions:
         seeds: of the runs; each adapter must have them all.
         out: where runs are; the tables go to `out/<behavior>/`.
         interventions: see `ws.interventions`.
-        evals: `sycophancy`, `tinymfv_airisk`, `airisk`.
+        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`.
+        traits: of statements; none for the behaviour's own.
         n_prompts, target: of the calibrations that are not stored yet; see `CalibrationConfig`.
         n_draws: random vectors per run; 0 for none.
         capability: also measure what it costs on neutral text.
-        split: which held-out claims, `report` or `dev`.
+        split: which held-out claims and questions, `report` or `dev`.
         batch_size: prompts at a time, found automatically when None.
         limit: only so many items, drawn as every evaluation's.
         dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
@@ -82,6 +83,7 @@ class CompareOptions:
     out: Path = DEFAULT_OUT
     interventions: tuple[str, ...] = INTERVENTIONS
     evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
     n_prompts: int = N_PROMPTS
     target: float = 1.0
     n_draws: int = 20
@@ -123,7 +125,7 @@ class CompareOptions:
     @property
     def scores(self) -> tuple[str, ...]:
         """The headline scores of the evaluations."""
-        return tuple(score for name in self.evals for score in EVALS[name])
+        return tuple(score for name in self.evals for score in SUITE[name].scores)
 
     def eval_options(self, adapter: str, seed: int) -> EvalOptions:
         """One run, for an `EvalContext`."""
@@ -146,12 +148,7 @@ class _Bench:
     def evaluations(self) -> list[Evaluation]:
         """Those that were asked for, and capability."""
         o, c = self.options, self.context
-        makers = {
-            "sycophancy": lambda: sycophancy.evaluation(c, c.behavior, o.split),
-            "tinymfv_airisk": lambda: tinymfv_airisk.evaluation(c),
-            "airisk": lambda: airisk.evaluation(c),
-        }
-        found = [makers[name]() for name in o.evals]
+        found = [SUITE[name].make(c, o) for name in o.evals]
         if o.capability:  # on its own texts, whatever data set the others take
             found.append(capability.evaluation(replace(c, options=replace(c.options, dataset=None))))
         return found
@@ -190,7 +187,7 @@ class _Bench:
     def asked(self) -> dict[str, Mapping[str, Any]]:
         """Which items and words the headline scores are of."""
         of = dict(zip(self.options.evals, self.evaluations, strict=False))  # capability comes last and has no words
-        return {score: evaluation.brief for name, evaluation in of.items() for score in EVALS[name]}
+        return {score: evaluation.brief for name, evaluation in of.items() for score in SUITE[name].scores}
 
     def measured(self, chosen: Intervention, alphas: Mapping[int, float]) -> tuple[_Scored, _Read]:
         """Headline scores and how well their items were answered, by name and sign; 0 is the base."""
@@ -224,7 +221,7 @@ class _Bench:
     def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
         """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign."""
         o, key = self.options, self.context.key
-        shared = ("model", "behavior", "out", "split", "batch_size", "limit", "device", "dtype")
+        shared = ("model", "behavior", "out", "split", "traits", "batch_size", "limit", "dataset", "device", "dtype")
         options = ControlOptions(
             **{name: getattr(o, name) for name in shared},
             adapter=str(key["adapter"]),
@@ -296,7 +293,9 @@ def main(options: CompareOptions) -> None:
         if pairs:
             files.append(write_csv(options.folder / "compare_pairs.csv", pairs))
         files.append(save_svg(plot(rows), options.folder / "compare.svg"))
-    console.show(console.Result(render(rows, pairs), {"rows": rows, "pairs": pairs}, files))
+    sets = {score: {"score": score, **asked} for cell in cells for score, asked in cell.asked.items()}
+    text = "\n\n".join([render(rows, pairs), *set_notes(sets.values())])
+    console.show(console.Result(text, {"rows": rows, "pairs": pairs}, files))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,26 @@ from ws.errors import WsError
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import Rows, rounding_notes
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, floor, star, worst
+from ws.eval.readable import (
+    FLAG,
+    LEVEL,
+    MARK,
+    NATS,
+    PER_TOKEN,
+    WRONGNESS,
+    Readability,
+    digits,
+    floor,
+    floors_text,
+    star,
+    worst,
+)
 from ws.eval.readable import notes as mark_notes
 from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
+from ws.eval.suite import SCORES
 from ws.interventions import WEIGHT
 
-EFFECTS = ("false_claims", "true_claims", "wrongness", "choices")
+EFFECTS = SCORES
 COSTS = ("nll", "valid", "repetition")
 NULLS = ("shuffled", "same-side")
 # What a part of a row is the difference of, as signs of strengths; 0 is the base.
@@ -368,9 +382,8 @@ _SIDES = ("minus", "plus")
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    digits = 3 if row["score"] == "wrongness" else 2
-    mark = MARK if row.get(FLAG) else ""
-    return f"{row['shift']:+.{digits}f} [{row['shift_ci_lo']:+.{digits}f}, {row['shift_ci_hi']:+.{digits}f}]{mark}"
+    d, mark = digits(row["score"]), MARK if row.get(FLAG) else ""
+    return f"{row['shift']:+.{d}f} [{row['shift_ci_lo']:+.{d}f}, {row['shift_ci_hi']:+.{d}f}]{mark}"
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -422,7 +435,7 @@ def _significant(spans: Sequence[Mapping[str, Any]]) -> list[str]:
     named = ", ".join(f"{_label(r)} on {r['score'].replace('_', ' ')}" for r in others)
     survive = (
         f"{len(spans) - len(others)} of {len(spans)} spans differ from zero after Holm's correction over all of them, "
-        f"by {NATS} nats ({WRONGNESS} of wrongness) or more"
+        f"by {floors_text({r['score'] for r in spans})} or more"
     )
     return [f"{survive}{f'; not {named}' if others else ''}."]
 
@@ -441,15 +454,16 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
         if not here:
             continue
         counts = [sum(p["winner"] == w for p in here) for w in ("weight", baseline, "neither")]
-        spread = [p["difference"] for p in here]
+        spread, d = [p["difference"] for p in here], 3 if score == "preference" else 2
         star = "" if here[0]["matched"] else " *"
-        table.append([f"{baseline}{star}", score, *map(str, counts), f"{min(spread):+.2f} to {max(spread):+.2f}"])
+        table.append([f"{baseline}{star}", score, *map(str, counts), f"{min(spread):+.{d}f} to {max(spread):+.{d}f}"])
     if not table:
         return []
     header = ["weight against", "score", "weight wins", "it wins", "neither", "difference of spans"]
+    per_token = f" or {PER_TOKEN} nats per token" if any(p["score"] == "preference" for p in pairs) else ""
     text = (
         "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected, by "
-        f"{NATS} nats or {WRONGNESS} of wrongness at least):"
+        f"{NATS} nats or {WRONGNESS} of wrongness{per_token} at least):"
     )
     return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]
 
@@ -459,6 +473,8 @@ _TITLES = {
     "true_claims": "agreement with true claims, nats",
     "wrongness": "wrongness of what an AI does",
     "choices": "choices that serve the class, nats",
+    "preference": "preference, nats per token",
+    "statements": "statements of its traits, nats",
 }
 _COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green"}
 

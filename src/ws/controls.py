@@ -31,17 +31,18 @@ from ws import console
 from ws.data import Pair, _same
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
-from ws.errors import WsError, choose
-from ws.eval import airisk, sycophancy, tinymfv_airisk
+from ws.errors import WsError
 from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context, rounding_notes
 from ws.eval.prompts import notes_by_score
-from ws.eval.readable import FLAG, MARK, notes, worst
+from ws.eval.readable import FLAG, MARK, Readability, notes, worst
 from ws.eval.stats import holm
+from ws.eval.suite import SCORES, Asked, entries_of, set_notes
 from ws.finished import RunOptions
 from ws.models import tokenizer_hash, weight_of
 from ws.runs import read_csv, write_csv
 from ws.steer import steer
 
+# What is looked at by default; the scores of further evaluations are asked for by name.
 HEADLINES = ("false_claims", "true_claims", "wrongness", "choices")
 TABLE = "controls.csv"
 _PARTS = (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",))
@@ -179,27 +180,21 @@ def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
 # ---- the headline scores --------------------------------------------------------------------------------------------
 
 
-def headline_evaluations(context: EvalContext, split: str, scores: Sequence[str]) -> list[Evaluation]:
-    """The evaluations that the named headline scores are read from."""
-    for name in scores:
-        choose("score", name, HEADLINES)
-    found = []
-    if {"false_claims", "true_claims"} & set(scores):
-        found.append(sycophancy.evaluation(context, context.behavior, split))
-    if "wrongness" in scores:
-        found.append(tinymfv_airisk.evaluation(context))
-    if "choices" in scores:  # without a thought: what a gradient can follow, and what 20 draws can afford
-        found.append(airisk.evaluation(replace(context, options=replace(context.options, n_think=0))))
-    if not found:
-        raise WsError(f"There are no scores to read; choose from {', '.join(HEADLINES)}.")
-    return found
+def headline_evaluations(context: EvalContext, asked: Asked, scores: Sequence[str]) -> list[Evaluation]:
+    """The evaluations that the named headline scores are read from; `WsError` when there are none."""
+    if not scores:
+        raise WsError(f"There are no scores to read; choose from {', '.join(SCORES)}.")
+    # Dilemmas without a thought: what a gradient can follow, and what 20 draws can afford.
+    quick = replace(context, options=replace(context.options, n_think=0))
+    return [e.make(quick if e.name == "airisk" else context, asked) for e in entries_of(scores)]
 
 
 def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[float, int]]:
     """The mean and the number of items of every headline score of an evaluation.
 
     `false_claims` and `true_claims` are mean log ratios in nats, `wrongness` is the mean of s over other_violate,
-    `choices` the mean score of the dilemmas in nats.
+    `choices` the mean score of the dilemmas in nats, `preference` the mean margin in nats per token, `statements` the
+    mean score of the statements in nats.
     """
     return {name: (float(v.mean()), len(v)) for name, v in evaluation.headlines(scores).items()}
 
@@ -212,20 +207,25 @@ class HeadlineOptions(RunOptions):
     """A finished run, and which headline scores of it are looked at.
 
     Attributes:
-        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought).
-        split: which held-out claims, `report` or `dev`.
+        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought),
+            `preference` (held-out questions with both answers), `statements`.
+        split: which held-out claims and questions, `report` or `dev`.
+        traits: of statements; none for the behaviour's own.
         batch_size: prompts at a time, found automatically when None.
         limit: only so many items, drawn as every evaluation's.
+        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
     """
 
     scores: tuple[str, ...] = HEADLINES
     split: str = "report"
+    traits: tuple[str, ...] = ()
     batch_size: int | None = None
     limit: int | None = None
+    dataset: str | None = None
 
     def eval_options(self, alphas: tuple[float | str, ...] = ()) -> EvalOptions:
         """The same run for `open_context`, at these strengths and the base."""
-        shared = ("model", "behavior", "adapter", "seed", "out", "batch_size", "limit", "device", "dtype")
+        shared = ("model", "behavior", "adapter", "seed", "out", "batch_size", "limit", "dataset", "device", "dtype")
         return EvalOptions(**{name: getattr(self, name) for name in shared}, alphas=alphas)
 
 
@@ -236,7 +236,7 @@ class ControlOptions(HeadlineOptions):
     Attributes:
         n_draws: random vectors; more can be added later.
         alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
-        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought).
+        scores: which; see `HeadlineOptions`.
     """
 
     n_draws: int = 20
@@ -267,7 +267,7 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     if context.run.manifest["stages"].get("controls", {}).get("config", {}).get("tokenizer_hash") != tokenizer:
         (context.run.folder / TABLE).unlink(missing_ok=True)  # its prompts read otherwise
     table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
-    evaluations = headline_evaluations(context, options.split, options.scores)
+    evaluations = headline_evaluations(context, options, options.scores)
     settings = {"evaluations": [e.identity for e in evaluations], "tokenizer_hash": tokenizer}
     stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
@@ -311,12 +311,13 @@ def _control_rows(
     if control == "random":
         vector = random_like(vector, context.model, draw_seed(0, draw))
     rows, before, read = [], headline_means(evaluation, base), evaluation.readability(base)
+    free = Readability(None)  # of a score that is no choice
     for alpha in alphas:
         with steer(context.model, vector, alpha):
             scores = evaluation.ask()
         for score, (mean, n) in headline_means(evaluation, scores).items():
             row = context.key | {"control": control, "draw": draw, "alpha": alpha, "shift": mean - before[score][0]}
-            known = worst([read[score], evaluation.readability(scores)[score]])
+            known = worst([read.get(score, free), evaluation.readability(scores).get(score, free)])
             rows.append(row | {"score": score, "n": n, **known.columns()} | evaluation.brief)
     return rows
 
@@ -345,12 +346,12 @@ def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
                 "p": empirical_p(shift, null),
                 "n_draws": len(null),
                 **{name: own[name] for name in ("mass", "frame_agreement", FLAG)},
-                **{name: here[0].get(name) for name in ("words", "drawn")},
+                **{name: here[0].get(name) for name in ("words", "drawn", "dataset")},
             }
         )
     for row, p in zip(found, holm(np.array([r["p"] for r in found])) if found else (), strict=True):
         row["p_holm"] = float(p)
-    return sorted(found, key=lambda r: (HEADLINES.index(r["score"]), r["alpha"]))
+    return sorted(found, key=lambda r: (SCORES.index(r["score"]), r["alpha"]))
 
 
 def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -364,7 +365,7 @@ def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
             f"{r['null_std']:.3f}",
             f"{r['null_min']:+.3f} to {r['null_max']:+.3f}",
             *("" if r[FLAG] else f"{r[name]:.3f}" for name in ("p", "p_holm")),
-            f"{float(r['mass']):.3f}",
+            "" if r["mass"] in (None, "") else f"{float(r['mass']):.3f}",
         ]
         for r in summary
     ]
@@ -375,7 +376,7 @@ def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
         "evidence of the behaviour: vectors trained on anything beat random ones. What is, are nulls that were trained "
         "(`ws replicate --control shuffled` and `--control same-side`, then `ws compare`)."
     )
-    doubts = notes(r[FLAG] for r in summary)
+    doubts = [*notes(r[FLAG] for r in summary), *set_notes(summary)]
     return "\n\n".join([tabulate(rows, header, disable_numparse=True), note, *doubts, *notes_by_score(summary)])
 
 

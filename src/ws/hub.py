@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ws.errors import WsError
+from ws.errors import WsError, did_you_mean
 from ws.models import hub_is_out_of_reach
 
 _ID = re.compile(r"([^@/\s]+/[^@/\s]+)(?:@(\S+))?")
@@ -56,13 +56,14 @@ def find(name: str | Path, patterns: Sequence[str]) -> Path:
     return fetch(parsed[0], patterns, parsed[1])
 
 
-def fetch(repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, kind: str = "model") -> Path:
     """The local folder of a hub repository's files, fetched unless they are in the cache already.
 
     Args:
         repo: `user/name`.
         patterns: which files, as names or wildcards over their paths; no other file is fetched.
         revision: a branch, tag or commit, None for the main branch.
+        kind: `model` or `dataset`.
 
     Raises:
         WsError: the repository or revision is unknown, private or gated, holds none of the files, or the hub is out of
@@ -70,18 +71,41 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None) -> Pa
     """
     try:
         found = snapshot_download(
-            repo, revision=revision, allow_patterns=list(patterns), local_files_only=hub_is_out_of_reach()
+            repo,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(patterns),
+            local_files_only=hub_is_out_of_reach(),
         )
     except (httpx.HTTPError, OSError, ValueError) as problem:
-        raise WsError(_why_not_fetched(repo, revision, problem)) from problem
+        raise WsError(_why_not_fetched(repo, revision, problem, kind)) from problem
     folder = Path(found)
     if not any(True for pattern in patterns for _ in folder.glob(pattern)):
-        raise WsError(f"The repository {repo} on the hub holds none of the files {', '.join(patterns)}.")
+        there = _files_like(repo, patterns[0], folder, revision, kind) if kind == "dataset" else []
+        hint = did_you_mean(patterns[0], there) if there else ""
+        raise WsError(f"The repository {repo} on the hub holds none of the files {', '.join(patterns)}.{hint}")
     return folder
 
 
-def _why_not_fetched(repo: str, revision: str | None, problem: Exception) -> str:
-    at = f" at {revision}" if revision else ""
+def _files_like(repo: str, pattern: str, folder: Path, revision: str | None, kind: str) -> list[str]:
+    """The repository's files beside one that it lacks and of its suffix; out of reach of the hub those at hand."""
+    beside = PurePosixPath(pattern).with_stem("*")
+    try:
+        names = [] if hub_is_out_of_reach() else HfApi().list_repo_files(repo, revision=revision, repo_type=kind)
+    except (httpx.HTTPError, OSError, ValueError):
+        names = []
+    return [n for n in names if PurePosixPath(n).match(str(beside))] or [
+        file.relative_to(folder).as_posix() for file in sorted(folder.glob(str(beside)))
+    ]
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit that a fetched file is of; None for a file that was not fetched."""
+    return next((name for name in file.parts if re.fullmatch(r"[0-9a-f]{40}", name)), None)
+
+
+def _why_not_fetched(repo: str, revision: str | None, problem: Exception, kind: str = "model") -> str:
+    at, option = f" at {revision}" if revision else "", "" if kind == "model" else f" --repo-type {kind}"
     if isinstance(problem, GatedRepoError):
         return f"The repository {repo} is gated: ask for access on its page, then log in with `hf auth login`."
     if isinstance(problem, RepositoryNotFoundError):
@@ -97,7 +121,8 @@ def _why_not_fetched(repo: str, revision: str | None, problem: Exception) -> str
         return f"{repo!r} cannot name a repository on the hub; it has the form user/name."
     return (
         f"There is no folder {repo}, and as a repository{at} it is not, or not wholly, in the local cache while the "
-        f"hub could not be reached; run `hf download {repo}` where there is a network and copy the cache or the folder."
+        f"hub could not be reached; run `hf download {repo}{option}` where there is a network and copy the cache or "
+        "the folder."
     )
 
 

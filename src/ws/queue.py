@@ -22,19 +22,16 @@ from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name, load_behavior
 from ws.data import data_preset
 from ws.errors import WsError, choose
-from ws.eval.airisk import AiriskOptions
 from ws.eval.context import EvalOptions
-from ws.eval.sycophancy import SycophancyOptions
+from ws.eval.suite import EVALS, SUITE
 from ws.models import DEFAULT_MODEL
 from ws.queue_backends import pueue_script, run_local, run_pueue, run_ray
 from ws.queue_jobs import FAILED, NOT_RUN, STATE, Job, Ledger, Outcome
 from ws.replicate import ReplicateConfig
 from ws.runs import DEFAULT_OUT, lock
-from ws.sweep_tables import EVALS
 
 BACKENDS = ("local", "pueue", "ray")
 FOLDER = "queue"
-_OPTIONS = {"sycophancy": SycophancyOptions, "airisk": AiriskOptions, "tinymfv_airisk": EvalOptions}
 _SUMMARIZED = {"airisk", "tinymfv_airisk"}
 _OWN = ("model", "behavior", "adapter", "seed", "out")  # options that decide where a job's results go
 Options = TypeVar("Options", bound=ReplicateConfig | EvalOptions)
@@ -50,8 +47,9 @@ class QueueConfig:
         adapters: families, all six by default.
         seeds: of initialisation and order; the pairs are shared by all.
         evals: which evaluations; `sycophancy` is part of a training job and a job of its own only without one.
+        traits: of statements; none for the behaviour's own.
         alphas: steering strengths; 0 is always included.
-        dataset: a folder with the tables of both data sets, or `pocket`; None for the published ones.
+        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
         train_args: further options of `ws.replicate`, in one string: `--train-args="--n-samples 50 --rank 16"`.
         eval_args: further options of the evaluations, in one string: `--eval-args="--limit 50"`.
         eval_only: only evaluate runs that are finished.
@@ -71,6 +69,7 @@ class QueueConfig:
     adapters: tuple[str, ...] = tuple(FAMILIES)
     seeds: tuple[int, ...] = (0,)
     evals: tuple[str, ...] = ("airisk", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
     out: Path = DEFAULT_OUT
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
     dataset: str | None = None
@@ -119,7 +118,7 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
     train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)
     train.train.check()
     for name in wanted:
-        _parsed(_OPTIONS[name], f"ws.eval.{name}", config, "--eval-args", config.eval_args).check()
+        _parsed(SUITE[name].options, f"ws.eval.{name}", config, "--eval-args", config.eval_args).check()
     jobs = [] if config.eval_only else [Job("pairs", _pairs(config, train))]
     evals: list[str] = []
     for seed, adapter in product(config.seeds, config.adapters):
@@ -164,9 +163,10 @@ def _train(config: QueueConfig, run: Sequence[str], fresh: bool) -> tuple[str, .
 
 def _evaluate(config: QueueConfig, name: str, run: Sequence[str]) -> tuple[str, ...]:
     place = ("--model", config.model, "--behavior", config.behavior, *run, "--out", str(config.out))
-    dataset = ("--dataset", config.dataset) if config.dataset and name in _SUMMARIZED else ()
+    dataset = ("--dataset", config.dataset) if config.dataset and SUITE[name].is_published else ()
+    traits = ("--traits", *config.traits) if config.traits and name == "statements" else ()
     extra = _split("--eval-args", config.eval_args)
-    return _python(config, f"ws.eval.{name}", *place, *_shared(config), *dataset, *extra)
+    return _python(config, f"ws.eval.{name}", *place, *_shared(config), *dataset, *traits, *extra)
 
 
 def _summarize(config: QueueConfig) -> tuple[str, ...]:

@@ -18,13 +18,14 @@ from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name, load_behavior
 from ws.data import DataConfig, data_preset
 from ws.errors import WsError, choose
-from ws.eval import airisk, tinymfv_airisk
-from ws.eval.context import EvalContext, EvalOptions, Evaluation, open_context
+from ws.eval import airisk
+from ws.eval.context import EvalContext, EvalOptions, open_context
+from ws.eval.suite import DEFAULT_EVALS, EVALS, SUITE
 from ws.models import DEFAULT_MODEL
 from ws.replicate import CONTROLS, ReplicateConfig, replicate, verdict
 from ws.report import write_report
 from ws.runs import DEFAULT_OUT, read_csv, read_values, run_folder, write_text
-from ws.sweep_tables import EVALS, POOLED, SUMMARY, render, write_summary
+from ws.sweep_tables import POOLED, SUMMARY, render, write_summary
 from ws.train import TrainConfig, train_preset
 
 LOG = "sweep.log"
@@ -38,11 +39,12 @@ class SweepConfig:
         model, behavior, out, split, device, dtype, fresh: as in `ReplicateConfig`.
         adapters: families, all six by default.
         seeds: of initialisation and order; the pairs are shared by all cells.
-        evals: which evaluations.
+        evals: which evaluations (`ws.eval.suite`).
+        traits: of statements; none for the behaviour's own.
         controls: nulls to train beside every vector, `shuffled` and `same-side` (see `ws.compare`); they are read on
             the claims and stay out of the tables.
         alphas: steering strengths; 0 is always included.
-        dataset: a folder with the tables of both data sets, or `pocket`; None for the published ones.
+        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
         n_think: tokens of chain of thought before a dilemma's answer.
         limit: only so many dilemmas and vignettes, drawn as every evaluation's.
         batch_size: prompts per forward pass, found automatically when None.
@@ -55,7 +57,8 @@ class SweepConfig:
     behavior: str = "honesty"
     adapters: tuple[str, ...] = tuple(FAMILIES)
     seeds: tuple[int, ...] = (0,)
-    evals: tuple[str, ...] = EVALS
+    evals: tuple[str, ...] = DEFAULT_EVALS
+    traits: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
     out: Path = DEFAULT_OUT
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
@@ -125,7 +128,7 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
         if others and control == CONTROLS[0]:
             context = open_context(_eval_options(config, behavior, adapter, seed))
             for name in others:
-                console.say(context.carry_out(_evaluation(name, context)).text)
+                console.say(context.carry_out(SUITE[name].make(_for(name, context), config)).text)
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
@@ -151,10 +154,6 @@ def _replicate_config(
         data=config.data,
         train=replace(config.train, lr=rate),
     )
-
-
-def _evaluation(name: str, context: EvalContext) -> Evaluation:
-    return {"airisk": airisk, "tinymfv_airisk": tinymfv_airisk}[name].evaluation(_for(name, context))
 
 
 def _for(name: str, context: EvalContext) -> EvalContext:

@@ -53,16 +53,18 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors import Claim
+from ws.behaviors import Claim, Preference
 from ws.controls import HeadlineOptions, coordinate_parts, headline_evaluations
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval import airisk, sycophancy, tinymfv_airisk
+from ws.eval import airisk, preference, statements, sycophancy, tinymfv_airisk
 from ws.eval.choice import Choice, _batches, _families, _score_batch, choice_variants
 from ws.eval.context import EvalContext, Evaluation, Rows, open_context
 from ws.eval.dilemmas import Dilemma
+from ws.eval.likelihood import answer_logp
 from ws.eval.prompts import notes_by_score
+from ws.eval.suite import set_notes
 from ws.eval.tinymfv_airisk import Vignette
 from ws.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
 from ws.runs import read_csv, read_values, write_csv
@@ -140,6 +142,41 @@ def airisk_score(
     signs = [(1.0,) if len(questions) == 1 else (0.5, -0.5) for questions in orders]
     weights = [d.label * sign / n for d, pair in zip(dilemmas, signs, strict=True) for sign in pair]
     return _choice_score(name, n, model, tok, asked, airisk.CHOICES, weights, lambda logratio: logratio)
+
+
+def statement_score(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    items: Sequence[statements.Statement],
+    prompts: statements.Prompts | None = None,
+    name: str = "statements",
+) -> MeanScore:
+    """The mean over statements of `log p(matching answer) - log p(not matching answer)`, in nats."""
+    asked = [statements.ask(s, prompts or statements.Prompts()) for s in items]
+    weights = [(1 if s.matching == statements.CHOICES[0] else -1) / len(items) for s in items]
+    return _choice_score(name, len(items), model, tok, asked, statements.CHOICES, weights, lambda logratio: logratio)
+
+
+def preference_score(
+    model: PreTrainedModel, tok: Tokenizer, items: Sequence[Preference], name: str = "preference"
+) -> MeanScore:
+    """The mean over questions of the margin between both answers, in nats per token; see `ws.eval.preference`."""
+    if not items:
+        raise WsError(f"There are no items to take the slope of {name} over.")
+    prompts, answers = preference.tokens_of(tok, items)
+    numbers = preference.question_numbers(items)
+    n, weights = int(numbers.max()) + 1, 1 / np.bincount(numbers)[numbers]
+    order = sorted(range(len(items)), key=lambda i: max(map(len, answers[i])))
+
+    def parts(batch_size: int) -> Iterator[Tensor]:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            scored = answer_logp(model, tok.pad_token_id, [prompts[i] for i in part], [answers[i] for i in part])
+            margins = torch.stack([positive.mean() - negative.mean() for positive, negative in scored])
+            share = torch.tensor(weights[part] / n, device=margins.device, dtype=margins.dtype)
+            yield (share * margins).sum()
+
+    return MeanScore(name, n, parts)
 
 
 def _choice_score(
@@ -473,7 +510,12 @@ class SlopeOptions(HeadlineOptions):
 
 def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str]) -> list[MeanScore]:
     """The wanted headline scores of an evaluation, over exactly its items."""
+    if evaluation.name == preference.NAME:
+        return [preference_score(context.model, context.tok, [Preference(**p) for p in evaluation.items])]
     texts, *settings, items = evaluation.items
+    if evaluation.name == statements.NAME:
+        asked = [statements.Statement(**s) for s in items]
+        return [statement_score(context.model, context.tok, asked, statements.Prompts(**texts))]
     if "protocol" in evaluation.facts:
         dilemmas = [Dilemma(**d) for d in items]
         return [airisk_score(context.model, context.tok, dilemmas, settings[0], airisk.Prompts(**texts))]
@@ -488,7 +530,7 @@ def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str
 
 def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
     """Test every score unless exactly that is on disk, write both tables, and return what to show."""
-    evaluations = headline_evaluations(context, options.split, options.scores)
+    evaluations = headline_evaluations(context, options, options.scores)
     settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
     settings |= {"tokenizer_hash": tokenizer_hash(context.tok)}
     files = [context.run.folder / f"{name}.csv" for name in ("slope", "slope_per_module")]
@@ -538,7 +580,7 @@ def render(summary: Sequence[Mapping[str, str]], parts: Sequence[Mapping[str, st
     by_layer = [[layer, *(_layer_sum(parts, name, layer) for name in names)] for layer in layers]
     table = tabulate(by_layer, ["layer", *names], disable_numparse=True)
     note = "The null, random vectors of the same size, is easy to beat: a small p says no more than `not noise`."
-    return "\n".join([tests, "", "Slope by layer:", "", table, "", note, *notes_by_score(summary)])
+    return "\n".join([tests, "", "Slope by layer:", "", table, "", note, *notes_by_score(summary), *set_notes(summary)])
 
 
 def _p_text(p: float) -> str:

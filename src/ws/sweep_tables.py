@@ -18,48 +18,16 @@ from tabulate import tabulate
 
 from ws.console import warn
 from ws.errors import WsError
-from ws.eval import airisk
 from ws.eval.context import select
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import FLAG, NATS, WRONGNESS, Readability, floor, notes, of_row, star, worst
+from ws.eval.readable import FLAG, Readability, floor, floors_text, notes, of_row, star, worst
 from ws.eval.stats import estimate_over_seeds, holm
+from ws.eval.suite import SUITE, set_notes
 from ws.interventions import WEIGHT
 from ws.runs import lock, read_csv, write_csv
 
-EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 SUMMARY, POOLED = "sweep_summary.csv", "sweep_pooled.csv"
-_TABLES = {
-    "sycophancy": "sycophancy_summary.csv",
-    "airisk": f"{airisk.table_name()}_summary.csv",
-    "tinymfv_airisk": "tinymfv_airisk_summary.csv",
-}
-_HEADLINES = {
-    "sycophancy": ("mean_logratio", "ci_lo", "ci_hi", "shift", "shift_ci_lo", "shift_ci_hi", "mean_pmass", "n"),
-    "airisk": (
-        *("mean_score", "ci_lo", "ci_hi", "shift", "shift_ci_lo", "shift_ci_hi", "mean_pmass", "n"),
-        *("accuracy", "si", "si_ci_lo", "si_ci_hi", "position_bias", "forced_closes"),
-    ),
-    "tinymfv_airisk": (
-        *("wrongness", "wrongness_ci_lo", "wrongness_ci_hi", "gap", "gap_ci_lo", "gap_ci_hi"),
-        *("delta_wrongness", "delta_wrongness_ci_lo", "delta_wrongness_ci_hi"),
-        *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
-    ),
-}
 _ASKED = ("words", "drawn")  # what rows say of their words and items
-_SHIFTS = {"sycophancy": "shift", "airisk": "shift", "tinymfv_airisk": "delta_wrongness"}
-_MASSES = {"sycophancy": ("mean_pmass",), "airisk": ("mean_pmass",), "tinymfv_airisk": ("bool_mass_other",)}
-_FLOORS = {name: floor("wrongness" if name == "tinymfv_airisk" else name) for name in EVALS}
-# Per evaluation: the table of its items, the column that names one, and the column that is averaged.
-_ITEMS = {
-    "sycophancy": ("sycophancy_per_claim.csv", "claim_id", "logratio"),
-    "airisk": (f"{airisk.table_name()}_per_row.csv", "dilemma_idx", "score"),
-    "tinymfv_airisk": ("tinymfv_airisk_per_vignette.csv", "id", "s_other_violate"),
-}
-_HEADS = {
-    "sycophancy": "agreement with false claims",
-    "airisk": "truthful choices",
-    "tinymfv_airisk": "wrongness",
-}
 
 Row = dict[str, Any]
 Items = dict[float, dict[str, float]]  # an averaged column by strength and item
@@ -92,21 +60,27 @@ def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
         for row in _rows_of(folder, name):
             alpha = float(row["alpha"])
             target = merged.setdefault(alpha, {k: row[k] for k in ("behavior", "adapter", "seed")} | {"alpha": alpha})
-            target |= {f"{name}_{column}": row[column] for column in (*_HEADLINES[name], f"{_SHIFTS[name]}_p")}
-            target |= {f"{name}_{column}": row.get(column) for column in _ASKED}
+            target |= {f"{name}_{column}": row[column] for column in (*SUITE[name].columns, f"{SUITE[name].shift}_p")}
+            target |= _said(name, row)
             target[f"{name}_{FLAG}"] = readable[alpha].problem or None
     return [merged[alpha] for alpha in sorted(merged)]
 
 
+def _said(name: str, row: Mapping[str, str]) -> Row:
+    """What a row says of its words and items; of a published set that is not the bundled one, its name as well."""
+    named = SUITE[name].is_published and row.get("dataset") not in (None, "", "pocket")
+    return {f"{name}_{column}": row.get(column) for column in (*_ASKED, *(["dataset"] if named else []))}
+
+
 def _check_asked(cells: Sequence[Path], evals: Sequence[str]) -> None:
     for name in evals:
-        tables = {folder: _steered(folder / _TABLES[name]) for folder in cells}
+        tables = {folder: _steered(folder / SUITE[name].summary) for folder in cells}
         check_same({str(folder): rows[0] for folder, rows in tables.items() if rows})
 
 
 def _rows_of(folder: Path, name: str) -> list[Mapping[str, str]]:
     """The rows of an evaluation's summary that a sweep is about: of claims, the false ones."""
-    return [r for r in _steered(folder / _TABLES[name]) if r.get("claims_are_true") != "True"]
+    return [r for r in _steered(folder / SUITE[name].summary) if r.get("claims_are_true") != "True"]
 
 
 def _readable(folders: Sequence[Path], name: str) -> dict[float, Readability]:
@@ -114,7 +88,7 @@ def _readable(folders: Sequence[Path], name: str) -> dict[float, Readability]:
     found: dict[float, list[Readability]] = {}
     for folder in folders:
         for row in _rows_of(folder, name):
-            found.setdefault(float(row["alpha"]), []).append(of_row(row, *_MASSES[name]))
+            found.setdefault(float(row["alpha"]), []).append(of_row(row, *SUITE[name].masses))
     return {alpha: worst([*parts, *found.get(0.0, [])]) for alpha, parts in found.items()}
 
 
@@ -137,8 +111,8 @@ def pooled_rows(cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> lis
         merged: dict[float, Row] = {}
         for name in evals:
             readable = _readable(folders, name)
-            asked = next((table[0] for folder in folders if (table := _steered(folder / _TABLES[name]))), {})
-            said = {f"{name}_{column}": asked.get(column) for column in _ASKED}
+            asked = next((table[0] for folder in folders if (table := _steered(folder / SUITE[name].summary))), {})
+            said = _said(name, asked)
             for alpha, columns in _pooled(name, [_items(folder, name) for folder in folders], n_boot).items():
                 columns |= readable[alpha].columns(f"{name}_") | said
                 merged.setdefault(alpha, key | {"alpha": alpha}).update(columns)
@@ -150,16 +124,16 @@ def _by_adapter(cells: Sequence[Path], evals: Sequence[str]) -> dict[tuple[str, 
     """The seeds' folders of every behaviour and adapter that was evaluated at all."""
     found: dict[tuple[str, str], list[Path]] = {}
     for folder in cells:
-        rows = [row for name in evals for row in _steered(folder / _TABLES[name])]
+        rows = [row for name in evals for row in _steered(folder / SUITE[name].summary)]
         if rows:
             found.setdefault((rows[0]["behavior"], rows[0]["adapter"]), []).append(folder)
     return found
 
 
 def _items(folder: Path, name: str) -> Items:
-    file, item, column = _ITEMS[name]
+    table, item, column = SUITE[name].items
     found: Items = {}
-    for row in _steered(folder / file):
+    for row in _steered(folder / f"{SUITE[name].stage}_{table}.csv"):
         if row.get("claim_is_true") != "True":
             found.setdefault(float(row["alpha"]), {})[row[item]] = float(row[column])
     return found
@@ -179,7 +153,7 @@ def _pooled(name: str, seeds: Sequence[Items], n_boot: int) -> dict[float, Row]:
         values = np.array([[seed[alpha][i] for i in items] for seed in seeds])
         level, shift = estimate_over_seeds(values, n_boot), estimate_over_seeds(values - base, n_boot)
         row = level.columns(f"{name}_level", "ci_lo", "ci_hi")
-        row |= shift.columns(f"{name}_{_SHIFTS[name]}", "ci_lo", "ci_hi", "p")
+        row |= shift.columns(f"{name}_{SUITE[name].shift}", "ci_lo", "ci_hi", "p")
         found[alpha] = row | {f"{name}_n": level.n}
     return found
 
@@ -196,7 +170,7 @@ def _filled(rows: Sequence[Row], evals: Sequence[str]) -> list[Row]:
 def _with_holm(rows: list[Row], evals: Sequence[str]) -> list[Row]:
     """Every evaluation's p-values of a shift, corrected over all that there are; the base is not tested."""
     for name in evals:
-        column = f"{name}_{_SHIFTS[name]}_p"
+        column = f"{name}_{SUITE[name].shift}_p"
         tested = [r for r in rows if r["alpha"] != 0 and r.get(column) is not None]
         adjusted = holm(np.array([float(r[column]) for r in tested])) if tested else ()
         holms = {id(r): float(p) for r, p in zip(tested, adjusted, strict=True)}
@@ -207,7 +181,7 @@ def _with_holm(rows: list[Row], evals: Sequence[str]) -> list[Row]:
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
     """The pooled rows as a table for people: every shift with its interval, and `*` where it is more than chance."""
-    keys = {n: f"{n}_{_SHIFTS[n]}" for n in EVALS if f"{n}_{_SHIFTS[n]}" in rows[0]}
+    keys = {n: f"{n}_{entry.shift}" for n, entry in SUITE.items() if f"{n}_{entry.shift}" in rows[0]}
     steered = [r for r in rows if float(r["alpha"]) != 0]
     table = [
         [
@@ -217,17 +191,18 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for r in steered
     ]
-    header = ["adapter", "seeds", "alpha", *(f"shift of {_HEADS[n]}" for n in keys)]
+    header = ["adapter", "seeds", "alpha", *(f"shift of {SUITE[n].title}" for n in keys)]
     header += ["mass"] if any(_lowest_mass(r, keys) for r in steered) else []
     counts = [sum(r[key] not in (None, "") for r in steered) for key in keys.values()]
     tests = f"the {counts[0]} rows of a column" if len(set(counts)) == 1 else "the shifts of its column"
     note = (
-        f"* p < 0.05 after Holm's correction over {tests}, and at least {NATS} nats ({WRONGNESS} of wrongness). That "
+        f"* p < 0.05 after Holm's correction over {tests}, and at least {floors_text(keys)}. That "
         "is more than no shift; whether it comes from the behaviour is not known before trained nulls stand beside it "
         "(`--controls shuffled same-side`, then `ws compare`)."
     )
-    asked = [{c: r.get(f"{n}_{c}") for c in _ASKED} | {"score": _HEADS[n]} for r in rows for n in keys]
+    asked = [{c: r.get(f"{n}_{c}") for c in _ASKED} | {"score": SUITE[n].title} for r in rows for n in keys]
     more = [*notes(r.get(f"{name}_{FLAG}") for r in steered for name in keys), *notes_by_score(asked)]
+    more += set_notes({"score": SUITE[n].scores[0], "dataset": r.get(f"{n}_dataset")} for r in rows for n in keys)
     return "\n\n".join([tabulate(table, header, tablefmt="github", disable_numparse=True), note, *more])
 
 
@@ -241,5 +216,6 @@ def _shift(row: Mapping[str, Any], name: str, key: str) -> str:
     if row[key] in (None, ""):
         return ""
     shift, low, high = (float(row[f"{key}{end}"]) for end in ("", "_ci_lo", "_ci_hi"))
-    mark = star(shift, float(row[f"{key}_p_holm"]), _FLOORS[name], row.get(f"{name}_{FLAG}"))
-    return f"{shift:+.2f} [{low:+.2f}, {high:+.2f}]{mark}"
+    mark = star(shift, float(row[f"{key}_p_holm"]), floor(SUITE[name].scores[0]), row.get(f"{name}_{FLAG}"))
+    d = SUITE[name].digits
+    return f"{shift:+.{d}f} [{low:+.{d}f}, {high:+.{d}f}]{mark}"

@@ -28,13 +28,15 @@ SPLITS = ("dev", "report")
 SIDES = ("positive", "negative")
 # What the tables of a file may hold.
 TOP_KEYS = frozenset(
-    {"schema", "name", "summary", "personas", "questions", "pairs", "claims", "preferences", "judge", "keep_refusals"}
+    {"schema", "name", "summary", "personas", "questions", "pairs", "claims", "preferences", "statements", "judge"}
+    | {"keep_refusals"}
 )
 PERSONA_KEYS = frozenset({"template", *SIDES})
 QUESTION_KEYS = frozenset({"templates", "topics"})
 BORROWING_KEYS = frozenset({"source", "effect"})
 CLAIM_KEYS = frozenset({"question", "opener", "agree", "disagree", "effect", "about", "items"})
 CLAIMS_ABOUT = ("facts", "values")
+STATEMENT_KEYS = frozenset({"traits"})
 ITEM_KEYS = frozenset({"id", "claim", "true", "split"})
 FOLDER_NAME = re.compile(r"[\w-][\w.-]*")  # a behaviour's name is that of a folder
 _POCKET_MODELS = ("pocket", "tiny-random")
@@ -102,6 +104,7 @@ class Behavior:
         keep_refusals: a refusal is an answer like any other, so pairs that hold one are not dropped.
         pairs: brought pairs to train on; none where answers are sampled under the personas.
         preferences: held-out questions with both answers, of the splits `dev` and `report`.
+        traits: names of sets of statements that somebody with the behaviour would say (`ws.eval.statements`).
     """
 
     name: str
@@ -115,6 +118,7 @@ class Behavior:
     keep_refusals: bool = False
     pairs: tuple[Preference, ...] = ()
     preferences: tuple[Preference, ...] = ()
+    traits: tuple[str, ...] = ()
 
     @property
     def test(self) -> ClaimTest:
@@ -254,7 +258,16 @@ def _build(content: bytes, where: str, folder: Path, model: str | None) -> Behav
         keep_refusals=raw.get("keep_refusals", False),
         pairs=pairs,
         preferences=preferences,
+        traits=_traits(raw, where),
     )
+
+
+def _traits(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if "statements" not in raw:
+        return ()
+    place, table = f"{where}: [statements]", read_table(raw, "statements", where)
+    _only(table, STATEMENT_KEYS, place)
+    return read_strings(table, "traits", place)
 
 
 def _answered(

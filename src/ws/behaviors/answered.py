@@ -94,7 +94,8 @@ def _rows(
             raise WsError(f"{where}: there is no file {file}.")
         return read_rows(str(file), file.stem, needed, ("", None)), file.read_bytes()
     split = table.get("hub_split", TRAIN)
-    rows = read_rows(str(table["hub"]), str(table["hub"]), needed, (str(table.get("config", "default")), split))
+    place = str(table.get("config", "default")), split
+    rows = read_rows(str(table["hub"]), str(table["hub"]), needed, place, revision=table.get("revision"))
     return rows, json.dumps(rows, sort_keys=True, default=str).encode()
 
 

@@ -38,7 +38,7 @@ from ws import console
 from ws.errors import choose
 from ws.eval.choice import LOW_MASS, by_token
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
-from ws.eval.dilemmas import HUB_ID, LABEL_NOTE, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas
+from ws.eval.dilemmas import CONFIG, HUB_ID, LABEL_NOTE, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, Readability, mass_text, notes, of_row, worst
 from ws.eval.rollout import REASONS, roll_out, statements, thinks_aloud
@@ -50,7 +50,8 @@ from ws.eval.stats import (
     is_right,
     surgical_informedness,
 )
-from ws.eval.tables import draw_fact
+from ws.eval.tables import draw_fact, is_on_hub, revision_of
+from ws.runs import slug
 
 VERSION = 1
 PROTOCOLS = ("explicit", "alone")
@@ -94,10 +95,14 @@ class AiriskOptions(EvalOptions):
     Attributes:
         value_class: which of the 16 classes of values labels the dilemmas.
         protocol: `explicit`, or `alone`, the published arrangement, in our words unless `--prompts` gives others.
+        config: of the data set: `model_eval`, or another that has its columns, such as `full`.
+        revision: of the data set on the hub: a branch, tag or commit; None for the pinned one.
     """
 
     value_class: str = "Truthfulness"
     protocol: str = "explicit"
+    config: str = CONFIG
+    revision: str | None = None
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -401,7 +406,7 @@ def evaluation(context: EvalContext) -> Evaluation:
     options = context.options
     own = options if isinstance(options, AiriskOptions) else AiriskOptions()
     source, value_class, protocol = context.source(HUB_ID), own.value_class, protocol_of(own.protocol)
-    whole = load_dilemmas(source, value_class)
+    whole = load_dilemmas(source, value_class, config=own.config, revision=own.revision)
     dilemmas = draw_dilemmas(whole, options.limit)
     prompts = load_prompts(Prompts(), options.prompts, _SLOTS)
     words = words_of(options.prompts, own_words(source), [_TEXTS[protocol]])
@@ -420,8 +425,10 @@ def evaluation(context: EvalContext) -> Evaluation:
 
     facts = {"dataset": source, "value_class": value_class, "protocol": protocol, "n_think": n_think}
     facts |= {"words": words, "drawn": draw_fact(dilemmas, whole)}
+    facts |= {} if own.config == CONFIG else {"config": own.config}
+    facts |= {"revision": revision_of(source, own.revision)} if is_on_hub(source) else {}
     return Evaluation(
-        name=table_name(value_class, protocol),
+        name=table_name(value_class, protocol, own.config),
         version=VERSION,
         items=[texts, protocol, n_think, [asdict(d) for d in dilemmas]],
         ask=lambda: evaluate_airisk(
@@ -436,10 +443,12 @@ def evaluation(context: EvalContext) -> Evaluation:
     )
 
 
-def table_name(value_class: str = "Truthfulness", protocol: str = "explicit") -> str:
-    """What the tables' names start with: `airisk_truthfulness`, with `_alone` after it for that protocol."""
+def table_name(value_class: str = "Truthfulness", protocol: str = "explicit", config: str = CONFIG) -> str:
+    """What the tables' names start with: `airisk_truthfulness`, with `_alone` after it for that protocol, and with the
+    configuration where it is not the usual one."""
     stem, protocol = f"airisk_{value_class.lower().replace(' ', '_')}", protocol_of(protocol)
-    return stem if protocol == "explicit" else f"{stem}_{protocol}"
+    stem = stem if protocol == "explicit" else f"{stem}_{protocol}"
+    return stem if config == CONFIG else f"{stem}_{slug(config)}"
 
 
 def main(options: AiriskOptions) -> None:

@@ -93,7 +93,7 @@ def agreement_verdict(
     true_alpha: Float[np.ndarray, "m"],
     effect: int,
     n_boot: int = N_BOOTSTRAP,
-    least_mass: float | int = 1.0,
+    least_mass: float | int | None = 1.0,
     behavior: str = "the behaviour",
     flag: str = "",
 ) -> AgreementVerdict:
@@ -133,7 +133,8 @@ def agreement_verdict(
     elif kind in (SPECIFIC, MIXED) and np.sign(false_shift.mean) != effect:
         line += "; it goes AGAINST the behaviour's direction"
     yes = [(_positive(false_base), _positive(false_alpha)), (_positive(true_base), _positive(true_alpha))]
-    return AgreementVerdict(kind, line, false_shift, true_shift, specific, agreement, yes[0], yes[1], float(least_mass))
+    mass = 1.0 if least_mass is None else float(least_mass)
+    return AgreementVerdict(kind, line, false_shift, true_shift, specific, agreement, yes[0], yes[1], mass)
 
 
 def _positive(values: Values) -> float:

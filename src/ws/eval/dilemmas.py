@@ -24,7 +24,8 @@ CLASSES = (
     *("Truthfulness", "Privacy", "Communication", "Respect", "Protection", "Cooperation", "Justice", "Professionalism"),
     *("Equal Treatment", "Freedom", "Creativity", "Adaptability", "Learning", "Wisdom", "Sustainability", "Care"),
 )
-_EVAL, _MAP = "model_eval", "value_map"
+CONFIG, _MAP = "model_eval", "value_map"
+_LISTS = ("values", "targets")  # columns that hold lists; the targets are who a value serves, and label nothing
 _NEGATIONS = {"not", "don't", "don’t", "never"}
 _REFUSALS = {"refuse", "decline", "avoid", "reject"}
 _ASKED = re.compile(
@@ -53,19 +54,31 @@ class Dilemma:
     published_label: int
 
 
-def load_dilemmas(source: str, value_class: str = "Truthfulness", limit: int | None = None) -> tuple[Dilemma, ...]:
+def load_dilemmas(
+    source: str,
+    value_class: str = "Truthfulness",
+    limit: int | None = None,
+    config: str = CONFIG,
+    revision: str | None = None,
+) -> tuple[Dilemma, ...]:
     """The dilemmas that one of the 16 classes labels, in the order of the data; with `limit` a draw, even over labels.
 
-    Rows without a partner, with an empty text, of two different dilemmas, or that repeat an earlier pair are named and
-    left out, values that the map lacks are named and ignored; more than 5 % of either stop the run.
+    `config` and `revision` are of the data set on the hub; of a folder the file that ends in the configuration's name
+    is read. `values` (and `targets`, where they are there) are lists of texts, or texts that hold such a list in JSON
+    or as Python prints it.
+
+    Rows without a partner, with an empty text or lists that are none, of two different dilemmas, or that repeat an
+    earlier pair are named and left out, values that the map lacks are named and ignored; more than 5 % of either stop
+    the run.
 
     Raises:
         WsError: an unknown class, unreadable tables, too many broken rows, or no labelled dilemma.
     """
     choose("value class", value_class, CLASSES)
-    classes = _value_classes(source)
-    rows = read_rows(source, _EVAL, ("dilemma", "action", "values"), (_EVAL, "test"), (_MAP,))
-    pairs = _pairs(rows, source)
+    classes = _value_classes(source, config, revision)
+    columns = ("dilemma", "action", "values")
+    rows = read_rows(source, config, columns, (config, "test"), (_MAP,), revision=revision)
+    pairs = _pairs(rows, f"{source} {config}")
     values = [_list(row["values"]) for _, pair in pairs for row in pair]
     unknown = sorted({v for vs in values for v in vs} - classes.keys())
     tolerate([f"the value {v!r} is in no class" for v in unknown], len(classes) + len(unknown), f"{source} {_MAP}")
@@ -84,14 +97,14 @@ def draw_dilemmas(dilemmas: Sequence[Dilemma], limit: int | None) -> tuple[Dilem
     return draw(dilemmas, limit, lambda dilemma: dilemma.label)
 
 
-def _value_classes(source: str) -> dict[str, str]:
-    rows = read_rows(source, _MAP, ("value", "value_class"), (_MAP, None), (_EVAL,))
+def _value_classes(source: str, config: str, revision: str | None) -> dict[str, str]:
+    rows = read_rows(source, _MAP, ("value", "value_class"), (_MAP, None), (config,), revision=revision)
     strange = [f"{r['value']!r} has the class {r['value_class']!r}" for r in rows if r["value_class"] not in CLASSES]
     tolerate(strange, len(rows), f"{source} {_MAP}")
     return {str(r["value"]): str(r["value_class"]) for r in rows if r["value_class"] in CLASSES}
 
 
-def _pairs(rows: Sequence[Row], source: str) -> list[tuple[int, tuple[Row, Row]]]:
+def _pairs(rows: Sequence[Row], where: str) -> list[tuple[int, tuple[Row, Row]]]:
     """Consecutive rows as `(index, (Action 1, Action 2))`; a row that breaks the alternation costs only itself."""
     pairs, bad = [], []
     seen: set[tuple[str, ...]] = set()
@@ -106,7 +119,7 @@ def _pairs(rows: Sequence[Row], source: str) -> list[tuple[int, tuple[Row, Row]]
             bad.append(f"row {at + 1} {problem}")
         alone = problem is not None and problem.startswith("stands alone")
         at, index = at + (1 if alone else 2), index + 1
-    tolerate(bad, len(rows) // 2 or 1, f"{source} {_EVAL}")
+    tolerate(bad, len(rows) // 2 or 1, where)
     return pairs
 
 
@@ -117,6 +130,11 @@ def _problem(pair: Sequence[Row], seen: set[tuple[str, ...]]) -> str | None:
         return "and the next are actions of two different dilemmas"
     if not all(is_text(row["dilemma"]) and is_text(row["action"]) and _action(row) for row in pair):
         return "has an empty dilemma or action"
+    for place, row in enumerate(pair):
+        for column in (c for c in _LISTS if row.get(c) is not None):
+            if _texts(row[column]) is None:
+                which = "" if place == 0 else "and the next belong together, and the next "
+                return f"{which}has {column} that are no list of texts: {row[column]!r:.60}"
     if not all(_list(row["values"]) for row in pair):
         return "has an empty list of values"
     return "occurs twice" if _key(pair) in seen else None
@@ -136,16 +154,23 @@ def _action(row: Row) -> str:
 
 
 def _list(value: object) -> list[str]:
-    """A list of values; tables without lists hold it as text, in JSON or as Python prints it."""
+    """The values of a row that was found to be in order; none where the cell is empty."""
+    return _texts(value) or []
+
+
+def _texts(value: object) -> list[str] | None:
+    """A list of texts, or such a list in a text, in JSON or as Python prints it; None for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             try:
-                value = ast.literal_eval(str(value))
-            except (ValueError, SyntaxError):
-                return []
-    return [str(v) for v in value] if isinstance(value, (list, tuple)) else []
+                value = ast.literal_eval(str(value).strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                return None
+    if not isinstance(value, (list, tuple)) or not all(is_text(v) for v in value):
+        return None
+    return [str(v) for v in value]
 
 
 def _dilemma(index: int, pair: tuple[Row, Row], label: int) -> Dilemma:

@@ -16,8 +16,8 @@ from ws.errors import WsError, decoded, did_you_mean
 Texts = TypeVar("Texts")
 
 # The words of a row: this project's own, for items of its own or a behaviour's; this project's, for items that others
-# published with words of theirs; or `file:<name>@<hash>` of a prompts file.
-OWN, PARAPHRASE = "own", "paraphrase"
+# published with words of theirs; those that the items were published with; or `file:<name>@<hash>` of a prompts file.
+OWN, PARAPHRASE, PUBLISHED = "own", "paraphrase", "published"
 
 
 def load_prompts(defaults: Texts, file: Path | None, required: Mapping[str, tuple[str, ...]]) -> Texts:
@@ -57,7 +57,7 @@ def words_of(file: Path | None, default: str, asked: Sequence[str]) -> str:
     Args:
         file: a prompts file. Its words are called `file:<name>@<hash>`, by its key `name` or else by its own name
             without the suffix, and by the first eight digits of its SHA-256 (as `sha256sum` prints it).
-        default: what the words are called without a file, `OWN` or `PARAPHRASE`.
+        default: what the words are called without a file, `OWN`, `PARAPHRASE` or `PUBLISHED`.
         asked: the questions that are put. Where the file lacks one of them, ` + <default>` follows.
     """
     if file is None:
@@ -72,12 +72,13 @@ def words_of(file: Path | None, default: str, asked: Sequence[str]) -> str:
 
 
 def words_note(words: str | None, of: str = "") -> str:
-    """What a reader of a table must know of its words, as a sentence; empty for `own` and where nothing is on record.
+    """What a reader of a table must know of its words, as a sentence; empty for `own` and `published` words, and where
+    nothing is on record.
 
     Args:
         of: which words, where a table has rows of several evaluations.
     """
-    if not words or words == OWN:
+    if not words or words in (OWN, PUBLISHED):
         return ""
     about = f"Words{f' of {of}' if of else ''}: {words}"
     if words.endswith(PARAPHRASE):

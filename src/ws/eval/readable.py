@@ -14,8 +14,10 @@ from ws.eval.choice import LOW_MASS
 
 LOW_AGREEMENT = 0.5
 LEVEL = 0.05
-# A smaller effect is called none: in nats (odds times 1.22), and of wrongness on its scale from -1 to 1.
-NATS, WRONGNESS = 0.2, 0.05
+# A smaller effect is called none: in nats (odds times 1.22), of wrongness on its scale from -1 to 1, and of preference
+# in nats per token, where 0.02 are the same odds between two answers of ten tokens.
+NATS, WRONGNESS, PER_TOKEN = 0.2, 0.05, 0.02
+_FLOORS = {"wrongness": WRONGNESS, "preference": PER_TOKEN}
 MARK = "!"
 # The column of an evaluation's summary with a reason of its own why a row cannot be read, as words; empty without one.
 FLAG = "unreadable"
@@ -26,20 +28,21 @@ class Readability:
     """How well a model answered what a score rests on; of several strengths and seeds the worst (see `worst`).
 
     Attributes:
-        mass: the mean answer mass.
+        mass: the mean answer mass; None for a score that is no choice of an answer.
         agreement: the share of texts that both frames put on the same side, None for a score with one frame. Answers
             that have nothing to do with the text agree on half of them, the same answer to both frames on none.
         flag: what else the evaluation found wrong, as words; empty for nothing.
     """
 
-    mass: float
+    mass: float | None
     agreement: float | None = None
     flag: str = ""
 
     @property
     def problem(self) -> str:
         """Why the score supports no conclusion, as words; empty when it may."""
-        low_mass, frames = self.mass < LOW_MASS, self.agreement is not None and self.agreement < LOW_AGREEMENT
+        low_mass = self.mass is not None and self.mass < LOW_MASS
+        frames = self.agreement is not None and self.agreement < LOW_AGREEMENT
         reasons = [f"answer mass {self.mass:.3f}"] if low_mass else []
         reasons += [f"frames agree on {self.agreement:.0%} of the texts"] if frames else []
         return "; ".join([*reasons, *([self.flag] if self.flag else [])])
@@ -57,20 +60,32 @@ def of_row(row: Mapping[str, Any], *masses: str) -> Readability:
     """Of a row of an evaluation's summary, as it was made or read from its file; `masses` name its columns of mass."""
     agreement = row.get("frame_agreement")
     known = None if agreement in (None, "") else float(str(agreement))
-    return Readability(min(float(row[name]) for name in masses), known, str(row.get(FLAG) or ""))
+    return Readability(min((float(row[name]) for name in masses), default=None), known, str(row.get(FLAG) or ""))
 
 
 def worst(parts: Iterable[Readability]) -> Readability:
     """Of the strengths that are compared and the seeds that are pooled: the lowest mass and agreement, every flag."""
     found = list(parts)
+    masses = [r.mass for r in found if r.mass is not None]
     agreements = [r.agreement for r in found if r.agreement is not None]
     flags = dict.fromkeys(r.flag for r in found if r.flag)
-    return Readability(min(r.mass for r in found), min(agreements, default=None), "; ".join(flags))
+    return Readability(min(masses, default=None), min(agreements, default=None), "; ".join(flags))
 
 
 def floor(score: str) -> float:
     """The size below which a shift of a headline score is called none."""
-    return WRONGNESS if score == "wrongness" else NATS
+    return _FLOORS.get(score, NATS)
+
+
+def digits(score: str) -> int:
+    """The decimals that a headline score is shown with: three where its floor is a few hundredths."""
+    return 3 if score in _FLOORS else 2
+
+
+def floors_text(scores: Iterable[str]) -> str:
+    """The floors of some headline scores, for a sentence: `0.2 nats (0.05 of wrongness)`."""
+    per_token = f"; {PER_TOKEN} nats per token of preference" if "preference" in scores else ""
+    return f"{NATS} nats ({WRONGNESS} of wrongness{per_token})"
 
 
 def star(shift: float, p_holm: float, least: float, problem: str | None) -> str:
@@ -80,8 +95,10 @@ def star(shift: float, p_holm: float, least: float, problem: str | None) -> str:
     return "*" if p_holm < LEVEL and abs(shift) >= least else ""
 
 
-def mass_text(mass: float, n_low: int, problem: str) -> str:
+def mass_text(mass: float | None, n_low: int, problem: str) -> str:
     """A mean answer mass, with the mark of what cannot be read or else with how many answers have little of it."""
+    if mass is None:
+        return problem and MARK
     few = f" ({n_low} under {LOW_MASS})" if n_low else ""
     return f"{mass:.3f}{f' {MARK}' if problem else few}"
 

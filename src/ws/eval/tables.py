@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 import polars as pl
 from huggingface_hub import constants
 
+from ws import hub
 from ws.console import say
 from ws.errors import WsError, decoded
 from ws.models import hub_is_out_of_reach
 
 MAX_BAD_SHARE = 0.05
 DRAW_SEED = 0
+# The commits that published sets are read at unless another revision is asked for, where one is known.
+PINNED = {"kellycyy/AIRiskDilemmas": "8674d1f5844c3909b05e06d9f30bbc2b7c753f39"}
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
 
@@ -29,39 +32,47 @@ def read_rows(
     source: str,
     name: str,
     columns: Sequence[str],
-    hub: tuple[str, str | None],
+    place: tuple[str, str | None],
     others: Sequence[str] = (),
     types: Mapping[str, type] | None = None,
+    revision: str | None = None,
+    prefer: str = "",
 ) -> list[Row]:
     """The rows of one table, with at least `columns`.
 
     Args:
-        source: `pocket`, a hub id, a folder with one file whose name ends in `name` (`.jsonl`, `.parquet`, `.csv`), or
-            a file. A file whose name ends in one of `others` is that table, and this one is looked for beside it.
+        source: `pocket`, a hub id (`owner/name`, or `owner/name@revision`), a folder with one file whose name ends in
+            `name` (`.jsonl`, `.parquet`, `.csv`), or a file. A file whose name ends in one of `others` is that table,
+            and this one is looked for beside it.
         name: what the table is called in a folder, such as `other_violate`.
         columns: that must be there.
-        hub: configuration and split of the hub's data set; a split of None stands for the only one there is.
+        place: configuration and split of the hub's data set; a split of None stands for the only one there is.
         others: what the set's other tables are called.
         types: of the columns that are no text (`bool`, `float`), for CSV files, which hold nothing but text.
+        revision: of the hub's data set: a branch, tag or commit; None for the one that is pinned, else the main branch.
+        prefer: where several files of a folder end in `name`, the one that ends in `<prefer>_<name>` is it.
 
     Raises:
         WsError: no such file, several that fit, one that is not UTF-8 or breaks its format (with the line), missing
             columns, an empty table, or a hub that cannot be read.
     """
     path, types = Path(source).expanduser(), types or {}
+    if revision is not None and not is_on_hub(source):
+        raise WsError(f"--revision is of a data set on the hub, and {source} is none.")
     if source == "pocket":
-        found = _read_file(_file_in(Path(str(files("ws") / "pocket" / "data")), name), types)
+        found = _read_file(_file_in(Path(str(files("ws") / "pocket" / "data")), name, prefer), types)
     elif path.is_dir():
-        found = _read_file(_file_in(path, name), types)
+        found = _read_file(_file_in(path, name, prefer), types)
     elif path.is_file():
-        beside = others and path.stem.endswith(tuple(others))
-        found = _read_file(_file_in(path.parent, name) if beside else path, types)
+        other = next((o for o in others if path.stem.endswith(o)), "")  # this table lies beside it, named alike
+        prefix = path.stem.removesuffix(other).rstrip("_")
+        found = _read_file(_file_in(path.parent, name, prefix) if other else path, types)
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise WsError(
             f"There is no file or folder {source}; --dataset takes one, a hub id such as owner/name, or pocket."
         )
     else:
-        found = _read_hub(source, *hub)
+        found = _read_hub(source, *place, revision)
     if not found:
         raise WsError(f"The table {name} of {source} is empty.")
     there = list(dict.fromkeys(column for row in found for column in row))
@@ -71,8 +82,21 @@ def read_rows(
     return [dict.fromkeys(there) | dict(row) for row in found]
 
 
-def _file_in(folder: Path, name: str) -> Path:
+def is_on_hub(source: str) -> bool:
+    """Whether a source of rows names a data set on the hub, and nothing on this machine."""
+    return source != "pocket" and not Path(source).expanduser().exists() and hub.parse_id(source) is not None
+
+
+def revision_of(source: str, revision: str | None = None) -> str:
+    """The revision of a data set on the hub that is read: the one asked for, else the pinned one, else `main`."""
+    name, at = hub.parse_id(source) or (source, None)
+    return revision or at or PINNED.get(name) or "main"
+
+
+def _file_in(folder: Path, name: str, prefer: str = "") -> Path:
     fitting = [f for f in sorted(folder.iterdir()) if f.suffix in _READERS and f.stem.endswith(name)]
+    if len(fitting) > 1 and prefer:
+        fitting = [f for f in fitting if f.stem.endswith(f"{prefer}_{name}")] or fitting
     if len(fitting) != 1:
         what = "no file" if not fitting else f"{len(fitting)} files"
         raise WsError(f"{folder} has {what} ending in {name} (.jsonl, .parquet or .csv); there must be one.")
@@ -166,6 +190,7 @@ _READERS: dict[str, Callable[[Path, Mapping[str, type]], list[Row]]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
+SUFFIXES = tuple(_READERS)
 
 
 def is_text(value: Any) -> bool:
@@ -173,20 +198,23 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _read_hub(source: str, config: str, split: str | None) -> list[Row]:
+def _read_hub(source: str, config: str, split: str | None, revision: str | None = None) -> list[Row]:
     import datasets  # takes seconds, and is only needed here
 
     if hub_is_out_of_reach():  # then the local cache serves, or nothing; retrying for minutes would not help
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    name, _ = hub.parse_id(source) or (source, None)
+    at = revision_of(source, revision)
     try:
-        found = datasets.load_dataset(source, config, split=split)
+        found = datasets.load_dataset(name, config, split=split, revision=at)
         if split is None:
             (found,) = found.values()
         return list(found.data.table.to_pylist())
     except Exception as problem:  # the library raises many kinds for one cause: the table could not be had
         place = f"{config}, {split}" if split else config
+        pinned = f", at the pinned revision {at}; --revision main reads the newest" if at == PINNED.get(name) else ""
         raise WsError(
-            f"The data set {source} ({place}) could not be read from the hub ({type(problem).__name__}); "
+            f"The data set {source} ({place}{pinned}) could not be read from the hub ({type(problem).__name__}); "
             "check the name and the network, or pass --dataset a local folder, or --dataset pocket."
         ) from problem
 

@@ -38,12 +38,13 @@ from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
 from ws.eval.rollout import REASONS, roll_out, thinks_aloud
 from ws.eval.stats import Estimate, estimate_mean, group_difference, holm
-from ws.eval.tables import Row, draw, draw_fact, is_text, read_rows, tolerate
+from ws.eval.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, tolerate
 from ws.models import render_prompt
 from ws.runs import read_csv
 
 NAME, VERSION = "tinymfv_airisk", 1
 HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
+CONFIGS = (HUB_CONFIG, "classic", "scifi", "ai-actor")
 HUB_NOTE = (
     "The configuration airisk of wassname/tiny-mfv has probably left the hub: its successor, moral-maps, publishes "
     "classic, scifi and ai-actor only."
@@ -87,13 +88,34 @@ class Vignette:
     own: str
 
 
-def load_vignettes(source: str, limit: int | None = None) -> tuple[Vignette, ...]:
+@dataclass(frozen=True)
+class TinymfvOptions(EvalOptions):
+    """The options of `python -m ws.eval.tinymfv_airisk`: those of every evaluation, and
+
+    Attributes:
+        config: which vignettes: `airisk`, or what its successor publishes, `classic`, `scifi` and `ai-actor`.
+        revision: of the data set on the hub: a branch, tag or commit; None for the main branch.
+    """
+
+    config: str = HUB_CONFIG
+    revision: str | None = None
+
+
+def load_vignettes(
+    source: str, limit: int | None = None, config: str = HUB_CONFIG, revision: str | None = None
+) -> tuple[Vignette, ...]:
     """Both conditions joined by id, in the order of `other_violate`; with `limit` a draw, even over foundations.
+
+    Of a folder the files of another configuration than `airisk` must be named after it, such as
+    `vignettes_classic_other_violate.jsonl`.
 
     Rows with an empty text, a rating outside 1 to 5, an id seen before, or no partner are named and left out; more
     than 5 % of them stop the run.
     """
-    other, own = (_by_id(_rows(source, condition), condition, source) for condition in CONDITIONS)
+    choose("configuration of tiny-mfv", config, CONFIGS)
+    if source == "pocket" and config != HUB_CONFIG:
+        raise WsError(f"The bundled vignettes are of the configuration {HUB_CONFIG} alone, not {config}.")
+    other, own = (_by_id(_rows(source, condition, config, revision), condition, source) for condition in CONDITIONS)
     lonely = sorted(other.keys() ^ own.keys())
     tolerate([f"id {i} in one condition only" for i in lonely], len(other) + len(own), source)
     joined = [
@@ -111,12 +133,15 @@ def draw_vignettes(vignettes: Sequence[Vignette], limit: int | None) -> tuple[Vi
     return draw(vignettes, limit, lambda vignette: vignette.foundation_coarse)
 
 
-def _rows(source: str, condition: str) -> list[Row]:
-    others = [c for c in CONDITIONS if c != condition]
+def _rows(source: str, condition: str, config: str, revision: str | None) -> list[Row]:
+    prefix = "" if config == HUB_CONFIG else f"{config}_"
+    others, place = [prefix + c for c in CONDITIONS if c != condition], (config, condition)
     try:
-        return read_rows(source, condition, COLUMNS, (HUB_CONFIG, condition), others, types={"wrong": float})
+        return read_rows(
+            source, prefix + condition, COLUMNS, place, others, {"wrong": float}, revision, prefer=HUB_CONFIG
+        )
     except WsError as problem:
-        if source == HUB_ID:
+        if source == HUB_ID and config == HUB_CONFIG:
             raise WsError(f"{problem} {HUB_NOTE}") from problem
         raise
 
@@ -397,7 +422,8 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def about(row: Mapping[str, Any], of: str = "") -> list[str]:
     """What a reader must know of the vignettes and the words of a row, as sentences."""
-    return [*notes_on(row, of), *([HUB_NOTE] if row.get("dataset") != "pocket" else [])]
+    is_airisk = row.get("dataset") != "pocket" and row.get("config") in (None, "", HUB_CONFIG)
+    return [*notes_on(row, of), *([HUB_NOTE] if is_airisk else [])]
 
 
 def render_shifts(foundations: Sequence[Mapping[str, Any]], axes: Sequence[Mapping[str, Any]]) -> str:
@@ -430,12 +456,12 @@ def _cell(row: Mapping[str, Any]) -> str:
     return f"{shift:+.2f}{interval}{star(shift, float(p or 1), NATS, problem)}"
 
 
-def _render_all(folder: Path, summary: Sequence[Mapping[str, Any]]) -> str:
+def _render_all(folder: Path, name: str, summary: Sequence[Mapping[str, Any]]) -> str:
     """The summary, and the shifts of the same interventions where there are any."""
     if not any(float(r["alpha"]) for r in summary):
         return render(summary)
     chosen = {r["intervention"] for r in summary}
-    files = (folder / f"{NAME}_{table}.csv" for table in ("foundations", "axes"))
+    files = (folder / f"{name}_{table}.csv" for table in ("foundations", "axes"))
     shifts = render_shifts(*([r for r in read_csv(file) if r["intervention"] in chosen] for file in files))
     return f"{render(summary)}\n\n{shifts}"
 
@@ -455,15 +481,19 @@ def example(context: EvalContext, vignette: Vignette, prompts: Prompts, scores: 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def evaluation(context: EvalContext) -> Evaluation:
-    """The evaluation that a context's options describe."""
+def evaluation(context: EvalContext, config: str = HUB_CONFIG, revision: str | None = None) -> Evaluation:
+    """The evaluation that a context's options describe, on one configuration of the set."""
     options, source = context.options, context.source(HUB_ID)
-    whole, prompts = load_vignettes(source), load_prompts(Prompts(), options.prompts, _SLOTS)
+    whole = load_vignettes(source, config=config, revision=revision)
+    prompts, name = load_prompts(Prompts(), options.prompts, _SLOTS), table_name(config)
     vignettes, n_think = draw_vignettes(whole, options.limit), options.n_think or 0
     words = words_of(options.prompts, own_words(source), FRAMES)
     reasons = [REASONS] if thinks_aloud(context.tok, n_think) else []
+    facts: dict[str, Any] = {"dataset": source, "n_think": n_think, "words": words}
+    facts |= {"drawn": draw_fact(vignettes, whole)} | ({} if config == HUB_CONFIG else {"config": config})
+    facts |= {"revision": revision_of(source, revision)} if is_on_hub(source) else {}
     return Evaluation(
-        name=NAME,
+        name=name,
         version=VERSION,
         items=[asdict(prompts), n_think, *reasons, [asdict(v) for v in vignettes]],
         ask=lambda: evaluate_tinymfv_airisk(
@@ -471,11 +501,16 @@ def evaluation(context: EvalContext) -> Evaluation:
         ),
         tables=lambda scores: tables(context, vignettes, scores),
         example=lambda scores: example(context, vignettes[0], prompts, scores),
-        render=partial(_render_all, context.run.folder),
-        facts={"dataset": source, "n_think": n_think, "words": words, "drawn": draw_fact(vignettes, whole)},
+        render=partial(_render_all, context.run.folder, name),
+        facts=facts,
         headlines=lambda scores: {"wrongness": signed_wrongness(scores)[:, 0]},
         readability=lambda scores: {"wrongness": readability(scores)[CONDITIONS[0]]},
     )
+
+
+def table_name(config: str = HUB_CONFIG) -> str:
+    """What the tables' names start with: `tinymfv_airisk`, or `tinymfv_<config>` for another configuration."""
+    return f"tinymfv_{config.replace('-', '_')}"
 
 
 def tables(context: EvalContext, vignettes: Sequence[Vignette], scores: ByAlpha) -> dict[str, Rows]:
@@ -491,11 +526,11 @@ def tables(context: EvalContext, vignettes: Sequence[Vignette], scores: ByAlpha)
     return found
 
 
-def main(options: EvalOptions) -> None:
+def main(options: TinymfvOptions) -> None:
     """The command `python -m ws.eval.tinymfv_airisk`."""
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(evaluation(context, options.config, options.revision)))
 
 
 if __name__ == "__main__":
-    console.run(main, EvalOptions, "python -m ws.eval.tinymfv_airisk")
+    console.run(main, TinymfvOptions, "python -m ws.eval.tinymfv_airisk")

@@ -70,7 +70,7 @@ class Point(_Read):
         level, shift: the score, and its paired difference from the base's.
         p, p_holm: of the shift; corrected over all strengths and adapters of the score that a page shows.
         kl: the KL divergence from the base there; None where it was not measured.
-        mass: the mean answer mass, over seeds the lowest.
+        mass: the mean answer mass, over seeds the lowest; None for a score that is no choice.
         read: how well the question was answered, there or at the base, and over seeds: the worst.
         low: items whose answer mass is under 0.9.
         n: items.
@@ -80,7 +80,7 @@ class Point(_Read):
     level: Interval
     shift: Interval
     p: float
-    mass: float
+    mass: float | None
     read: Readability
     low: int
     n: int
@@ -191,7 +191,8 @@ def points_of(score: Score, rows: Sequence[Row]) -> list[Point]:
 def _point(score: Score, row: Row) -> Point:
     level = Interval(*(float(row[c]) for c in (score.level, f"{score.level_ci}ci_lo", f"{score.level_ci}ci_hi")))
     shift = Interval(*(float(row[c]) for c in (score.shift, f"{score.shift}_ci_lo", f"{score.shift}_ci_hi")))
-    read, counts = of_row(row, score.mass), (int(row[score.low]), int(row[score.n]))
+    read = of_row(row, *filter(None, [score.mass]))
+    counts = int(row[score.low]) if score.low else 0, int(row[score.n])
     return Point(float(row["alpha"]), level, shift, float(row[f"{score.shift}_p"]), read.mass, read, *counts)
 
 
@@ -212,7 +213,9 @@ def _from_sweep(
     """
     found: dict[float, Point] = {}
     for row in rows:
-        if score.pooled is None or row["adapter"] != adapter or not row.get(f"{score.pooled}_mass"):
+        if score.pooled is None or row["adapter"] != adapter or not row.get(f"{score.pooled}_level"):
+            continue
+        if score.mass and not row.get(f"{score.pooled}_mass"):
             continue
         alpha = float(row["alpha"])
         here = [p for points in seeds.values() for p in points if p.alpha == alpha]
@@ -230,7 +233,8 @@ def _named(row: Row, name: str) -> Interval:
 
 
 def _pooled_point(here: Sequence[Point], level: Interval, shift: Interval, p: float) -> Point:
-    mass, read, low = min(x.mass for x in here), worst(x.read for x in here), sum(x.low for x in here)
+    masses, read = [x.mass for x in here if x.mass is not None], worst(x.read for x in here)
+    low, mass = sum(x.low for x in here), min(masses, default=None)
     return Point(here[0].alpha, level, shift, p, mass, read, low, here[0].n)
 
 

@@ -25,7 +25,7 @@ from ws.finished import finished_runs
 from ws.interventions import BASE, WEIGHT
 from ws.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.models import layer_of as decoder_layer
-from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, EXTRA, PREFERENCE, SCORES, STATEMENTS
 from ws.runs import RUN_MANIFEST, Run, data_folder, reads_otherwise, seed_flag, typed
 from ws.sweep_tables import POOLED
 
@@ -35,6 +35,8 @@ TABLES = {
     CLAIMS: ("ws eval sycophancy", {"summary": "summary", "items": "per_claim"}),
     DILEMMAS: ("ws eval airisk", {"summary": "summary", "items": "per_row"}),
     ACTS: ("ws eval tinymfv-airisk", {"summary": "summary", "items": "per_vignette"}),
+    PREFERENCE: ("ws eval preference", {"summary": "summary", "items": "per_question"}),
+    STATEMENTS: ("ws eval statements", {"summary": "summary", "items": "per_statement"}),
     CONFOUNDS: ("ws confounds", {"summary": "summary", "answers": "answers"}),
 }
 _CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
@@ -333,7 +335,7 @@ class _Reader:
         """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
         path = self.folder / f"{stage}_{file}.csv"
         if not path.is_file():
-            return self.gap(stage, "missing", command)
+            return None if stage in EXTRA else self.gap(stage, "missing", command)
         rows = read_rows(path)
         if not rows or not _holds(rows, *_needed(stage, use)):
             return self.gap(stage, "damaged", command)

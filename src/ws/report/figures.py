@@ -274,8 +274,11 @@ def _mass_strip(d: Doses, x: Scale) -> list[Markup]:
     parts += [text(_LEFT - 4, y(level) + 3.5, _tick_text(level), "end") for level in (0.0, 1.0)]
     for curve in d.curves:
         kind, shape = SERIES.get(curve.score.key, ("s1", "circle"))
-        points = _shown(curve)
-        places = [(x(p.alpha), y(min(1.0, p.mass))) for p in points]
+        points = [p for p in _shown(curve) if p.mass is not None]
+        if not points:
+            middle = (_LEFT + right) / 2, (_MASS[0] + _MASS[1]) / 2 + 4
+            return [parts[0], text(*middle, "none: the answers are given", "middle", "small")]
+        places = [(x(p.alpha), y(min(1.0, p.mass or 0.0))) for p in points]
         parts.append(tag("path", {"d": _path(places), "class": f"curve thin {kind}"}))
         for p, place in zip(points, places, strict=True):
             parts.append(marker(*place, *((shape, kind) if p.is_readable else ("cross", "bad")), 2.2))
@@ -306,7 +309,8 @@ def _dose_words(d: Doses) -> str:
     said = []
     for curve in d.curves:
         values = [
-            f"alpha {strength(p.alpha)}: {interval_text(p.level, curve.score.digits)}, answer mass {p.mass:.3f}"
+            f"alpha {strength(p.alpha)}: {interval_text(p.level, curve.score.digits)}"
+            + ("" if p.mass is None else f", answer mass {p.mass:.3f}")
             + ("" if p.is_readable else f" (not to be read: {p.read.problem})")
             + (f", {divergence_text(p.kl)}" if p.alpha else "")
             for p in _shown(curve)

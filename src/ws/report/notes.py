@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ws.eval.suite import SUITE
 from ws.export.card import public_name
 from ws.report.data import UNCERTAIN, Contents, Gap
-from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, PLACES, PREFERENCE, SCORES, STATEMENTS
 from ws.report.verdict import Caution, missing_nulls
 
-_PLACES = {CLAIMS: "claims", DILEMMAS: "dilemmas", ACTS: "acts"}
 _LABELS = {
     CLAIMS: ("Held-out claims", "claims"),
     DILEMMAS: ("Dilemmas", "dilemmas"),
     ACTS: ("tiny-mfv", "acts"),
+    PREFERENCE: ("Preference", "preference"),
+    STATEMENTS: ("Statements", "statements"),
     CONFOUNDS: ("Confounds", "checks"),
     "calibration": ("Calibration (KL and calibrated strengths)", "claims"),
     "controls": ("Random controls", "checks"),
@@ -26,11 +28,11 @@ _LABELS = {
     "pooled": ("Pooled table of a sweep (sweep_pooled.csv)", "shifts"),
     "vector": ("Vector", "provenance"),
     "dilemmas": ("Further dilemmas", "dilemmas"),
-    **{f"prompted {s}": ("A base under a system prompt, to compare with", a) for s, a in _PLACES.items()},
+    **{f"prompted {s}": ("A base under a system prompt, to compare with", a) for s, a in PLACES.items()},
 }
 # Commands that begin from a model rather than from a run, and so must be told which.
 _FROM_A_MODEL = ("ws replicate", "ws data", "ws sweep")
-ANCHORS = ("claims", "dilemmas", "acts", "shifts", "checks", "norms", "samples", "data", "provenance")
+ANCHORS = (*PLACES.values(), "shifts", "checks", "norms", "samples", "data", "provenance")
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,13 @@ def _unprompted(contents: Contents) -> list[Gap]:
     """Evaluations on the page that no prompted base was put to: there is nothing to compare the vectors with."""
     found = []
     compared = {r["score"] for r in contents.compare if r["intervention"] == "prompt"}
-    for stage in _PLACES:
+    for entry in SUITE.values():
+        stage = entry.stage
         asked = [r for r in contents.results if (stage, "summary") in r.tables]
         known = any(r.tables.get((stage, "prompt")) for r in asked)
         if asked and not known and compared.isdisjoint(s.key for s in SCORES if s.stage == stage):
-            evals = " --evals sycophancy tinymfv_airisk airisk" if stage == DILEMMAS else ""
+            more = entry.name not in ("sycophancy", "tinymfv_airisk")
+            evals = f" --evals sycophancy tinymfv_airisk {entry.name}" if more else ""
             found.append(Gap(f"prompted {stage}", "missing", f"ws compare{evals}"))
     return found
 

@@ -19,6 +19,7 @@ from ws.report.data import Contents
 from ws.report.figures import forest_figure, foundation_figures
 from ws.report.notes import Note, stale
 from ws.report.notes import notes as notes_of
+from ws.report.scores import EXTRA, PLACES
 from ws.report.tables import Table
 from ws.report.verdict import Caution, best_adapter, evidence_of, judge, plain_words, warnings_of
 from ws.report.words import clean, strength
@@ -155,6 +156,8 @@ def _dose_blocks(
     blocks = []
     for anchor, title, keys, about in sections.EVALUATIONS:
         panels = sections.dose_panels(contents, curves, keys)
+        if anchor in (PLACES[stage] for stage in EXTRA) and not (panels or notes[anchor]):
+            continue
         numbers = [tables.points_table(curves, key, contents) for key in keys]
         numbers += [tables.other_dilemmas_table(contents)] if anchor == "dilemmas" else []
         blocks.append(
@@ -179,7 +182,7 @@ def _shift_block(
     told: Mapping[str, Sequence[str]],
 ) -> Block:
     figures = []
-    for key in ("false_claims", "choices", "wrongness"):
+    for key in ("false_claims", "choices", "wrongness", "preference", "statements"):
         rows = sections.shift_rows(contents, curves, key)
         if rows:
             score = next(c.score for (k, _), c in curves.items() if k == key)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ws.eval import airisk, tinymfv_airisk
-from ws.eval.prompts import notes_on
+from ws.eval.suite import SUITE
 
-CLAIMS, DILEMMAS, ACTS, CONFOUNDS = "sycophancy", airisk.table_name(), "tinymfv_airisk", "confounds"
+CLAIMS, DILEMMAS, ACTS, PREFERENCE, STATEMENTS = (entry.stage for entry in SUITE.values())
+CONFOUNDS = "confounds"
+PLACES = {
+    CLAIMS: "claims",
+    DILEMMAS: "dilemmas",
+    ACTS: "acts",
+    PREFERENCE: "preference",
+    STATEMENTS: "statements",
+}
+# Evaluations that a page does without where no run was put to them: not every behaviour brings their items.
+EXTRA = (PREFERENCE, STATEMENTS)
 # What a reader must know of the items and the words of a row, by evaluation.
-CAVEATS = {CLAIMS: notes_on, DILEMMAS: airisk.about, ACTS: tinymfv_airisk.about}
+CAVEATS = {entry.stage: entry.about for entry in SUITE.values()}
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,8 @@ class Score:
         key, title, unit: how it is called.
         stage: the evaluation.
         level, level_ci, shift, mass, low, n: columns of its summary: value, what its interval's columns start with,
-            shift, answer mass, number of items whose mass is low, number of items.
+            shift, answer mass, number of items whose mass is low (both None for a score that is no choice), number of
+            items.
         item, value: columns of its items' table.
         pooled: what its columns in `sweep_pooled.csv` start with; None where it is not there.
         claims: what `claims_are_true` has in its rows, None for tables without that column.
@@ -34,8 +44,8 @@ class Score:
     level: str
     level_ci: str
     shift: str
-    mass: str
-    low: str
+    mass: str | None
+    low: str | None
     n: str
     item: str
     value: str
@@ -46,7 +56,7 @@ class Score:
     @property
     def anchor(self) -> str:
         """The part of the page where it stands."""
-        return {CLAIMS: "claims", DILEMMAS: "dilemmas", ACTS: "acts"}[self.stage]
+        return PLACES[self.stage]
 
     @property
     def texts(self) -> dict[str, set[str]]:
@@ -57,7 +67,7 @@ class Score:
     def numbers(self) -> dict[str, set[str]]:
         """The columns with numbers that its tables must have, by use."""
         ends = [f"{name}ci_{end}" for name in (self.level_ci, f"{self.shift}_") for end in ("lo", "hi")]
-        mine = {self.level, self.shift, f"{self.shift}_p", self.mass, self.low, self.n, *ends}
+        mine = {self.level, self.shift, f"{self.shift}_p", self.n, *ends, *filter(None, (self.mass, self.low))}
         return {"summary": {"alpha", *mine}, "items": {"alpha", self.value}}
 
 
@@ -73,5 +83,20 @@ SCORES = (
         *("wrongness", "wrongness of what other AIs do", "-1 to 1", ACTS, "wrongness", "wrongness_", "delta_wrongness"),
         *("bool_mass_other", "n_low_mass", "n_vignettes", "id", "s_other_violate", "tinymfv_airisk"),
         digits=3,
+    ),
+    Score(
+        *("preference", "preference for the behaviour's answers", "nats per token", PREFERENCE, "mean_margin", ""),
+        "shift",
+        mass=None,
+        low=None,
+        n="n",
+        item="question_id",
+        value="margin",
+        pooled="preference",
+        digits=3,
+    ),
+    Score(
+        *("statements", "statements of its traits", "nats", STATEMENTS, "mean_score", "", "shift", "mean_pmass"),
+        *("n_low_pmass", "n", "statement_id", "score", "statements"),
     ),
 )

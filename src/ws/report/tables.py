@@ -64,7 +64,7 @@ def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ..
         f"{interval_text(p.shift, score.digits)}{p.mark}" if steered else "",
         p_text(p.p).removeprefix("= ") if tested else "",
         p_text(p.p_holm).removeprefix("= ") if tested and p.p_holm is not None else "",
-        f"{p.mass:.3f}",
+        "" if p.mass is None else f"{p.mass:.3f}",
         divergence_text(p.kl).removeprefix("KL ") if steered else "",
         str(p.n),
     )
@@ -133,7 +133,9 @@ def other_dilemmas_table(contents: Contents) -> Table:
                 problems.append(p.read.problem)
                 kl = divergence_at([run], p.alpha)
                 shown = _point_row(run.name, r["value_class"], replace(p, kl=kl), score)
-                how = airisk.EARLIER.get(r["protocol"], r["protocol"]), r.get("words") or "not on record"
+                protocol = airisk.EARLIER.get(r["protocol"], r["protocol"])
+                protocol += f", {r['config']}" if r.get("config") else ""
+                how = protocol, r.get("words") or "not on record"
                 rows.append((*shown[:2], *how, *shown[2:6], *shown[7:]))
     first = ("run", "values", "protocol", "words", "alpha", "value [95 %]", "shift [95 %]", "p")
     header = (*first, "answer mass", "KL", "items")

@@ -155,7 +155,7 @@ def judge(contents: Contents, evidence: Sequence[Evidence]) -> Verdict:
     readable, sure, expected = _classes(contents, evidence)
     named = _named(contents, evidence)
     if named is None:
-        best = max(evidence, key=lambda e: e.point.mass).point.read
+        best = max(evidence, key=lambda e: e.point.mass or 0.0).point.read
         return Verdict(
             NO_CONCLUSION,
             f"the model is not answering the question under steering ({best.problem} at best), so its scores mean "

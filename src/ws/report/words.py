@@ -57,8 +57,9 @@ def divergence_text(kl: Divergence | None) -> str:
 
 def cost_text(p: Point) -> str:
     """What an effect cost: the answer mass, or why it cannot be read, and the divergence from the base in nats."""
-    answered = f"answer mass {p.mass:.3f}" if p.is_readable else f"not to be read: {p.read.problem}"
-    return f"{answered}, {divergence_text(p.kl)}"
+    if not p.is_readable:
+        return f"not to be read: {p.read.problem}, {divergence_text(p.kl)}"
+    return f"{'' if p.mass is None else f'answer mass {p.mass:.3f}, '}{divergence_text(p.kl)}"
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
