@@ -85,7 +85,7 @@ def _claims_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) 
 
 def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> str | None:
     """The same of the two answers to held-out questions."""
-    margins = _preference_margins(model, tok, behavior)
+    margins = preference_margins(model, tok, behavior)
     if len(margins) < 2:
         return None
     e = estimate_mean(margins)
@@ -94,10 +94,13 @@ def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
     return f"the base does not tell positive from negative answers ({_said(e)} nats per token, {e.n} questions of dev)"
 
 
-def _preference_margins(
+def preference_margins(
     model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, system: str = ""
 ) -> Float[np.ndarray, "questions"]:
-    """`log p(positive) - log p(negative)` per token, in the mean over the answers of every question of `dev`."""
+    """`log p(positive) - log p(negative)` per token, in the mean over the answers of every question of `dev`.
+
+    None of them where the behaviour brings no such questions. `system` is the system prompt, by default none.
+    """
     dev = [p for p in behavior.preferences if p.split == "dev"]
     if not dev:
         return np.empty(0)
@@ -118,7 +121,7 @@ def _persona_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
             pair = [_ask(model, tok, behavior, false, system).logratio for system in (positive, negative)]
             differences.append(behavior.effect * (pair[0] - pair[1]))
         else:
-            pair = [_preference_margins(model, tok, behavior, system) for system in (positive, negative)]
+            pair = [preference_margins(model, tok, behavior, system) for system in (positive, negative)]
             differences.append(pair[0] - pair[1])
     if not differences or len(differences[0]) < 2:
         return []

@@ -1,4 +1,4 @@
-"""One behaviour, one adapter, end to end: pairs, two arms, the vector, and a first reading on held-out claims.
+"""One behaviour, one adapter, end to end: pairs, two arms, the vector, and a first reading on what is held out.
 
 `python -m ws.replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora` writes `out/honesty/lora/`. Running
 it again skips what is finished and continues what is not.
@@ -12,18 +12,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from tabulate import tabulate
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.adapters import family, peft_config
-from ws.behaviors import Behavior, load_behavior
+from ws.behaviors import Behavior, Preference, brought_or_named, load_behavior
 from ws.controls import exchange_half, same_side
 from ws.data import (
     PAIRS_FILE,
     DataConfig,
+    Pair,
     data_preset,
     generate_pairs,
     hashed_pairs,
@@ -32,11 +35,11 @@ from ws.data import (
 )
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
-from ws.eval import sycophancy
+from ws.eval import preference, sycophancy
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext, EvalOptions, rounding_notes
-from ws.eval.readable import MARK, NATS, Readability, mass_text, notes, worst
-from ws.eval.stats import N_BOOTSTRAP, Estimate
+from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, worst
+from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
 from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt, tokenizer_hash
 from ws.report import write_report
@@ -46,6 +49,12 @@ from ws.train import SIGNS, TrainConfig, train_preset, train_stage
 
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 CONTROLS = ("none", "shuffled", "same-side")
+NOT_KNOWN = (
+    "Whether it is the behaviour that moves it is not known before nulls are trained (--control shuffled and --control "
+    "same-side, then ws compare)."
+)
+# Where both arms of a null learn the very same answers, the second is initialised and ordered by another seed.
+SECOND_TRAINING = 1000
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class ReplicateConfig:
         out: where everything goes.
         seed: of both arms' initialisation and order.
         alphas: steering strengths of the first reading; 0 is always included.
-        split: which held-out claims to read, `report` or `dev`.
+        split: which held-out claims and questions to read, `report` or `dev`.
         n_bootstrap: resamples per interval.
         device, dtype: see `ws.load_model`.
         fresh: start over, forgetting what is on disk.
@@ -116,10 +125,13 @@ class Reading:
         folder: the run's folder.
         pairs: the folder of the contrast pairs.
         vector: the steering vector.
-        false_claims, true_claims: scores by alpha.
-        span: the mean paired difference of log ratios between `span_alphas`, on false claims.
+        false_claims, true_claims: scores by alpha; empty for a behaviour without claims.
+        preference: the margins of the held-out questions by alpha, in nats per token (`ws.eval.preference`); empty for
+            a behaviour without.
+        span: the mean paired difference between `span_alphas`: of log ratios on false claims, or of preference where
+            there are no claims.
         span_alphas: the lower and the upper strength compared, those nearest to -1 and +1.
-        effect: the sign the behaviour file expects of it.
+        effect: the sign that is expected of it.
         samples: one question of the pool answered greedily at every strength.
         control: which null the vector is, `none` for a vector of the behaviour.
     """
@@ -134,17 +146,22 @@ class Reading:
     effect: int
     samples: tuple[Sample, ...]
     control: str = "none"
+    preference: Mapping[float, Float[np.ndarray, "questions"]] = field(default_factory=dict)
 
     @property
-    def lowest_mass(self) -> float:
-        """The smallest mean answer mass at base and at the two strengths compared."""
-        return min(float(self.false_claims[a].pmass.mean()) for a in (0.0, *self.span_alphas))
+    def lowest_mass(self) -> float | None:
+        """The smallest mean answer mass at base and at the two strengths compared; None without claims."""
+        return min(
+            (float(self.false_claims[a].pmass.mean()) for a in (0.0, *self.span_alphas) if self.false_claims),
+            default=None,
+        )
 
     @property
     def moves(self) -> bool:
-        """The span is more than chance and no smaller than 0.2 nats, and the model was answering the question."""
+        """The span is more than chance and no smaller than the floor, and the model was answering the question."""
         is_readable = not Readability(self.lowest_mass).problem
-        return is_readable and self.span.excludes_zero and abs(self.span.mean) >= NATS
+        floor = NATS if self.false_claims else PER_TOKEN
+        return is_readable and self.span.excludes_zero and abs(self.span.mean) >= floor
 
     @property
     def as_expected(self) -> bool:
@@ -161,7 +178,10 @@ def replicate(config: ReplicateConfig) -> Reading:
     _check(config)
     family(config.adapter)
     behavior = load_behavior(config.behavior, config.model)
-    behavior.test.select(config.split, is_true=False)
+    if behavior.claims is not None:
+        behavior.claims.select(config.split, is_true=False)
+    elif not _questions(behavior, config.split):
+        raise WsError(f"The behaviour {behavior.name} has nothing held out in the split {config.split!r} to read.")
     console.say(f"{behavior.name} x {config.adapter} on {config.model}")
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
@@ -174,10 +194,12 @@ def replicate(config: ReplicateConfig) -> Reading:
         pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
     for sign in SIGNS:
         stages.begin(f"train {sign}", f"in {run.folder / sign}", like=f"train {SIGNS[0]}")
-        train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, config.seed)
+        twice = config.control == "same-side" and bool(behavior.pairs) and sign == SIGNS[1]
+        seed = config.seed + SECOND_TRAINING * twice
+        train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed)
     stages.begin("vector", f"in {run.folder / 'vector'}")
     vector = _vector(model, run, behavior, config)
-    stages.begin("held-out claims", f"({config.split})")
+    stages.begin("first reading", f"of what is held out ({config.split})")
     reading = _read(model, tok, vector, behavior, run, config)
     stages.end()
     console.say(str(stages))
@@ -206,21 +228,31 @@ def _pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: R
 def _control_pairs(
     model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig, pairs: Path, run: Run
 ) -> Path:
-    """The pairs of a control, made of the behaviour's own (and for `same-side` of as many with another data seed)."""
+    """The pairs of a control, made of the behaviour's own (and for `same-side` of as many with another data seed).
+
+    Brought pairs have one positive answer to a question: there both arms learn that one, by two training seeds.
+    """
     file, second = run.folder / PAIRS_FILE, pairs.parent / "second"
     own, digest = hashed_pairs(pairs)
     inputs = {"pairs": digest}
-    if config.control == "same-side":
+    if config.control == "same-side" and not behavior.pairs:
         other = replace(config.data, data_seed=config.data.data_seed + 1)
         generate_pairs(model, tok, behavior, second, other, config.fresh and config.fresh_data)
         others, inputs["second"] = hashed_pairs(second / PAIRS_FILE)
     with run.alone("control"):
         stage = run.stage("control", {"control": config.control, "seed": config.seed}, inputs)
         if stage is not None:
-            made = same_side(own, others) if "second" in inputs else exchange_half(own, config.seed)
+            if config.control == "shuffled":
+                made = exchange_half(own, config.seed)
+            else:
+                made = same_side(own, others) if "second" in inputs else [_doubled(p) for p in own]
             write_text(file, pair_lines(made))
             stage.done([file], kept=sum(p.drop is None for p in made))
     return file
+
+
+def _doubled(pair: Pair) -> Pair:
+    return replace(pair, neg=pair.pos, neg_tokens=pair.pos_tokens, neg_cut=pair.pos_cut)
 
 
 def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: ReplicateConfig) -> SteeringVector:
@@ -276,22 +308,52 @@ def _read(
     config: ReplicateConfig,
 ) -> Reading:
     alphas = _alphas(config)
+    low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
     context = EvalContext(_eval_options(config), model, tok, vector, run)
+    false, true = _read_claims(context, behavior, config) if behavior.claims else ({}, {})
+    margins = _read_preference(context, behavior, config)
+    with steer(model, vector, 0.0) as dial:
+        samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)
+    span = (
+        claim_shift(false[high], false[low], config.n_bootstrap)
+        if false
+        else estimate_mean(margins[high] - margins[low], config.n_bootstrap)
+    )
+    pairs = data_folder(config.out, config.model, behavior.name)
+    compared, effect = (low, high), behavior.effect
+    reading = Reading(run.folder, pairs, vector, false, true, span, compared, effect, samples, config.control, margins)
+    _record(reading, run, tokenizer_hash(tok))
+    return reading
+
+
+Claims = Mapping[float, ClaimScores]
+
+
+def _read_claims(context: EvalContext, behavior: Behavior, config: ReplicateConfig) -> tuple[Claims, Claims]:
+    """The scores of false and of true claims by strength."""
     evaluation = sycophancy.evaluation(context, behavior, config.split)
     measured = context.measure(evaluation)
     context.record(evaluation, measured)
-    claims = sycophancy.held_out(behavior.test, config.split)
-    scores = sycophancy.as_claim_scores(claims, measured)
+    scores = sycophancy.as_claim_scores(sycophancy.held_out(behavior.test, config.split), measured)
     false, true = ({a: p for a, s in scores.items() if (p := s.of_kind(kind))} for kind in (False, True))
-    with steer(model, vector, 0.0) as dial:
-        samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)
-    low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
-    span = claim_shift(false[high], false[low], config.n_bootstrap)
-    pairs = data_folder(config.out, config.model, behavior.name)
-    effect = behavior.effect
-    reading = Reading(run.folder, pairs, vector, false, true, span, (low, high), effect, samples, config.control)
-    _record(reading, run, tokenizer_hash(tok))
-    return reading
+    return false, true
+
+
+def _questions(behavior: Behavior, split: str) -> tuple[Preference, ...]:
+    return tuple(p for p in behavior.preferences if p.split == split)
+
+
+def _read_preference(
+    context: EvalContext, behavior: Behavior, config: ReplicateConfig
+) -> dict[float, Float[np.ndarray, "questions"]]:
+    """The margins of the held-out questions by strength; empty where the split has none."""
+    items = _questions(behavior, config.split)
+    if not items:
+        return {}
+    evaluation = preference.evaluation(context, behavior, config.split)
+    measured = context.measure(evaluation)
+    context.record(evaluation, measured)
+    return {alpha: preference.margins(items, scores) for alpha, scores in measured.items()}
 
 
 def _eval_options(config: ReplicateConfig) -> EvalOptions:
@@ -321,7 +383,7 @@ def _record(reading: Reading, run: Run, tokenizer: str) -> None:
     span = asdict(reading.span) | {"alphas": list(reading.span_alphas)}
     inputs = {"vector": vector_digest(reading.vector)}
     facts = {"control": reading.control, "expected_sign": reading.effect, "as_expected": reading.as_expected}
-    settings = {"alphas": sorted(reading.false_claims), "tokenizer_hash": tokenizer}
+    settings = {"alphas": sorted(reading.false_claims or reading.preference), "tokenizer_hash": tokenizer}
     with run.alone("reading"):
         stage = run.restart("reading", settings, inputs)
         files = [write_json(run.folder / "samples.json", [asdict(s) for s in reading.samples])]
@@ -332,7 +394,25 @@ def _record(reading: Reading, run: Run, tokenizer: str) -> None:
 
 
 def render(reading: Reading, n_boot: int = N_BOOTSTRAP) -> str:
-    """The reading as text: the dose-response table, a small plot, and the verdict in one sentence."""
+    """The reading as text: the dose-response tables, a small plot, and the verdict in a sentence or two."""
+    claims = [_claims_table(reading, n_boot)] if reading.false_claims else []
+    preferences = [_preference_table(reading, n_boot)] if reading.preference else []
+    said = [verdict(reading), *agreement(reading, n_boot)] if reading.false_claims else []
+    said += preference_verdict(reading, n_boot)
+    return "\n\n".join([*claims, *preferences, plot(reading), answers(reading), *said])
+
+
+def _preference_table(reading: Reading, n_boot: int) -> str:
+    rows = []
+    for alpha, margins in sorted(reading.preference.items()):
+        level, shift = (estimate_mean(x, n_boot) for x in (margins, margins - reading.preference[0.0]))
+        cells = (f"{e.mean:+.3f} [{e.ci_lo:+.3f}, {e.ci_hi:+.3f}]" for e in (level, shift))
+        rows.append([f"{alpha:+g}", *cells, f"{(margins > 0).mean():.0%}"])
+    header = ["alpha", "log p(positive) - log p(negative), per token", "shift", "prefers positive"]
+    return tabulate(rows, header, disable_numparse=True)
+
+
+def _claims_table(reading: Reading, n_boot: int) -> str:
     rows, problems = [], list[str]()
     for alpha, scores in sorted(reading.false_claims.items()):
         row = summary_row({}, alpha, scores, reading.false_claims[0.0], n_boot)
@@ -350,9 +430,7 @@ def render(reading: Reading, n_boot: int = N_BOOTSTRAP) -> str:
             ]
         )
     header = ["alpha", "log P(Yes)/P(No), false claims", "shift", "shift, true claims", "answer mass"]
-    table = tabulate(rows, header, disable_numparse=True)
-    said = [verdict(reading), *agreement(reading, n_boot)]
-    return "\n\n".join([table, *notes(problems), plot(reading), answers(reading), *said])
+    return "\n\n".join([tabulate(rows, header, disable_numparse=True), *notes(problems)])
 
 
 def _shift(claims: Mapping[float, ClaimScores], alpha: float) -> float:
@@ -385,7 +463,8 @@ def answers(reading: Reading) -> str:
 
 def plot(reading: Reading, width: int = 41) -> str:
     """A dose-response curve in characters: one line per alpha, `o` at the mean, `|` at the base."""
-    means = {a: float(s.logratio.mean()) for a, s in sorted(reading.false_claims.items())}
+    curve = {a: s.logratio for a, s in reading.false_claims.items()} or reading.preference
+    means = {a: float(values.mean()) for a, values in sorted(curve.items())}
     low, high = min(means.values()), max(means.values())
     scale = (width - 1) / (high - low) if high > low else 0.0
     base = round((means[0.0] - low) * scale)
@@ -395,7 +474,8 @@ def plot(reading: Reading, width: int = 41) -> str:
         cells[base] = "|"
         cells[round((mean - low) * scale)] = "o"
         lines.append(f"  alpha {alpha:+4g}  {''.join(cells)}  {mean:+.2f}")
-    return "\n".join([*lines, "              disagrees" + " " * (width - 16) + "agrees"])
+    ends = ("disagrees", "agrees") if reading.false_claims else ("negative", "positive")
+    return "\n".join([*lines, f"              {ends[0]}{ends[1].rjust(width - len(ends[0]) - 1)}"])
 
 
 def as_data(reading: Reading) -> dict[str, Any]:
@@ -406,19 +486,23 @@ def as_data(reading: Reading) -> dict[str, Any]:
         "span": {**asdict(reading.span), "alphas": reading.span_alphas},
         "lowest_mass": reading.lowest_mass,
         "control": reading.control,
-        "rows": read_values(reading.folder / "sycophancy_summary.csv"),
+        "rows": read_values(reading.folder / f"{sycophancy.NAME}_summary.csv") if reading.false_claims else [],
+        "preference": read_values(reading.folder / f"{preference.NAME}_summary.csv") if reading.preference else [],
         "samples": reading.samples,
     }
 
 
 def written(reading: Reading) -> list[Path]:
     """What a replication leaves, in the order in which a reader wants it."""
-    names = ("vector", "sycophancy_summary.csv", "samples.json", "manifest.json")
-    return [reading.folder / name for name in names]
+    tables = [f"{sycophancy.NAME}_summary.csv"] if reading.false_claims else []
+    tables += [f"{preference.NAME}_summary.csv"] if reading.preference else []
+    return [reading.folder / name for name in ("vector", *tables, "samples.json", "manifest.json")]
 
 
 def verdict(reading: Reading) -> str:
     """One sentence on the span between two strengths: what moved, and never that the behaviour moved it."""
+    if not reading.false_claims:
+        return preference_verdict(reading)[0]
     s, n, (low, high) = reading.span, len(reading.false_claims[0.0].claims), reading.span_alphas
     between = f"Between alpha {low:+g} and {high:+g} agreement with false claims"
     numbers = f"{s.mean:+.2f} nats [{s.ci_lo:+.2f}, {s.ci_hi:+.2f}] over {n} held-out claims, one seed"
@@ -429,20 +513,36 @@ def verdict(reading: Reading) -> str:
     if not reading.moves:
         return f"{between} does not move beyond chance by {NATS} nats or more: {numbers}."
     way = "rise" if reading.effect > 0 else "fall"
-    return (
-        f"{between} moves by {numbers}; the behaviour file expects it to {way}. Whether it is the behaviour that moves "
-        "it is not known before nulls are trained (--control shuffled and --control same-side, then ws compare)."
-    )
+    return f"{between} moves by {numbers}; the behaviour file expects it to {way}. {NOT_KNOWN}"
+
+
+def preference_verdict(reading: Reading, n_boot: int = N_BOOTSTRAP) -> list[str]:
+    """The same on the preference between held-out answers; nothing for a behaviour without."""
+    if not reading.preference:
+        return []
+    low, high = reading.span_alphas
+    moved = reading.preference[high] - reading.preference[low]
+    e = estimate_mean(moved, n_boot)
+    numbers = f"{e.mean:+.3f} nats per token [{e.ci_lo:+.3f}, {e.ci_hi:+.3f}] over {e.n} held-out questions, one seed"
+    between = f"Between alpha {low:+g} and {high:+g} the preference for the positive answer"
+    if reading.control != "none":
+        return [f"{between} moves by {numbers}, with a {reading.control} null: a vector of the behaviour must do more."]
+    if not e.excludes_zero or abs(e.mean) < PER_TOKEN:
+        return [f"{between} does not move beyond chance by {PER_TOKEN} nats per token or more: {numbers}."]
+    return [f"{between} moves by {numbers}; it is expected to rise. {NOT_KNOWN}"]
 
 
 def main(config: ReplicateConfig) -> None:
     """The command `ws replicate`."""
+    name = brought_or_named(config.behavior, config.pairs, config.columns, config.out)
+    config = replace(config, behavior=name, pairs=None, columns=())
     reading = replicate(config)
     files, following = written(reading), ""
     if config.control == "none":
         files.append(write_report(config.out, config.behavior))
         following = f"read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter"
-    dtype = str(Run(reading.folder).facts(sycophancy.NAME)["config"]["dtype"])
+    measured = sycophancy.NAME if reading.false_claims else preference.NAME
+    dtype = str(Run(reading.folder).facts(measured)["config"]["dtype"])
     text = "\n\n".join([render(reading, config.n_bootstrap), *rounding_notes([dtype])])
     console.show(console.Result(text, as_data(reading), files, following))
 

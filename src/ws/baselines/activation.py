@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ws.acting import preference_margins
 from ws.behaviors import Behavior, Claim
 from ws.console import progress
 from ws.data import Pair, answer_ids, prompt_ids
@@ -441,17 +442,17 @@ def activation_steer(
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What steering after one block does to the `dev` claims.
+    """What steering after one block does to the held-out items of `dev`.
 
     Attributes:
         layer: the block.
         alpha, minus: the positive and the negative strength tried.
         norm: of what was added at the positive one, `alpha ‖a^l‖`.
-        span: mean change of `logP(agree) - logP(disagree)` on false claims from the negative strength to the positive
-            one, in nats.
+        span: mean change from the negative strength to the positive one, in nats: of the preference per token where the
+            behaviour brings questions with both answers, else of `logP(agree) - logP(disagree)` on false claims.
         span_true: the same on true claims; None when there are none.
         effect: `span` with the sign that the behaviour should give it, so that more is better.
-        pmass: the lowest mean answer mass of either sign.
+        pmass: the lowest mean answer mass of either sign; None for preference.
     """
 
     layer: int
@@ -461,7 +462,7 @@ class LayerScore:
     span: float
     span_true: float | None
     effect: float
-    pmass: float
+    pmass: float | None
 
 
 @dataclass(frozen=True)
@@ -488,12 +489,12 @@ def choose_layer(
     batch_size: int | None = None,
     strengths: Mapping[int, tuple[float, float]] | None = None,
 ) -> LayerChoice:
-    """Choose the one layer to steer after, on the behaviour's `dev` claims and on nothing else.
+    """Choose the one layer to steer after, on the behaviour's held-out items of `dev` and on nothing else.
 
     Args:
         model, tok: the base.
         vector: what to steer with.
-        behavior: whose claims are put to the model as in `ws.evaluate_sycophancy`.
+        behavior: whose questions with both answers are read, or else whose claims as in `ws.evaluate_sycophancy`.
         alpha: the strength to compare layers at.
         norm: compare them at equal norms of what is added, `alpha = norm / ‖a^l‖`, instead.
         position: see `activation_steer`.
@@ -521,7 +522,7 @@ def choose_layer(
     scores = tuple(
         _score_layer(model, tok, vector, behavior, i, pair, position, batch_size) for i, pair in pairs.items()
     )
-    whole = [s for s in scores if s.pmass >= LOW_MASS]
+    whole = [s for s in scores if s.pmass is None or s.pmass >= LOW_MASS]
     if not whole:
         raise WsError(
             f"Steering breaks the answers at each of the {len(scores)} layers tried (mass under {LOW_MASS}); use less."
@@ -539,11 +540,18 @@ def _score_layer(
     position: str,
     batch_size: int | None,
 ) -> LayerScore:
+    low, high = strengths
+    facts: dict[str, Any] = {"layer": layer, "alpha": high, "minus": low, "norm": high * vector.norms[layer]}
+    if any(p.split == "dev" for p in behavior.preferences):
+        with activation_steer(model, vector, low, layer, position) as dial:
+            below = preference_margins(model, tok, behavior)
+            dial.alpha = high
+            span = float((preference_margins(model, tok, behavior) - below).mean())
+        return LayerScore(**facts, span=span, span_true=None, effect=span, pmass=None)
     test = behavior.test
     claims: list[Claim] = sorted((c for c in test.claims if c.split == "dev"), key=lambda c: c.is_true)
     n_false = len(test.select("dev", is_true=False))
     prompts = [render_prompt(tok, test.question.format(claim=c.text), opener=test.opener) for c in claims]
-    low, high = strengths
     with activation_steer(model, vector, low, layer, position) as dial:
         minus = score_choices(model, tok, prompts, (test.agree, test.disagree), batch_size)
         dial.alpha = high
@@ -551,10 +559,7 @@ def _score_layer(
     change = plus.logratio - minus.logratio
     span = float(change[:n_false].mean())
     return LayerScore(
-        layer=layer,
-        alpha=high,
-        minus=low,
-        norm=high * vector.norms[layer],
+        **facts,
         span=span,
         span_true=float(change[n_false:].mean()) if len(claims) > n_false else None,
         effect=test.effect * span,
