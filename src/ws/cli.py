@@ -80,21 +80,36 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Replicate honesty on the bundled pocket model and print its dose-response curve.
+    """Steer a model that is at hand offline, end to end, and print its dose-response curve and answers to read.
 
     Attributes:
+        model: `pocket`, made for this project (a minute); or `smollm2`, a small real one (ten minutes).
         adapter: an adapter family, or `all` for the six.
-        behavior: `honesty` or `sycophancy`.
+        behavior: by default honesty on pocket, and truthfulness on smollm2.
+        n_topics: questions to train on; None for the default of `ws data`.
         out: where everything goes.
         seed: of both arms.
         fresh: start over, forgetting what is on disk.
     """
 
+    model: str = "pocket"
     adapter: str = "lora"
     behavior: str = "honesty"
+    n_topics: int | None = None
     out: Path = Path("out")
     seed: int = 0
     fresh: bool = False
+
+    @classmethod
+    def preset(cls, model: str = "pocket") -> DemoConfig:
+        """The defaults for a model."""
+        return cls(model=model, behavior="truthfulness", n_topics=160) if model == "smollm2" else cls(model=model)
+
+
+_ABOUT = {
+    "pocket": "Honesty is built into the pocket model: this shows that the pipeline works, not how large models behave.",
+    "smollm2": "SmolLM2-135M-Instruct is a real model, which was not trained here; at its size it knows plain facts only.",
+}
 
 
 def demo(config: DemoConfig) -> None:
@@ -106,9 +121,11 @@ def demo(config: DemoConfig) -> None:
     chosen = list(FAMILIES) if config.adapter == "all" else [choose("adapter", config.adapter, [*FAMILIES, "all"])]
     texts, data, files = list[str](), dict[str, Any](), list[Path]()
     for number, adapter in enumerate(chosen):
+        preset = ReplicateConfig.preset(config.model, adapter)
         options = replace(
-            ReplicateConfig.preset("pocket", adapter),
+            preset,
             behavior=config.behavior,
+            data=preset.data if config.n_topics is None else replace(preset.data, n_topics=config.n_topics),
             out=config.out,
             seed=config.seed,
             fresh=config.fresh,
@@ -117,13 +134,12 @@ def demo(config: DemoConfig) -> None:
         reading = replicate(options if number == 0 else replace(options, fresh_data=False))
         if len(chosen) > 1:
             console.say(verdict(reading))
-        texts.append(f"{config.behavior} x {adapter} on pocket\n\n{render(reading)}\n")
+        texts.append(f"{config.behavior} x {adapter} on {config.model}\n\n{render(reading)}\n")
         data[adapter], files = as_data(reading), files + written(reading)
-    texts.append(
-        "Honesty is built into the pocket model, so this shows that the pipeline works, not how large models behave."
-    )
+    texts.append(_ABOUT.get(config.model, ""))
     files.append(write_report(config.out, config.behavior))
-    following = f"open {files[-1]}, then ws replicate --model Qwen/Qwen3-0.6B --behavior honesty --adapter lora"
+    further = "demo --model smollm2" if config.model == "pocket" else "replicate --model Qwen/Qwen3-0.6B"
+    following = f"open {files[-1]}, then ws {further}"
     console.show(console.Result("\n".join(texts), {"runs": data}, files, following))
 
 
