@@ -107,8 +107,8 @@ class DemoConfig:
 
 
 _ABOUT = {
-    "pocket": "Honesty is built into the pocket model: this shows that the pipeline works, not how large models behave.",
-    "smollm2": "SmolLM2-135M-Instruct is a real model, which was not trained here; at its size it knows plain facts only.",
+    "pocket": "Honesty is built into the pocket model: this shows that the pipeline works, and not how models behave.",
+    "smollm2": "SmolLM2-135M-Instruct is a real model that was not trained here; it is small and knows plain facts only.",
 }
 
 
