@@ -108,7 +108,7 @@ class DemoConfig:
 
 _ABOUT = {
     "pocket": "Honesty is built into the pocket model: this shows that the pipeline works, and not how models behave.",
-    "smollm2": "SmolLM2-135M-Instruct is a real model that was not trained here; it is small and knows plain facts only.",
+    "smollm2": "SmolLM2-135M-Instruct is a real model, not trained here; it is small and knows only plain facts.",
 }
 
 
