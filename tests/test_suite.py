@@ -180,11 +180,12 @@ def test_their_slopes_are_finite_differences_of_the_evaluations(out, tiny, monke
         test = slope_test(model, vector, score, batch_size=3)
         assert test.n == {"preference": len(QUESTIONS), "statements": 16}[name]
         assert test.value == pytest.approx(measure().mean(), abs=1e-5)
-        ends = []
-        for alpha in (-0.02, 0.02):
+        at = {}
+        for alpha in (-0.02, -0.01, 0.01, 0.02):
             with ws.steer(model, vector, alpha):
-                ends.append(measure().mean())
-        assert test.slope == pytest.approx((ends[1] - ends[0]) / 0.04, rel=2e-2, abs=1e-5)
+                at[alpha] = measure().mean()
+        difference = (8 * (at[0.01] - at[-0.01]) - (at[0.02] - at[-0.02])) / 0.12  # exact to the fourth order
+        assert test.slope == pytest.approx(difference, rel=2e-2, abs=5e-5)
 
 
 def test_the_slope_command_takes_both(out, capsys):
@@ -202,6 +203,7 @@ def test_a_comparison_measures_both_at_matched_divergence(out, capsys):
         interventions=("weight", "prompt"),
         evals=BOTH,
         n_prompts=6,
+        target=0.01,  # random weights cannot be led far away
         n_draws=2,
         capability=False,
         n_bootstrap=100,

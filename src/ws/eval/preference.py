@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from tabulate import tabulate
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -95,7 +95,7 @@ def question_numbers(items: Sequence[Preference]) -> Int[np.ndarray, "pairs"]:
     return np.array([numbers[text] for text in texts])
 
 
-def by_question(items: Sequence[Preference], values: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "questions"]:
+def by_question(items: Sequence[Preference], values: Shaped[np.ndarray, "pairs"]) -> Float[np.ndarray, "questions"]:
     """The mean over the pairs of every question."""
     numbers = question_numbers(items)
     return np.bincount(numbers, weights=values) / np.bincount(numbers)
@@ -293,6 +293,7 @@ def evaluation(context: EvalContext, behavior: Behavior, split: str = "report") 
         render=partial(_render_all, context.run.folder),
         facts={
             "dataset": options.dataset or f"{behavior.name} preferences",
+            "n_think": 0,
             "words": OWN,
             "drawn": draw_fact(range(n_drawn), range(n_questions)),
         },
