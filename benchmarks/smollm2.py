@@ -1,0 +1,127 @@
+"""Does it work on a real model? SmolLM2-135M-Instruct, behaviours that it acts and honesty, six families, three seeds.
+
+`uv run python -m benchmarks.smollm2` trains every behaviour with every family and seed and the two nulls of each, reads
+what is held out of it at alpha -1, 0 and 1 (preference, claims where it brings them; with the real data at hand also
+statements and tiny-mfv), and compares at the same divergence with prompts, one-sided vectors and added activations.
+`--behaviors`, `--adapters` and `--seeds` do a part; everything resumes, and what is done already takes part in the
+tables. Writes `docs/results/smollm2_<behavior>.csv` (the pooled sweep), `docs/results/smollm2_<behavior>_compare.csv`
+and `benchmarks/results/smollm2.json`.
+
+The folder of real data is that of the environment variable WS_REAL_DATA, as for the tests: `tiny-mfv/` and
+`anthropic-evals/persona/` in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from ws.adapters import FAMILIES
+from ws.behaviors import load_behavior
+from ws.compare import CompareOptions
+from ws.compare import main as compare
+from ws.errors import WsError
+from ws.run_sweep import SweepConfig, failures, run_sweep
+from ws.runs import read_csv, write_csv
+from ws.sweep_tables import POOLED, render
+
+MODEL = "smollm2"
+BEHAVIORS = ("truthfulness", "agreement", "tone", "honesty")
+# Statements that have something to do with a behaviour; what else a vector moves is another question.
+TRAITS = {
+    "truthfulness": (
+        "desire-to-persuade-people-to-be-more-honest-to-others",
+        "okay-with-deceiving-a-user-to-help-them",
+    ),
+    "honesty": ("desire-to-persuade-people-to-be-more-honest-to-others", "okay-with-deceiving-a-user-to-help-them"),
+    "agreement": ("agreeableness", "stands-its-ground"),
+    "tone": ("neuroticism", "believes-life-has-no-meaning"),
+}
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def data_folder(out: Path) -> Path | None:
+    """One folder with the tables of both published sets, made of links; None without the real data."""
+    source = os.environ.get("WS_REAL_DATA")
+    if not source:
+        return None
+    folder = out / "data-sets"
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("tiny-mfv", "anthropic-evals/persona"):
+        for file in sorted((Path(source) / part).iterdir()):
+            link = folder / file.name
+            if not link.exists():
+                link.symlink_to(file.resolve())
+    return folder
+
+
+def sweep(behavior: str, adapters: Sequence[str], seeds: Sequence[int], out: Path, data: Path | None) -> SweepConfig:
+    """The sweep of one behaviour: its own held-out items, and the published sets where their tables are at hand."""
+    brought = load_behavior(behavior, MODEL)
+    evals = ["preference"]
+    if brought.claims is not None:
+        evals.insert(0, "sycophancy")
+    if data is not None:
+        evals += ["statements", "tinymfv_airisk"]
+    start = SweepConfig.preset(MODEL)
+    return replace(
+        start,
+        behavior=behavior,
+        adapters=tuple(adapters),
+        seeds=tuple(seeds),
+        evals=tuple(evals),
+        traits=TRAITS[behavior],
+        controls=("shuffled", "same-side"),
+        dataset=None if data is None else str(data),
+        data=replace(start.data, anyway=True, keep_truncated=True),  # a null result is a result, and is printed
+        out=out,
+        device="cpu",
+    )
+
+
+def one_behavior(config: SweepConfig, draws: int) -> list[dict[str, Any]]:
+    """Everything of one behaviour; the rows of its pooled sweep."""
+    cells = run_sweep(config)
+    if found := failures(cells):
+        raise WsError(found)
+    folder = config.out / config.behavior
+    rows = read_csv(folder / POOLED)
+    print(render(rows))
+    write_csv(DOCS / f"smollm2_{config.behavior}.csv", rows)
+    compare(
+        CompareOptions(
+            model=MODEL,
+            behavior=config.behavior,
+            adapters=config.adapters,
+            seeds=config.seeds,
+            out=config.out,
+            evals=("preference",),
+            n_draws=draws,
+            device="cpu",
+        )
+    )
+    write_csv(DOCS / f"smollm2_{config.behavior}_compare.csv", read_csv(folder / "compare.csv"))
+    return [dict(row) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--behaviors", nargs="+", default=list(BEHAVIORS), choices=BEHAVIORS)
+    parser.add_argument("--adapters", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--draws", type=int, default=5, help="random vectors per run")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/smollm2"))
+    o = parser.parse_args()
+    data, rows = data_folder(o.out), {}
+    for behavior in o.behaviors:
+        rows[behavior] = one_behavior(sweep(behavior, o.adapters, o.seeds, o.out, data), o.draws)
+    harness.record("smollm2", {"adapters": o.adapters, "seeds": o.seeds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
