@@ -212,6 +212,8 @@ def generate_pairs(
         described = _with_sampling(described, _sampling(model, config), model, stages)
     if not fresh and Run(folder).is_finished("pairs", described):  # other settings stop here, before anyone waits
         return read_pairs(folder)
+    if not config.anyway and (problems := base_problems(model, tok, behavior)):  # before anything is on record
+        raise WsError(f"On this base {behavior.name} promises nothing: {'; '.join(problems)}. --anyway goes on.")
     with lock(folder / PAIRS_FILE):
         run = Run(folder, fresh)
         if not fresh:
@@ -221,8 +223,6 @@ def generate_pairs(
             return read_pairs(folder)
         if fresh:
             (folder / _PARTIAL_FILE).unlink(missing_ok=True)
-        if not config.anyway and (problems := base_problems(model, tok, behavior)):
-            raise WsError(f"On this base {behavior.name} promises nothing: {'; '.join(problems)}. --anyway goes on.")
         if behavior.pairs:
             pairs = brought_pairs(model, tok, behavior, config)
         else:
