@@ -111,12 +111,14 @@ def _pairs(rows: Sequence[Row], where: str) -> list[tuple[int, tuple[Row, Row]]]
     at, index = 0, 0
     while at < len(rows):
         pair = tuple(rows[at : at + 2])
-        problem = _problem(pair, seen)
+        problem, place = _problem(pair, seen), 0
+        if problem is None:
+            problem, place = _bad_list(pair)
         if problem is None:
             pairs.append((index, (pair[0], pair[1])))
             seen.add(_key(pair))
         else:
-            bad.append(f"row {at + 1} {problem}")
+            bad.append(f"row {at + place + 1} {problem}")
         alone = problem is not None and problem.startswith("stands alone")
         at, index = at + (1 if alone else 2), index + 1
     tolerate(bad, len(rows) // 2 or 1, where)
@@ -130,14 +132,18 @@ def _problem(pair: Sequence[Row], seen: set[tuple[str, ...]]) -> str | None:
         return "and the next are actions of two different dilemmas"
     if not all(is_text(row["dilemma"]) and is_text(row["action"]) and _action(row) for row in pair):
         return "has an empty dilemma or action"
-    for place, row in enumerate(pair):
-        for column in (c for c in _LISTS if row.get(c) is not None):
-            if _texts(row[column]) is None:
-                which = "" if place == 0 else "and the next belong together, and the next "
-                return f"{which}has {column} that are no list of texts: {row[column]!r:.60}"
-    if not all(_list(row["values"]) for row in pair):
+    if any(_texts(row["values"]) == [] for row in pair):
         return "has an empty list of values"
     return "occurs twice" if _key(pair) in seen else None
+
+
+def _bad_list(pair: Sequence[Row]) -> tuple[str | None, int]:
+    """What is wrong with the lists of a pair, and in which of its rows."""
+    for place, row in enumerate(pair):
+        for column in _LISTS:
+            if _texts(row.get(column)) is None:
+                return f"has {column} that are no list of texts: {row[column]!r:.60}", place
+    return None, 0
 
 
 def _key(pair: Sequence[Row]) -> tuple[str, ...]:
@@ -159,7 +165,10 @@ def _list(value: object) -> list[str]:
 
 
 def _texts(value: object) -> list[str] | None:
-    """A list of texts, or such a list in a text, in JSON or as Python prints it; None for anything else."""
+    """A list of texts, or such a list in a text, in JSON or as Python prints it; None for anything else. An empty cell
+    is an empty list."""
+    if value is None:
+        return []
     if isinstance(value, str):
         try:
             value = json.loads(value)
