@@ -185,22 +185,22 @@ def test_fewer_questions_leave_the_others_for_calibration(tiny, tmp_path):
 def test_pairs_on_the_command_line_are_a_behaviour_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text(jsonl([{"prompt": r["question"]} | r for r in ROWS]))
-    name = brought_or_named("honesty", "mine.jsonl", ("question=prompt",), tmp_path / "out")
+    name = brought_or_named("honesty", "mine.jsonl", ("question:prompt",), tmp_path / "out")
     assert name == str(tmp_path / "out" / "behaviors" / "mine.toml")
     assert len(ws.load_behavior(name).pairs) == 32
-    assert brought_or_named("honesty", "mine.jsonl", ("question=prompt",), tmp_path / "out") == name
+    assert brought_or_named("honesty", "mine.jsonl", ("question:prompt",), tmp_path / "out") == name
     with pytest.raises(ws.WsError, match="says something else"):
         brought_or_named("honesty", "mine.jsonl", (), tmp_path / "out")
     with pytest.raises(ws.WsError, match="Did you mean 'positive'"):
-        brought_or_named("honesty", "mine.jsonl", ("postive=a",), tmp_path / "out")
-    with pytest.raises(ws.WsError, match="role=column"):
+        brought_or_named("honesty", "mine.jsonl", ("postive:a",), tmp_path / "out")
+    with pytest.raises(ws.WsError, match="role:column"):
         brought_or_named("honesty", "mine.jsonl", ("question",), tmp_path / "out")
     with pytest.raises(ws.WsError, match="There is no file"):
         brought_or_named("honesty", "yours.jsonl", (), tmp_path / "out")
     with pytest.raises(ws.WsError, match="--columns is for"):
-        brought_or_named("honesty", None, ("question=prompt",), tmp_path / "out")
+        brought_or_named("honesty", None, ("question:prompt",), tmp_path / "out")
     assert brought_or_named("honesty", None, (), tmp_path / "out") == "honesty"
-    main(DataCommand("tiny-random", pairs="mine.jsonl", columns=("question=prompt",), data=DataConfig(anyway=True)))
+    main(DataCommand("tiny-random", pairs="mine.jsonl", columns=("question:prompt",), data=DataConfig(anyway=True)))
     assert "32 of 32 pairs kept" in capsys.readouterr().out
     assert (tmp_path / "out" / "data" / "tiny-random" / "mine" / "pairs.jsonl").is_file()
 
@@ -307,7 +307,7 @@ def test_a_margin_filter_drops_what_leaks_its_persona(pocket, tmp_path):
 def test_cut_answers_teach_no_end_of_turn(tiny, tmp_path):
     model, tok = tiny
     behavior = ws.load_behavior("honesty", "pocket")
-    config = DataConfig(n_topics=8, n_samples=1, max_new_tokens=6, data_batch=8, anyway=True)
+    config = DataConfig(n_topics=8, n_samples=1, max_new_tokens=2, data_batch=8, anyway=True)
     with pytest.raises(ws.WsError, match="truncated"):
         generate_pairs(model, tok, behavior, tmp_path / "a", config)
     pairs = generate_pairs(model, tok, behavior, tmp_path / "b", replace(config, keep_truncated=True))

@@ -185,7 +185,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def build(name: str, noise: float = 0.1) -> PreTrainedModel:
     """A random model in which no norm is 1 and no bias 0."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(EVERY[name]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(EVERY[name])).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * noise)

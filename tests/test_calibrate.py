@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -685,8 +685,8 @@ def behave(tmp_path, vector, trained, dropped=0, recipe=None):
         for i, q in enumerate(questions[:trained])
     ]
     file = data_folder(tmp_path, "pocket", "honesty") / "pairs.jsonl"
-    write_text(file, "".join(json.dumps(asdict(p)) + "\n" for p in made))
-    arms = {"pairs_sha256": sha256_json([asdict(p) for p in made])} if recipe is None else recipe
+    write_text(file, "".join(json.dumps(p.as_row()) + "\n" for p in made))
+    arms = {"pairs_sha256": sha256_json([p.as_row() for p in made])} if recipe is None else recipe
     recipe = {"op": "+", "terms": [arms, {"op": "*", "scalar": -1.0, "of": arms}]}
     replace(vector, recipe=recipe).save(tmp_path / "honesty" / "lora" / "vector")
     return questions

@@ -260,7 +260,7 @@ def test_a_local_folder_goes_the_way_of_a_hub_id(tmp_path):
     config = ReplicateConfig.preset(str(tmp_path / "model"), "dora")
     assert config.train.lr is None
     config = replace(config, out=tmp_path / "out", alphas=(0.0, 2.0), train=replace(config.train, lr=1e-2, batch=4))
-    config = replace(config, data=replace(config.data, n_topics=16, n_samples=1))
+    config = replace(config, data=replace(config.data, n_topics=16, n_samples=1, anyway=True))
     reading = replicate(config)
     assert len(reading.false_claims[0.0].claims) == 12
     assert {n.split(".")[2] for n in reading.vector.deltas} == {"1", "2"}, "layers 30 to 80 %"

@@ -347,7 +347,9 @@ def test_greedy_answers_are_the_argmax_whatever_the_model_advises(tiny):
         return last
 
     def sample(question):
-        (answer,) = _samples(model, tok, mock.Mock(questions=[question]), mock.Mock(), [0.0], 24)
+        (answer,) = _samples(
+            model, tok, replace(ws.load_behavior("honesty", "pocket"), questions=(question,)), mock.Mock(), [0.0], 24
+        )
         return answer.answer
 
     def said():
@@ -435,7 +437,7 @@ def test_a_model_without_settings_is_sampled_with_a_stated_default(tiny, tmp_pat
 def test_options_reach_the_sampling(tiny, tmp_path, behavior):
     model, tok = tiny
     for number, batch in enumerate((5, None)):
-        cold = replace(SMALL, data_batch=batch, temperature=1e-6)
+        cold = replace(SMALL, data_batch=batch, temperature=1e-6, keep_truncated=True)
         pairs = generate_pairs(model, tok, behavior, tmp_path / f"{number}", cold)
         prompts = [render_prompt(tok, p.question, system=behavior.positive[0]) for p in pairs]
         assert [p.pos for p in pairs] == [a.text for a in sample_answers(model, tok, prompts, SMALL.max_new_tokens)]

@@ -544,8 +544,15 @@ def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
                     test = slope_test(context.model, context.vector, score, options.batch_size)
                     rows.append(summary_row(context.key, test) | evaluation.brief)
                     parts += [row | evaluation.brief for row in per_module_rows(context.key, test)]
-            stage.done([write_csv(file, table) for file, table in zip(files, (rows, parts), strict=True)])
+            tables = zip(files, (with_every_column(rows), with_every_column(parts)), strict=True)
+            stage.done([write_csv(file, table) for file, table in tables])
         return console.Result(render(*map(read_csv, files)), {"rows": read_values(files[0])}, files)
+
+
+def with_every_column(rows: Rows) -> Rows:
+    """The rows with the columns of all of them, empty where a row has none: evaluations say different facts."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [columns | row for row in rows]
 
 
 def summary_row(key: Mapping[str, Any], test: SlopeTest) -> dict[str, Any]:

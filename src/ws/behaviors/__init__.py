@@ -178,8 +178,8 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
         behavior: the one named, used where there are no pairs.
         pairs: a file (`.jsonl`, `.csv`, `.parquet`) or the id of a data set on the hub, `owner/name` with a
             `@revision` behind it or not.
-        columns: `role=column` for roles of `ws.behaviors.answered.ROLES` whose column has another name; `config=...`
-            and `hub_split=...` for data sets on the hub.
+        columns: `role:column` for roles of `ws.behaviors.answered.ROLES` whose column has another name; `config:...`
+            and `hub_split:...` for data sets on the hub.
         out: where runs are.
 
     Raises:
@@ -191,9 +191,9 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
         return behavior
     table = _source_of(pairs)
     for text in columns:
-        role, equals, column = text.partition("=")
-        if not (equals and column.strip()):
-            raise WsError(f"--columns takes role=column, such as question=prompt, not {text!r}.")
+        role, colon, column = text.partition(":")
+        if not (colon and column.strip()):
+            raise WsError(f"--columns takes role:column, such as question:prompt, not {text!r}.")
         choose("role of a column", role, sorted(SOURCE_KEYS - {"file", "hub", "revision"}))
         table[role] = column
     name = re.sub(r"[^\w.-]+", "-", Path(table.get("hub", table.get("file", ""))).stem).strip("-.") or "pairs"
