@@ -210,7 +210,7 @@ def _candidates(
     if top_k is not None and top_k + _TIES < scores.shape[-1]:
         few, ids = scores.topk(top_k + _TIES, dim=-1)
         warped = warpers(ids, few)
-        if bool(warped[:, -1].isneginf().all()):  # else more tokens tie with the last than there is room for
+        if bool((few[:, top_k - 1] > few[:, -1]).all()):  # else more tokens tie with the last than there is room for
             ids, order = ids.sort(dim=-1)
             return ids, warped.gather(1, order)
     ids = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
@@ -240,7 +240,7 @@ def sample_rows(
         ends: tokens that end an answer.
         settings: see `sampling_settings`.
         batch_size: rows at a time; None starts at 64, on a CPU at fewer where their keys and values take more than
-            1 GiB, and halves while memory does not suffice.
+            1 GiB, and takes fewer while memory does not suffice.
 
     Returns:
         The tokens of every answer, the one that ends it included.

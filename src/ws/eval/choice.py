@@ -218,11 +218,11 @@ def takes_padding(model: PreTrainedModel) -> bool:
 
 
 def padded_groups(model: PreTrainedModel, rows: Sequence[Sized]) -> list[list[int]]:
-    """The numbers of the rows that may be padded to one batch: of all, or of those of one length at a time."""
-    padded, groups = takes_padding(model), dict[int, list[int]]()
-    for i, row in enumerate(rows):
-        groups.setdefault(0 if padded else len(row), []).append(i)
-    return list(groups.values())
+    """The numbers of the rows that may go through the model together: all of them, or each alone.
+
+    Rows of one length would need no padding, but RWKV of transformers mixes the rows of a batch when it decodes.
+    """
+    return [list(range(len(rows)))] if takes_padding(model) else [[i] for i in range(len(rows))]
 
 
 def in_groups(
