@@ -176,8 +176,9 @@ def test_fewer_questions_leave_the_others_for_calibration(tiny, tmp_path):
     behavior = ws.load_behavior(str(behavior_file(tmp_path)))
     pairs = generate_pairs(model, tok, behavior, tmp_path / "pairs", DataConfig(n_topics=10, anyway=True))
     assert len(pairs) == len({p.question for p in pairs}) == 10
-    with pytest.raises(ws.WsError, match="--n-topics 33"):
-        generate_pairs(model, tok, behavior, tmp_path / "more", DataConfig(n_topics=33, anyway=True))
+    assert len(generate_pairs(model, tok, behavior, tmp_path / "more", DataConfig(n_topics=33, anyway=True))) == 32
+    with pytest.raises(ws.WsError, match="--n-topics -1 is out of range"):
+        generate_pairs(model, tok, behavior, tmp_path / "none", DataConfig(n_topics=-1, anyway=True))
     with pytest.raises(ws.WsError, match="--min-margin compares personas"):
         generate_pairs(model, tok, behavior, tmp_path / "margin", DataConfig(min_margin=0.1, anyway=True))
 

@@ -280,9 +280,9 @@ def _with_sampling(
 
 
 def brought_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> list[Pair]:
-    """The pairs that a behaviour brings, of `n_topics` of their questions evenly spread; lengths in tokens."""
+    """The pairs that a behaviour brings, of at most `n_topics` of their questions evenly spread; lengths in tokens."""
     questions = list(dict.fromkeys(p.question for p in behavior.pairs))
-    wanted = _count("--n-topics", config.n_topics, len(questions))
+    wanted = _count("--n-topics", min(config.n_topics or len(questions), len(questions)), len(questions))
     picked = {questions[i * len(questions) // wanted] for i in range(wanted)}
     both = []
     for p in behavior.pairs:
