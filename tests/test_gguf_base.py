@@ -42,6 +42,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "stored", "tied"), [
     ("llama", "Q4_1", True), ("llama", "F16", False), ("qwen2", "Q8_0", True), ("qwen3", "Q4_0", False),
+    ("qwen3", "BF16", False),
 ])  # fmt: skip
 def test_the_model_is_the_file_dequantised(kind, stored, tied, tok, tmp_path):
     """Its logits are those of the architecture with every stored block expanded by the reference code of `gguf`."""
