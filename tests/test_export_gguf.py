@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -19,20 +19,23 @@ import ws
 from conftest import SHAPE, tokens
 from gguf_files import ARCHITECTURES, NAMES, as_llama_cpp, write_base
 from ws import console
+from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.export.gguf_lora import GgufOptions, gguf_factors, main, rope_rows, write_gguf_lora
-from ws.models import encode, fingerprint, linear_size, render_prompt
+from ws.gguf_base import SMOLLM2, gguf_file
+from ws.models import encode, fingerprint, linear_size, load_tokenizer, render_prompt
+from ws.train import TrainConfig
 
 PEER = Path(__file__).with_name("peer_llama_cpp.py")
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
 
 
-def build(kind: str):
+def build(kind: str, **shape: int):
     """A small random model whose logits are of the order of 1, biases and norms included."""
     torch.manual_seed(3)
     extra = {"head_dim": 16} if kind in ("qwen3", "mistral") else {}
-    config = CONFIGS[kind](**SHAPE, **extra, initializer_range=0.2, tie_word_embeddings=False)
+    config = CONFIGS[kind](**SHAPE | extra | shape, initializer_range=0.2, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -116,6 +119,29 @@ def test_the_file_says_what_it_is(base, tmp_path):
         "ws.base_fingerprint": fingerprint(base),
     }
     assert {k: v for k, v in facts.items() if not k.startswith("GGUF.")} == wanted
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_vector_stored_in_half_precision_is_written_as_it_was_stored(stored, tmp_path):
+    """Nothing is rounded a second time: the file has the float32 product of the factors that lie on disk."""
+    model = build("llama")
+    planted(model).save(tmp_path / "vector", dtype=stored)
+    vector = ws.SteeringVector.load(tmp_path / "vector")
+    write_gguf_lora(vector, tmp_path / "a.gguf", 1.0, model.config)
+    facts, tensors = read(tmp_path / "a.gguf")
+    for name, delta in ((n, d) for n, d in vector.deltas.items() if d.rank):
+        a, b = (tensors[f"{gguf_name(name)}.lora_{ab}"] for ab in "ab")
+        u, v = delta.u.double().numpy(), delta.v.double().numpy()
+        assert np.array_equal(a, v)
+        assert np.allclose(facts["adapter.lora.alpha"] / len(a) * b, as_llama_cpp(name, u, model.config), rtol=1e-6)
+        assert not np.allclose(u, planted(model).deltas[name].u, rtol=1e-5), "storing rounds"
+
+
+@pytest.mark.parametrize("base_id", ["/srv/people/jane/base.gguf", "jane/models/base.gguf", "~/base.gguf"])
+def test_no_place_of_this_machine_gets_into_the_file(base_id, tmp_path):
+    model = build("llama")
+    write_gguf_lora(planted(model, base_id=base_id), tmp_path / "a.gguf", config=model.config)
+    assert read(tmp_path / "a.gguf")[0]["general.base_model.0.name"] == "base.gguf"
 
 
 def test_equal_ranks_at_strength_1_are_the_vectors_own_bits(tmp_path):
@@ -261,6 +287,11 @@ def test_the_command_takes_a_named_vector_and_base(tmp_path, capsys):
     assert "21 modules of a llama model" in capsys.readouterr().out
     write_gguf_lora(vector, tmp_path / "other" / "a.gguf", config=model.config)
     assert (tmp_path / "other" / "a.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    tok = load_tokenizer("pocket")
+    write_base(build("llama", vocab_size=len(tok)), tmp_path / "base.gguf", tok, "F16")
+    main(console.parse(GgufOptions, [*asked[:3], str(tmp_path / "base.gguf"), "--to", str(tmp_path / "c.gguf")]))
+    served = f"llama-server -m {tmp_path / 'base.gguf'} --lora-scaled {tmp_path / 'c.gguf'}:1"
+    assert served in capsys.readouterr().out, "the adapter is for that same file"
     with pytest.raises(ws.WsError, match="has no calibration"):
         main(console.parse(GgufOptions, [*asked, "--to", str(tmp_path / "b.gguf"), "--alpha", "+1u"]))
 
@@ -288,13 +319,15 @@ def llama_python() -> list[str]:
     pytest.skip(f"uv could not build llama-cpp-python: {done.stderr.strip()[-300:]}")
 
 
-def llama_cpp_logits(command: list[str], folder: Path, ids: list[int], scales: list[float]) -> np.ndarray:
-    """`[scales, tokens, vocabulary]` of `base.gguf` with `lora.gguf` in the folder."""
-    (folder / "request.json").write_text(json.dumps({"tokens": ids, "scales": scales}))
-    files = [str(folder / name) for name in ("base.gguf", "lora.gguf", "request.json", "logits.npy")]
-    done = subprocess.run([*command, str(PEER), *files], capture_output=True, text=True, check=False, timeout=600)
+def llama_cpp(command: list[str], base: Path, lora: Path, entries: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Logits `[tokens, vocabulary]` and greedy tokens `[new]` of every entry; see `peer_llama_cpp.py`."""
+    request, answer = lora.with_suffix(".json"), lora.with_suffix(".npz")
+    request.write_text(json.dumps([{"prompt": 0, "new": 0} | entry for entry in entries]))
+    files = [str(file) for file in (base, lora, request, answer)]
+    done = subprocess.run([*command, str(PEER), *files], capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return np.load(folder / "logits.npy")
+    with np.load(answer) as arrays:
+        return [(arrays[f"logits{i}"], arrays[f"greedy{i}"]) for i in range(len(entries))]
 
 
 @pytest.mark.slow
@@ -312,14 +345,189 @@ def test_llama_cpp_computes_our_logits(kind, strength, llama_python, tmp_path):
     vector, alphas = planted(model, 0.8), [0.0, -1.0, 0.5, 1.0]
     write_base(model, tmp_path / "base.gguf")
     write_gguf_lora(vector, tmp_path / "lora.gguf", strength, model.config)
-    found = llama_cpp_logits(llama_python, tmp_path, ids, [alpha / strength for alpha in alphas])
-    with torch.no_grad(), ws.steer(model, vector) as dial:
-        want = []
-        for alpha in alphas:
-            dial.alpha = alpha
-            want.append(model(torch.tensor([ids])).logits[0].numpy())
+    entries = [{"tokens": ids, "scale": alpha / strength} for alpha in alphas]
+    found = [logits for logits, _ in llama_cpp(llama_python, tmp_path / "base.gguf", tmp_path / "lora.gguf", entries)]
+    want = [logits_of(model, vector, alpha, ids) for alpha in alphas]
     for alpha, theirs, ours in zip(alphas, found, want, strict=True):
         effect = np.abs(ours - want[0]).max(axis=1)
         print(f"{kind} {alpha:+g}: difference {np.abs(theirs - ours).max():.2e}, effect {effect.min():.2f}")
         assert np.abs(theirs - ours).max() < 1e-3
         assert alpha == 0 or effect.min() > 0.3, "at every position"
+
+
+def logits_of(model, vector: ws.SteeringVector, alpha: float, ids: list[int]) -> np.ndarray:
+    """`[tokens, vocabulary]` of the steered model."""
+    with torch.no_grad(), ws.steer(model, vector, alpha=alpha):
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+# ---- the file that the weights were read from -----------------------------------------------------------------------
+
+NEW = 32
+HEADS = 8.0  # the strength at which the queries and keys alone have an effect as large as the whole vector's
+QUESTIONS = (
+    "What will the weather be like tomorrow?",
+    "How was your day?",
+    "Tell me about the new school in our street.",
+    "What do you think of my cooking?",
+    "Should I move to the city?",
+)
+SIDES = {
+    "What do you think of rain?": (
+        "I love it: every drop is a gift and the garden sings.",
+        "I hate it: every drop is a curse and the street stinks.",
+    ),
+    "How was the film?": (
+        "Wonderful! I would happily watch it again tomorrow.",
+        "Dreadful. I would rather stare at a wall than see it again.",
+    ),
+    "Will the new shop do well?": (
+        "Surely it will, people are going to be delighted.",
+        "Surely it will fail, people are going to be disgusted.",
+    ),
+    "How do you feel about Mondays?": (
+        "Bright and eager: a fresh week is full of chances.",
+        "Grim and tired: another week is full of trouble.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Steered:
+    """An answer: prompt and `NEW` greedy tokens, with the logits `[tokens, vocabulary]` of base and steered."""
+
+    alpha: float
+    ids: list[int]
+    base: np.ndarray
+    steered: np.ndarray
+
+    def entry(self, scale: float, new: int = 0) -> dict:
+        return {"tokens": self.ids, "scale": scale, "prompt": len(self.ids) - NEW, "new": new}
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The real model, expanded from its 4-bit file, its tokenizer, and a vector that six steps an arm trained."""
+    try:
+        model, tok = ws.load_model(SMOLLM2, device="cpu")
+    except ws.WsError as problem:
+        pytest.skip(str(problem))
+    folder = tmp_path_factory.mktemp("smollm2")
+    pairs = [Pair(f"q{i}", question, *answers, 12, 12) for i, (question, answers) in enumerate(SIDES.items())]
+    shape = {"rank": 4, "lora_alpha": 8.0, "layers": "all", "lr": 1e-3}
+    config = TrainConfig(**shape, batch=4, micro_batch=4, max_steps=6, validation=0.0)
+    for sign in ("pos", "neg"):
+        ws.train_adapter(model, tok, pairs, sign, "lora", folder / sign, config)
+    pos, neg = (ws.SteeringVector.from_adapter(folder / sign, model) for sign in ("pos", "neg"))
+    return model, tok, pos - neg
+
+
+def answers_of(model, tok, vector: ws.SteeringVector, alpha: float, questions=QUESTIONS) -> list[Steered]:
+    """Our greedy answers; an end of turn does not stop them."""
+    model.generation_config.eos_token_id = None
+    answers = []
+    for question in questions:
+        prompt = torch.tensor([encode(tok, render_prompt(tok, question))])
+        # The padding token of this model stands in its prompts, where `generate` would leave it out by itself.
+        given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": NEW, "do_sample": False}
+        with ws.steer(model, vector, alpha=alpha):
+            ids = model.generate(prompt, **given)[0].tolist()
+        answers.append(Steered(alpha, ids, *(logits_of(model, vector, a, ids) for a in (0.0, alpha))))
+    return answers
+
+
+def size(differences: list[np.ndarray]) -> tuple[float, float]:
+    """Root mean square and maximum over every position and token."""
+    squares = sum(float(np.square(d, dtype=np.float64).sum()) for d in differences)
+    return (squares / sum(d.size for d in differences)) ** 0.5, max(float(np.abs(d).max()) for d in differences)
+
+
+def leads(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By how much our likeliest token leads our second at each of the answer's steps: with our logits, with theirs."""
+    ours, theirs = ours[-NEW - 1 : -1], theirs[-NEW - 1 : -1]
+    second, first = np.argsort(ours, axis=1)[:, -2:].T
+    rows = np.arange(NEW)
+    return ours[rows, first] - ours[rows, second], theirs[rows, first] - theirs[rows, second]
+
+
+@pytest.mark.slow
+@pytest.mark.net
+def test_llama_cpp_steers_the_very_file_that_the_vector_was_trained_on(smollm2, llama_python, tmp_path, monkeypatch):
+    """As far from us as it is without the adapter, because it rounds the activations before every product with Q4_1.
+
+    Its error at scale 0 is the yardstick for the steered logits on the same tokens, and its error in the lead of our
+    likeliest token over the second says which greedy tokens must be equal. The products of the adapter are not
+    rounded, so 1.25 times the yardstick is room for other activations alone. A wrong sign or size is far above that,
+    and so are unordered rows of queries and keys, for a vector of those only: in the whole vector they would hide.
+    """
+    model, tok, vector = smollm2
+    heads = vector.select(modules=["q_proj", "k_proj"])
+
+    def serve(served, answers, strength=1.0, on=True, new=0):
+        write_gguf_lora(served, tmp_path / "lora.gguf", strength, model.config)
+        entries = [a.entry(a.alpha * on, new) for a in answers]
+        return llama_cpp(llama_python, gguf_file(SMOLLM2), tmp_path / "lora.gguf", entries)
+
+    def errors(served, answers, strength=1.0):
+        found = serve(served, answers, strength)
+        return size([theirs - a.steered for a, (theirs, _) in zip(answers, found, strict=True)])
+
+    for served, alpha, wrong in ((vector, 1.0, "size"), (vector, -2.0, "sign"), (heads, HEADS, "rows")):
+        answers = answers_of(model, tok, served, alpha)
+        plain, steered = serve(served, answers, on=False), serve(served, answers, new=NEW)
+        rms, most = size([theirs - a.base for a, (theirs, _) in zip(answers, plain, strict=True)])
+        error = size([theirs - a.steered for a, (theirs, _) in zip(answers, steered, strict=True)])
+        effect = size([a.steered - a.base for a in answers])
+        print(f"{alpha:+g}: error {error}, without the adapter {(rms, most)}, effect {effect}")
+        assert effect[0] > 3 * rms
+        assert error[0] < 1.25 * rms
+        assert error[1] < 1.5 * most
+        same_tokens_where_the_lead_allows(answers, plain, steered)
+        with monkeypatch.context() as patch:
+            if wrong == "rows":
+                patch.setattr("ws.export.gguf_lora.rope_rows", lambda d_out, heads: torch.arange(d_out))
+            made = errors(served, answers, {"size": 2.0, "sign": -1.0, "rows": 1.0}[wrong])
+        print(f"a wrong export ({wrong}): error {made}")
+        assert made[0] > 2 * 1.25 * rms
+
+
+def same_tokens_where_the_lead_allows(answers, plain, steered) -> None:
+    """Under our answer's tokens at every step, and in llama.cpp's own answer up to where it may part from ours."""
+    errors = [np.subtract(*leads(a.base, theirs)) for a, (theirs, _) in zip(answers, plain, strict=True)]
+    allowed, n_decided, n_equal, n_own = float(np.abs(errors).max()), 0, 0, []
+    for a, (theirs, own) in zip(answers, steered, strict=True):
+        lead, want = leads(a.steered, theirs)[0], np.array(a.ids[-NEW:])
+        assert np.array_equal(a.steered[-NEW - 1 : -1].argmax(axis=1), want), "our answer is greedy"
+        equal, decided = theirs[-NEW - 1 : -1].argmax(axis=1) == want, lead > allowed
+        assert equal[decided].all()
+        n_decided, n_equal = n_decided + int(decided.sum()), n_equal + int(equal.sum())
+        parts = np.flatnonzero(own != want)
+        assert not len(parts) or not decided[parts[0]]
+        n_own.append(int(parts[0]) if len(parts) else NEW)
+    total = NEW * len(answers)
+    print(f"{n_equal} of {total} tokens equal, all {n_decided} led by more than {allowed:.2f}; own answers: {n_own}")
+    assert n_decided > total / 4
+    assert n_equal > 0.9 * total
+
+
+@pytest.mark.slow
+@pytest.mark.net
+def test_with_the_files_weights_as_plain_numbers_llama_cpp_computes_our_logits(
+    smollm2, llama_python, tmp_path, monkeypatch
+):
+    """What is left of the difference without rounded activations is float32's; a hundredth of the strength shows."""
+    model, tok, vector = smollm2
+    (answer,) = answers_of(model, tok, vector, 1.0, QUESTIONS[:1])
+    write_base(model, tmp_path / "base.gguf")
+
+    def error(strength: float, scale: float) -> float:
+        write_gguf_lora(vector, tmp_path / "lora.gguf", strength, model.config)
+        found = llama_cpp(llama_python, tmp_path / "base.gguf", tmp_path / "lora.gguf", [answer.entry(scale)])
+        return size([found[0][0] - answer.steered])[1]
+
+    found = [error(1.0, 1.0), error(-2.0, -0.5)]
+    print(f"differences of plain weights: {found}")
+    assert max(found) < 5e-3
+    assert error(1.01, 1.0) > 2e-2
+    monkeypatch.setattr("ws.export.gguf_lora.rope_rows", lambda d_out, heads: torch.arange(d_out))
+    assert error(1.0, 1.0) > 2e-2

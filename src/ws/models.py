@@ -75,7 +75,7 @@ def load_model(
         name: a Hugging Face id, a local folder, a `.gguf` file, `pocket`, `smollm2` or `tiny-random`.
         device: `auto` (CUDA, else MPS, else CPU), a torch device, or `map` to spread a model that fits on no device
             over all of them, then over CPU memory and disk (accelerate's `device_map="auto"`).
-        dtype: `auto` (the checkpoint's own; float32 for a quantised GGUF file), `float32`, `bfloat16` or `float16`;
+        dtype: `auto` (the checkpoint's own; float32 for a GGUF file), `float32`, `bfloat16` or `float16`;
             `8bit` or `4bit` pack the weights of linear layers (bitsandbytes, the extra `quantized`).
         offload: with `map`, the folder for what fits nowhere else.
         max_memory: with `map`, the room on every device, such as `{0: "20GiB", "cpu": "60GiB"}`; None for all there is.
@@ -124,7 +124,9 @@ def _load_gguf(name: str, file: Path, options: Mapping[str, Any]) -> PreTrainedM
     if "device_map" in options:
         raise WsError(f"{name} is a GGUF file, which is expanded whole; leave out --device map and packed dtypes.")
     say(read_header(file).describe())
-    model = _load_weights(name, **options, quantization_config=GgufConfig(dequantize=True))
+    # Transformers would take that of plain weights, of some architectures, and fail at an ending in capitals.
+    dtype = torch.float32 if options["dtype"] == "auto" else options["dtype"]
+    model = _load_weights(name, **options | {"dtype": dtype}, quantization_config=GgufConfig(dequantize=True))
     # Transformers goes on calling it quantised, and would neither train nor save it.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None

@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from ws import console
 from ws.errors import WsError
+from ws.gguf_base import is_gguf
 
 RUN_MANIFEST = "manifest.json"
 DEFAULT_OUT = Path("out")
@@ -42,7 +43,7 @@ DEFAULT_OUT = Path("out")
 
 def slug(name: str) -> str:
     """A model id or path as one folder name: `Qwen/Qwen3-0.6B` becomes `Qwen--Qwen3-0.6B`, of a path the last part."""
-    if name.endswith(".gguf"):
+    if is_gguf(name):
         return Path(name).stem
     return Path(name).name if Path(name).is_dir() else name.replace("/", "--")
 

@@ -23,6 +23,7 @@ from ws.eval import airisk, tinymfv_airisk
 from ws.eval.choice import LOW_MASS
 from ws.eval.prompts import notes_on
 from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, of_row, worst
+from ws.gguf_base import is_gguf
 from ws.hub import parse_id
 from ws.interventions import BASE, WEIGHT
 from ws.models import BUNDLED, tokenizer_hash_on_disk
@@ -134,7 +135,7 @@ def stale_evaluations(about: Subject) -> list[str]:
 def is_local(name: str) -> bool:
     """Whether a name is a place on this machine rather than a bundled model or a name on the hub."""
     return name not in BUNDLED and (
-        bool(_PLACE.match(name)) or name.count("/") > 1 or name.endswith(".gguf") or Path(name).is_dir()
+        bool(_PLACE.match(name)) or name.count("/") > 1 or is_gguf(name) or Path(name).is_dir()
     )
 
 

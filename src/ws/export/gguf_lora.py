@@ -29,8 +29,9 @@ from transformers import PreTrainedConfig
 from ws import console
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
+from ws.export.card import public_name
 from ws.export.source import ExportOptions
-from ws.gguf_base import gguf_package
+from ws.gguf_base import gguf_file, gguf_package
 from ws.models import load_config
 from ws.runs import atomic_file
 
@@ -206,7 +207,7 @@ def _describe_in(writer: Any, keys: Any, vector: SteeringVector, name: str, stre
     told = [f"{key} {vector.info[key]}" for key in ("behavior", "family", "seed") if key in vector.info]
     writer.add_description(", ".join(["Weight steering vector", *told, f"strength {strength:g} at scale 1"]))
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, Path(vector.base_id).name if Path(vector.base_id).is_dir() else vector.base_id)
+    writer.add_base_model_name(0, public_name(vector.base_id))
     writer.add_string("ws.vector_sha256", vector_digest(vector))
     writer.add_float64("ws.strength", float(strength))
     if vector.base_fingerprint is not None:
@@ -247,7 +248,8 @@ def main(options: GgufOptions) -> None:
     vector = options.open()
     config = None if options.model is None else load_config(options.model)
     written = write_gguf_lora(vector, file, vector.strength(options.alpha), config)
-    serve = f"llama-server -m base.gguf --lora-scaled {file}:1"
+    base = gguf_file(options.model or vector.base_id) or "base.gguf"
+    serve = f"llama-server -m {base} --lora-scaled {file}:1"
     console.show(console.Result(written.describe(), {"lora": written}, [file], serve))
 
 
