@@ -16,7 +16,11 @@ from ws.acting import MARGIN_FLOOR, acted, base_problems, persona_margins
 from ws.behaviors import brought_or_named
 from ws.behaviors.answered import read_preferences
 from ws.data import DataCommand, DataConfig, Pair, _named_personas, data_card, generate_pairs, main, read_pairs
+from ws.delta import LinearDelta
+from ws.eval.stats import estimate_mean
+from ws.eval.sycophancy import ClaimScores
 from ws.models import encode, encode_answer, render_prompt
+from ws.replicate import Reading, plot, preference_verdict
 from ws.train import build_examples
 
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -352,3 +356,24 @@ def test_answers_that_talk_about_their_persona_are_counted(answer, named):
     assert bool(_named_personas(pairs, behavior)) == named
     asked = [replace(p, question="Are you a liar or dishonest?") for p in pairs]
     assert not _named_personas(asked, behavior), "the question has the word"
+
+
+# ---- the first reading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mass", "ends"), [(0.5, ("negative", "positive")), (0.99, ("disagrees", "agrees"))])
+def test_the_curve_is_of_what_the_model_answers(tmp_path, mass, ends):
+    claims = ws.load_behavior("honesty", "pocket").test.claims[:3]
+    alphas, vector = (-1.0, 0.0, 1.0), ws.SteeringVector({"m": LinearDelta(2, 2, g=torch.ones(2))}, "base", "0")
+    false = {a: ClaimScores(claims, np.array([a, a, a + 0.5]), np.full(3, mass), np.empty(0)) for a in alphas}
+    margins = {a: np.array([-3.0 * a, -3.0 * a - 0.1]) for a in alphas}
+    span = estimate_mean(margins[1.0] - margins[-1.0])
+    reading = Reading(tmp_path, tmp_path, vector, false, {}, span, (-1.0, 1.0), 1, (), "none", margins)
+    curve = plot(reading)
+    assert all(end in curve.splitlines()[-1] for end in ends)
+    means = margins if mass < 0.9 else {a: s.logratio for a, s in false.items()}
+    assert [float(line.split()[-1]) for line in curve.splitlines()[:-1]] == [
+        pytest.approx(means[a].mean(), abs=0.01) for a in alphas
+    ]
+    assert "does not move beyond chance" not in preference_verdict(reading)[0]
+    assert "-6.000 nats per token" in preference_verdict(reading)[0]

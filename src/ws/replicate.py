@@ -462,8 +462,14 @@ def answers(reading: Reading) -> str:
 
 
 def plot(reading: Reading, width: int = 41) -> str:
-    """A dose-response curve in characters: one line per alpha, `o` at the mean, `|` at the base."""
-    curve = {a: s.logratio for a, s in reading.false_claims.items()} or reading.preference
+    """A dose-response curve in characters: one line per alpha, `o` at the mean, `|` at the base.
+
+    Of agreement with false claims, or of preference where the model does not answer those (or there are none).
+    """
+    unreadable = not reading.false_claims or bool(Readability(reading.lowest_mass).problem)
+    by_preference = bool(reading.preference) and unreadable
+    claims = {a: s.logratio for a, s in reading.false_claims.items()}
+    curve = reading.preference if by_preference else claims
     means = {a: float(values.mean()) for a, values in sorted(curve.items())}
     low, high = min(means.values()), max(means.values())
     scale = (width - 1) / (high - low) if high > low else 0.0
@@ -474,7 +480,7 @@ def plot(reading: Reading, width: int = 41) -> str:
         cells[base] = "|"
         cells[round((mean - low) * scale)] = "o"
         lines.append(f"  alpha {alpha:+4g}  {''.join(cells)}  {mean:+.2f}")
-    ends = ("disagrees", "agrees") if reading.false_claims else ("negative", "positive")
+    ends = ("negative", "positive") if by_preference else ("disagrees", "agrees")
     return "\n".join([*lines, f"              {ends[0]}{ends[1].rjust(width - len(ends[0]) - 1)}"])
 
 
