@@ -126,7 +126,8 @@ def _load_gguf(name: str, file: Path, options: Mapping[str, Any]) -> PreTrainedM
     say(read_header(file).describe())
     # Transformers would take that of plain weights, of some architectures, and fail at an ending in capitals.
     dtype = torch.float32 if options["dtype"] == "auto" else options["dtype"]
-    model = _load_weights(name, **options | {"dtype": dtype}, quantization_config=GgufConfig(dequantize=True))
+    options = {**options, "dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
+    model = _load_weights(name, **options)
     # Transformers goes on calling it quantised, and would neither train nor save it.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
