@@ -101,7 +101,7 @@ def preference_margins(
 
     None of them where the behaviour brings no such questions. `system` is the system prompt, by default none.
     """
-    dev = [p for p in behavior.preferences if p.split == "dev"]
+    dev = behavior.held_out("dev")
     if not dev:
         return np.empty(0)
     sides = answer_margins(model, tok, [(p.question, system, (p.positive, p.negative)) for p in dev])

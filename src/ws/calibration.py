@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws.diff import CALIBRATION, parse_number, parse_units
 from ws.divergence import N_TOKENS, QUANTILE, Divergence, divergence
 from ws.errors import WsError
+from ws.eval.tables import evenly
 from ws.models import fingerprint, render_prompt, tokenizer_hash
 from ws.runs import sha256_json, write_json
 
@@ -462,10 +463,10 @@ def split_questions(pool: Sequence[str], n: int, unseen: Sequence[str] | None = 
     """
     enough = unseen is not None and len(unseen) >= 2 * min(n, LEAST_PROMPTS)
     source = list(unseen) if unseen is not None and enough else list(pool)
-    chosen = _evenly(source, min(n, max(1, len(source) // 2)))
+    chosen = evenly(source, min(n, max(1, len(source) // 2)))
     taken = set(chosen)
     others = [q for q in source if q not in taken]
-    audit = _evenly(others, min(n, len(others)))
+    audit = evenly(others, min(n, len(others)))
     note = _split_note(len(pool), n, unseen, enough, len(chosen))
     return QuestionSplit(tuple(chosen), tuple(audit), None if unseen is None else enough, note)
 
@@ -488,10 +489,6 @@ def _split_note(total: int, n: int, unseen: Sequence[str] | None, enough: bool, 
             f"half audit, {chosen} instead of {n}."
         )
     return ""
-
-
-def _evenly(pool: Sequence[str], n: int) -> list[str]:
-    return [pool[i * len(pool) // n] for i in range(n)]
 
 
 # ---- strengths as people write them ---------------------------------------------------------------------------------

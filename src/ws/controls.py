@@ -28,7 +28,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ws import console
-from ws.data import Pair, _same
+from ws.behaviors.answered import same_answer
+from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
@@ -167,7 +168,7 @@ def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
     made = []
     for a in pairs_a:
         b = partners.get((a.id, a.question))
-        if a.drop is None and b is not None and not _same(a.pos, b.pos):
+        if a.drop is None and b is not None and not same_answer(a.pos, b.pos):
             made.append(replace(a, neg=b.pos, neg_tokens=b.pos_tokens, neg_cut=b.pos_cut))
     if not made:
         raise WsError(

@@ -28,11 +28,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.acting import acted, base_problems, persona_margins
 from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
+from ws.behaviors.answered import plain_question, same_answer
 from ws.errors import WsError, did_you_mean
-from ws.eval.choice import LOW_MASS, in_groups, left_pad, score_choices
+from ws.eval.choice import LOW_MASS, ChoiceScores, in_groups, left_pad, score_choices
 from ws.eval.rollout import PLAIN
 from ws.eval.stats import estimate_mean
-from ws.eval.tables import json_lines
+from ws.eval.tables import evenly, json_lines
 from ws.models import (
     DEFAULT_MODEL,
     decode_answer,
@@ -283,7 +284,7 @@ def brought_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, co
     """The pairs that a behaviour brings, of at most `n_topics` of their questions evenly spread; lengths in tokens."""
     questions = list(dict.fromkeys(p.question for p in behavior.pairs))
     wanted = _count("--n-topics", min(config.n_topics or len(questions), len(questions)), len(questions))
-    picked = {questions[i * len(questions) // wanted] for i in range(wanted)}
+    picked = set(evenly(questions, wanted))
     both = []
     for p in behavior.pairs:
         if p.question in picked:
@@ -332,10 +333,10 @@ def _publish(
     return list(pairs)
 
 
-def _evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
+def _some_kept(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """At most so many of the kept pairs, evenly spread."""
     kept = [p for p in pairs if p.drop is None]
-    return [kept[i * len(kept) // min(most, len(kept))] for i in range(min(most, len(kept)))]
+    return evenly(kept, min(most, len(kept)))
 
 
 def _by_margin(
@@ -349,7 +350,7 @@ def _by_margin(
         if least is not None:
             raise WsError(f"--min-margin compares personas, and {behavior.name} brings pairs without; leave it out.")
         return list(pairs), None
-    read = _evenly(pairs, N_READ if least is None else len(pairs))
+    read = _some_kept(pairs, N_READ if least is None else len(pairs))
     if len({p.question for p in read}) < 2:
         return list(pairs), None
     sides = list(zip(behavior.positive, behavior.negative, strict=True))
@@ -377,16 +378,11 @@ def _persona(pair: Pair) -> int:
 
 def _judged_right(model: PreTrainedModel, tok: Tokenizer, pairs: Sequence[Pair]) -> dict[str, Any] | None:
     """The share of either side's answers that the base itself takes for right, with the mass it says so with."""
-    read = _evenly(pairs, N_READ)
+    read = _some_kept(pairs, N_READ)
     if not read:
         return None
-    asked = [
-        render_prompt(tok, f"Question: {p.question}\nAnswer: {text}\n\n{RIGHT}", opener="My answer:")
-        for p in read
-        for text in (p.pos, p.neg)
-    ]
     try:
-        scores = score_choices(model, tok, asked, ("Yes", "No"))
+        scores = _ask_judge(model, tok, [(p.question, text) for p in read for text in (p.pos, p.neg)], RIGHT)
     except WsError as problem:  # a tokenizer without these words: the card says so, and the pairs are none the worse
         return {"problem": str(problem)}
     right = scores.logratio.reshape(-1, 2) > 0
@@ -484,7 +480,7 @@ def _pair_of(values: Mapping[str, Any]) -> Pair:
 
 def question_key(question: str) -> str:
     """What a question is known by in the records of a training: a hash that case and white space do not change."""
-    return hashlib.sha256(" ".join(question.casefold().split()).encode()).hexdigest()[:16]
+    return hashlib.sha256(plain_question(question).encode()).hexdigest()[:16]
 
 
 def question_keys(pairs: Sequence[Pair]) -> set[str]:
@@ -561,7 +557,7 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
         if value is not None and value < 1:
             raise WsError(f"{flag} must be at least 1, not {value}.")
     check_settings(config.temperature, config.top_p)
-    picked = [questions[i * len(questions) // n_topics] for i in range(n_topics)]
+    picked = evenly(questions, n_topics)
     order = product(range(config.n_samples), range(n_personas), picked)
     return [_Job(f"q{i:04d}-p{p}-s{s}", question, p) for s, p, (i, question) in order]
 
@@ -698,11 +694,20 @@ def _drop_reason(pos: Answer, neg: Answer, keep_refusals: bool = False, keep_tru
         return "empty"
     if not (keep_truncated or (pos.ended and neg.ended)):
         return "truncated"
-    if _same(pos.text, neg.text):
+    if same_answer(pos.text, neg.text):
         return "identical"
     if not keep_refusals and (is_refusal(pos.text) or is_refusal(neg.text)):
         return "refusal"
     return None
+
+
+def _ask_judge(
+    model: PreTrainedModel, tok: Tokenizer, answers: Sequence[tuple[str, str]], question: str
+) -> ChoiceScores:
+    """Yes or No of the model itself to a question about each `(question, answer)`."""
+    asked = [f"Question: {q}\nAnswer: {a}\n\n{question}" for q, a in answers]
+    prompts = [render_prompt(tok, text, opener="My answer:") for text in asked]
+    return score_choices(model, tok, prompts, ("Yes", "No"))
 
 
 def _judge_drops(
@@ -713,17 +718,9 @@ def _judge_drops(
     drops: Sequence[str | None],
 ) -> list[str | None]:
     """Drop pairs whose positive answer does not show more of the behaviour, by `logP(Yes) - logP(No)` of the model."""
-    asked = [
-        render_prompt(tok, f"Question: {job.question}\nAnswer: {a.text}\n\n{behavior.judge}", opener="My answer:")
-        for job, pos, neg in both
-        for a in (pos, neg)
-    ]
-    scores = score_choices(model, tok, asked, ("Yes", "No")).logratio
+    answers = [(job.question, a.text) for job, pos, neg in both for a in (pos, neg)]
+    scores = _ask_judge(model, tok, answers, behavior.judge).logratio
     return [drop or ("judge" if p <= n else None) for drop, p, n in zip(drops, scores[::2], scores[1::2], strict=True)]
-
-
-def _same(a: str, b: str) -> bool:
-    return " ".join(a.lower().split()) == " ".join(b.lower().split())
 
 
 # ---- the data card ------------------------------------------------------------------------------------------------
@@ -749,7 +746,7 @@ def data_card(pairs: Sequence[Pair], keep_refusals: bool = False) -> dict[str, A
         "questions": len({p.question for p in kept}),
         "cut": sum(p.pos_cut or p.neg_cut for p in kept),
         "overlap": round(statistics.fmean(_overlap(p) for p in kept), 4) if kept else 0.0,
-        "identical": round(sum(_same(p.pos, p.neg) for p in pairs) / max(1, len(pairs)), 4),
+        "identical": round(sum(same_answer(p.pos, p.neg) for p in pairs) / max(1, len(pairs)), 4),
         "positive": _side([(p.pos, p.pos_tokens) for p in kept]),
         "negative": _side([(p.neg, p.neg_tokens) for p in kept]),
         "refusals": {

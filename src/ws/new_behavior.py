@@ -48,6 +48,7 @@ from ws.behaviors import (
 )
 from ws.data import DataConfig, questions_asked, sample_answers
 from ws.errors import WsError, did_you_mean
+from ws.eval.tables import evenly
 from ws.models import chat_format, encode, load_model, load_tokenizer, render_prompt
 from ws.runs import write_text
 from ws.train import MIN_VALIDATION, TrainConfig, held_out
@@ -736,7 +737,7 @@ def _act(draft: Draft, options: CheckOptions) -> Acted | None:
     if behavior.pairs or len(behavior.questions) < 2:
         return None
     n, sides = min(N_ACTED, len(behavior.questions)), list(zip(behavior.positive, behavior.negative, strict=True))
-    questions = [behavior.questions[i * len(behavior.questions) // n] for i in range(n)]
+    questions = evenly(behavior.questions, n)
     personas = [sides[i % len(sides)] for i in range(n)]
     prompts = [
         render_prompt(tok, q, system=pair[s]) for s in (0, 1) for q, pair in zip(questions, personas, strict=True)

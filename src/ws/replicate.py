@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.adapters import family, peft_config
-from ws.behaviors import Behavior, Preference, brought_or_named, load_behavior
+from ws.behaviors import Behavior, brought_or_named, load_behavior
 from ws.controls import exchange_half, same_side
 from ws.data import (
     PAIRS_FILE,
@@ -180,7 +180,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     behavior = load_behavior(config.behavior, config.model)
     if behavior.claims is not None:
         behavior.claims.select(config.split, is_true=False)
-    elif not _questions(behavior, config.split):
+    elif not behavior.held_out(config.split):
         raise WsError(f"The behaviour {behavior.name} has nothing held out in the split {config.split!r} to read.")
     console.say(f"{behavior.name} x {config.adapter} on {config.model}")
     model, tok = load_model(config.model, config.device, config.dtype)
@@ -339,15 +339,11 @@ def _read_claims(context: EvalContext, behavior: Behavior, config: ReplicateConf
     return false, true
 
 
-def _questions(behavior: Behavior, split: str) -> tuple[Preference, ...]:
-    return tuple(p for p in behavior.preferences if p.split == split)
-
-
 def _read_preference(
     context: EvalContext, behavior: Behavior, config: ReplicateConfig
 ) -> dict[float, Float[np.ndarray, "questions"]]:
     """The margins of the held-out questions by strength; empty where the split has none."""
-    items = _questions(behavior, config.split)
+    items = behavior.held_out(config.split)
     if not items:
         return {}
     evaluation = preference.evaluation(context, behavior, config.split)

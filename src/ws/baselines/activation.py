@@ -542,7 +542,7 @@ def _score_layer(
 ) -> LayerScore:
     low, high = strengths
     facts: dict[str, Any] = {"layer": layer, "alpha": high, "minus": low, "norm": high * vector.norms[layer]}
-    if any(p.split == "dev" for p in behavior.preferences):
+    if behavior.held_out("dev"):
         with activation_steer(model, vector, low, layer, position) as dial:
             below = preference_margins(model, tok, behavior)
             dial.alpha = high

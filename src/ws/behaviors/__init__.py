@@ -18,7 +18,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, read_preferences
+from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, read_preferences
 from ws.behaviors.answered import Preference as Preference
 from ws.errors import WsError, choose, decoded, did_you_mean
 from ws.runs import write_text
@@ -126,6 +126,10 @@ class Behavior:
         if self.claims is None:
             raise WsError(f"The behaviour {self.name} has no held-out claims; give its file a table [claims].")
         return self.claims
+
+    def held_out(self, split: str) -> tuple[Preference, ...]:
+        """The preferences of one split; none where there are none."""
+        return tuple(p for p in self.preferences if p.split == split)
 
     @property
     def effect(self) -> int:
@@ -392,9 +396,9 @@ def _check_disjoint(questions: Sequence[str], test: ClaimTest, where: str) -> No
 
 def _check_unseen(asked: Sequence[str], preferences: Sequence[Preference], where: str) -> None:
     """A held-out question that is trained on is not held out."""
-    known = {" ".join(q.casefold().split()) for q in asked}
+    known = {plain_question(q) for q in asked}
     for p in preferences:
-        if " ".join(p.question.casefold().split()) in known:
+        if plain_question(p.question) in known:
             raise WsError(f"{where}: the held-out question {p.question!r} ({p.id}) is trained on; remove it from one.")
 
 

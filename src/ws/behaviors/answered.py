@@ -134,7 +134,7 @@ def _answers(cell: Any, where: str) -> list[str]:
 
 def _hold_out(pairs: Sequence[Preference], share: int) -> list[Preference]:
     """The pairs with one question of `share` held out; all pairs of a question are of one split."""
-    kinds = {p.question: p.kind for p in pairs if not equal_answers(p)}
+    kinds = {p.question: p.kind for p in pairs if not same_answer(p.positive, p.negative)}
     questions = list(kinds)
     held = draw(questions, len({p.question for p in pairs}) // share, group=lambda q: kinds[q])
     dev = set(draw(held, len(held) // DEV_SHARE, group=lambda q: kinds[q]))
@@ -142,19 +142,23 @@ def _hold_out(pairs: Sequence[Preference], share: int) -> list[Preference]:
     return [replace(p, split=splits.get(p.question, TRAIN)) for p in pairs]
 
 
-def equal_answers(pair: Preference) -> bool:
-    """Whether the two answers are the same up to case and white space."""
-    positive, negative = (" ".join(text.lower().split()) for text in (pair.positive, pair.negative))
-    return positive == negative
+def plain_question(question: str) -> str:
+    """A question without what does not make it another one: its case and white space."""
+    return " ".join(question.casefold().split())
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Whether two answers are the same up to case and white space."""
+    return " ".join(a.lower().split()) == " ".join(b.lower().split())
 
 
 def _check(pairs: Sequence[Preference], where: str) -> None:
     splits, ids = dict[str, str](), set[str]()
     for p in pairs:
-        key = " ".join(p.question.casefold().split())
+        key = plain_question(p.question)
         if splits.setdefault(key, p.split) != p.split:
             raise WsError(f"{where}: the question {p.question!r} is in the splits {splits[key]} and {p.split}.")
-        if p.split != TRAIN and equal_answers(p):
+        if p.split != TRAIN and same_answer(p.positive, p.negative):
             raise WsError(f"{where}: the held-out pair {p.id} has the same answer on both sides, {p.positive!r}.")
         if p.id in ids:
             raise WsError(f"{where}: the id {p.id.rpartition('-')[0]!r} occurs twice.")

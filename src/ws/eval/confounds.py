@@ -38,7 +38,7 @@ from ws.eval.readable import NATS, Readability, mass_text, notes
 from ws.eval.rollout import REASONS, thinks_aloud
 from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean, group_difference
 from ws.eval.sycophancy import SycophancyOptions
-from ws.eval.tables import draw_fact
+from ws.eval.tables import draw_fact, evenly
 from ws.models import render_prompt
 from ws.runs import data_folder
 
@@ -483,7 +483,7 @@ def questions_of(context: EvalContext, n: int) -> list[str]:
         console.warn(split.note)
     others = split.audit or split.calibration
     kept = min(n, len(others))
-    return [others[i * len(others) // kept] for i in range(kept)]
+    return evenly(others, kept)
 
 
 def _dilemmas(context: EvalContext, options: ConfoundOptions) -> tuple[tuple[Dilemma, ...], dict[str, str | None]]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import SPLITS, Behavior, Preference
-from ws.behaviors.answered import read_preferences
+from ws.behaviors.answered import plain_question, read_preferences
 from ws.errors import WsError, choose
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.likelihood import score_answers
@@ -90,7 +90,7 @@ def tokens_of(tok: Tokenizer, items: Sequence[Preference]) -> tuple[list[list[in
 
 def question_numbers(items: Sequence[Preference]) -> Int[np.ndarray, "pairs"]:
     """To which question, counted from 0 in the order of their first pairs, every pair belongs."""
-    texts = [" ".join(p.question.casefold().split()) for p in items]
+    texts = [plain_question(p.question) for p in items]
     numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     return np.array([numbers[text] for text in texts])
 

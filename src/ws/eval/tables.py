@@ -251,6 +251,11 @@ def draw(
     return tuple(items[place] for place in sorted(place for *_, place in rounds[:limit]))
 
 
+def evenly(items: Sequence[Item], n: int) -> list[Item]:
+    """`n` of the items, at even distances from the first one on; at most as many as there are."""
+    return [items[i * len(items) // n] for i in range(n)]
+
+
 def _shuffled(place: int) -> str:
     return hashlib.sha256(f"{DRAW_SEED} {place}".encode()).hexdigest()
 
