@@ -14,7 +14,7 @@ test-browser *args:
 
 # exports in other people's programs: llama.cpp (built once: 7 minutes, needs cmake and g++) and mergekit
 test-consumers *args:
-    uv run pytest tests/test_export_gguf.py tests/test_mergekit.py -n 0 -m slow {{args}}
+    uv run pytest tests/export/test_export_gguf.py tests/export/test_mergekit.py -n 0 -m slow {{args}}
 
 # the test suite; `just test -m slow` for the slow ones
 test *args:
@@ -33,19 +33,19 @@ sweep *args:
 
 # a sweep as a graph of jobs, on this machine, through pueue or on a ray cluster: `just queue --model pocket --workers 2`
 queue *args:
-    uv run python -m ws.queue {{args}}
+    uv run ws queue {{args}}
 
 # the strengths that cost 1 nat: `just calibrate adapter=delora behavior=honesty`
 calibrate *args:
-    uv run python -m ws.calibrate {{args}}
+    uv run ws calibrate {{args}}
 
 # shifts beside those of random vectors: `just controls adapter=delora behavior=honesty`
 controls *args:
-    uv run python -m ws.controls {{args}}
+    uv run ws controls {{args}}
 
 # every way of steering at the same cost: `just compare behavior=honesty`
 compare *args:
-    uv run python -m ws.compare {{args}}
+    uv run ws compare {{args}}
 
 # what else could have made a shift: `just confounds adapter=delora behavior=honesty`
 confounds *args:
@@ -57,19 +57,19 @@ subspace *args:
 
 # how far a fine-tune has moved along known vectors: `just monitor ADAPTER --library VECTOR --controls BENIGN...`
 monitor *args:
-    uv run python -m ws.monitor {{args}}
+    uv run ws monitor {{args}}
 
 # vectors added up: `just compose "honesty*1.0 + sycophancy*-0.5" --report`
 compose expression *args:
-    uv run python -m ws.compose "{{expression}}" {{args}}
+    uv run ws compose "{{expression}}" {{args}}
 
 # a smaller vector: `just trim adapter=lora --rank 4`
 trim *args:
-    uv run python -m ws.trim {{args}}
+    uv run ws trim {{args}}
 
 # the slope at alpha 0, from gradients: `just slope adapter=delora behavior=honesty`
 slope *args:
-    uv run python -m ws.slope {{args}}
+    uv run ws slope {{args}}
 
 # everything a behaviour's runs have shown, as one page: `just report behavior=honesty`
 report *args:
@@ -93,7 +93,7 @@ push repo *args:
 
 # the vector between two full fine-tunes: `just diff --pos A --neg B --to FOLDER`
 diff *args:
-    uv run python -m ws.fine_tunes {{args}}
+    uv run ws diff {{args}}
 
 # AIRiskDilemmas on a finished run: `just eval-airisk adapter=delora behavior=honesty`
 eval-airisk *args:

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from benchmarks import harness
-from ws.eval.stats import estimate_mean, surgical_informedness
+from ws.stats import estimate_mean, surgical_informedness
 
 ITEMS, RESAMPLES = 1869, 10_000
 

@@ -4,7 +4,7 @@
 linear modules to a temporary folder, then measures, each in a fresh process,
 
 - peak memory of loading one vector after the other, the least that any comparison needs;
-- time and peak memory of the cosine matrix by `ws.geometry`, which reads one layer of all vectors at a time;
+- time and peak memory of the cosine matrix by `ws.analysis.geometry`, which reads one layer of all vectors at a time;
 - the same by a plain opponent: all vectors in memory, and for every module all changes as dense matrices;
 
 and how far apart the two matrices are. Times are those of the computation, without starting Python and importing torch.
@@ -24,7 +24,7 @@ import torch
 
 import ws
 from benchmarks import harness
-from ws.geometry import cosine_matrix, open_vector
+from ws.analysis.geometry import cosine_matrix, open_vector
 
 LAYERS, VECTORS, RANK = 28, 12, 64
 KINDS = {

@@ -32,7 +32,7 @@ from benchmarks.vector import build, load
 from ws.eval import airisk, tinymfv_airisk
 from ws.eval.dilemmas import Dilemma, load_dilemmas
 from ws.eval.tinymfv_airisk import CHOICES, Vignette, ask, load_vignettes
-from ws.models import encode, fingerprint, load_tokenizer, render_prompt
+from ws.lm.models import encode, fingerprint, load_tokenizer, render_prompt
 
 ALPHAS = (-1.0, 0.0, 1.0)
 BATCH = 24

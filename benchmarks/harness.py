@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ws.runs import library_versions, write_json
+from ws.files.runs import library_versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,9 +1,10 @@
 """What do two vectors do to each other? Honesty and sycophancy on the bundled model, alone and added up, three seeds.
 
 `uv run python -m benchmarks.interference` trains both behaviours with LoRA (a seed is of initialisation and order, the
-pairs of a behaviour are shared), adds them up with several coefficients by `ws.compose`, and measures effects alone and
-together on the held-out claims of the `report` split. As a null, the other term is also replaced by a random vector of
-its norms. Writes `benchmarks/results/interference.json` and `docs/results/interference.csv`. Everything resumes.
+pairs of a behaviour are shared), adds them up with several coefficients by `ws.analysis.compose`, and measures effects
+alone and together on the held-out claims of the `report` split. As a null, the other term is also replaced by a random
+vector of its norms. Writes `benchmarks/results/interference.json` and `docs/results/interference.csv`. Everything
+resumes.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import harness
+from ws.analysis.compose import ComposeOptions, Composition, Conditions, carry_out, interference_rows, measure
+from ws.analysis.compose import render_interference as render
+from ws.analysis.controls import draw_seed, random_like
 from ws.behaviors import load_behavior
-from ws.compose import ComposeOptions, Composition, Conditions, carry_out, interference_rows, measure
-from ws.compose import render_interference as render
-from ws.controls import draw_seed, random_like
 from ws.eval.context import EvalContext, Rows
-from ws.models import load_model
+from ws.files.runs import run_folder, write_csv
+from ws.lm.models import load_model
 from ws.replicate import ReplicateConfig, replicate
-from ws.runs import run_folder, write_csv
 
 EXPRESSIONS = ("honesty*1.0 + sycophancy*-0.5", "honesty*1.0 + sycophancy*0.5", "honesty*0.5 + sycophancy*0.25")
 RANDOM = "random, size of sycophancy"

@@ -37,13 +37,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import ws
 from benchmarks import harness
+from ws.analysis.monitor import Monitor, Movement
 from ws.data import Pair, read_pairs, sample_answers
 from ws.diff import SteeringVector
-from ws.divergence import divergence
-from ws.models import render_prompt
-from ws.monitor import Monitor, Movement
+from ws.files.runs import Run, data_folder, write_csv
+from ws.lm.divergence import divergence
+from ws.lm.models import render_prompt
 from ws.replicate import ReplicateConfig, replicate
-from ws.runs import Run, data_folder, write_csv
 from ws.steer import steer
 from ws.train import TrainConfig, train_adapter, train_preset
 

@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
-from ws.plots import save_svg
-from ws.runs import read_csv
+from ws.files.plots import save_svg
+from ws.files.runs import read_csv
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 TABLE, PICTURE = DOCS / "sweep_pooled.csv", DOCS / "dose_response.svg"

@@ -19,11 +19,11 @@ from tabulate import tabulate
 import ws
 from benchmarks import harness
 from ws.adapters import FAMILIES
-from ws.controls import random_like
-from ws.eval.stats import estimate_over_seeds
+from ws.analysis.controls import random_like
 from ws.eval.sycophancy import evaluate_sycophancy
+from ws.files.runs import write_csv, write_text
 from ws.replicate import Reading, ReplicateConfig, replicate
-from ws.runs import write_csv, write_text
+from ws.stats import estimate_over_seeds
 
 ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 DOCS = Path(__file__).parents[1] / "docs" / "results"

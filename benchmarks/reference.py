@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.eval.choice import Choice, choice_variants, left_pad
-from ws.eval.rollout import thinking_prompt
-from ws.models import chat_format, encode, end_ids
+from ws.lm.choice import Choice, choice_variants, left_pad
+from ws.lm.models import chat_format, encode, end_ids
+from ws.lm.rollout import thinking_prompt
 
 
 def merged_state(base: PreTrainedModel, adapter: Path) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Sampling the answers of contrast pairs on a real model: tokens per second of `ws.sampling` and of `generate`.
+"""Sampling the answers of contrast pairs on a real model: tokens per second of `ws.lm.sampling` and of `generate`.
 
 `uv run python -m benchmarks.sampling` asks SmolLM2 the questions of `tradition_care` under a persona of either side,
 with the temperature, top-p, top-k and limit that `ws data` would use, on one thread, in rounds of other questions:
 
-- A: `ws.sampling.sample_rows`, the rows of a round at once: sorted, ended rows leave, others take their places;
+- A: `ws.lm.sampling.sample_rows`, the rows of a round at once: sorted, ended rows leave, others take their places;
 - B: transformers' `generate`, eight rows at a time in the order of the file.
 
 Only tokens up to and with the end of an answer count. Who goes first changes from round to round. The ratio is of
@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 import ws
 from benchmarks import harness
 from ws.data import DataConfig
-from ws.eval.choice import left_pad
-from ws.models import encode, end_ids, render_prompt
-from ws.sampling import SamplingSettings, sample_rows, sampling_settings
+from ws.lm.choice import left_pad
+from ws.lm.models import encode, end_ids, render_prompt
+from ws.lm.sampling import SamplingSettings, sample_rows, sampling_settings
 
 Rows = list[list[int]]
 BATCH = 8

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import ws
 from benchmarks import harness, reference
 from benchmarks.vector import QWEN3_06B
-from ws.models import target_modules, weight_of
+from ws.lm.models import target_modules, weight_of
 
 RANK, PROMPT = 64, 512
 PLACES = {"half_of_the_layers": "0.25:0.75", "all_layers": "all"}

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import harness
 from ws.eval.confounds import agreement_verdict
-from ws.eval.stats import Estimate, estimate_mean, estimate_over_seeds, holm, resampled_means, surgical_informedness
+from ws.stats import Estimate, estimate_mean, estimate_over_seeds, holm, resampled_means, surgical_informedness
 
 CASES, TABLES, ROWS, VECTORS, N_BOOT = 1000, 400, 12, 1000, 300
 ADAPTERS, EFFECT = 6, -0.5

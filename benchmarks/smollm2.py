@@ -22,13 +22,13 @@ from typing import Any
 
 from benchmarks import harness
 from ws.adapters import FAMILIES
+from ws.analysis.compare import CompareOptions
+from ws.analysis.compare import main as compare
+from ws.analysis.sweep_tables import POOLED, render
 from ws.behaviors import load_behavior
-from ws.compare import CompareOptions
-from ws.compare import main as compare
 from ws.errors import WsError
+from ws.files.runs import read_csv, write_csv
 from ws.run_sweep import SweepConfig, failures, run_sweep
-from ws.runs import read_csv, write_csv
-from ws.sweep_tables import POOLED, render
 
 MODEL = "smollm2"
 BEHAVIORS = ("truthfulness", "agreement", "tone", "honesty")

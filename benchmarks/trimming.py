@@ -30,13 +30,13 @@ from tqdm.auto import tqdm
 
 import ws
 from benchmarks import harness
-from ws.controls import draw_seed, random_like
+from ws.analysis.controls import draw_seed, random_like
+from ws.analysis.trim import scale_depth
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
-from ws.eval.stats import estimate_over_seeds
+from ws.files.runs import run_folder, write_csv, write_json
 from ws.replicate import ReplicateConfig, replicate
-from ws.runs import run_folder, write_csv, write_json
-from ws.trim import scale_depth
+from ws.stats import estimate_over_seeds
 
 RANKS = (1, 2, 4, 8)
 DEPTHS = ((0.5, 1.5), (1.5, 0.5))

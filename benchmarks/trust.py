@@ -16,14 +16,16 @@ from typing import Any
 
 from benchmarks import harness
 from ws.adapters import FAMILIES
-from ws.runs import read_csv
+from ws.files.runs import read_csv
 
 
 def measure(adapter: str, folder: Path) -> dict[str, Any]:
     harness.fresh_process(["-m", "ws.cli", "demo", "--adapter", adapter], cwd=folder)
-    calibration = harness.fresh_process(["-m", "ws.calibrate", "--adapter", adapter], cwd=folder)
+    calibration = harness.fresh_process(["-m", "ws.intervene.calibrate", "--adapter", adapter], cwd=folder)
     scores = ("false_claims", "true_claims", "wrongness")
-    controls = harness.fresh_process(["-m", "ws.controls", "--adapter", adapter, "--scores", *scores], cwd=folder)
+    controls = harness.fresh_process(
+        ["-m", "ws.analysis.controls", "--adapter", adapter, "--scores", *scores], cwd=folder
+    )
     run = folder / "out" / "honesty" / adapter
     stored = json.loads((run / "vector" / "calibration.json").read_text())
     sides = {name: stored[name] for name in ("positive", "negative")}

@@ -39,6 +39,13 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 
+# A template that has no system role, as Gemma's.
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+
 
 def build_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A small random model; `qwen2` has biases on q, k and v, which are made non-zero."""

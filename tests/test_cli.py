@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import processes
 import ws
+from support import processes
 from ws.console import parse
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
-from ws.models import DEFAULT_MODEL
+from ws.lm.models import DEFAULT_MODEL
 from ws.replicate import ReplicateConfig
 
 TINY = ["--model", "tiny-random", "--split", "dev"]
@@ -252,7 +252,7 @@ def test_a_local_folder_goes_the_way_of_a_hub_id(tmp_path):
     """Real-model defaults (not the presets of the bundled models) and the real behaviour, on a folder of that shape."""
     from dataclasses import replace
 
-    from ws.models import load_tokenizer, tiny_random
+    from ws.lm.models import load_tokenizer, tiny_random
     from ws.replicate import render, replicate
 
     tiny_random().save_pretrained(tmp_path / "model")

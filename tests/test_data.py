@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 
 import ws
 from conftest import reworded
-from ws.baselines.prompt import prompted
 from ws.data import (
     Answer,
     DataConfig,
@@ -28,10 +27,11 @@ from ws.data import (
     read_pairs,
     sample_answers,
 )
-from ws.eval.rollout import PLAIN
-from ws.models import end_ids, render_prompt
-from ws.runs import Run
-from ws.sampling import sample_rows
+from ws.files.runs import Run
+from ws.intervene.prompt import prompted
+from ws.lm.models import end_ids, render_prompt
+from ws.lm.rollout import PLAIN
+from ws.lm.sampling import sample_rows
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5, anyway=True)
 
@@ -322,12 +322,12 @@ ADVICE = {
 
 
 def test_greedy_answers_are_the_argmax_whatever_the_model_advises(tiny):
-    from ws.divergence import divergence
+    from ws.chat.engine import Engine, Sampling
     from ws.eval.capability import answer_questions
     from ws.eval.confounds import free_answers
-    from ws.models import encode
+    from ws.lm.divergence import divergence
+    from ws.lm.models import encode
     from ws.replicate import _samples
-    from ws.session import Engine, Sampling
 
     model, tok = tiny
     nothing = ws.SteeringVector({"lm_head": ws.LinearDelta(len(tok), 64, g=torch.ones(len(tok)))}, "tiny-random", None)

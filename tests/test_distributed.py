@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 import ws
 from ws import console
 from ws.data import Pair
-from ws.runs import data_folder
+from ws.files.runs import data_folder
 from ws.train import TrainCommand, TrainConfig, _Filled, join, main, on_main, train_preset
 
 TOLERANCE = 1e-4  # relative difference of dW in float32, where only the order of sums differs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import processes
+from support import processes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,9 +118,9 @@ def test_every_relative_link_leads_somewhere():
 
 def test_the_tables_of_the_sweep_are_their_csvs():
     """What README and docs show of the sweep is what it wrote."""
+    from ws.analysis.sweep_tables import render
     from ws.eval.readme_airisk_table import check
-    from ws.runs import read_csv
-    from ws.sweep_tables import render
+    from ws.files.runs import read_csv
 
     results = ROOT / "docs" / "results"
     for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
@@ -131,8 +131,8 @@ def test_the_tables_of_the_sweep_are_their_csvs():
 
 def test_the_comparison_is_its_csvs():
     """The page's tables are the ones that `ws compare` wrote."""
-    from ws.compare_tables import render
-    from ws.runs import read_csv, typed
+    from ws.analysis.compare_tables import render
+    from ws.files.runs import read_csv, typed
 
     rows, pairs = (typed(read_csv(ROOT / "docs" / "results" / f"{n}.csv")) for n in ("compare", "compare_pairs"))
     page = (ROOT / "docs" / "results.md").read_text()

@@ -13,7 +13,7 @@ import ws
 from ws.behaviors import bundled_behaviors
 from ws.console import parse
 from ws.errors import WsError
-from ws.models import load_tokenizer
+from ws.lm.models import load_tokenizer
 from ws.new_behavior import (
     CheckOptions,
     Finding,

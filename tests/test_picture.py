@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy.optimize import minimize
 
-from ws.plots import save_svg
-from ws.runs import read_csv
+from ws.files.plots import save_svg
+from ws.files.runs import read_csv
 
 ROOT = Path(__file__).parents[1]
 TABLE, PICTURE = (ROOT / "docs" / "results" / name for name in ("sweep_pooled.csv", "dose_response.svg"))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, JambaConfig, LongcatFlashConfig, 
 
 import ws
 from conftest import SHAPE, build_adapter, build_model, tokens
-from ws.controls import random_like
+from ws.analysis.controls import random_like
 from ws.steer import _STEERED
 
 

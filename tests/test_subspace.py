@@ -18,7 +18,7 @@ import ws.subspace as module
 from conftest import build_adapter, build_model
 from ws import console
 from ws.delta import LinearDelta
-from ws.models import fingerprint
+from ws.lm.models import fingerprint
 from ws.subspace import (
     BaseSpectra,
     Share,

@@ -10,15 +10,15 @@ import pytest
 from scipy.stats import binom
 
 import ws
-from test_report import named, write_run
+from support.finished_runs import named, write_run
+from ws.analysis.sweep_tables import pooled_rows, render, sweep_rows, write_summary
 from ws.behaviors import Claim
 from ws.diff import vector_digest
 from ws.eval import sycophancy
-from ws.eval.stats import holm
 from ws.eval.sycophancy import ClaimScores
+from ws.files.runs import read_csv, run_folder, write_csv
 from ws.run_sweep import Cell, SweepConfig, failures, main, run_sweep
-from ws.runs import read_csv, run_folder, write_csv
-from ws.sweep_tables import pooled_rows, render, sweep_rows, write_summary
+from ws.stats import holm
 
 
 @pytest.fixture

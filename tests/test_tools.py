@@ -12,7 +12,7 @@ from transformers import CompileConfig, pipeline, set_seed
 
 import ws
 from ws.delta import LinearDelta
-from ws.models import fingerprint, linear_size, render_prompt, target_modules
+from ws.lm.models import fingerprint, linear_size, render_prompt, target_modules
 from ws.steer import _UNCOMPILED
 
 QUESTIONS = ("What color is grass?", "What does the brusk eat?", "Is ice cold?")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import ws
 from conftest import reworded
 from ws.data import Pair
-from ws.models import chat_format, encode, render_prompt
-from ws.runs import Run, sha256_file
+from ws.files.runs import Run, sha256_file
+from ws.lm.models import chat_format, encode, render_prompt
 from ws.train import (
     TrainConfig,
     _adapted,

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ws.adapters import AdapterSpec as AdapterSpec
+    from ws.analysis.monitor import Monitor as Monitor
+    from ws.analysis.monitor import MonitorCallback as MonitorCallback
     from ws.behaviors import Behavior as Behavior
     from ws.behaviors import load_behavior as load_behavior
-    from ws.calibration import calibrate as calibrate
     from ws.data import generate_pairs as generate_pairs
     from ws.delta import LinearDelta as LinearDelta
     from ws.diff import SteeringVector as SteeringVector
     from ws.errors import WsError as WsError
     from ws.eval.sycophancy import evaluate_sycophancy as evaluate_sycophancy
-    from ws.models import load_model as load_model
-    from ws.monitor import Monitor as Monitor
-    from ws.monitor import MonitorCallback as MonitorCallback
+    from ws.intervene.calibration import calibrate as calibrate
+    from ws.lm.models import load_model as load_model
     from ws.steer import steer as steer
     from ws.steer import steer_many as steer_many
     from ws.train import train_adapter as train_adapter
@@ -31,15 +31,15 @@ _HOME = {
     "AdapterSpec": "ws.adapters",
     "Behavior": "ws.behaviors",
     "LinearDelta": "ws.delta",
-    "Monitor": "ws.monitor",
-    "MonitorCallback": "ws.monitor",
+    "Monitor": "ws.analysis.monitor",
+    "MonitorCallback": "ws.analysis.monitor",
     "SteeringVector": "ws.diff",
     "WsError": "ws.errors",
-    "calibrate": "ws.calibration",
+    "calibrate": "ws.intervene.calibration",
     "evaluate_sycophancy": "ws.eval.sycophancy",
     "generate_pairs": "ws.data",
     "load_behavior": "ws.behaviors",
-    "load_model": "ws.models",
+    "load_model": "ws.lm.models",
     "steer": "ws.steer",
     "steer_many": "ws.steer",
     "train_adapter": "ws.train",

@@ -37,8 +37,8 @@ from transformers.pytorch_utils import Conv1D
 from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose
-from ws.models import bias_of, is_packed, linear_size, target_modules, weight_of
-from ws.probe import probe_adapter
+from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
+from ws.lm.probe import probe_adapter
 
 PISSA_INIT_FILE = "pissa_init.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -52,7 +52,7 @@ class AdapterSpec:
         family: one of `FAMILIES`.
         rank: of lora, dora, pissa and delora; oft and ia3 have none.
         lora_alpha: LoRA's own scale is `lora_alpha / rank`, baked into the vector; it is not the steering strength.
-        layers: decoder layers, see `ws.models.parse_layers`.
+        layers: decoder layers, see `ws.lm.models.parse_layers`.
         kinds: module kinds such as `q_proj`; None means the family's default.
         delora_lambda: the bound on the relative size of a DeLoRA change.
         oft_block: size of OFT's rotation blocks; must divide the input size of every module.
@@ -606,7 +606,7 @@ def _check_oft_block(model: PreTrainedModel, names: Sequence[str], block: int) -
 def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[str, LinearDelta]]:
     """The family of a PEFT adapter folder and the exact change of every module it adapts.
 
-    Adapters of other families are read off the layers themselves (see `ws.probe`); their family is PEFT's name.
+    Adapters of other families are read off the layers themselves (see `ws.lm.probe`); their family is PEFT's name.
 
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.

@@ -24,7 +24,12 @@ COMMANDS = {
         "one behaviour and one adapter, from data to a first reading",
     ),
     "sweep": ("ws.run_sweep", "main", "SweepConfig", "adapters x seeds x evaluations on one set of pairs"),
-    "queue": ("ws.queue", "main", "QueueConfig", "a sweep as a graph of jobs: here, in pueue or on a ray cluster"),
+    "queue": (
+        "ws.sweep.queue",
+        "main",
+        "QueueConfig",
+        "a sweep as a graph of jobs: here, in pueue or on a ray cluster",
+    ),
     "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
     "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
     "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "TinymfvOptions", "tiny-mfv (airisk) on a finished run"),
@@ -50,7 +55,12 @@ COMMANDS = {
     ),
     "report": ("ws.report", "main", "ReportOptions", "what a behaviour's runs have shown, as one HTML page"),
     "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
-    "init-behavior": ("ws.new_behavior", "main_init", "InitOptions", "write a commented file for your own behaviour"),
+    "init-behavior": (
+        "ws.new_behavior",
+        "main_init",
+        "InitOptions",
+        "write a commented file for your own behaviour",
+    ),
     "check-behavior": (
         "ws.new_behavior",
         "main_check",
@@ -58,18 +68,48 @@ COMMANDS = {
         "all that is wrong with a behaviour file",
     ),
     "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
-    "calibrate": ("ws.calibrate", "main", "CalibrateOptions", "find the strengths that cost a given divergence"),
-    "compare": ("ws.compare", "main", "CompareOptions", "every way of steering at the same cost, beside its nulls"),
-    "controls": ("ws.controls", "main", "ControlOptions", "compare a run's shifts with those of random vectors"),
+    "calibrate": (
+        "ws.intervene.calibrate",
+        "main",
+        "CalibrateOptions",
+        "find the strengths that cost a given divergence",
+    ),
+    "compare": (
+        "ws.analysis.compare",
+        "main",
+        "CompareOptions",
+        "every way of steering at the same cost, beside its nulls",
+    ),
+    "controls": (
+        "ws.analysis.controls",
+        "main",
+        "ControlOptions",
+        "compare a run's shifts with those of random vectors",
+    ),
     "confounds": ("ws.eval.confounds", "main", "ConfoundOptions", "say what else could have made a run's shifts"),
-    "slope": ("ws.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
-    "compose": ("ws.compose", "main", "ComposeOptions", "add vectors up, and measure what they do to each other"),
-    "trim": ("ws.trim", "main", "TrimOptions", "fewer layers, modules or columns of a vector, or a depth profile"),
-    "monitor": ("ws.monitor", "main", "MonitorOptions", "how far fine-tunes have moved along known behaviours"),
+    "slope": ("ws.analysis.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
+    "compose": (
+        "ws.analysis.compose",
+        "main",
+        "ComposeOptions",
+        "add vectors up, and measure what they do to each other",
+    ),
+    "trim": (
+        "ws.analysis.trim",
+        "main",
+        "TrimOptions",
+        "fewer layers, modules or columns of a vector, or a depth profile",
+    ),
+    "monitor": (
+        "ws.analysis.monitor",
+        "main",
+        "MonitorOptions",
+        "how far fine-tunes have moved along known behaviours",
+    ),
     "subspace": ("ws.subspace", "main", "SubspaceOptions", "where a vector lies, its pair, cosines between vectors"),
-    "chat": ("ws.chat", "main", "ChatOptions", "talk to a steered model in the terminal"),
-    "play": ("ws.playground", "main", "PlayOptions", "the base beside the steered model in a page, with sliders"),
-    "diff": ("ws.fine_tunes", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
+    "chat": ("ws.chat.terminal", "main", "ChatOptions", "talk to a steered model in the terminal"),
+    "play": ("ws.chat.page", "main", "PlayOptions", "the base beside the steered model in a page, with sliders"),
+    "diff": ("ws.diff", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
     "export-peft": ("ws.export.lora", "main", "LoraOptions", "a vector at a fixed strength as a PEFT LoRA (vLLM)"),
     "export-merged": ("ws.export.merged", "main", "MergedOptions", "a vector written into a copy of its base"),
     "export-gguf-lora": ("ws.export.gguf_lora", "main", "GgufOptions", "a vector as a LoRA of llama.cpp"),
@@ -159,7 +199,7 @@ class InspectConfig:
 def inspect(config: InspectConfig) -> None:
     """The command `ws inspect`."""
     from ws.diff import SteeringVector
-    from ws.models import load_model
+    from ws.lm.models import load_model
 
     vector = SteeringVector.load(config.vector)
     facts: dict[str, Any] = {

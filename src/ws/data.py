@@ -1,7 +1,7 @@
 """Contrast pairs: the same question answered under a positive and under a negative persona.
 
 Both sides are sampled for every (question, persona, sample) with the model's own recommended settings, or a stated
-default (`ws.sampling`), and end by themselves. The system prompt is stripped: a stored pair is a question and two
+default (`ws.lm.sampling`), and end by themselves. The system prompt is stripped: a stored pair is a question and two
 answers. Batches are appended as they are made; an interrupted run continues where it stopped and gives the same pairs.
 """
 
@@ -26,15 +26,14 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.acting import acted, base_problems, persona_margins
 from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
+from ws.behaviors.acting import acted, base_problems, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
+from ws.behaviors.tables import evenly, json_lines
 from ws.errors import WsError, did_you_mean
-from ws.eval.choice import LOW_MASS, ChoiceScores, in_groups, left_pad, score_choices
-from ws.eval.rollout import PLAIN
-from ws.eval.stats import estimate_mean
-from ws.eval.tables import evenly, json_lines
-from ws.models import (
+from ws.files.runs import DEFAULT_OUT, Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
+from ws.lm.choice import LOW_MASS, ChoiceScores, in_groups, left_pad, score_choices
+from ws.lm.models import (
     DEFAULT_MODEL,
     decode_answer,
     encode,
@@ -46,8 +45,8 @@ from ws.models import (
     render_prompt,
     tokenizer_hash,
 )
-from ws.runs import DEFAULT_OUT, Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
-from ws.sampling import (
+from ws.lm.rollout import PLAIN
+from ws.lm.sampling import (
     SamplingSettings,
     check_settings,
     describe_settings,
@@ -55,6 +54,7 @@ from ws.sampling import (
     sample_rows,
     sampling_settings,
 )
+from ws.stats import estimate_mean
 
 PAIRS_FILE = "pairs.jsonl"
 _PARTIAL_FILE = "pairs.partial.jsonl"
@@ -144,14 +144,14 @@ class DataConfig:
         n_personas: persona pairs to use; None for all.
         n_samples: answers per question and persona, on each side.
         max_new_tokens: answers that have not ended by then are dropped as truncated.
-        temperature, top_p: None for the model's own, or the default of `ws.sampling` where it brings none.
+        temperature, top_p: None for the model's own, or the default of `ws.lm.sampling` where it brings none.
         data_batch: None for a batch size that is found, and answers that depend on the data seed, the pair and the
             side alone; a number samples so many pairs at once by `generate`, from one stream of random numbers.
         data_seed: seed of the sampling.
         judge: drop pairs in which the model itself does not find more of the behaviour in the positive answer.
         min_margin: drop pairs in which an answer gains less than so many nats per token from its own persona.
         keep_truncated: train on answers that have not ended, without an end of turn, instead of dropping them.
-        anyway: go on where the base cannot do what the behaviour asks of it (`ws.acting.base_problems`).
+        anyway: go on where the base cannot do what the behaviour asks of it (`ws.behaviors.acting.base_problems`).
     """
 
     n_topics: int | None = None
@@ -501,8 +501,8 @@ def sample_answers(
 ) -> list[Answer]:
     """Continue rendered prompts: sampled when `seed` is given, greedy otherwise.
 
-    Sampled is with `sampling`, or else the model's own settings or the stated default (`ws.sampling`). Greedy is plain
-    argmax: penalties, bans and least lengths that the model recommends are off (`rollout.PLAIN`).
+    Sampled is with `sampling`, or else the model's own settings or the stated default. Greedy is plain argmax:
+    penalties, bans and least lengths that the model recommends are off (`rollout.PLAIN`).
 
     The caller's random state is left alone.
     """

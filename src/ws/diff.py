@@ -2,6 +2,7 @@
 
 `dW = theta_pos - theta_neg` (Fierro & Roger 2025, arXiv 2511.05408), kept as exact coordinates. Saved as a folder with
 `ws.json` and safetensors; a purely low-rank vector's folder is at the same time a PEFT LoRA of scale 1.
+`ws diff --pos A --neg B --to FOLDER` reads two full fine-tunes tensor by tensor and writes their difference likewise.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ws import console
 from ws.adapters import read_adapter
-from ws.checkpoints import Checkpoint, Difference
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError
-from ws.hub import find
-from ws.models import (
+from ws.files.runs import atomic_folder, library_versions, sha256_file, slug
+from ws.files.tensors import tensor_writer
+from ws.lm.checkpoints import Checkpoint, Difference
+from ws.lm.hub import find
+from ws.lm.models import (
     as_matrix,
     bias_of,
     fingerprint,
@@ -44,7 +48,6 @@ from ws.models import (
     weight_of,
     weight_size,
 )
-from ws.runs import atomic_folder, library_versions, sha256_file, slug
 
 T = TypeVar("T")
 
@@ -56,7 +59,7 @@ VECTOR_FILES = (MANIFEST, CALIBRATION, NATIVE_WEIGHTS, PEFT_WEIGHTS, "adapter_co
 
 @dataclass(frozen=True)
 class Units:
-    """The calibrated strengths of a vector, from `calibration.json` in its folder (see `ws.calibration`).
+    """The calibrated strengths of a vector, from `calibration.json` in its folder (see `ws.intervene.calibration`).
 
     Attributes:
         subject: digest of the vector they were measured for.
@@ -93,7 +96,7 @@ class SteeringVector:
     Attributes:
         deltas: module name to `LinearDelta`.
         base_id: the name of the base model.
-        base_fingerprint: of its weights (`ws.models.fingerprint`), None when unknown.
+        base_fingerprint: of its weights (`ws.lm.models.fingerprint`), None when unknown.
         recipe: how the vector was made, JSON-serialisable: a source, or an operation on the recipes of its operands.
         info: behaviour, family, seeds and whatever else describes it, JSON-serialisable.
         units: its calibrated strengths, None when it was not calibrated; those of another vector are never used.
@@ -116,7 +119,7 @@ class SteeringVector:
 
         Args:
             folder: a PEFT adapter, ours or somebody else's. The six families give their exact coordinates; any other
-                whose layers are linear is read off them densely, with a warning (see `ws.probe`).
+                whose layers are linear is read off them densely, with a warning (see `ws.lm.probe`).
             base: the pristine base model or its name.
 
         Raises:
@@ -241,7 +244,8 @@ class SteeringVector:
 
         Args:
             text: what was written.
-            tokenizer: hash of the tokenizer in use (`ws.models.tokenizer_hash`); None for the base's, if it is at hand.
+            tokenizer: hash of the tokenizer in use (`ws.lm.models.tokenizer_hash`); None for the base's, if it is at
+                hand.
 
         Raises:
             WsError: neither of them, or units of a vector that is not calibrated, not on that side, or not with this
@@ -734,3 +738,88 @@ def vector_digest(vector: SteeringVector) -> str:
             digest.update(f"{name}:{coordinate}{tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- the vector between two full fine-tunes, as a command -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """Write the vector `theta_pos - theta_neg` of two full fine-tunes of one base.
+
+    Attributes:
+        pos, neg: checkpoints, as folders or hub ids; with the base itself as `--neg`, the vector is `theta_pos - base`.
+        to: the vector's folder.
+        base: what both were fine-tuned from, so that the vector refuses other models.
+        rank: keep this many singular directions of every matrix, and store the errors; None for dense coordinates.
+        kinds: only modules with these last names, such as `q_proj`.
+        behavior: what the vector is about, for tables and cards.
+    """
+
+    pos: str
+    neg: str
+    to: Path
+    base: str | None = None
+    rank: int | None = None
+    kinds: tuple[str, ...] | None = None
+    behavior: str | None = None
+
+
+def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
+    """Write the vector; returns its recipe.
+
+    Raises:
+        WsError: see `SteeringVector.from_checkpoints`, or a folder that holds something else.
+    """
+    if options.to.exists() and not (options.to / MANIFEST).is_file():
+        raise WsError(f"{options.to} exists and is not a steering vector; choose another place with --to.")
+    mark = None if options.base is None else Checkpoint.open(options.base).fingerprint()
+    difference = Difference(options.pos, options.neg, options.kinds)
+    base, info = options.base or "unknown", {"family": "full", "depth": difference.depth}
+    info |= {} if options.behavior is None else {"behavior": options.behavior}
+    recipe: dict[str, Any] = {"op": "checkpoints", "pos": slug(options.pos), "neg": slug(options.neg)}
+    if options.rank is not None:
+        deltas, facts = difference.collect(options.rank)
+        SteeringVector(deltas, base, mark, recipe | facts, info).save(options.to)
+        return recipe | facts
+    with atomic_folder(options.to) as part:
+        modules = _stream(difference, part / NATIVE_WEIGHTS)
+        recipe |= {"modules": len(modules["modules"]), "equal": len(difference.modules) - len(modules["modules"])}
+        origin = {"id": base, "fingerprint": mark}
+        write_manifest(part, NATIVE_WEIGHTS, torch.float32, origin, info, recipe, modules)
+    return recipe
+
+
+def _stream(difference: Difference, file: Path) -> dict[str, dict[str, Any]]:
+    """Write every change as it is formed; returns what the manifest says of the modules."""
+    sizes, kinds, shared = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    names = [f"{name}:{leaf}" for name, _ in difference.modules for leaf in ("e", "bias")]
+    with tensor_writer(file, names) as writer:
+        for name, change in difference:
+            if isinstance(change, str):
+                sizes[name], shared[name] = sizes[change], change
+                kinds |= {name: kinds[change]} if change in kinds else {}
+                continue
+            sizes[name] = [change.d_out, change.d_in]
+            kinds |= {} if change.kind == "linear" else {name: change.kind}
+            for leaf, tensor in change.coordinates().items():
+                writer.add(f"{name}:{leaf}", tensor)
+    return {"modules": sizes, "kinds": kinds, "shared": shared}
+
+
+def main(options: DiffOptions) -> None:
+    """The command `ws diff`."""
+    recipe = diff_checkpoints(options)
+    lines = [f"{recipe['modules']} modules differ, {recipe['equal']} are equal."]
+    if "total_error" in recipe:
+        worst = max(recipe["errors"], key=recipe["errors"].__getitem__)
+        lines.append(
+            f"Rank {options.rank}: relative error {recipe['total_error']:.2%}, worst {recipe['error']:.2%} ({worst})."
+        )
+        for name, error in recipe["errors"].items():
+            console.say(f"  {error:8.3%}  {name}")
+    console.show(console.Result("\n".join(lines), recipe, [options.to]))
+
+
+if __name__ == "__main__":
+    console.run(main, DiffOptions, "ws diff")

@@ -23,7 +23,6 @@ from scipy.stats import t as student
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.acting import Acted, acted, base_problems, persona_margins
 from ws.behaviors import (
     BORROWING_KEYS,
     CLAIM_KEYS,
@@ -46,11 +45,12 @@ from ws.behaviors import (
     read_template,
     read_text,
 )
+from ws.behaviors.acting import Acted, acted, base_problems, persona_margins
+from ws.behaviors.tables import evenly
 from ws.data import DataConfig, questions_asked, sample_answers
 from ws.errors import WsError, did_you_mean
-from ws.eval.tables import evenly
-from ws.models import chat_format, encode, load_model, load_tokenizer, render_prompt
-from ws.runs import write_text
+from ws.files.runs import write_text
+from ws.lm.models import chat_format, encode, load_model, load_tokenizer, render_prompt
 from ws.train import MIN_VALIDATION, TrainConfig, held_out
 
 FEW_QUESTIONS = 40  # 8 are left for calibration and its audit, and a tenth of the others is held out: 3 questions

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.adapters import family, peft_config
+from ws.analysis.controls import exchange_half, same_side
 from ws.behaviors import Behavior, brought_or_named, load_behavior
-from ws.controls import exchange_half, same_side
 from ws.data import (
     PAIRS_FILE,
     DataConfig,
@@ -39,11 +39,11 @@ from ws.eval import preference, sycophancy
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext, EvalOptions, rounding_notes
 from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, worst
-from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
-from ws.models import DEFAULT_MODEL, chat_format, load_model, render_prompt, tokenizer_hash
+from ws.files.runs import DEFAULT_OUT, Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
+from ws.lm.models import DEFAULT_MODEL, chat_format, load_model, render_prompt, tokenizer_hash
 from ws.report import write_report
-from ws.runs import DEFAULT_OUT, Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
 
@@ -74,8 +74,8 @@ class ReplicateConfig:
         device, dtype: see `ws.load_model`.
         fresh: start over, forgetting what is on disk.
         fresh_data: whether `fresh` also samples the pairs again.
-        control: `shuffled` or `same-side` makes a null vector instead (see `ws.controls`), in the folder of an adapter
-            `<adapter>-shuffled` or `<adapter>-same-side`, which every evaluation takes by that name.
+        control: `shuffled` or `same-side` makes a null vector instead (see `ws.analysis.controls`), in the folder of an
+            adapter `<adapter>-shuffled` or `<adapter>-same-side`, which every evaluation takes by that name.
         data, train: the two parts.
     """
 

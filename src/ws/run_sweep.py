@@ -2,7 +2,7 @@
 
 `python -m ws.run_sweep --behavior honesty --n-personas 1 --n-samples 50` does the six families. A cell that fails does
 not lose the others: its traceback goes to `sweep.log` in its folder and it is listed at the end. Running the sweep
-again fills only what is missing. Writes the tables of `ws.sweep_tables`.
+again fills only what is missing. Writes the tables of `ws.analysis.sweep_tables`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from ws import console
 from ws.adapters import FAMILIES, family
+from ws.analysis.sweep_tables import POOLED, SUMMARY, render, write_summary
 from ws.behaviors import behavior_name, load_behavior
 from ws.data import DataConfig, data_preset
 from ws.errors import WsError, choose
 from ws.eval import airisk
 from ws.eval.context import EvalContext, EvalOptions, open_context
 from ws.eval.suite import DEFAULT_EVALS, EVALS, SUITE
-from ws.models import DEFAULT_MODEL
+from ws.files.runs import DEFAULT_OUT, read_csv, read_values, run_folder, write_text
+from ws.lm.models import DEFAULT_MODEL
 from ws.replicate import CONTROLS, ReplicateConfig, replicate, verdict
 from ws.report import write_report
-from ws.runs import DEFAULT_OUT, read_csv, read_values, run_folder, write_text
-from ws.sweep_tables import POOLED, SUMMARY, render, write_summary
 from ws.train import TrainConfig, train_preset
 
 LOG = "sweep.log"
@@ -41,8 +41,8 @@ class SweepConfig:
         seeds: of initialisation and order; the pairs are shared by all cells.
         evals: which evaluations (`ws.eval.suite`).
         traits: of statements; none for the behaviour's own.
-        controls: nulls to train beside every vector, `shuffled` and `same-side` (see `ws.compare`); they are read on
-            the claims and stay out of the tables.
+        controls: nulls to train beside every vector, `shuffled` and `same-side` (see `ws.analysis.compare`); they are
+            read on the claims and stay out of the tables.
         alphas: steering strengths; 0 is always included.
         dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
         n_think: tokens of chain of thought before a dilemma's answer.

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, parse_number
 from ws.errors import WsError, choose
-from ws.models import bias_of, module_kind, require_calls, weight_of, weight_size
+from ws.lm.models import bias_of, module_kind, require_calls, weight_of, weight_size
 
 Alpha = float | int | str | Tensor
 

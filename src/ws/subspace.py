@@ -46,11 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ws import console
-from ws.delta import LinearDelta
-from ws.diff import PEFT_WEIGHTS, SteeringVector, vector_digest
-from ws.errors import WsError
-from ws.finished import FinishedRun, RunOptions, finished_runs
-from ws.geometry import (
+from ws.analysis.geometry import (
     Cosines,
     Rows,
     Vector,
@@ -63,9 +59,13 @@ from ws.geometry import (
     pair_rows,
     plain_weight,
 )
-from ws.models import fingerprint, layer_of, load_model
-from ws.plots import save_svg
-from ws.runs import atomic_file, lock, read_csv, read_values, sha256_file, slug, write_csv
+from ws.delta import LinearDelta
+from ws.diff import PEFT_WEIGHTS, SteeringVector, vector_digest
+from ws.errors import WsError
+from ws.files.plots import save_svg
+from ws.files.runs import atomic_file, lock, read_csv, read_values, sha256_file, slug, write_csv
+from ws.lm.models import fingerprint, layer_of, load_model
+from ws.run import FinishedRun, RunOptions, finished_runs
 
 SHARES = ("left_top", "left_bottom", "right_top", "right_bottom", "readout_weak")
 # What modules that write to the residual stream are called in transformers.

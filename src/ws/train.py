@@ -40,8 +40,7 @@ from ws.adapters import PISSA_INIT_FILE, AdapterSpec, family, peft_config
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
 from ws.errors import WsError, choose
-from ws.models import DEFAULT_MODEL, fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
-from ws.runs import (
+from ws.files.runs import (
     DEFAULT_OUT,
     Run,
     atomic_folder,
@@ -53,6 +52,7 @@ from ws.runs import (
     write_json,
     write_text,
 )
+from ws.lm.models import DEFAULT_MODEL, fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
 
 TRAIN_FILE = "ws_train.json"
 SIGNS = ("pos", "neg")

@@ -21,7 +21,7 @@ from typing import Any
 from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, read_preferences
 from ws.behaviors.answered import Preference as Preference
 from ws.errors import WsError, choose, decoded, did_you_mean
-from ws.runs import write_text
+from ws.files.runs import write_text
 
 SCHEMA = 1
 SPLITS = ("dev", "report")

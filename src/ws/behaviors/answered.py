@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ws.behaviors.tables import Row, draw, is_text, read_rows
 from ws.errors import WsError, choose
-from ws.eval.tables import Row, draw, is_text, read_rows
 
 ROLES = ("question", "positive", "negative", "kind", "split")
 SOURCE_KEYS = frozenset({"file", "hub", "config", "hub_split", "revision", *ROLES})

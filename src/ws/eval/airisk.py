@@ -1,7 +1,7 @@
 """AIRiskDilemmas: which of two actions does the model choose, the one that serves a class of values or the other?
 
 The model thinks for up to `n_think` tokens, the block is closed, "My choice: Action " is put into its mouth, and
-"1" is scored against "2" (`ws.eval.rollout`). With the label of `ws.eval.dilemmas`,
+"1" is scored against "2" (`ws.lm.rollout`). With the label of `ws.eval.dilemmas`,
 
     logratio = logP(Action 1) - logP(Action 2)          score = label * logratio
 
@@ -35,14 +35,16 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.behaviors.tables import draw_fact, is_on_hub, revision_of
 from ws.errors import choose
-from ws.eval.choice import LOW_MASS, by_token
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.dilemmas import CONFIG, HUB_ID, LABEL_NOTE, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, Readability, mass_text, notes, of_row, worst
-from ws.eval.rollout import REASONS, roll_out, statements, thinks_aloud
-from ws.eval.stats import (
+from ws.files.runs import slug
+from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.rollout import REASONS, roll_out, statements, thinks_aloud
+from ws.stats import (
     LEAST_ANSWERS,
     Estimate,
     SurgicalInformedness,
@@ -50,8 +52,6 @@ from ws.eval.stats import (
     is_right,
     surgical_informedness,
 )
-from ws.eval.tables import draw_fact, is_on_hub, revision_of
-from ws.runs import slug
 
 VERSION = 1
 PROTOCOLS = ("explicit", "alone")
@@ -122,7 +122,7 @@ def evaluate_airisk(
     Returns:
         `logratio` of "1" to "2" in nats, `pmass`, `forced` (the thought was cut off), `n_tokens` and `thought`, all
         `[dilemma, order]`, with two orders (given, swapped) in `explicit` and one in `alone`; and `variants`, the
-        probabilities of the answer's single tokens in the first question (`ws.eval.choice.by_token`).
+        probabilities of the answer's single tokens in the first question (`ws.lm.choice.by_token`).
     """
     texts = prompts or Prompts()
     questions = [q for d in dilemmas for q in ask(d, protocol, texts)]

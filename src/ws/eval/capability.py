@@ -36,16 +36,16 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.behaviors.tables import Row, draw, draw_fact, read_rows
 from ws.data import repeated_ngrams
-from ws.divergence import QUANTILE, token_kl
 from ws.errors import WsError, decoded
-from ws.eval.choice import in_groups, left_pad
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import notes_on
-from ws.eval.rollout import PLAIN, new_cache
-from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
-from ws.eval.tables import Row, draw, draw_fact, read_rows
-from ws.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
+from ws.lm.choice import in_groups, left_pad
+from ws.lm.divergence import QUANTILE, token_kl
+from ws.lm.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
+from ws.lm.rollout import PLAIN, new_cache
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean
 
 NAME, VERSION = "capability", 1
 MAX_TOKENS, N_TOKENS = 512, 128

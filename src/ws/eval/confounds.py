@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.calibration import N_PROMPTS, split_questions
+from ws.behaviors.tables import draw_fact, evenly
 from ws.data import LENGTH_RATIO, PAIRS_FILE, SHARE_GAP, data_card, is_refusal, read_pairs, repetition, sample_answers
 from ws.errors import WsError
 from ws.eval import sycophancy
@@ -35,12 +35,12 @@ from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open
 from ws.eval.dilemmas import HUB_ID, Dilemma, draw_dilemmas, load_dilemmas
 from ws.eval.prompts import notes_on, own_words, words_note
 from ws.eval.readable import NATS, Readability, mass_text, notes
-from ws.eval.rollout import REASONS, thinks_aloud
-from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean, group_difference
 from ws.eval.sycophancy import SycophancyOptions
-from ws.eval.tables import draw_fact, evenly
-from ws.models import render_prompt
-from ws.runs import data_folder
+from ws.files.runs import data_folder
+from ws.intervene.calibration import N_PROMPTS, split_questions
+from ws.lm.models import render_prompt
+from ws.lm.rollout import REASONS, thinks_aloud
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, group_difference
 
 NAME, VERSION = "confounds", 2
 # True claims that share this much of the shift on false ones make it a shift of agreement.

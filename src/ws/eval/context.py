@@ -1,6 +1,7 @@
 """What every evaluation command shares: the model, the interventions of a run, the strengths, scores kept, the tables.
 
-Every row of every table names its `intervention` (see `ws.interventions`): `base` at alpha 0, else what was done.
+Every row of every table names its `intervention` (see `ws.intervene.interventions`): `base` at alpha 0, else what was
+done.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ws.console import Countdown, Result, say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
 from ws.eval.readable import Readability
-from ws.finished import FinishedRun, RunOptions
-from ws.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
-from ws.models import BUNDLED, fingerprint, tokenizer_hash
-from ws.runs import Run, lock, read_csv, sha256_json, slug, typed, write_csv, write_json
+from ws.files.runs import Run, lock, read_csv, sha256_json, slug, typed, write_csv, write_json
+from ws.intervene.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
+from ws.lm.models import BUNDLED, fingerprint, tokenizer_hash
+from ws.run import FinishedRun, RunOptions
 
 TABLES_VERSION = 2  # raised when the same scores make other tables, which are then written anew, and nothing is asked
 Scores = Mapping[str, np.ndarray]
@@ -38,10 +39,11 @@ class EvalOptions(RunOptions):
     Attributes:
         alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, and `calibrated` for
             -1u and +1u, where the vector is calibrated (`ws calibrate`).
-        interventions: what is done to the model: `weight`, the vector, and the baselines of `ws.interventions`.
+        interventions: what is done to the model: `weight`, the vector, and the baselines of
+            `ws.intervene.interventions`.
         batch_size: prompts per forward pass, found automatically when None.
         n_think: tokens of guided chain of thought before the answer; None for the evaluation's own number.
-        limit: only so many items, a draw by a fixed seed, even over groups (`ws.eval.tables.draw`).
+        limit: only so many items, a draw by a fixed seed, even over groups (`ws.behaviors.tables.draw`).
         dataset: a hub id, a local folder or file, or `pocket`; None for the published set (`pocket` on the bundled
             models).
         prompts: a TOML file that replaces the instruction texts.
@@ -80,7 +82,8 @@ class EvalOptions(RunOptions):
 class Evaluation:
     """A set of items with its protocol: what to ask a model, and what to write of its answers.
 
-    How a question reads as a prompt is the tokenizer's part (`ws.models.tokenizer_hash`), which is no part of `digest`.
+    How a question reads as a prompt is the tokenizer's part (`ws.lm.models.tokenizer_hash`), which is no part of
+    `digest`.
 
     Attributes:
         name: of the tables, `<name>_<table>.csv`.

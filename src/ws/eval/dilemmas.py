@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ws.behaviors.tables import Row, draw, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
-from ws.eval.tables import Row, draw, is_text, read_rows, tolerate
 
 HUB_ID = "kellycyy/AIRiskDilemmas"
 LABEL_NOTE = (
@@ -93,7 +93,7 @@ def load_dilemmas(
 
 
 def draw_dilemmas(dilemmas: Sequence[Dilemma], limit: int | None) -> tuple[Dilemma, ...]:
-    """At most `limit` dilemmas, as many of one label as of the other; see `ws.eval.tables.draw`."""
+    """At most `limit` dilemmas, as many of one label as of the other; see `ws.behaviors.tables.draw`."""
     return draw(dilemmas, limit, lambda dilemma: dilemma.label)
 
 

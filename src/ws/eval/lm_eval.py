@@ -28,14 +28,14 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.behaviors.tables import draw, draw_fact
 from ws.errors import WsError, did_you_mean
-from ws.eval.choice import left_pad, takes_padding
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import notes_on
-from ws.eval.stats import Estimate, estimate_mean
-from ws.eval.tables import draw, draw_fact
-from ws.models import chat_format, encode, encode_after, encode_answer, end_ids, hub_is_out_of_reach, render_prompt
-from ws.runs import sha256_file, sha256_json
+from ws.files.runs import sha256_file, sha256_json
+from ws.lm.choice import left_pad, takes_padding
+from ws.lm.models import chat_format, encode, encode_after, encode_answer, end_ids, hub_is_out_of_reach, render_prompt
+from ws.stats import Estimate, estimate_mean
 
 NAME, VERSION = "lm_eval", 2
 BATCH_SIZE, FEWSHOT_SEED, STDERR_DRAWS = 8, 1234, 1000
@@ -159,7 +159,7 @@ def run_harness(
         limit: only so many documents of each task, drawn as every evaluation's items; the harness's own `--limit` takes
             the first.
         batch_size: requests at a time, 8 when None; one at a time where the model does not take padding.
-        chat: put the prompts into the chat template with `ws.models.render_prompt`; otherwise they are plain texts,
+        chat: put the prompts into the chat template with `ws.lm.models.render_prompt`; otherwise they are plain texts,
             which the harness tokenises as it always does.
 
     Raises:

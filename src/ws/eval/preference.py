@@ -28,15 +28,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors import SPLITS, Behavior, Preference
 from ws.behaviors.answered import plain_question, read_preferences
+from ws.behaviors.tables import draw, draw_fact
 from ws.errors import WsError, choose
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
-from ws.eval.likelihood import score_answers
 from ws.eval.prompts import OWN, notes_on
 from ws.eval.readable import PER_TOKEN, star
-from ws.eval.stats import estimate_mean, holm
-from ws.eval.tables import draw, draw_fact
-from ws.models import encode, encode_answer, render_prompt
-from ws.runs import read_csv
+from ws.files.runs import read_csv
+from ws.lm.likelihood import score_answers
+from ws.lm.models import encode, encode_answer, render_prompt
+from ws.stats import estimate_mean, holm
 
 NAME, VERSION = "preference", 1
 
@@ -328,7 +328,7 @@ def _of_split(items: Sequence[Preference], split: str, where: str) -> tuple[Pref
 
 
 def draw_questions(items: Sequence[Preference], limit: int | None) -> tuple[Preference, ...]:
-    """The pairs of at most `limit` questions, even over kinds; see `ws.eval.tables.draw`."""
+    """The pairs of at most `limit` questions, even over kinds; see `ws.behaviors.tables.draw`."""
     first, numbers = _questions(items), question_numbers(items)
     drawn = set(draw(range(len(first)), limit, lambda number: first[number].kind))
     return tuple(p for p, number in zip(items, numbers.tolist(), strict=True) if number in drawn)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ws.eval.choice import LOW_MASS
+from ws.lm.choice import LOW_MASS
 
 LOW_AGREEMENT = 0.5
 LEVEL = 0.05

@@ -25,9 +25,9 @@ from ws.eval.airisk import about as about_dilemmas
 from ws.eval.airisk import table_name
 from ws.eval.context import select
 from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, worst
-from ws.eval.stats import SurgicalInformedness, estimate_over_seeds, surgical_informedness
 from ws.eval.tinymfv_airisk import about as about_vignettes
-from ws.runs import DEFAULT_OUT, Run, lock, read_csv, run_folder, write_csv, write_text
+from ws.files.runs import DEFAULT_OUT, Run, lock, read_csv, run_folder, write_csv, write_text
+from ws.stats import SurgicalInformedness, estimate_over_seeds, surgical_informedness
 
 TABLE = "readme_airisk_table"
 _UNCERTAIN = ("std", "ci_lo", "ci_hi")

@@ -28,18 +28,19 @@ from tabulate import tabulate
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws import console, hub
+from ws import console
 from ws.behaviors import Behavior
+from ws.behaviors.tables import SUFFIXES, draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
-from ws.eval.choice import LOW_MASS, by_token
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import PUBLISHED, load_prompts, notes_on, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
-from ws.eval.rollout import REASONS, roll_out, thinks_aloud
-from ws.eval.stats import Estimate, estimate_mean, group_difference, holm
-from ws.eval.tables import SUFFIXES, draw, draw_fact, is_text, read_rows, tolerate
-from ws.models import render_prompt
-from ws.runs import read_csv
+from ws.files.runs import read_csv
+from ws.lm import hub
+from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.models import render_prompt
+from ws.lm.rollout import REASONS, roll_out, thinks_aloud
+from ws.stats import Estimate, estimate_mean, group_difference, holm
 
 NAME, VERSION = "statements", 1
 HUB_ID, HUB_FOLDER = "Anthropic/model-written-evals", "persona"
@@ -172,7 +173,7 @@ def _of_trait(trait: str, file: Path) -> list[Statement]:
 
 
 def draw_statements(statements: Sequence[Statement], limit: int | None) -> tuple[Statement, ...]:
-    """At most `limit` statements, as many of each trait and matching answer; see `ws.eval.tables.draw`."""
+    """At most `limit` statements, as many of each trait and matching answer; see `ws.behaviors.tables.draw`."""
     return draw(statements, limit, lambda s: (s.trait, s.matching))
 
 
@@ -189,7 +190,7 @@ def evaluate_statements(
 ) -> Scores:
     """`logratio`, `log p(Yes) - log p(No)` in nats, and `pmass`, the probability of either; both `[statements]`.
 
-    `variants` are the probabilities of the answer's single tokens in the first of them (`ws.eval.choice.by_token`).
+    `variants` are the probabilities of the answer's single tokens in the first of them (`ws.lm.choice.by_token`).
     Thinking is off, as published, unless `n_think` gives it a budget of tokens.
     """
     asked = [ask(s, prompts or Prompts()) for s in statements]

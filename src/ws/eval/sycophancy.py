@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import SPLITS, Behavior, Claim, ClaimTest
+from ws.behaviors.tables import draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
-from ws.eval.choice import LOW_MASS, by_token
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import OWN, load_prompts, notes_on, words_of
 from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
-from ws.eval.rollout import REASONS, roll_out, thinks_aloud
-from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_mean
-from ws.eval.tables import draw, draw_fact, is_text, read_rows, tolerate
-from ws.models import render_prompt
+from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.models import render_prompt
+from ws.lm.rollout import REASONS, roll_out, thinks_aloud
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean
 
 NAME, VERSION = "sycophancy", 2
 
@@ -71,7 +71,7 @@ class ClaimScores:
         claims: what was asked.
         logratio: `logP(agree) - logP(disagree)` per claim, in nats.
         pmass: `P(agree) + P(disagree)` per claim.
-        variants: probabilities of the answer's single tokens after the first claim (`ws.eval.choice.by_token`).
+        variants: probabilities of the answer's single tokens after the first claim (`ws.lm.choice.by_token`).
     """
 
     claims: tuple[Claim, ...]
@@ -306,7 +306,7 @@ def load_claims(source: str) -> tuple[Claim, ...]:
 
 
 def draw_claims(claims: Sequence[Claim], limit: int | None) -> tuple[Claim, ...]:
-    """At most `limit` claims of either kind, false ones first; see `ws.eval.tables.draw`."""
+    """At most `limit` claims of either kind, false ones first; see `ws.behaviors.tables.draw`."""
     return tuple(c for kind in (False, True) for c in draw([c for c in claims if c.is_true == kind], limit))
 
 

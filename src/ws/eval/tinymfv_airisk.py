@@ -31,16 +31,16 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.behaviors.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, tolerate
 from ws.errors import WsError, choose
-from ws.eval.choice import LOW_MASS, by_token
 from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
-from ws.eval.rollout import REASONS, roll_out, thinks_aloud
-from ws.eval.stats import Estimate, estimate_mean, group_difference, holm
-from ws.eval.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, tolerate
-from ws.models import render_prompt
-from ws.runs import read_csv
+from ws.files.runs import read_csv
+from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.models import render_prompt
+from ws.lm.rollout import REASONS, roll_out, thinks_aloud
+from ws.stats import Estimate, estimate_mean, group_difference, holm
 
 NAME, VERSION = "tinymfv_airisk", 1
 HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
@@ -129,7 +129,7 @@ def load_vignettes(
 
 
 def draw_vignettes(vignettes: Sequence[Vignette], limit: int | None) -> tuple[Vignette, ...]:
-    """At most `limit` vignettes, as many of each foundation; see `ws.eval.tables.draw`."""
+    """At most `limit` vignettes, as many of each foundation; see `ws.behaviors.tables.draw`."""
     return draw(vignettes, limit, lambda vignette: vignette.foundation_coarse)
 
 
@@ -182,7 +182,7 @@ def evaluate_tinymfv_airisk(
 ) -> Scores:
     """`p_true` and `bool_mass`, both `[vignette, condition, frame]`, in the order of `CONDITIONS` and `FRAMES`.
 
-    `variants` are the probabilities of the answer's single tokens in the first of them (`ws.eval.choice.by_token`).
+    `variants` are the probabilities of the answer's single tokens in the first of them (`ws.lm.choice.by_token`).
     Thinking is off, as published, unless `n_think` gives it a budget of tokens.
     """
     texts = prompts or Prompts()

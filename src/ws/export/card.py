@@ -20,14 +20,14 @@ from ws.behaviors import Behavior, load_behavior
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.eval import airisk, tinymfv_airisk
-from ws.eval.choice import LOW_MASS
 from ws.eval.prompts import notes_on
 from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, of_row, worst
-from ws.gguf_base import is_gguf
-from ws.hub import parse_id
-from ws.interventions import BASE, WEIGHT
-from ws.models import BUNDLED, tokenizer_hash_on_disk
-from ws.runs import Run, read_csv, reads_otherwise
+from ws.files.gguf import is_gguf
+from ws.files.runs import Run, read_csv, reads_otherwise
+from ws.intervene.interventions import BASE, WEIGHT
+from ws.lm.choice import LOW_MASS
+from ws.lm.hub import parse_id
+from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
 _PATH = re.compile(r"(?<![\w./~])(?!(?<=:)//)(?:file:)?(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^\s'\",;()*]+")

@@ -31,9 +31,9 @@ from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.export.card import public_name
 from ws.export.source import ExportOptions
-from ws.gguf_base import gguf_file, gguf_package
-from ws.models import load_config
-from ws.runs import atomic_file
+from ws.files.gguf import gguf_file, gguf_package
+from ws.files.runs import atomic_file
+from ws.lm.models import load_config
 
 # The `model_type` of a base to its architecture in `gguf.MODEL_ARCH`; llama.cpp runs Mistral models as Llama ones.
 ARCHITECTURES = {"qwen3": "QWEN3", "qwen2": "QWEN2", "llama": "LLAMA", "mistral": "LLAMA"}

@@ -16,7 +16,7 @@ from ws import console
 from ws.diff import SteeringVector
 from ws.errors import WsError
 from ws.export.source import ExportOptions, strength_text
-from ws.models import layer_of, load_model
+from ws.lm.models import layer_of, load_model
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from ws import console
-from ws.checkpoints import INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
 from ws.diff import ParameterChange, SteeringVector, vector_digest, write_step
 from ws.errors import WsError
 from ws.export.card import describe, merged_card, public
 from ws.export.source import ExportOptions, strength_text
-from ws.models import as_matrix
-from ws.runs import atomic_folder, library_versions, write_json
-from ws.tensor_files import TensorPatcher, copy_with_room, tensor_patcher
+from ws.files.runs import atomic_folder, library_versions, write_json
+from ws.files.tensors import TensorPatcher, copy_with_room, tensor_patcher
+from ws.lm.checkpoints import INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
+from ws.lm.models import as_matrix
 
 EXPORT_FILE, CONFIG = "ws_export.json", "config.json"
 TIE_FLAGS = ("tie_word_embeddings", "tie_embedding")  # the second is LFM2's, and counts more than the first

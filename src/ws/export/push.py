@@ -15,12 +15,13 @@ from pathlib import Path
 import tyro
 from tabulate import tabulate
 
-from ws import console, hub
+from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES
 from ws.errors import WsError
 from ws.export.card import Subject, describe, is_local, public, public_name, stale_evaluations, vector_card
 from ws.export.source import VectorOptions
-from ws.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
+from ws.files.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
+from ws.lm import hub
 
 PEFT_CONFIG, CARD = "adapter_config.json", "README.md"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from ws.behaviors import behavior_name
 from ws.diff import SteeringVector
 from ws.errors import WsError
-from ws.finished import vector_of_run
-from ws.runs import DEFAULT_OUT, run_folder
+from ws.files.runs import DEFAULT_OUT, run_folder
+from ws.run import vector_of_run
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ws import console
+from ws.files.runs import DEFAULT_OUT, write_text
 from ws.report.data import read_contents
 from ws.report.page import render
-from ws.runs import DEFAULT_OUT, write_text
 
 PAGE = "report.html"
 

@@ -10,10 +10,10 @@ import numpy as np
 from scipy.special import logit, stdtrit
 
 from ws.eval.readable import MARK, Readability, of_row, worst
-from ws.eval.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 from ws.eval.tinymfv_airisk import CLIP
 from ws.report.data import Contents, Result, Row
 from ws.report.scores import ACTS, SCORES, Score
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 
 Items = Mapping[float, Mapping[str, float]]
 
@@ -239,7 +239,7 @@ def _pooled_point(here: Sequence[Point], level: Interval, shift: Interval, p: fl
 
 
 def _pool(alpha: float, seeds: Mapping[int, Sequence[Point]], items: Mapping[int, Items]) -> Point:
-    """Level and paired shift over seeds and items, by the bootstrap of `ws.eval.stats`."""
+    """Level and paired shift over seeds and items, by the bootstrap of `ws.stats`."""
     ids = list(next(iter(items.values()))[0.0])
     base, values = (np.array([[of[a][i] for i in ids] for of in items.values()]) for a in (0.0, alpha))
     level, shift = estimate_over_seeds(values), estimate_over_seeds(values - base)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
-from ws.eval.choice import LOW_MASS
+from ws.lm.choice import LOW_MASS
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
 from ws.report.words import cost_text, divergence_text, interval_text, number, p_text, strength

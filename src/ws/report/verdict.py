@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ws.compare_tables import NULLS
-from ws.controls import empirical_p
+from ws.analysis.compare_tables import NULLS
+from ws.analysis.controls import empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.context import rounding_notes
 from ws.eval.readable import FLAG, LEVEL, NATS, worst
-from ws.interventions import WEIGHT
-from ws.models import BUNDLED
+from ws.intervene.interventions import WEIGHT
+from ws.lm.models import BUNDLED
 from ws.report.curves import Curve, Interval, Point, simultaneous
 from ws.report.data import Contents, Result
 from ws.report.scores import CLAIMS, CONFOUNDS

@@ -1,0 +1,1 @@
+"""What vectors do and how they relate: controls, slopes, comparisons, sums, trims, geometry, monitoring."""

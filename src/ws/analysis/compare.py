@@ -1,0 +1,302 @@
+"""`ws compare`: every way of steering at the same cost, on the same items, beside what chance and training alone do.
+
+Each intervention (`ws.intervene.interventions`) is measured at the two strengths that cost the target divergence, -1u
+and +1u: they are solved for on one half of the questions that nothing was trained on, and the divergence that is
+reported comes from the other half. Strengths that `ws calibrate` has stored are taken as they are, and the table says
+what they were solved for on; those of another divergence are refused, not replaced.
+The block after which activations are steered is chosen on the `dev` claims; the claims that are reported are others. A
+system prompt and the fine-tuned arms have no dial: they come as they are, with the divergence they happen to have.
+
+Per item the effect is the span, `score(+1u) - score(-1u)`, and the shifts of either side against the base. Seeds of one
+adapter are pooled by a hierarchical bootstrap. A weight vector's span is called real only when it beats three nulls at
+the same Frobenius norm:
+
+    random      p <= 0.05 among random vectors with its coordinates and per-module norms; vectors trained on anything
+                pass this one, so it is no evidence of the behaviour by itself
+    shuffled    the 95 % interval of |span| - |span of the null| lies above zero, for a vector trained on pairs half of
+                which were exchanged (`ws replicate --control shuffled`)
+    same-side   the same for a vector both of whose arms were trained on positive answers (`--control same-side`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ws import console
+from ws.adapters import FAMILIES, family
+from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, render
+from ws.analysis.controls import ControlOptions, measure_controls
+from ws.behaviors import behavior_name, load_behavior
+from ws.diff import SteeringVector
+from ws.errors import WsError, choose
+from ws.eval import capability
+from ws.eval.context import EvalContext, EvalOptions, Evaluation, Scores
+from ws.eval.readable import Readability
+from ws.eval.suite import EVALS, SUITE, set_notes
+from ws.files.plots import save_svg
+from ws.files.runs import DEFAULT_OUT, Run, lock, run_folder, write_csv
+from ws.intervene.calibrate import calibration_for
+from ws.intervene.calibration import N_PROMPTS, CalibrationConfig
+from ws.intervene.interventions import INTERVENTIONS, TRAINED, WEIGHT, Intervention
+from ws.run import open_run
+
+NULLS = ("shuffled", "same-side")
+SIGNS = (-1, 1)
+_Scored: TypeAlias = dict[str, dict[int, np.ndarray]]
+_Read: TypeAlias = dict[str, dict[int, Readability]]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Which runs and which interventions stand side by side.
+
+    Attributes:
+        model: None for the base that the vectors were made for.
+        behavior: whose runs.
+        adapters: families; none for all that have a finished run.
+        seeds: of the runs; each adapter must have them all.
+        out: where runs are; the tables go to `out/<behavior>/`.
+        interventions: see `ws.intervene.interventions`.
+        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`.
+        traits: of statements; none for the behaviour's own.
+        n_prompts, target: of the calibrations that are not stored yet; see `CalibrationConfig`.
+        n_draws: random vectors per run; 0 for none.
+        capability: also measure what it costs on neutral text.
+        split: which held-out claims and questions, `report` or `dev`.
+        batch_size: prompts at a time, found automatically when None.
+        limit: only so many items, drawn as every evaluation's.
+        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
+        n_bootstrap: resamples per interval.
+        device, dtype: see `ws.load_model`.
+    """
+
+    model: str | None = None
+    behavior: str = "honesty"
+    adapters: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    out: Path = DEFAULT_OUT
+    interventions: tuple[str, ...] = INTERVENTIONS
+    evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
+    n_prompts: int = N_PROMPTS
+    target: float = 1.0
+    n_draws: int = 20
+    capability: bool = True
+    split: str = "report"
+    batch_size: int | None = None
+    limit: int | None = None
+    dataset: str | None = None
+    n_bootstrap: int = 10_000
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def check(self) -> None:
+        """`WsError` for names and numbers that make no sense."""
+        for name in self.adapters:
+            family(name)
+        for kind, names, known in (
+            ("intervention", self.interventions, INTERVENTIONS),
+            ("evaluation", self.evals, EVALS),
+        ):
+            for name in names:
+                choose(kind, name, known)
+        if self.n_draws < 0:
+            raise WsError(f"--n-draws must be at least 0, not {self.n_draws}.")
+        if not (self.interventions and self.evals and self.seeds):
+            raise WsError("--interventions, --evals and --seeds must each name at least one.")
+        self.calibration.check()
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """How strengths are matched."""
+        return CalibrationConfig(n_prompts=self.n_prompts, target=self.target, batch_size=self.batch_size)
+
+    @property
+    def folder(self) -> Path:
+        """Where the tables go."""
+        return self.out / behavior_name(self.behavior)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The headline scores of the evaluations."""
+        return tuple(score for name in self.evals for score in SUITE[name].scores)
+
+    def eval_options(self, adapter: str, seed: int) -> EvalOptions:
+        """One run, for an `EvalContext`."""
+        names = ("model", "behavior", "out", "batch_size", "limit", "dataset", "n_bootstrap", "device", "dtype")
+        shared = {name: getattr(self, name) for name in names}
+        return EvalOptions(**shared, adapter=adapter, seed=seed, alphas=("calibrated",))
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One run on the shared model, and what is asked of it."""
+
+    options: CompareOptions
+    context: EvalContext
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """Those that were asked for, and capability."""
+        o, c = self.options, self.context
+        found = [SUITE[name].make(c, o) for name in o.evals]
+        if o.capability:  # on its own texts, whatever data set the others take
+            found.append(capability.evaluation(replace(c, options=replace(c.options, dataset=None))))
+        return found
+
+    def cell(self, name: str) -> Cell:
+        """One intervention at both of its strengths."""
+        chosen, o = self.context.intervention(name), self.options
+        key = self.context.key | ({"adapter": name, "seed": 0} if chosen.is_shared else {})
+        found = calibration_for(chosen, self.context.opened, self.context.behavior, o.calibration, key, reuse=True)
+        sides = {sign: found.side(sign) for sign in SIGNS}
+        usable = {sign: s for sign, s in sides.items() if s.converged or not chosen.has_dial}
+        alphas = {sign: s.alpha for sign, s in usable.items()}
+        for sign in set(SIGNS) - set(usable):
+            console.warn(f"{name} has no {sign:+d}u: {sides[sign].reason}.")
+        scored, read = self.measured(chosen, alphas)
+        nulls = self.trained_nulls(alphas) if name == WEIGHT else {}
+        return Cell(
+            intervention=name,
+            adapter=str(key["adapter"]),
+            seed=int(key["seed"]),
+            matched=chosen.has_dial,
+            detail=chosen.detail,
+            questions=found.questions,
+            dtype=str(self.context.model.dtype)[6:],
+            alphas=alphas,
+            divergence={sign: s.divergence if s.audit is None else s.audit for sign, s in usable.items()},
+            scores=scored,
+            readable=read,
+            asked=self.asked,
+            nulls={null: found for null, (found, _) in nulls.items()},
+            null_readable={null: found for null, (_, found) in nulls.items()},
+            random=self.random_null(alphas) if name == WEIGHT and o.n_draws else {},
+        )
+
+    @cached_property
+    def asked(self) -> dict[str, Mapping[str, Any]]:
+        """Which items and words the headline scores are of."""
+        of = dict(zip(self.options.evals, self.evaluations, strict=False))  # capability comes last and has no words
+        return {score: evaluation.brief for name, evaluation in of.items() for score in SUITE[name].scores}
+
+    def measured(self, chosen: Intervention, alphas: Mapping[int, float]) -> tuple[_Scored, _Read]:
+        """Headline scores and how well their items were answered, by name and sign; 0 is the base."""
+        scored, read = _Scored(), _Read()
+        for evaluation in self.evaluations:
+            for sign, scores in self._scores(evaluation, chosen, alphas).items():
+                for name, values in evaluation.headlines(scores).items():
+                    scored.setdefault(name, {})[sign] = values
+                for name, known in evaluation.readability(scores).items():
+                    read.setdefault(name, {})[sign] = known
+        return scored, read
+
+    def _scores(self, evaluation: Evaluation, chosen: Intervention, alphas: Mapping[int, float]) -> dict[int, Scores]:
+        by_alpha = self.context.scores(evaluation, chosen, [0.0, *alphas.values()])
+        return {sign: by_alpha[alpha] for sign, alpha in ({0: 0.0} | dict(alphas)).items()}
+
+    def trained_nulls(self, alphas: Mapping[int, float]) -> dict[str, tuple[_Scored, _Read]]:
+        """What the label-shuffled and the same-side vector of this run give, at equal norms of the change."""
+        o, found = self.options, {}
+        for null in NULLS:
+            key = self.context.key
+            run = Run(run_folder(o.out, str(key["behavior"]), f"{key['adapter']}-{null}", int(key["seed"])))
+            if (run.folder / "vector").is_dir():
+                vector = SteeringVector.load(run.folder / "vector")
+                context = replace(self.context, vector=vector, run=run)
+                ratio = self.context.vector.norm(self.context.model) / vector.norm(self.context.model)
+                scaled = {sign: alpha * ratio for sign, alpha in alphas.items()}
+                found[null] = replace(self, context=context).measured(context.intervention(), scaled)
+        return found
+
+    def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
+        """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign."""
+        o, key = self.options, self.context.key
+        shared = ("model", "behavior", "out", "split", "traits", "batch_size", "limit", "dataset", "device", "dtype")
+        options = ControlOptions(
+            **{name: getattr(o, name) for name in shared},
+            adapter=str(key["adapter"]),
+            seed=int(key["seed"]),
+            scores=tuple(s for s in o.scores if s != "choices"),
+            n_draws=o.n_draws,
+            alphas=tuple(alphas.values()),
+        )
+        context = replace(self.context, options=replace(self.context.options, alphas=options.alphas))
+        rows = [r for r in measure_controls(context, options) if r["control"] == "random"]
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for score in options.scores:
+            for sign, alpha in alphas.items():
+                here = [r for r in rows if r["score"] == score and float(r["alpha"]) == alpha]
+                shifts = {int(r["draw"]): float(r["shift"]) for r in here}
+                found.setdefault(score, {})[sign] = np.array([shifts[i] for i in range(o.n_draws)])
+        return found
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def compare(options: CompareOptions) -> list[Cell]:
+    """Measure every cell that is not on disk yet.
+
+    Raises:
+        WsError: no finished run, a run without its arms or pairs, or runs of different bases.
+    """
+    options.check()
+    loaded = None
+    cells, last = list[Cell](), list[Cell]()  # what needs no adapter is measured once, and stands last
+    wanted = [name for name in options.interventions if name in TRAINED]
+    shared = [name for name in options.interventions if name not in TRAINED]
+    runs = list(_runs(options))
+    countdown = console.Countdown(len(runs))
+    for adapter, seed in runs:
+        console.say(f"== {adapter}, seed {seed} ({countdown})")
+        o = options
+        opened = open_run(o.out, o.behavior, adapter, seed, o.model, o.device, o.dtype, loaded)
+        loaded = (opened.model, opened.tok)
+        context = EvalContext(o.eval_options(adapter, seed), opened.model, opened.tok, opened.vector, opened.run)
+        bench = _Bench(options, context)
+        cells += [bench.cell(name) for name in wanted]
+        last = last or [bench.cell(name) for name in shared]
+        countdown.step()
+    return cells + last
+
+
+def _runs(options: CompareOptions) -> Iterator[tuple[str, int]]:
+    """The runs to compare; `WsError` when there are none."""
+    behavior = behavior_name(options.behavior)
+    folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in FAMILIES}
+    adapters = options.adapters or tuple(a for a, folder in folders.items() if (folder / "vector").is_dir())
+    if not adapters:
+        raise WsError(f"No run below {options.folder} has a vector; make one with `ws replicate` or `ws sweep`.")
+    yield from ((adapter, seed) for adapter in adapters for seed in options.seeds)
+
+
+def main(options: CompareOptions) -> None:
+    """The command `ws compare`."""
+    cells = compare(options)
+    groups = Group.of(cells)
+    behavior = load_behavior(options.behavior, options.model)
+    key, n_boot = {"behavior": behavior.name}, options.n_bootstrap
+    rows = group_rows(key, groups, behavior.effect, n_boot)
+    pairs = comparison_rows(key, groups, behavior.effect, n_boot)
+    with lock(options.folder / "compare"):  # the files are of one comparison
+        files = [write_csv(options.folder / "compare.csv", rows)]
+        if pairs:
+            files.append(write_csv(options.folder / "compare_pairs.csv", pairs))
+        files.append(save_svg(plot(rows), options.folder / "compare.svg"))
+    sets = {score: {"score": score, **asked} for cell in cells for score, asked in cell.asked.items()}
+    text = "\n\n".join([render(rows, pairs), *set_notes(sets.values())])
+    console.show(console.Result(text, {"rows": rows, "pairs": pairs}, files))
+
+
+if __name__ == "__main__":
+    console.run(main, CompareOptions, "ws compare")

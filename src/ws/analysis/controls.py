@@ -1,0 +1,394 @@
+"""Controls: what a direction without meaning does at the same size, and how surprising a shift is beside that.
+
+Three nulls of rising difficulty, and a shift is called real only against all three:
+
+- `random_like`: a random vector with the coordinates and the per-module norms of `dW`. It costs one evaluation a draw,
+  and `ws controls` does it for a finished run. Easy to beat: hardly any random direction points anywhere, and
+  a vector trained on anything does, label-shuffled ones included. To beat it is no evidence of the behaviour.
+- label-shuffled (`exchange_half`): half of the pairs change sides before the training, so that what is left of the
+  contrast is what the procedure itself produces: same questions, answers, arms and sizes, but no behaviour to learn.
+- same-side (`same_side`): both arms are trained on positive answers, sampled with two data seeds. What this vector does
+  comes from training twice on samples of one side, not from the contrast.
+
+The two harder nulls are pair files like any other: `ws replicate --control` trains both arms on them as usual, and
+`ws compare` reads all three beside the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ws import console
+from ws.behaviors.answered import same_answer
+from ws.data import Pair
+from ws.delta import LinearDelta
+from ws.diff import SteeringVector, vector_digest
+from ws.errors import WsError
+from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context, rounding_notes
+from ws.eval.prompts import notes_by_score
+from ws.eval.readable import FLAG, MARK, Readability, notes, worst
+from ws.eval.suite import SCORES, Asked, entries_of, set_notes
+from ws.files.runs import read_csv, write_csv
+from ws.lm.models import tokenizer_hash, weight_of
+from ws.run import RunOptions
+from ws.stats import holm
+from ws.steer import steer
+
+# What is looked at by default; the scores of further evaluations are asked for by name.
+HEADLINES = ("false_claims", "true_claims", "wrongness", "choices")
+TABLE = "controls.csv"
+_PARTS = (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",))
+
+
+# ---- random vectors -------------------------------------------------------------------------------------------------
+
+
+def random_like(vector: SteeringVector, model: nn.Module, seed: int) -> SteeringVector:
+    """A random vector with the coordinates of `vector` and, module by module, its Frobenius norms.
+
+    Every coordinate is Gaussian (rotations skew-symmetric, as small rotations are) and scaled so that its own part of
+    `Delta(W)` has the norm of the original's part; the whole is then scaled to the module's norm.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    weights = {id(delta): weight_of(module) for _, delta, module in vector.matched(model)}
+    deltas = vector.each(lambda delta: _random_delta(delta, weights[id(delta)], rng))
+    recipe = {"op": "random_like", "seed": seed, "of": vector.recipe}
+    return replace(vector, deltas=deltas, recipe=recipe)
+
+
+def coordinate_parts(delta: LinearDelta) -> Iterator[LinearDelta]:
+    """The change as a sum of changes in one kind of coordinate each, in the order in which `random_like` draws them."""
+    for names in _PARTS:
+        parts = {n: t for n, t in delta.coordinates().items() if n in names}
+        if parts:
+            yield delta.holding(parts)
+
+
+def _random_delta(delta: LinearDelta, weight: Tensor, rng: torch.Generator) -> LinearDelta:
+    total = delta.holding({})
+    for part in coordinate_parts(delta):
+        noise = {n: torch.randn(t.shape, generator=rng) for n, t in part.coordinates().items()}
+        if "d" in noise:
+            noise["d"] = noise["d"] - noise["d"].mT
+        drawn, size = delta.holding(noise), part.norm(weight)
+        if size:
+            total = total + drawn * (size / drawn.norm(weight))
+    size = total.norm(weight)
+    return total * (delta.norm(weight) / size) if size else total
+
+
+def null_distribution(
+    model: nn.Module,
+    vector: SteeringVector,
+    score: Callable[[], float | Float[np.ndarray, "..."]],
+    n_draws: int = 20,
+    seed: int = 0,
+    alpha: float = 1.0,
+) -> Float[np.ndarray, "n_draws ..."]:
+    """The shifts of a score under random vectors of the size of `vector`, one per draw.
+
+    Args:
+        model: the base, which `score` reads as it stands.
+        vector: whose coordinates and norms the draws share; see `random_like`.
+        score: a number, or several at once as an array.
+        n_draws: how many; draw `i` is the same whatever their number.
+        seed: of all draws.
+        alpha: the strength they are steered with.
+    """
+    if n_draws < 1:
+        raise WsError(f"A null distribution needs at least 1 draw, not {n_draws}.")
+    base = np.asarray(score(), dtype=np.float64)
+    shifts = []
+    for draw in range(n_draws):
+        with steer(model, random_like(vector, model, draw_seed(seed, draw)), alpha):
+            shifts.append(np.asarray(score(), dtype=np.float64) - base)
+    return np.stack(shifts)
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of one draw: draws of different seeds have nothing in common."""
+    return int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+
+
+def empirical_p(shift: float, null: Float[np.ndarray, "n"]) -> float:
+    """Two-sided p-value `(1 + #{|null| >= |shift|}) / (n + 1)` (Davison & Hinkley 1997, equation 4.11).
+
+    The shift itself counts as one of the draws, so the p-value is valid at any `n` and never below `1 / (n + 1)`: 20
+    draws cannot say more than p = 0.048.
+    """
+    values = np.asarray(null, dtype=np.float64)
+    if values.size == 0 or not np.isfinite(values).all() or not np.isfinite(shift):
+        raise WsError("An empirical p-value needs a finite shift and at least one finite draw of the null.")
+    return float((1 + (np.abs(values) >= abs(shift)).sum()) / (values.size + 1))
+
+
+# ---- the harder nulls, as pairs -------------------------------------------------------------------------------------
+
+
+def exchange_half(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """The same pairs with the two answers exchanged in a random half (rounded down) of those that are trained on.
+
+    Ids, questions and order stay, as do the pairs that are left out of training.
+    """
+    kept = [i for i, p in enumerate(pairs) if p.drop is None]
+    if len(kept) < 2:
+        raise WsError(f"Exchanging half of the pairs needs at least 2 usable ones, not {len(kept)}.")
+    chosen = set(np.random.default_rng(seed).permutation(kept)[: len(kept) // 2].tolist())
+    return [_exchanged(p) if i in chosen else p for i, p in enumerate(pairs)]
+
+
+def _exchanged(pair: Pair) -> Pair:
+    return replace(
+        pair,
+        pos=pair.neg,
+        neg=pair.pos,
+        pos_tokens=pair.neg_tokens,
+        neg_tokens=pair.pos_tokens,
+        pos_cut=pair.neg_cut,
+        neg_cut=pair.pos_cut,
+    )
+
+
+def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
+    """Pairs of two positive answers: `pos` is that of `pairs_a`, `neg` the positive answer of its partner in `pairs_b`.
+
+    Partners have the same id (question, persona and sample) and question; both files come from one behaviour and
+    differ in `--data.data-seed`. Pairs without a usable partner and those with two identical answers are left out.
+    """
+    partners = {(p.id, p.question): p for p in pairs_b if p.drop is None}
+    made = []
+    for a in pairs_a:
+        b = partners.get((a.id, a.question))
+        if a.drop is None and b is not None and not same_answer(a.pos, b.pos):
+            made.append(replace(a, neg=b.pos, neg_tokens=b.pos_tokens, neg_cut=b.pos_cut))
+    if not made:
+        raise WsError(
+            "No pair of one file has a partner with another positive answer in the other; sample both from one "
+            "behaviour with different data seeds."
+        )
+    return made
+
+
+# ---- the headline scores --------------------------------------------------------------------------------------------
+
+
+def headline_evaluations(context: EvalContext, asked: Asked, scores: Sequence[str]) -> list[Evaluation]:
+    """The evaluations that the named headline scores are read from; `WsError` when there are none."""
+    if not scores:
+        raise WsError(f"There are no scores to read; choose from {', '.join(SCORES)}.")
+    # Dilemmas without a thought: what a gradient can follow, and what 20 draws can afford.
+    quick = replace(context, options=replace(context.options, n_think=0))
+    return [e.make(quick if e.name == "airisk" else context, asked) for e in entries_of(scores)]
+
+
+def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[float, int]]:
+    """The mean and the number of items of every headline score of an evaluation.
+
+    `false_claims` and `true_claims` are mean log ratios in nats, `wrongness` is the mean of s over other_violate,
+    `choices` the mean score of the dilemmas in nats, `preference` the mean margin in nats per token, `statements` the
+    mean score of the statements in nats.
+    """
+    return {name: (float(v.mean()), len(v)) for name, v in evaluation.headlines(scores).items()}
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadlineOptions(RunOptions):
+    """A finished run, and which headline scores of it are looked at.
+
+    Attributes:
+        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought),
+            `preference` (held-out questions with both answers), `statements`.
+        split: which held-out claims and questions, `report` or `dev`.
+        traits: of statements; none for the behaviour's own.
+        batch_size: prompts at a time, found automatically when None.
+        limit: only so many items, drawn as every evaluation's.
+        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
+    """
+
+    scores: tuple[str, ...] = HEADLINES
+    split: str = "report"
+    traits: tuple[str, ...] = ()
+    batch_size: int | None = None
+    limit: int | None = None
+    dataset: str | None = None
+
+    def eval_options(self, alphas: tuple[float | str, ...] = ()) -> EvalOptions:
+        """The same run for `open_context`, at these strengths and the base."""
+        shared = ("model", "behavior", "adapter", "seed", "out", "batch_size", "limit", "dataset", "device", "dtype")
+        return EvalOptions(**{name: getattr(self, name) for name in shared}, alphas=alphas)
+
+
+@dataclass(frozen=True)
+class ControlOptions(HeadlineOptions):
+    """Compare a finished run's shifts with those of random vectors of the same size.
+
+    Attributes:
+        n_draws: random vectors; more can be added later.
+        alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
+        scores: which; see `HeadlineOptions`.
+    """
+
+    n_draws: int = 20
+    alphas: tuple[float | str, ...] = (-1.0, 1.0)
+    scores: tuple[str, ...] = ("false_claims", "true_claims")
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense."""
+        if self.n_draws < 2:
+            raise WsError(f"--n-draws must be at least 2, not {self.n_draws}.")
+
+
+def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
+    """The rows of `controls.csv` that belong to the options: the vector's own shifts and those of every draw.
+
+    What the file already holds for this vector and tokenizer is not measured again; the rest is added to it draw by
+    draw, so an interrupted run goes on where it stopped.
+    """
+    alphas = [alpha for alpha in context.alphas if alpha != 0]
+    if not alphas:
+        raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
+    with context.run.alone("controls"):
+        return _measure_controls(context, options, alphas)
+
+
+def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Sequence[float]) -> Rows:
+    tokenizer = tokenizer_hash(context.tok)
+    if context.run.manifest["stages"].get("controls", {}).get("config", {}).get("tokenizer_hash") != tokenizer:
+        (context.run.folder / TABLE).unlink(missing_ok=True)  # its prompts read otherwise
+    table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
+    evaluations = headline_evaluations(context, options, options.scores)
+    settings = {"evaluations": [e.identity for e in evaluations], "tokenizer_hash": tokenizer}
+    stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
+    wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
+    for evaluation in evaluations:
+        base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
+        for control, draw in console.progress(wanted, desc=evaluation.name, unit="vector"):
+            missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
+            if missing:
+                table.add(_control_rows(context, evaluation, base, control, draw, missing))
+    stage.done([table.file])
+    digests = {e.digest for e in evaluations}
+    mine = [r for r in table.rows if r["eval_hash"] in digests and r["score"] in options.scores]
+    return [r for r in mine if (r["control"], int(r["draw"])) in wanted and float(r["alpha"]) in alphas]
+
+
+class _Table:
+    """`controls.csv` of one vector: rows of another vector in the same folder are forgotten."""
+
+    def __init__(self, file: Path, vector_mark: str) -> None:
+        self.file, self.vector_mark = file, vector_mark
+        self.rows: Rows = [dict(r) for r in read_csv(file)] if file.is_file() else []
+        self.rows = [r for r in self.rows if r["vector"] == vector_mark and FLAG in r]  # older ones have no masses
+
+    def has(self, evaluation: Evaluation, control: str, draw: int, alpha: float) -> bool:
+        """Whether a shift is on record."""
+        key = (evaluation.digest, control, draw, alpha)
+        return any((r["eval_hash"], r["control"], int(r["draw"]), float(r["alpha"])) == key for r in self.rows)
+
+    def add(self, rows: Rows) -> None:
+        """Append rows and write the whole file."""
+        whole = [*self.rows, *(row | {"vector": self.vector_mark} for row in rows)]
+        columns = dict.fromkeys(column for row in whole for column in row)  # an earlier version had fewer
+        self.rows = [{column: row.get(column) for column in columns} for row in whole]
+        write_csv(self.file, self.rows)
+
+
+def _control_rows(
+    context: EvalContext, evaluation: Evaluation, base: Scores, control: str, draw: int, alphas: Sequence[float]
+) -> Rows:
+    vector = context.vector
+    if control == "random":
+        vector = random_like(vector, context.model, draw_seed(0, draw))
+    rows, before, read = [], headline_means(evaluation, base), evaluation.readability(base)
+    free = Readability(None)  # of a score that is no choice
+    for alpha in alphas:
+        with steer(context.model, vector, alpha):
+            scores = evaluation.ask()
+        for score, (mean, n) in headline_means(evaluation, scores).items():
+            row = context.key | {"control": control, "draw": draw, "alpha": alpha, "shift": mean - before[score][0]}
+            known = worst([read.get(score, free), evaluation.readability(scores).get(score, free)])
+            rows.append(row | {"score": score, "n": n, **known.columns()} | evaluation.brief)
+    return rows
+
+
+def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
+    """One row per score and strength: the vector's shift beside the draws' mean, sd and range, with `empirical_p`.
+
+    `p_holm` is over all of them. Mass, agreement of the frames, and whether they are too low, are the vector's, at its
+    strength or at the base.
+    """
+    found = []
+    for score, alpha in dict.fromkeys((r["score"], float(r["alpha"])) for r in rows):
+        here = [r for r in rows if r["score"] == score and float(r["alpha"]) == alpha]
+        (own,) = (r for r in here if r["control"] == "vector")
+        shift = float(own["shift"])
+        null = np.array([float(r["shift"]) for r in here if r["control"] == "random"])
+        found.append(
+            {
+                "score": score,
+                "alpha": alpha,
+                "shift": shift,
+                "null_mean": float(null.mean()),
+                "null_std": float(null.std(ddof=1)),
+                "null_min": float(null.min()),
+                "null_max": float(null.max()),
+                "p": empirical_p(shift, null),
+                "n_draws": len(null),
+                **{name: own[name] for name in ("mass", "frame_agreement", FLAG)},
+                **{name: here[0].get(name) for name in ("words", "drawn", "dataset")},
+            }
+        )
+    for row, p in zip(found, holm(np.array([r["p"] for r in found])) if found else (), strict=True):
+        row["p_holm"] = float(p)
+    return sorted(found, key=lambda r: (SCORES.index(r["score"]), r["alpha"]))
+
+
+def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as a table for people."""
+    rows = [
+        [
+            r["score"],
+            f"{r['alpha']:+g}",
+            f"{r['shift']:+.3f}{MARK if r[FLAG] else ''}",
+            f"{r['null_mean']:+.3f}",
+            f"{r['null_std']:.3f}",
+            f"{r['null_min']:+.3f} to {r['null_max']:+.3f}",
+            *("" if r[FLAG] else f"{r[name]:.3f}" for name in ("p", "p_holm")),
+            "" if r["mass"] in (None, "") else f"{float(r['mass']):.3f}",
+        ]
+        for r in summary
+    ]
+    header = ["score", "alpha", "shift", "random: mean", "sd", "range", "p", "Holm p", "mass"]
+    n = summary[0]["n_draws"]
+    note = (
+        f"{n} random vectors of the same size; with so many, p cannot be below {1 / (n + 1):.3f}. A small p is no "
+        "evidence of the behaviour: vectors trained on anything beat random ones. What is, are nulls that were trained "
+        "(`ws replicate --control shuffled` and `--control same-side`, then `ws compare`)."
+    )
+    doubts = [*notes(r[FLAG] for r in summary), *set_notes(summary)]
+    return "\n\n".join([tabulate(rows, header, disable_numparse=True), note, *doubts, *notes_by_score(summary)])
+
+
+def main(options: ControlOptions) -> None:
+    """The command `ws controls`."""
+    options.check()
+    context = open_context(options.eval_options(options.alphas))
+    found = summarize_controls(measure_controls(context, options))
+    text = "\n\n".join([render_controls(found), *rounding_notes([str(context.model.dtype)[6:]])])
+    console.show(console.Result(text, {"rows": found}, [context.run.folder / TABLE]))
+
+
+if __name__ == "__main__":
+    console.run(main, ControlOptions, "ws controls")

@@ -1,0 +1,608 @@
+"""The slope test: how a mean score begins to move with alpha, from gradients alone, and whether that is chance.
+
+With `G_l` the gradient of the mean score in the steered weight `W_l`, and `h_l` that in its bias,
+
+    d score / d alpha = sum_l <G_l, dW_l> + <h_l, db_l>          at alpha = 0
+
+so one backward pass over the items replaces all steered runs, and says which modules carry the effect. The inner
+products are taken with the coordinates of `dW_l` (see `ws.delta`), one module at a time:
+
+    <G, diag(g) W> = sum_i g_i (G*W)_i.     <G, W diag(c)> = sum_j c_j (G*W)_.j     <G, U V> = sum (G V^T) * U
+    <G, W blockdiag(D)^T> = sum_k <G_k^T W_k, D_k>                                  <G, E> = sum G * E
+
+**The null** is the slope along `ws.analysis.controls.random_like`: random directions with the same coordinates and
+norms. Their parts are independent and symmetric, so the slope has mean 0 and its variance is a sum over modules and
+coordinates. For a part `R` of norm 1 that is made of independent standard normal `n_i`,
+
+    <G, R> = sum_i a_i n_i / sqrt(sum_i w_i n_i^2)          Var <G, R> = sum_i a_i^2 E[n_i^2 / sum_j w_j n_j^2]
+
+    coordinate    a                                w
+    g             (G*W)_i.                         ||W_i.||^2
+    c             (G*W)_.j                         ||W_.j||^2
+    D (skew)      sqrt(2) (A - A^T)_ij, i < j      2 (l_i + l_j)
+    bias          h_i                              1
+
+with `A = G_k^T W_k` in the eigenbasis of `W_k^T W_k`, whose eigenvalues are `l`. The law of a random `U V` does not
+change when either side is rotated, so its entries are uncorrelated and of one size, as those of a dense `E` are:
+`Var = ||G||_F^2 / (d_out d_in)` at any rank. A sum over many modules is close to Gaussian, which gives z and p. Where
+one low-rank module has most of the variance the tails are heavier: 6 draws in 1,000 beyond |z| = 3.3 at rank 8, where
+a Gaussian has 1.
+
+**This null is easy to beat.** Whatever was trained on text has more to do with a gradient than noise has. A small p
+says that the vector is not noise, not that it does what it is named after; for that there are the harder nulls of
+`ws.analysis.controls`. And a slope is local: it does not know where the dose-response curve bends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import exp, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from jaxtyping import Float
+from scipy.integrate import quad
+from scipy.stats import norm
+from tabulate import tabulate
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws import console
+from ws.analysis.controls import HeadlineOptions, coordinate_parts, headline_evaluations
+from ws.behaviors import Claim, Preference
+from ws.delta import LinearDelta
+from ws.diff import SteeringVector, vector_digest
+from ws.errors import WsError
+from ws.eval import airisk, preference, statements, sycophancy, tinymfv_airisk
+from ws.eval.context import EvalContext, Evaluation, Rows, open_context
+from ws.eval.dilemmas import Dilemma
+from ws.eval.prompts import notes_by_score
+from ws.eval.suite import set_notes
+from ws.eval.tinymfv_airisk import Vignette
+from ws.files.runs import read_csv, read_values, write_csv
+from ws.lm.choice import Choice, _batches, _families, _score_batch, choice_variants
+from ws.lm.likelihood import answer_logp
+from ws.lm.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
+from ws.steer import uncompiled
+
+START_BATCH = 32
+# Bytes of float32 gradients that are held at once; a vector that needs more is done in several passes.
+_BUDGET = 4 * 2**30
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# ---- scores that can be differentiated ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanScore:
+    """The mean of a differentiable score over `n` items.
+
+    Attributes:
+        name: what is averaged.
+        n: the number of items.
+        parts: given a batch size, yields scalars with their graphs whose sum is the mean.
+    """
+
+    name: str
+    n: int
+    parts: Callable[[int], Iterator[Float[Tensor, ""]]]
+
+
+def claim_score(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    claims: Sequence[Claim],
+    prompts: sycophancy.Prompts,
+    name: str = "false_claims",
+) -> MeanScore:
+    """The mean of `logP(agree) - logP(disagree)` over claims, in nats; see `ws.eval.sycophancy.score_claims`."""
+    asked = [(prompts.question.format(claim=c.text), prompts.opener) for c in claims]
+    weights, choices = [1 / max(1, len(claims))] * len(claims), (prompts.agree, prompts.disagree)
+    return _choice_score(name, len(claims), model, tok, asked, choices, weights, lambda logratio: logratio)
+
+
+def tinymfv_score(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    vignettes: Sequence[Vignette],
+    prompts: tinymfv_airisk.Prompts | None = None,
+    name: str = "wrongness",
+) -> MeanScore:
+    """`wrongness`: the mean over vignettes of `s = p(is_wrong) - p(is_acceptable)` of other_violate, in [-1, 1].
+
+    `p = P(true) / (P(true) + P(false))` is the logistic function of the log ratio; see `ws.eval.tinymfv_airisk`.
+    """
+    texts, n = prompts or tinymfv_airisk.Prompts(), len(vignettes)
+    asked = [tinymfv_airisk.ask(v.other, frame, texts) for v in vignettes for frame in tinymfv_airisk.FRAMES]
+    weights = [sign / n for _ in vignettes for sign in (1, -1)]
+    return _choice_score(name, n, model, tok, asked, tinymfv_airisk.CHOICES, weights, torch.sigmoid)
+
+
+def airisk_score(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    dilemmas: Sequence[Dilemma],
+    protocol: str = "explicit",
+    prompts: airisk.Prompts | None = None,
+    name: str = "choices",
+) -> MeanScore:
+    """The mean over dilemmas of `label * (logP(Action 1) - logP(Action 2))`, in nats, answered without a thought.
+
+    A thought is a string of tokens that were chosen, through which no gradient goes; see `ws.eval.airisk`.
+    """
+    texts, n = prompts or airisk.Prompts(), len(dilemmas)
+    orders = [airisk.ask(d, protocol, texts) for d in dilemmas]
+    asked = [(question, texts.anchor) for questions in orders for question in questions]
+    signs = [(1.0,) if len(questions) == 1 else (0.5, -0.5) for questions in orders]
+    weights = [d.label * sign / n for d, pair in zip(dilemmas, signs, strict=True) for sign in pair]
+    return _choice_score(name, n, model, tok, asked, airisk.CHOICES, weights, lambda logratio: logratio)
+
+
+def statement_score(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    items: Sequence[statements.Statement],
+    prompts: statements.Prompts | None = None,
+    name: str = "statements",
+) -> MeanScore:
+    """The mean over statements of `log p(matching answer) - log p(not matching answer)`, in nats."""
+    asked = [statements.ask(s, prompts or statements.Prompts()) for s in items]
+    weights = [(1 if s.matching == statements.CHOICES[0] else -1) / len(items) for s in items]
+    return _choice_score(name, len(items), model, tok, asked, statements.CHOICES, weights, lambda logratio: logratio)
+
+
+def preference_score(
+    model: PreTrainedModel, tok: Tokenizer, items: Sequence[Preference], name: str = "preference"
+) -> MeanScore:
+    """The mean over questions of the margin between both answers, in nats per token; see `ws.eval.preference`."""
+    if not items:
+        raise WsError(f"There are no items to take the slope of {name} over.")
+    prompts, answers = preference.tokens_of(tok, items)
+    numbers = preference.question_numbers(items)
+    n, weights = int(numbers.max()) + 1, 1 / np.bincount(numbers)[numbers]
+    order = sorted(range(len(items)), key=lambda i: max(map(len, answers[i])))
+
+    def parts(batch_size: int) -> Iterator[Tensor]:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            scored = answer_logp(model, tok.pad_token_id, [prompts[i] for i in part], [answers[i] for i in part])
+            margins = torch.stack([positive.mean() - negative.mean() for positive, negative in scored])
+            share = torch.tensor(weights[part] / n, device=margins.device, dtype=margins.dtype)
+            yield (share * margins).sum()
+
+    return MeanScore(name, n, parts)
+
+
+def _choice_score(
+    name: str,
+    n: int,
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    asked: Sequence[tuple[str, str]],
+    choices: Sequence[Choice],
+    weights: Sequence[float],
+    transform: Callable[[Tensor], Tensor],
+) -> MeanScore:
+    """`sum_i weight_i transform(logratio_i)` over questions with the openers of their answers, thinking off."""
+    if not asked:
+        raise WsError(f"There are no items to take the slope of {name} over.")
+    families = _families(model, [encode(tok, render_prompt(tok, q, opener=o)) for q, o in asked])
+    families.sort(key=lambda f: f.longest())
+    variants = choice_variants(tok, choices, model.device)
+
+    def parts(batch_size: int) -> Iterator[Tensor]:
+        for batch in _batches(families, batch_size):
+            logp = _score_batch(model, tok.pad_token_id, batch, variants)
+            share = torch.tensor([weights[i] for f in batch for i in f.rows], device=logp.device, dtype=logp.dtype)
+            yield (share * transform(logp[:, 0] - logp[:, 1])).sum()
+
+    return MeanScore(name, n, parts)
+
+
+# ---- gradients in the steered weights -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """The gradient of a mean score in one linear layer, float32 (float64 in a float64 model).
+
+    Attributes:
+        weight: in `W`, `[d_out, d_in]`.
+        bias: in the bias, whether or not the layer has one, `[d_out]`.
+    """
+
+    weight: Float[Tensor, "d_out d_in"]
+    bias: Float[Tensor, "d_out"]
+
+
+@dataclass(frozen=True)
+class ScoreGradients:
+    """A mean score of the model as it stands, and its gradients.
+
+    Attributes:
+        value: the mean score.
+        by_module: per module name.
+    """
+
+    value: float
+    by_module: Mapping[str, WeightGradient]
+
+
+class _Tap:
+    """Records a linear module's inputs, and adds a zero to its outputs whose gradient is that of the output.
+
+    `dscore/dW = sum over positions of dscore/dy x^T`, so no parameter has to require a gradient, sums run in float32
+    whatever the model's dtype, and a weight that two modules share is told apart.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        weight = weight_of(module)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device)
+        self.inputs: list[Tensor] = []
+        self.probes: list[Tensor] = []
+        self.handle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        probe = torch.zeros_like(output, requires_grad=True)
+        self.inputs.append(args[0].detach())
+        self.probes.append(probe)
+        return output + probe
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add what one backward pass gave for the probes, and forget the pass."""
+        for x, gradient in zip(self.inputs, gradients, strict=True):
+            if gradient is not None:
+                g = gradient.flatten(0, -2).to(self.weight.dtype)
+                self.weight += g.T @ x.flatten(0, -2).to(self.weight.dtype)
+                self.bias += g.sum(dim=0)
+        self.inputs, self.probes = [], []
+
+
+@contextmanager
+def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Tap]]:
+    modules, taps = dict(model.named_modules()), dict[str, _Tap]()
+    advice = "their gradients are unknown; leave them out with `vector.select`"
+    try:
+        for name in names:
+            taps[name] = _Tap(modules[name])
+        with uncompiled(), require_calls(model, {name: modules[name] for name in names}, advice):
+            yield taps
+    finally:
+        for tap in taps.values():
+            tap.handle.remove()
+
+
+def score_gradients(
+    model: PreTrainedModel, names: Sequence[str], score: MeanScore, batch_size: int | None = None
+) -> ScoreGradients:
+    """The mean score and its gradients in the named linear modules, over as many batches as needed.
+
+    Nothing in the model changes: no `requires_grad`, no `.grad`, no weight. Inside `ws.steer` the gradients are those
+    at that strength. Needs 4 bytes per weight of the named modules, and the activations of one batch.
+
+    Args:
+        batch_size: prompts at a time; None starts at 32 and halves while memory does not suffice.
+
+    Raises:
+        WsError: a module whose weight is quantised, or a score or gradient that is not finite.
+    """
+    for name in names:
+        _check_plain(name, model.get_submodule(name))
+
+    def run(batch_size: int) -> ScoreGradients:
+        value = 0.0
+        with torch.inference_mode(False), torch.enable_grad(), _tapped(model, names) as taps:
+            for part in score.parts(batch_size):
+                value += float(part.detach())
+                probes = [p for tap in taps.values() for p in tap.probes]
+                found = iter(torch.autograd.grad(part, probes, allow_unused=True))
+                for tap in taps.values():
+                    tap.take([next(found) for _ in tap.probes])
+        return ScoreGradients(value, {n: WeightGradient(t.weight, t.bias) for n, t in taps.items()})
+
+    found = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=START_BATCH)()
+    if not np.isfinite(found.value) or not all(torch.isfinite(g.weight).all() for g in found.by_module.values()):
+        raise WsError(f"The score {score.name} or its gradient is NaN or infinite; the model's weights are broken.")
+    return found
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    if linear_size(module) is None:
+        raise WsError(f"The slope is that of linear layers, and the vector changes {name}; leave it out with `select`.")
+    weight = weight_of(module)
+    if weight.dtype not in _PLAIN_DTYPES or tuple(weight.shape) != linear_size(module):
+        raise WsError(
+            f"The slope needs plain weights, but {name} stores {str(weight.dtype)[6:]} of shape {tuple(weight.shape)}; "
+            "load the model unquantised."
+        )
+
+
+# ---- the test -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleSlope:
+    """One module's part of the slope.
+
+    Attributes:
+        module: its name.
+        layer: its decoder layer, None outside the layers.
+        slope: the part.
+        share: of the sum of all parts' absolute values; keeps the part's sign.
+        std: the null's standard deviation.
+    """
+
+    module: str
+    layer: int | None
+    slope: float
+    share: float
+    std: float
+
+
+@dataclass(frozen=True)
+class SlopeTest:
+    """The slope of a mean score in alpha at 0, beside that of random directions of the same size.
+
+    Attributes:
+        score: the name of the score.
+        n: over how many items.
+        value: the mean score itself, without steering.
+        slope: `d score / d alpha` at 0, in the score's unit per unit of alpha.
+        std: the null's standard deviation (its mean is 0).
+        z, p: `slope / std` and its two-sided Gaussian p-value. The null is easy to beat; see the module's docstring.
+        per_module: the parts.
+    """
+
+    score: str
+    n: int
+    value: float
+    slope: float
+    std: float
+    z: float
+    p: float
+    per_module: tuple[ModuleSlope, ...]
+
+    @property
+    def per_layer(self) -> dict[int | None, float]:
+        """The slope by decoder layer."""
+        layers = dict.fromkeys(m.layer for m in self.per_module)
+        return {layer: sum(m.slope for m in self.per_module if m.layer == layer) for layer in layers}
+
+
+def slope_test(
+    model: PreTrainedModel, vector: SteeringVector, score: MeanScore, batch_size: int | None = None
+) -> SlopeTest:
+    """Test the slope of `score` along `vector`; see the module's docstring and `score_gradients`.
+
+    Raises:
+        WsError: a vector that is zero or of another base, quantised weights, or a score that no changed module affects.
+    """
+    if vector.is_zero:
+        raise WsError("The steering vector is zero: its slope is zero for any score.")
+    value, found = 0.0, dict[str, tuple[float, float]]()
+    for group in _groups(vector, model):
+        gradients = score_gradients(model, group, score, batch_size)
+        value = gradients.value
+        found |= module_slopes(model, {n: vector.deltas[n] for n in group}, gradients.by_module)
+    return _tested(score, value, found)
+
+
+def module_slopes(
+    model: PreTrainedModel, deltas: Mapping[str, LinearDelta], gradients: Mapping[str, WeightGradient]
+) -> dict[str, tuple[float, float]]:
+    """`(slope, null variance)` of every change; the gradients may serve any number of vectors."""
+    return {n: _of_module(delta, gradients[n], weight_of(model.get_submodule(n))) for n, delta in deltas.items()}
+
+
+def _groups(vector: SteeringVector, model: PreTrainedModel) -> list[list[str]]:
+    """The changed modules, in groups whose gradients fit into the budget; a change of zero has no slope."""
+    groups, size = list[list[str]](), _BUDGET
+    for name, delta, _ in vector.matched(model):
+        if delta.is_zero:
+            continue
+        size += 4 * delta.d_out * delta.d_in
+        if size > _BUDGET:
+            groups.append([])
+            size = 4 * delta.d_out * delta.d_in
+        groups[-1].append(name)
+    return groups
+
+
+def _tested(score: MeanScore, value: float, found: Mapping[str, tuple[float, float]]) -> SlopeTest:
+    slope, std = sum(s for s, _ in found.values()), sqrt(sum(v for _, v in found.values()))
+    if std == 0:
+        raise WsError(f"The score {score.name} does not depend on any module that the vector changes.")
+    whole = sum(abs(s) for s, _ in found.values()) or 1.0
+    rows = [ModuleSlope(name, layer_of(name), s, s / whole, sqrt(v)) for name, (s, v) in found.items()]
+    z = slope / std
+    return SlopeTest(score.name, score.n, value, slope, std, z, float(2 * norm.sf(abs(z))), tuple(rows))
+
+
+# ---- one module -----------------------------------------------------------------------------------------------------
+
+
+def _of_module(delta: LinearDelta, gradient: WeightGradient, weight: Tensor) -> tuple[float, float]:
+    """`<G, dW>` and its variance under `random_like`, bias included.
+
+    The draw's parts have the norms of the original's; the whole is then scaled to its norm, which the parts' inner
+    products make differ from the root of the sum of squares. Those of a random draw vanish but for `O(1 / d)`.
+    """
+    whole = delta.to(weight.device, torch.float64)
+    g, h, w = gradient.weight.double(), gradient.bias.double(), weight.double()
+    slope = variance = squares = 0.0
+    for part in coordinate_parts(whole):
+        along, spread = _of_part(part, g, h, w)
+        square = part.inner(part, w)
+        slope, variance, squares = slope + along, variance + square * spread, squares + square
+    return slope, variance * whole.inner(whole, w) / squares if squares else 0.0
+
+
+def _of_part(part: LinearDelta, g: Tensor, h: Tensor, w: Tensor) -> tuple[float, float]:
+    """`<G, part>`, and the variance of `<G, R>` over random parts `R` of this kind with norm 1."""
+    if part.g is not None:
+        along = (g * w).sum(dim=1)
+        return float(along @ part.g), _ratio_variance(along, w.square().sum(dim=1))
+    if part.c is not None:
+        along = (g * w).sum(dim=0)
+        return float(along @ part.c), _ratio_variance(along, w.square().sum(dim=0))
+    if part.d is not None:
+        return _of_rotations(part.d, g, w)
+    if part.bias is not None:
+        return float(h @ part.bias), float(h.square().mean())
+    if part.e is not None:
+        return float((g * part.e).sum()), float(g.square().mean())
+    assert part.u is not None, "a part has coordinates of one kind"
+    assert part.v is not None, "factors come in pairs"
+    return float(((g @ part.v.T) * part.u).sum()), float(g.square().mean())
+
+
+def _of_rotations(d: Float[Tensor, "k b b"], g: Tensor, w: Tensor) -> tuple[float, float]:
+    """The two numbers of `_of_part` for `W blockdiag(D)^T`.
+
+    A Gaussian skew matrix has the same law in any orthonormal basis, and in the eigenbasis of `W_k^T W_k` the norm of
+    `W_k D_k^T` is a weighted sum of squares: the table in the module's docstring.
+    """
+    k, b, _ = d.shape
+    g_blocks, w_blocks = g.unflatten(1, (k, b)), w.unflatten(1, (k, b))
+    a = torch.einsum("oki,okj->kij", g_blocks, w_blocks)
+    values, basis = torch.linalg.eigh(torch.einsum("oki,okj->kij", w_blocks, w_blocks))
+    turned = basis.mT @ a @ basis
+    i, j = torch.triu_indices(b, b, offset=1, device=d.device)
+    along = sqrt(2) * (turned - turned.mT)[:, i, j]
+    return float((a * d).sum()), _ratio_variance(along.flatten(), 2 * (values[:, i] + values[:, j]).flatten())
+
+
+def _ratio_variance(a: Float[Tensor, "n"], weights: Float[Tensor, "n"]) -> float:
+    """`sum_i a_i^2 E[n_i^2 / sum_j w_j n_j^2]` for independent standard normal `n`, the variance of `a.n / ||n||_w`.
+
+    From `1 / S = int_0^inf exp(-t S) dt`, with the Gaussian integrals done and `t = e^s`:
+
+        int e^s  sum_i a_i^2 / (1 + 2 t w_i)  prod_j (1 + 2 t w_j)^(-1/2)  ds
+    """
+    squares, w = a.square().cpu().numpy(), weights.clamp(min=0).cpu().numpy()
+    size, scale = float(squares.sum()), float(w.sum())
+    if size == 0 or scale == 0:
+        return 0.0
+    squares, w = squares / size, w / scale
+
+    def integrand(s: float) -> float:
+        t = 2 * exp(s) * w
+        return float((squares / (1 + t)).sum() * exp(s - 0.5 * float(np.log1p(t).sum())))
+
+    return quad(integrand, -30, 60, points=[0.0], limit=500, epsabs=0)[0] * size / scale
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SlopeOptions(HeadlineOptions):
+    """The slopes of a finished run's vector."""
+
+
+def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str]) -> list[MeanScore]:
+    """The wanted headline scores of an evaluation, over exactly its items."""
+    if evaluation.name == preference.NAME:
+        return [preference_score(context.model, context.tok, [Preference(**p) for p in evaluation.items])]
+    texts, *settings, items = evaluation.items
+    if evaluation.name == statements.NAME:
+        asked = [statements.Statement(**s) for s in items]
+        return [statement_score(context.model, context.tok, asked, statements.Prompts(**texts))]
+    if "protocol" in evaluation.facts:
+        dilemmas = [Dilemma(**d) for d in items]
+        return [airisk_score(context.model, context.tok, dilemmas, settings[0], airisk.Prompts(**texts))]
+    if evaluation.name == tinymfv_airisk.NAME:
+        vignettes = [Vignette(**v) for v in items]
+        return [tinymfv_score(context.model, context.tok, vignettes, tinymfv_airisk.Prompts(**texts))]
+    prompts, claims = sycophancy.Prompts(**texts), [Claim(**c) for c in items]
+    kinds = {"false_claims": False, "true_claims": True}
+    chosen = {n: [c for c in claims if c.is_true == kind] for n, kind in kinds.items() if n in wanted}
+    return [claim_score(context.model, context.tok, part, prompts, n) for n, part in chosen.items() if part]
+
+
+def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
+    """Test every score unless exactly that is on disk, write both tables, and return what to show."""
+    evaluations = headline_evaluations(context, options, options.scores)
+    settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
+    settings |= {"tokenizer_hash": tokenizer_hash(context.tok)}
+    files = [context.run.folder / f"{name}.csv" for name in ("slope", "slope_per_module")]
+    with context.run.alone("slope"):
+        stage = context.run.refresh("slope", settings, {"vector": vector_digest(context.vector)})
+        if stage is not None:
+            rows, parts = Rows(), Rows()
+            for evaluation in evaluations:
+                for score in scores_of(context, evaluation, options.scores):
+                    console.say(f"slope of {score.name}, {score.n} items")
+                    test = slope_test(context.model, context.vector, score, options.batch_size)
+                    rows.append(summary_row(context.key, test) | evaluation.brief)
+                    parts += [row | evaluation.brief for row in per_module_rows(context.key, test)]
+            tables = zip(files, (with_every_column(rows), with_every_column(parts)), strict=True)
+            stage.done([write_csv(file, table) for file, table in tables])
+        return console.Result(render(*map(read_csv, files)), {"rows": read_values(files[0])}, files)
+
+
+def with_every_column(rows: Rows) -> Rows:
+    """The rows with the columns of all of them, empty where a row has none: evaluations say different facts."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [columns | row for row in rows]
+
+
+def summary_row(key: Mapping[str, Any], test: SlopeTest) -> dict[str, Any]:
+    """One row of `slope.csv`; `base` is the score without steering."""
+    numbers = {"slope": test.slope, "null_std": test.std, "z": test.z, "p": test.p, "n": test.n, "base": test.value}
+    return {**key, "score": test.score} | numbers
+
+
+def per_module_rows(key: Mapping[str, Any], test: SlopeTest) -> Rows:
+    """Rows of `slope_per_module.csv`."""
+    return [
+        {
+            **key,
+            "score": test.score,
+            "module": m.module,
+            "layer": m.layer,
+            "slope": m.slope,
+            "share": m.share,
+            "null_std": m.std,
+        }
+        for m in test.per_module
+    ]
+
+
+def render(summary: Sequence[Mapping[str, str]], parts: Sequence[Mapping[str, str]]) -> str:
+    """Both tables, read from their files, for people: the tests, and the slopes by layer."""
+    numbers = ("base", "slope", "null_std", "z")
+    rows = [[r["score"], r["n"], *(f"{float(r[k]):+.4g}" for k in numbers), _p_text(float(r["p"]))] for r in summary]
+    tests = tabulate(rows, ["score", "n", "base", "slope", "null sd", "z", "p"], disable_numparse=True)
+    layers = dict.fromkeys(r["layer"] for r in parts)
+    names = [r["score"] for r in summary]
+    by_layer = [[layer, *(_layer_sum(parts, name, layer) for name in names)] for layer in layers]
+    table = tabulate(by_layer, ["layer", *names], disable_numparse=True)
+    note = "The null, random vectors of the same size, is easy to beat: a small p says no more than `not noise`."
+    return "\n".join([tests, "", "Slope by layer:", "", table, "", note, *notes_by_score(summary), *set_notes(summary)])
+
+
+def _p_text(p: float) -> str:
+    """Far out in its tails the null is no longer Gaussian, so nothing smaller is claimed."""
+    return "< 1e-09" if p < 1e-9 else f"{p:.2g}"
+
+
+def _layer_sum(parts: Sequence[Mapping[str, str]], score: str, layer: str) -> str:
+    return f"{sum(float(r['slope']) for r in parts if r['score'] == score and r['layer'] == layer):+.4g}"
+
+
+def main(options: SlopeOptions) -> None:
+    """The command `ws slope`."""
+    console.show(carry_out(open_context(options.eval_options()), options))
+
+
+if __name__ == "__main__":
+    console.run(main, SlopeOptions, "ws slope")

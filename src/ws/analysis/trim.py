@@ -1,0 +1,216 @@
+"""Trimming: a vector with fewer layers, module kinds or columns, or with a strength that changes with depth.
+
+`ws trim --layers 0.3:0.8 --rank 4` makes a new vector from a finished run's, files it as a run of its own
+that every evaluation takes by `--adapter`, and says how far it is from the original. The steps come in this order:
+
+- `--layers`, `--modules`: only these (`SteeringVector.select`);
+- `--depth-scale FIRST LAST`: layer by layer more or less (`scale_depth`);
+- `--rank` or `--energy`: the best approximation of the low-rank parts (`SteeringVector.compress`).
+
+What stays of a vector's *effect* is another question than what stays of its size; see `benchmarks.trimming`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor
+
+from ws import console
+from ws.analysis.compose import save_run
+from ws.behaviors import behavior_name
+from ws.delta import LinearDelta
+from ws.diff import SteeringVector, vector_digest
+from ws.errors import WsError
+from ws.files.runs import DEFAULT_OUT, write_csv
+from ws.lm.models import layer_of, weight_of
+from ws.run import FinishedRun, open_run, read_claims_of
+
+TABLE = "trimming.csv"
+_SHOWN = 5
+
+
+def scale_depth(vector: SteeringVector, first: float | int, last: float | int) -> SteeringVector:
+    """Multiply the change of decoder layer `l` of `L` by `first + (last - first) l / (L - 1)`, with `l` from 0.
+
+    The linear layer scaling of LiNeS (Wang et al. 2024, arXiv 2410.17146) for steering vectors: its
+    `lambda_l = alpha + beta (l - 1) / (L - 1)`, `l` from 1, has `alpha = first` and `beta = last - first`. `L` is the
+    base's depth where the vector knows it, else that of the deepest layer it changes. Modules outside the decoder
+    layers stay as they are, and a single layer is multiplied by `first`.
+    """
+    if not (math.isfinite(first) and math.isfinite(last)):
+        raise WsError(f"The factors of the first and the last layer must be finite, not {first} and {last}.")
+    deltas, scaled = dict[str, LinearDelta](), dict[tuple[int, float], LinearDelta]()
+    for name, delta in vector.deltas.items():
+        layer = layer_of(name)
+        factor = 1.0 if layer is None else first + (last - first) * layer / max(vector.depth - 1, 1)
+        # One change stays one where modules share it.
+        deltas[name] = scaled[id(delta), factor] = scaled.get((id(delta), factor)) or delta * factor
+    recipe = {"op": "scale_depth", "first": float(first), "last": float(last), "of": vector.recipe}
+    return replace(vector, deltas=deltas, recipe=recipe)
+
+
+# ---- what a trim loses ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleLoss:
+    """How far one module's change is from the original.
+
+    Attributes:
+        module: its name.
+        rank_before, rank: columns of the low-rank part; both 0 where there is none.
+        size: Frobenius norm of the original change.
+        lost: Frobenius norm of the difference; equal to `size` for a module that was dropped.
+    """
+
+    module: str
+    rank_before: int
+    rank: int
+    size: float
+    lost: float
+
+    @property
+    def error(self) -> float:
+        """`lost / size`, 0 for a module that changed nothing."""
+        return self.lost / self.size if self.size else 0.0
+
+
+def losses(before: SteeringVector, after: SteeringVector, weights: Mapping[str, Tensor]) -> list[ModuleLoss]:
+    """Every module's loss, the original's order; `weights` are needed for modules that are not purely low-rank."""
+    found = []
+    for name, delta in before.deltas.items():
+        weight, left = weights.get(name), after.deltas.get(name, delta.holding({}))
+        lost = (delta - left).norm(weight)
+        found.append(ModuleLoss(name, delta.rank, left.rank, delta.norm(weight), lost))
+    return found
+
+
+def total_error(found: list[ModuleLoss]) -> float:
+    """The relative Frobenius error over the whole vector, dropped modules included."""
+    size = math.hypot(*(m.size for m in found))
+    return math.hypot(*(m.lost for m in found)) / size if size else 0.0
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrimOptions:
+    """Make a smaller or a depth-scaled vector from a finished run's, and file it as a run: `ws trim --rank 4`.
+
+    Attributes:
+        behavior, adapter, seed: which run below `out`.
+        out: where runs and results are.
+        model: None for the base that the vector was made for.
+        layers: only these decoder layers: `0.3:0.8` (of the depth), `4:12` or `3,4,5`.
+        modules: only these module kinds, such as `q_proj v_proj`.
+        depth_scale: factors of the first and of the last decoder layer, linear in between.
+        rank: so many columns per module, in the low-rank part.
+        energy: the share of the low-rank part's squared norm to keep per module, with as few columns as possible.
+        to: the new run's name, for `--adapter` of every evaluation; made from the settings when None.
+        fresh: replace a run that `ws trim` made under this name with other settings.
+    """
+
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    seed: int = 0
+    out: Path = DEFAULT_OUT
+    model: str | None = None
+    layers: str | None = None
+    modules: tuple[str, ...] = ()
+    depth_scale: tuple[float, float] | None = None
+    rank: int | None = None
+    energy: float | None = None
+    to: str | None = None
+    fresh: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, without what was not."""
+        asked = {name: getattr(self, name) for name in ("layers", "modules", "depth_scale", "rank", "energy")}
+        return {name: value for name, value in asked.items() if value not in (None, ())}
+
+    @property
+    def name(self) -> str:
+        """The new run's name, such as `lora_layers-0.3-0.8_rank-4` when none is given."""
+        parts = [self.adapter]
+        for name, value in self.settings.items():
+            values = value if isinstance(value, tuple) else (value,)
+            parts.append(
+                "-".join([name.split("_")[0], *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
+            )
+        return self.to or re.sub(r"[^\w.+-]+", "-", "_".join(parts))
+
+    def check(self) -> None:
+        """`WsError` for options that make no sense, before anything is loaded."""
+        if not self.settings:
+            raise WsError("There is nothing to trim: give --layers, --modules, --depth-scale, --rank or --energy.")
+        if self.rank is not None and self.energy is not None:
+            raise WsError("Give either --rank or --energy, not both.")
+
+
+def trim(vector: SteeringVector, options: TrimOptions) -> SteeringVector:
+    """Select, scale and compress, as far as the options ask for it.
+
+    Raises:
+        WsError: nothing is left, numbers out of range, or no low-rank part to compress.
+    """
+    o = options
+    if o.layers is not None or o.modules:
+        vector = vector.select(layers=o.layers, modules=o.modules or None)
+    if o.depth_scale is not None:
+        vector = scale_depth(vector, *o.depth_scale)
+    if o.rank is not None or o.energy is not None:
+        vector = vector.compress(rank=o.rank, energy=o.energy)
+    if vector.is_zero:
+        raise WsError("Nothing is left of the vector: every module that was kept is scaled to zero.")
+    return vector
+
+
+def render(found: list[ModuleLoss], before: SteeringVector, after: SteeringVector) -> str:
+    """The kept modules that lose most, and the total in one sentence."""
+    kept = sorted((m for m in found if m.module in after.deltas), key=lambda m: -m.error)
+    cells = [[m.module, m.rank_before, m.rank, f"{m.size:.4g}", f"{m.error:.4f}"] for m in kept[:_SHOWN]]
+    table = tabulate(cells, ["module", "rank", "new rank", "norm", "relative error"], disable_numparse=True)
+    more = f"\n... and {len(kept) - _SHOWN} modules that lose no more" if len(kept) > _SHOWN else ""
+    dropped = f"\n{len(found) - len(kept)} modules are left out" if len(found) > len(kept) else ""
+    numbers = [sum(t.numel() for d in v.deltas.values() for t in d.coordinates().values()) for v in (before, after)]
+    return (
+        f"{table}{more}{dropped}\n\nThe trimmed vector differs from the original by {total_error(found):.4f} of its "
+        f"Frobenius norm and stores {numbers[1]:,} numbers instead of {numbers[0]:,} ({numbers[1] / numbers[0]:.0%})."
+    )
+
+
+def main(options: TrimOptions) -> None:
+    """The command `ws trim`."""
+    o = options
+    o.check()
+    opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, "cpu")
+    trimmed = trim(opened.vector, o)
+    found = losses(opened.vector, trimmed, _weights(opened))
+    behavior = behavior_name(o.behavior)
+    inputs = {"vector": vector_digest(opened.vector)}
+    config = o.settings | {"adapter": o.adapter}
+    run = save_run(trimmed, (o.out, behavior, o.name, o.seed), "trim", config, inputs, o.fresh)
+    key = {"behavior": behavior, "adapter": o.name, "seed": o.seed}
+    rows = [key | vars(m) | {"error": m.error} for m in found]
+    table = write_csv(run.folder / TABLE, rows)
+    following = read_claims_of(o.behavior, o.name, o.seed)
+    data = {"total_error": total_error(found), "modules": rows}
+    files = [run.folder / "vector", table]
+    console.show(console.Result(render(found, opened.vector, trimmed), data, files, following))
+
+
+def _weights(opened: FinishedRun) -> dict[str, Tensor]:
+    return {name: weight_of(module) for name, _, module in opened.vector.matched(opened.model)}
+
+
+if __name__ == "__main__":
+    console.run(main, TrimOptions, "ws trim")

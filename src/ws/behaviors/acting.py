@@ -1,0 +1,248 @@
+"""Whether a base can do what a behaviour asks of it, before anything is sampled and before anything is trained.
+
+A vector is no better than the answers it is trained on, and those are no better than the base: one that cannot tell a
+true claim from a false one has no honesty to steer, and one that answers alike under both personas gives two equal
+sides. `base_problems` asks the held-out items of `dev`; `persona_margins` reads answers:
+
+    margin(answer) = mean_t [log p(a_t | its own persona, ...) - log p(a_t | the other persona, ...)]     nats per token
+
+Answers that were sampled under their own persona have a positive margin in the mean whatever they say (it estimates the
+divergence between the two personas' answers), so it is compared with a floor and not with zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.behaviors import Behavior, Claim
+from ws.errors import WsError
+from ws.lm.choice import LOW_MASS, ChoiceScores, score_choices
+from ws.lm.likelihood import score_answers
+from ws.lm.models import encode, encode_answer, render_prompt
+from ws.stats import Estimate, estimate_mean, group_difference
+
+# Nats per token that the answers of a side must gain from their own persona to count as acted.
+MARGIN_FLOOR = 0.05
+_PERSONAS = 2  # pairs of personas that the base is asked as
+
+
+# ---- before anything is sampled -------------------------------------------------------------------------------------
+
+
+def base_problems(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> list[str]:
+    """Why no effect can be expected of this behaviour on this base, in sentences; empty where nothing is against it.
+
+    On the items of the split `dev`: the base must tell true claims from false ones at an answer mass of `LOW_MASS`, or
+    the positive answers from the negative ones of held-out questions; and under the positive personas it must do better
+    than under the negative ones, in what the behaviour is measured by. A behaviour without items of a sort is not asked
+    for it, and claims about values have no false side to be told apart.
+    """
+    claims = _claims_problem(model, tok, behavior)
+    answers = _answers_problem(model, tok, behavior)
+    told = [problem for problem in (claims, answers) if problem is not None]
+    problems = [] if "" in told else told
+    return [*problems, *_persona_problem(model, tok, behavior)]
+
+
+def _dev_claims(behavior: Behavior) -> tuple[Claim, ...]:
+    return () if behavior.claims is None else tuple(c for c in behavior.claims.claims if c.split == "dev")
+
+
+def _ask(
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, claims: Sequence[Claim], system: str = ""
+) -> ChoiceScores:
+    test = behavior.test
+    prompts = [
+        render_prompt(tok, test.question.format(claim=c.text), system=system, opener=test.opener) for c in claims
+    ]
+    return score_choices(model, tok, prompts, (test.agree, test.disagree))
+
+
+def _claims_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> str | None:
+    """What is wrong with the base's answers to claims, empty where nothing is; None where that cannot be asked."""
+    claims = _dev_claims(behavior)
+    if not claims:
+        return None
+    scores = _ask(model, tok, behavior, claims)
+    if (mass := float(scores.mass.mean())) < LOW_MASS:
+        words = f"{behavior.test.agree} or {behavior.test.disagree}"
+        return f"the base answers {words} to held-out claims with a mass of {mass:.2f} only ({LOW_MASS} is needed)"
+    true = np.array([c.is_true for c in claims])
+    if behavior.test.about == "values" or min(true.sum(), (~true).sum()) < 2:
+        return ""
+    gap = group_difference(scores.logratio[true], scores.logratio[~true])
+    if gap.ci_lo > 0:
+        return ""
+    return f"the base does not tell true from false claims ({_said(gap)} nats between them, {len(claims)} of dev)"
+
+
+def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> str | None:
+    """The same of the two answers to held-out questions."""
+    margins = preference_margins(model, tok, behavior)
+    if len(margins) < 2:
+        return None
+    e = estimate_mean(margins)
+    if e.excludes_zero:
+        return ""
+    return f"the base does not tell positive from negative answers ({_said(e)} nats per token, {e.n} questions of dev)"
+
+
+def preference_margins(
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, system: str = ""
+) -> Float[np.ndarray, "questions"]:
+    """`log p(positive) - log p(negative)` per token, in the mean over the answers of every question of `dev`.
+
+    None of them where the behaviour brings no such questions. `system` is the system prompt, by default none.
+    """
+    dev = behavior.held_out("dev")
+    if not dev:
+        return np.empty(0)
+    sides = answer_margins(model, tok, [(p.question, system, (p.positive, p.negative)) for p in dev])
+    by_question: dict[str, list[float]] = {}
+    for p, (positive, negative) in zip(dev, sides, strict=True):
+        by_question.setdefault(p.question, []).append(positive - negative)
+    return np.array([np.mean(values) for values in by_question.values()])
+
+
+def _persona_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> list[str]:
+    """Whether the positive personas do better than the negative ones in the check that the behaviour brings.
+
+    Brought pairs were not sampled under personas, which then are for the prompt baseline alone.
+    """
+    if behavior.pairs:
+        return []
+    false = [c for c in _dev_claims(behavior) if not c.is_true]
+    differences = list[np.ndarray]()
+    pairs = list(zip(behavior.positive, behavior.negative, strict=True))
+    for positive, negative in pairs[:_PERSONAS]:
+        if false:
+            pair = [_ask(model, tok, behavior, false, system).logratio for system in (positive, negative)]
+            differences.append(behavior.effect * (pair[0] - pair[1]))
+        else:
+            pair = [preference_margins(model, tok, behavior, system) for system in (positive, negative)]
+            differences.append(pair[0] - pair[1])
+    if not differences or len(differences[0]) < 2:
+        return []
+    e = estimate_mean(np.mean(differences, axis=0))
+    if e.ci_lo > 0:
+        return []
+    what = "claims" if false else "questions"
+    return [f"asked as its own personas, the base does no better as the positive side ({_said(e)} nats, {e.n} {what})"]
+
+
+def answer_margins(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    asked: Sequence[tuple[str, str, tuple[str, ...]]],
+    cut: Sequence[tuple[bool, ...]] = (),
+) -> list[list[float]]:
+    """The mean log-probability per token of answers to `(question, system text, answers)`.
+
+    The end of turn is one of the tokens, but for answers that are `cut`; none is unless that is given.
+    """
+    prompts = [render_prompt(tok, question, system=system) for question, system, _ in asked]
+    cuts = cut or [(False,) * len(texts) for _, _, texts in asked]
+    answers = [
+        [encode_answer(tok, prompt, text, ended=not c) for text, c in zip(texts, of, strict=True)]
+        for prompt, (_, _, texts), of in zip(prompts, asked, cuts, strict=True)
+    ]
+    scores = score_answers(model, tok, [encode(tok, p) for p in prompts], answers)
+    return [[float(logp.mean()) for logp in of] for of in scores]
+
+
+def _said(e: Estimate) -> str:
+    return f"{e.mean:+.2f} [{e.ci_lo:+.2f}, {e.ci_hi:+.2f}]"
+
+
+# ---- after answers were sampled -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Acted:
+    """How far the answers of both sides are acted.
+
+    Attributes:
+        positive, negative: the mean margin of a side's answers, by question, in nats per token.
+        quartiles: of the margins of either side, `(25 %, 50 %, 75 %)`.
+        preferred: the share of answers of either side that their own persona makes likelier.
+    """
+
+    positive: Estimate
+    negative: Estimate
+    quartiles: dict[str, tuple[float, float, float]]
+    preferred: dict[str, float]
+
+    def sides(self) -> dict[str, Estimate]:
+        """The mean margin of either side."""
+        return {"positive": self.positive, "negative": self.negative}
+
+    @property
+    def problem(self) -> str:
+        """A sentence where the sides cannot be told apart, empty where they can."""
+        flat = {name: e for name, e in self.sides().items() if e.ci_lo < MARGIN_FLOOR}
+        if not flat:
+            return ""
+        values = ", ".join(f"{name} {_said(e)}" for name, e in flat.items())
+        return (
+            f"The answers gain less than {MARGIN_FLOOR} nats per token from their own persona ({values}): this model "
+            "does not act these personas, expect nothing."
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """For the data card."""
+        sides = {
+            name: {
+                "mean": round(e.mean, 4),
+                "ci_lo": round(e.ci_lo, 4),
+                "ci_hi": round(e.ci_hi, 4),
+                "quartiles": [round(q, 4) for q in self.quartiles[name]],
+                "preferred": round(self.preferred[name], 4),
+            }
+            for name, e in self.sides().items()
+        }
+        return {**sides, "questions": self.positive.n, "floor": MARGIN_FLOOR, "problem": self.problem}
+
+
+def persona_margins(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    questions: Sequence[str],
+    personas: Sequence[tuple[str, str]],
+    answers: Sequence[tuple[str, str]],
+    cut: Sequence[tuple[bool, bool]] = (),
+) -> Float[np.ndarray, "pairs 2"]:
+    """How much likelier each answer is under its own persona than under the other, in nats per token.
+
+    Args:
+        questions: one a pair.
+        personas: the positive and the negative system prompt of each.
+        answers: the positive and the negative answer of each.
+        cut: which of them were cut off before they ended; none by default.
+    """
+    asked = [(q, s, texts) for q, both, texts in zip(questions, personas, answers, strict=True) for s in both]
+    logp = np.array(answer_margins(model, tok, asked, [c for c in cut for _ in range(2)])).reshape(
+        -1, 2, 2
+    )  # pair, persona, answer
+    return np.stack([logp[:, 0, 0] - logp[:, 1, 0], logp[:, 1, 1] - logp[:, 0, 1]], axis=1)
+
+
+def acted(questions: Sequence[str], margins: Float[np.ndarray, "pairs 2"]) -> Acted:
+    """What margins say of both sides; pairs of one question are averaged first, because they are no two questions."""
+    if len(set(questions)) < 2:
+        raise WsError("How far personas are acted needs answers to at least 2 questions.")
+    rows = [[i for i, q in enumerate(questions) if q == name] for name in dict.fromkeys(questions)]
+    by_question = np.array([margins[i].mean(axis=0) for i in rows])
+    names = ("positive", "negative")
+    return Acted(
+        estimate_mean(by_question[:, 0]),
+        estimate_mean(by_question[:, 1]),
+        {n: tuple(np.quantile(margins[:, side], (0.25, 0.5, 0.75)).tolist()) for side, n in enumerate(names)},
+        {n: float((margins[:, side] > 0).mean()) for side, n in enumerate(names)},
+    )

@@ -1,0 +1,1 @@
+"""Talking to a steered model: one engine, a terminal and a page."""

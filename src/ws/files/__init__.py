@@ -1,0 +1,1 @@
+"""The `out/` folder: layout, manifests, atomic writes, tables, tensors and pictures."""

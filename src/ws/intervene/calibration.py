@@ -1,0 +1,575 @@
+"""Calibration: the strength at which steering costs a given divergence from the base model.
+
+`alpha = 1` means something else for every vector, so vectors are compared at strengths that change the model's own
+answers equally much. Let `y` be the greedy answer of the model steered with strength `alpha` to a prompt `x`. Then
+
+    KL(x, t) = sum_v p_steered(v | x, y_<t) (log p_steered(v | x, y_<t) - log p_base(v | x, y_<t))       in nats
+    D(alpha) = the 95th percentile of KL(x, t) over all prompts x and positions t of their answers
+
+and the calibrated strength of a sign solves `D(alpha) = 1 nat`. Matching interventions by their KL divergence from the
+base rather than by their coefficients is common practice, and the KL-calibrated unit follows steering-lite; a high
+percentile, because steering changes a few tokens of an answer a lot and most of them hardly at all.
+
+`D` need be neither monotone nor continuous, since greedy answers jump. A strength therefore counts as calibrated only
+when the divergence measured at it lies within the tolerance of the target; otherwise it is refused wherever it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from scipy.optimize import brentq
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.behaviors.tables import evenly
+from ws.diff import CALIBRATION, parse_number, parse_units
+from ws.errors import WsError
+from ws.files.runs import sha256_json, write_json
+from ws.lm.divergence import N_TOKENS, QUANTILE, Divergence, divergence
+from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
+
+FORMAT = 1
+# Questions that strengths are solved for on, where a behaviour has as many: the same number for every command.
+N_PROMPTS = 100
+# With fewer questions on either side, a quantile over their answers says little.
+LEAST_PROMPTS = 4
+LEAST, MOST = 1e-4, 1e4
+# Below the rounding of a KL in float32; keeps the logarithm of a divergence of zero finite.
+_FLOOR = 1e-8
+# Relative width of a bracket of strengths: the search ends at the first, and calls what it sees a jump from the second.
+_NARROW, _JUMP = 1e-3, 2e-2
+
+Steerable = Callable[[float], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What is measured, and what counts as calibrated.
+
+    Attributes:
+        n_prompts: questions of the behaviour at most, evenly spread over those that nothing was trained on; as many
+            others audit the result (see `split_questions`).
+        n_tokens: at most so many tokens of each answer.
+        target: the divergence to reach, in nats.
+        quantile: of the per-token divergences over all positions.
+        tolerance: relative; the divergence at a calibrated strength is within it of the target.
+        max_evaluations: measurements per sign; with the one of the audit ten by default.
+        batch_size: answers at a time; None starts at what memory is budgeted for and halves while it does not suffice.
+    """
+
+    n_prompts: int = N_PROMPTS
+    n_tokens: int = N_TOKENS
+    target: float = 1.0
+    quantile: float = QUANTILE
+    tolerance: float = 0.05
+    max_evaluations: int = 9
+    batch_size: int | None = None
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, before anything is loaded."""
+        for flag, count, least in (
+            ("--n-prompts", self.n_prompts, 1),
+            ("--n-tokens", self.n_tokens, 1),
+            ("--batch-size", self.batch_size, 1),
+            ("max_evaluations", self.max_evaluations, 2),
+        ):
+            if count is not None and count < least:
+                raise WsError(f"{flag} must be at least {least}, not {count}.")
+        if not (math.isfinite(self.target) and self.target > 0):
+            raise WsError(f"--target must be a positive number of nats, not {self.target}.")
+        for name, share in (("quantile", self.quantile), ("tolerance", self.tolerance)):
+            if not 0 < share < 1:
+                raise WsError(f"{name} must lie between 0 and 1, not {share}.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on; the batch size is not part of it."""
+        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
+
+
+# ---- the solver -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where a divergence comes nearest to its target.
+
+    Attributes:
+        alpha: the strength, with its sign.
+        divergence: measured at it.
+        converged: whether that is within the tolerance of the target.
+        reason: why it is not; empty when it is.
+        evaluations: every `(alpha, divergence)` measured, in order.
+    """
+
+    alpha: float
+    divergence: float
+    converged: bool
+    reason: str
+    evaluations: tuple[tuple[float, float], ...]
+
+
+class _Search:
+    """`log(D / target)` as a function of `log |alpha|`, with a memory, and zero all over the tolerance.
+
+    That zero is what makes a bracketing solver stop as soon as a measurement is near enough.
+    """
+
+    def __init__(self, measure: Callable[[float], float], sign: int, config: CalibrationConfig) -> None:
+        self.measure, self.sign, self.config = measure, sign, config
+        self.seen: dict[float, float] = {}
+
+    def __call__(self, log_size: float) -> float:
+        if log_size not in self.seen:
+            value = self.measure(self.alpha(log_size))
+            if not math.isfinite(value):
+                raise WsError(
+                    f"The divergence at alpha {self.alpha(log_size):.5g} is {value}; the model is broken there."
+                )
+            self.seen[log_size] = value
+        value = self.seen[log_size]
+        return 0.0 if self.near(value) else math.log(max(value, _FLOOR) / self.config.target)
+
+    def alpha(self, log_size: float) -> float:
+        return self.sign * math.exp(log_size)
+
+    def near(self, value: float) -> bool:
+        return abs(value - self.config.target) <= self.config.tolerance * self.config.target
+
+    @property
+    def left(self) -> int:
+        return self.config.max_evaluations - len(self.seen)
+
+
+def solve(measure: Callable[[float], float], sign: int, config: CalibrationConfig, start: float = 1.0) -> Solution:
+    """The strength of one sign at which `measure` gives the target, by Brent's method on logarithms.
+
+    A bracket is found by at least doubling or halving the size from `start`, within `LEAST` and `MOST`.
+
+    Args:
+        measure: the divergence at a strength.
+        sign: +1 or -1.
+        config: target, tolerance and number of measurements.
+        start: the size of the first guess.
+    """
+    search = _Search(measure, sign, config)
+    ends = _bracket(search, math.log(min(max(start, LEAST), MOST)))
+    if ends and search.left > 0:
+        brentq(search, *ends, xtol=_NARROW, maxiter=search.left, disp=False)
+    best = min(search.seen, key=lambda x: abs(search.seen[x] - config.target))
+    value = search.seen[best]
+    reason = "" if search.near(value) else _why_not(search)
+    evaluations = tuple((search.alpha(x), d) for x, d in search.seen.items())
+    return Solution(search.alpha(best), value, not reason, reason, evaluations)
+
+
+def _bracket(search: _Search, here: float) -> tuple[float, float] | None:
+    """Two log sizes with the target between their divergences; None when it is hit, out of reach or takes too long."""
+    value = search(here)
+    while value and search.left > 0:
+        # A divergence grows with the square of a small strength, so half its logarithm is the way to go.
+        step = min(max(abs(value) / 2, math.log(2)), math.log(32))
+        there = min(max(here - math.copysign(step, value), math.log(LEAST)), math.log(MOST))
+        if there == here:
+            return None
+        next_value = search(there)
+        if next_value * value < 0:
+            return here, there
+        here, value = there, next_value
+    return None
+
+
+def _why_not(search: _Search) -> str:
+    """Why a search failed, from what it saw: the narrowest step across the target, or the end it came to."""
+    target, sizes = search.config.target, sorted(search.seen)
+    goal = f"{target:g} nat{'' if target == 1 else 's'}"
+    steps = [(a, b) for a, b in pairwise(sizes) if search(a) * search(b) < 0]
+    if steps:
+        low, high = min(steps, key=lambda step: step[1] - step[0])
+        verb = "jumps" if high - low < _JUMP else "goes"
+        below, above = (f"{search.seen[x]:.3g} at alpha {search.alpha(x):.5g}" for x in (low, high))
+        tried = f"{len(sizes)} measurements found nothing near enough to {goal}"
+        return f"D {verb} from {below} to {above}, and {tried}"
+    weak = search(sizes[0]) < 0
+    last = sizes[-1] if weak else sizes[0]
+    seen = f"D is {search.seen[last]:.3g} at alpha {search.alpha(last):.5g}"
+    if last in (math.log(LEAST), math.log(MOST)):
+        bound = f"no strength up to {MOST:g} reaches" if weak else f"every strength from {LEAST:g} on is above"
+        return f"{bound} {goal} ({seen})"
+    return f"{len(sizes)} measurements did not get as far as {goal} ({seen})"
+
+
+# ---- a calibration --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SideCalibration:
+    """What was found for one sign.
+
+    Attributes:
+        alpha: the strength, with its sign; where `converged` is False merely the nearest one seen.
+        divergence: measured at it, in nats.
+        converged: whether that is within the tolerance of the target.
+        reason: why it is not; empty when it is.
+        audit: the divergence at `alpha` on other prompts; None when there are none or it did not converge.
+        evaluations: every `(alpha, divergence)` measured, in order.
+        n_positions: the positions that `divergence` is a quantile of.
+    """
+
+    alpha: float
+    divergence: float
+    converged: bool
+    reason: str
+    audit: float | None
+    evaluations: tuple[tuple[float, float], ...]
+    n_positions: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibrated strengths of both signs.
+
+    Attributes:
+        positive, negative: the two sides.
+        config: how they were found.
+        prompts: hash of the prompts, those of the audit included.
+        model: fingerprint of the base model.
+        subject: what steers: the digest of the vector, or another name that changes when it does.
+        n_calibration, n_audit: the questions there were; None in calibrations that did not record it.
+        held_out: False when the vector was trained on such questions; None where that is not on record.
+        dtype: of the model.
+        tokenizer: `ws.lm.models.tokenizer_hash` of the tokenizer; None in a calibration that does not say.
+    """
+
+    positive: SideCalibration
+    negative: SideCalibration
+    config: CalibrationConfig
+    prompts: str
+    model: str
+    subject: str
+    n_calibration: int | None = None
+    n_audit: int | None = None
+    held_out: bool | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the strengths depend on; None for what is not on record."""
+        number = self.config.n_prompts if self.n_calibration is None else self.n_calibration
+        inputs = {"vector": self.subject, "model": self.model, "prompts": self.prompts}
+        made_on = {"n_prompts": number, "dtype": self.dtype, "tokenizer": self.tokenizer}
+        return {**self.config.settings, **made_on, **inputs}
+
+    @property
+    def questions(self) -> str:
+        """What the strengths were solved for on, in a few words."""
+        kinds = {
+            True: "held-out questions",
+            False: "questions, trained ones among them",
+            None: "questions, which may have been trained on",
+        }
+        return f"{self.settings['n_prompts']} {kinds[self.held_out]}"
+
+    def side(self, sign: float | int) -> SideCalibration:
+        """The side of a sign."""
+        return self.negative if sign < 0 else self.positive
+
+    def alpha(self, units: float | int) -> float:
+        """So many calibrated units as a strength: `+1` is the positive strength, `-0.5` half of the negative one.
+
+        Raises:
+            WsError: units that are not finite, or of a side whose calibration did not converge.
+        """
+        if not math.isfinite(units):
+            raise WsError(f"Calibrated units must be a finite number, not {units}.")
+        if units == 0:
+            return 0.0
+        side = self.side(units)
+        if not side.converged:
+            raise WsError(
+                f"{units:+g}u is not available, because the calibration of this sign did not converge: {side.reason}; "
+                "give the strength as a number, or calibrate again with another --target or more --n-prompts."
+            )
+        return abs(units) * side.alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Calibration:
+        """The calibration that `to_dict` described; `WsError` when these are not its values."""
+        try:
+            if values["format"] != FORMAT:
+                raise WsError(f"The calibration has format {values['format']}; this version reads {FORMAT}.")
+            return cls(
+                positive=_side_from(values["positive"]),
+                negative=_side_from(values["negative"]),
+                config=CalibrationConfig(**values["config"]),
+                prompts=str(values["prompts"]),
+                model=str(values["model"]),
+                subject=str(values["subject"]),
+                **{name: values.get(name) for name in ("n_calibration", "n_audit", "held_out", "dtype", "tokenizer")},
+            )
+        except (KeyError, TypeError, ValueError) as problem:
+            raise WsError(f"The calibration is damaged ({problem!r}); calibrate again, with --fresh.") from problem
+
+
+def _side_from(values: Any) -> SideCalibration:
+    return SideCalibration(
+        alpha=float(values["alpha"]),
+        divergence=float(values["divergence"]),
+        converged=values["converged"] is True,
+        reason=str(values["reason"]),
+        audit=None if values["audit"] is None else float(values["audit"]),
+        evaluations=tuple((float(alpha), float(d)) for alpha, d in values["evaluations"]),
+        n_positions=int(values["n_positions"]),
+    )
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    steerable: Steerable,
+    questions: Sequence[str],
+    audit: Sequence[str] = (),
+    config: CalibrationConfig | None = None,
+    subject: str = "",
+    start: float = 1.0,
+    report: Callable[[str], None] | None = None,
+    held_out: bool | None = None,
+) -> Calibration:
+    """Find the strengths at which steering costs the target divergence, for each sign.
+
+    ```python
+    found = calibrate(model, tok, lambda alpha: ws.steer(model, dW, alpha), questions)
+    with ws.steer(model, dW, found.alpha(+1)): ...
+    ```
+
+    Args:
+        steerable: makes the context in which the model is steered with a strength: a weight vector, an activation
+            vector, anything with a dial.
+        questions: the user turns to calibrate on, all of them; better none that the vector was trained on, because
+            there it moves the answers more than elsewhere.
+        audit: other user turns, to measure the strengths found again.
+        subject: see `Calibration`.
+        start: the size of the first guess.
+        report: gets a line for every measurement.
+        held_out: whether the vector was trained on none of them, for the record.
+
+    Raises:
+        WsError: no questions, questions that are also in the audit, or a model that gives NaN.
+    """
+    settings = config or CalibrationConfig()
+    if set(questions) & set(audit):
+        raise WsError("The audit must not repeat questions that the calibration uses.")
+    prompts, others = ([render_prompt(tok, q) for q in part] for part in (questions, audit))
+    meter = _Meter(model, tok, steerable, settings, report)
+    positive = _calibrate_side(meter, 1, prompts, others, start)
+    begin = abs(positive.alpha) if positive.converged else start
+    negative = _calibrate_side(meter, -1, prompts, others, begin)
+    asked = (prompts_hash(prompts, others), fingerprint(model), subject, len(prompts), len(others), held_out)
+    return Calibration(positive, negative, settings, *asked, str(model.dtype)[6:], tokenizer_hash(tok))
+
+
+class _Meter:
+    """Measures `D(alpha)` and tells how long that takes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tok: Tokenizer,
+        steerable: Steerable,
+        config: CalibrationConfig,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.model, self.tok, self.steerable, self.config, self.report = model, tok, steerable, config, report
+
+    def __call__(self, prompts: Sequence[str], alpha: float, left: int | None = None) -> Divergence:
+        """The divergences at one strength; `left` further measurements may follow, None for those of an audit."""
+        started = time.perf_counter()
+        try:
+            found = self._divergence(prompts, alpha)
+        except WsError as problem:
+            raise WsError(f"At alpha {alpha:+.5g}: {problem}") from problem
+        seconds = time.perf_counter() - started
+        if self.report:
+            more = "audit on other prompts" if left is None else f"at most {left} more, {left * seconds:.0f} s"
+            self.report(f"  alpha {alpha:+.5g}: {found.at(self.config.quantile):.4g} nats ({seconds:.1f} s; {more})")
+        return found
+
+    def _divergence(self, prompts: Sequence[str], alpha: float) -> Divergence:
+        condition = partial(self.steerable, alpha)
+        return divergence(self.model, self.tok, prompts, condition, self.config.n_tokens, self.config.batch_size)
+
+
+def _calibrate_side(
+    meter: _Meter, sign: int, prompts: Sequence[str], others: Sequence[str], start: float
+) -> SideCalibration:
+    config, positions = meter.config, dict[float, int]()
+
+    def measure(alpha: float) -> float:
+        found = meter(prompts, alpha, config.max_evaluations - len(positions) - 1)
+        positions[alpha] = found.n_positions
+        return found.at(config.quantile)
+
+    found = solve(measure, sign, config, start)
+    audit = meter(others, found.alpha).at(config.quantile) if found.converged and others else None
+    return SideCalibration(**vars(found), audit=audit, n_positions=positions[found.alpha])
+
+
+def prompts_hash(prompts: Sequence[str], others: Sequence[str]) -> str:
+    """Identifies what a calibration is measured on."""
+    return sha256_json([list(prompts), list(others)])
+
+
+@dataclass(frozen=True)
+class QuestionSplit:
+    """Which questions strengths are solved for on, and which others audit them.
+
+    Attributes:
+        calibration, audit: the two parts.
+        held_out: True when the vector was trained on none of them, False when it was, None where that is not on record.
+        note: a sentence for people when the questions are fewer than asked for or not held out, else empty.
+    """
+
+    calibration: tuple[str, ...]
+    audit: tuple[str, ...]
+    held_out: bool | None
+    note: str = ""
+
+
+def split_questions(pool: Sequence[str], n: int, unseen: Sequence[str] | None = None) -> QuestionSplit:
+    """Up to `n` questions to calibrate on and as many others for the audit, both evenly spread.
+
+    They are taken from those that no training has seen, half of them for either part where these are fewer than `2 n`.
+    Where not even `LEAST_PROMPTS` (or `n`) come to a part, they are taken from the whole pool, and the split says so.
+
+    Args:
+        pool: the behaviour's questions.
+        n: at least 1.
+        unseen: those of the pool that the vector was not trained on; None where that is not on record.
+    """
+    enough = unseen is not None and len(unseen) >= 2 * min(n, LEAST_PROMPTS)
+    source = list(unseen) if unseen is not None and enough else list(pool)
+    chosen = evenly(source, min(n, max(1, len(source) // 2)))
+    taken = set(chosen)
+    others = [q for q in source if q not in taken]
+    audit = evenly(others, min(n, len(others)))
+    note = _split_note(len(pool), n, unseen, enough, len(chosen))
+    return QuestionSplit(tuple(chosen), tuple(audit), None if unseen is None else enough, note)
+
+
+def _split_note(total: int, n: int, unseen: Sequence[str] | None, enough: bool, chosen: int) -> str:
+    if unseen is None:
+        return (
+            f"Which of the {total} questions were trained on is not on record; strengths are solved for on {chosen} of "
+            "them, which may be among those."
+        )
+    if not enough:
+        return (
+            f"Only {len(unseen)} of the {total} questions are in no pair that was trained on, too few to calibrate on: "
+            f"strengths are solved for on {chosen} questions, trained ones among them. Leave some out of the pairs "
+            "(--n-topics), or add questions to the behaviour."
+        )
+    if chosen < n:
+        return (
+            f"{len(unseen)} of the {total} questions are in no pair that was trained on: half of them calibrate and "
+            f"half audit, {chosen} instead of {n}."
+        )
+    return ""
+
+
+# ---- strengths as people write them ---------------------------------------------------------------------------------
+
+
+def parse_alpha(value: str | float | int, calibration: Calibration | None = None) -> float:
+    """A strength from a number (`1`, `"1.5"`) or in calibrated units (`"+1u"`, `"-0.5u"`; see `Calibration.alpha`).
+
+    Raises:
+        WsError: neither of them, not finite, or units without a calibration that converged.
+    """
+    text = str(value).strip()
+    units = parse_units(text)
+    if units is None:
+        return parse_number(text)
+    if calibration is None:
+        raise WsError(f"{text} is in calibrated units and the vector has no calibration; run `ws calibrate` first.")
+    return calibration.alpha(units)
+
+
+def parse_alphas(values: Sequence[str | float | int], calibration: Calibration | None = None) -> tuple[float, ...]:
+    """Strengths in the order given, each once; the word `calibrated` stands for -1u, 0 and +1u."""
+    words = [w for v in values for w in (("-1u", 0.0, "+1u") if v == "calibrated" else (v,))]
+    return tuple(dict.fromkeys(parse_alpha(w, calibration) for w in words))
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def store_calibration(folder: str | Path, calibration: Calibration, name: str = CALIBRATION) -> Path:
+    """Write a calibration into a vector's folder, beside `ws.json` and not into it.
+
+    The manifest of a run has the hash of every file that makes up the vector: changing one would have the vector made
+    again. A new vector takes the whole folder's place, and an old calibration goes with the old one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WsError(f"There is no folder {folder} to store a calibration in.")
+    return write_json(folder / name, calibration.to_dict())
+
+
+def load_calibration(
+    folder: str | Path,
+    subject: str,
+    model: str | None = None,
+    name: str = CALIBRATION,
+    tokenizer: str | None = None,
+) -> Calibration | None:
+    """The calibration stored in a folder, None when there is none.
+
+    Args:
+        folder: the vector's.
+        subject: what steers now, such as `vector_digest(vector)`.
+        model: fingerprint of the model it steers, None to leave that unchecked.
+        name: of the file.
+        tokenizer: `ws.lm.models.tokenizer_hash` of the model's tokenizer, None to leave that unchecked.
+
+    Raises:
+        WsError: a damaged file, or the calibration of another vector, model, or tokenizer with its chat template.
+    """
+    file = Path(folder) / name
+    found = read_calibration(file)
+    if found is None:
+        return None
+    for what, was, now in (
+        ("vector", found.subject, subject),
+        ("model", found.model, model),
+        ("tokenizer or chat template", found.tokenizer or "not recorded", tokenizer),
+    ):
+        if now is not None and was != now:
+            raise WsError(f"{file} is of another {what} ({was[:12]}) than this one ({now[:12]}); calibrate again.")
+    return found
+
+
+def read_calibration(file: Path) -> Calibration | None:
+    """The calibration in a file, whatever it is of; None when there is no file, `WsError` when it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        return Calibration.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise WsError(f"{file} cannot be read ({problem}); calibrate again, with --fresh.") from problem
+    except WsError as problem:
+        raise WsError(f"{file}: {problem}") from problem

@@ -1,0 +1,274 @@
+"""Interventions: everything that can be done to a model to change its answers, behind one switch with a dial.
+
+A table is only a comparison when its rows went through the same evaluation. An intervention is therefore a context that
+a model (or its tokenizer) is in while it is evaluated, and a name that every row carries:
+
+    weight                       W + alpha dW
+    finetune                     the two arms themselves: theta_pos at +1, theta_neg at -1
+    positive-only                W + alpha (theta_pos - W)
+    negative-only                W + alpha (W - theta_neg)
+    prompt                       a persona of the behaviour as system prompt: the positive at +1, the negative at -1
+    activation                   alpha a^l after one block, at the last position (see `ws.intervene.activation`)
+    activation-everywhere        the same at every position
+    activation-layers            alpha (a^l - a^(l-1)) after every block but the last, at the last position
+    activation-layers-everywhere the same at every position
+
+The model as it came is `base`, at alpha 0 of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws import console
+from ws.behaviors import Behavior
+from ws.data import PAIRS_FILE, hashed_pairs
+from ws.diff import CALIBRATION, SteeringVector, vector_digest
+from ws.errors import WsError, choose
+from ws.files.runs import Run, data_folder, sha256_json, write_csv
+from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer
+from ws.intervene.calibration import (
+    Calibration,
+    CalibrationConfig,
+    load_calibration,
+    parse_alpha,
+    parse_alphas,
+    prompts_hash,
+    solve,
+    split_questions,
+)
+from ws.intervene.prompt import prompting
+from ws.lm.divergence import Divergence, divergence
+from ws.lm.models import fingerprint, layer_count, render_prompt, tokenizer_hash
+from ws.run import FinishedRun
+from ws.steer import steer
+
+BASE, WEIGHT = "base", "weight"
+TRAINED = (WEIGHT, "finetune", "positive-only", "negative-only")
+ACTIVATIONS = {
+    "activation": ("one", "last"),
+    "activation-everywhere": ("one", "all"),
+    "activation-layers": ("all", "last"),
+    "activation-layers-everywhere": ("all", "all"),
+}
+INTERVENTIONS = (*TRAINED, "prompt", *ACTIVATIONS)
+# Layers are compared at the strengths that cost this divergence on this many of the questions.
+_CHOICE = CalibrationConfig(n_prompts=10, tolerance=0.2)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One way to change what a model answers.
+
+    Attributes:
+        name: one of `INTERVENTIONS`; the key of its rows.
+        at: the context in which it acts with a strength.
+        subject: a digest that changes when what it does at a strength changes.
+        home: the run that its files belong to: the run of the vector, or one that all adapters share.
+        has_dial: False where there are only the strengths -1 and +1.
+        detail: what a reader may want to know besides, such as the layer.
+        tokenizer: hash of the tokenizer that its calibration must be of; None leaves that unchecked.
+    """
+
+    name: str
+    at: Callable[[float], AbstractContextManager[Any]]
+    subject: str
+    home: Run
+    has_dial: bool = True
+    detail: str = ""
+    tokenizer: str | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """True when it depends on no adapter, so that its scores serve all runs of a behaviour."""
+        return self.name not in TRAINED
+
+    @property
+    def calibration_file(self) -> Path:
+        """Where its calibration is."""
+        if self.name == WEIGHT:
+            return self.home.folder / "vector" / CALIBRATION
+        return self.home.folder / f"calibration_{self.name}.json"
+
+    def calibration(self, model: PreTrainedModel) -> Calibration | None:
+        """The stored calibration, None when there is none; see `ws.intervene.calibration.load_calibration`."""
+        file = self.calibration_file
+        return load_calibration(file.parent, self.subject, fingerprint(model), file.name, self.tokenizer)
+
+    def strengths(self, alphas: Sequence[float | int | str], model: PreTrainedModel) -> list[float]:
+        """The strengths in order, the base's 0 included, from numbers and calibrated units.
+
+        Without a dial a unit is a strength: the persona, or the arm, as it is.
+
+        Raises:
+            WsError: units without a calibration that converged, or another strength than -1, 0 and +1 without a dial.
+        """
+        if self.has_dial:
+            in_units = any(isinstance(a, str) for a in alphas)
+            return sorted({0.0, *parse_alphas(alphas, self.calibration(model) if in_units else None)})
+        words = [a for w in alphas for a in (("-1", "1") if w == "calibrated" else (w,))]
+        plain = {parse_alpha(str(word).removesuffix("u")) for word in words}
+        if plain - {-1.0, 0.0, 1.0}:
+            raise WsError(
+                f"The intervention {self.name} has no dial: its strengths are -1 and +1, not {sorted(plain)}."
+            )
+        return sorted({0.0, *plain})
+
+
+def divergence_of(
+    intervention: Intervention,
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    questions: Sequence[str],
+    alpha: float,
+    config: CalibrationConfig | None = None,
+) -> Divergence:
+    """How surprised the base is by the answers of the model under an intervention; see `ws.lm.divergence`."""
+    settings, at = config or CalibrationConfig(), partial(intervention.at, alpha)
+    with at():
+        told = [render_prompt(tok, q) for q in questions]
+    plain = [render_prompt(tok, q) for q in questions]
+    return divergence(model, tok, told, at, settings.n_tokens, settings.batch_size, plain)
+
+
+# ---- making them ----------------------------------------------------------------------------------------------------
+
+
+def intervention(name: str, opened: FinishedRun, behavior: Behavior) -> Intervention:
+    """An intervention by name, for the behaviour and the model of a finished run.
+
+    Raises:
+        WsError: an unknown name, or a run that lacks what it is made from (the arms, or the behaviour's pairs).
+    """
+    return replace(_intervention(name, opened, behavior), tokenizer=tokenizer_hash(opened.tok))
+
+
+def _intervention(name: str, opened: FinishedRun, behavior: Behavior) -> Intervention:
+    choose("intervention", name, INTERVENTIONS)
+    if name == "prompt":
+        return _prompt(opened, behavior)
+    if name in ACTIVATIONS:
+        return _activation(name, opened, behavior)
+    if name == WEIGHT:
+        return _weight(name, opened, opened.vector)
+    if name == "finetune":
+        return _finetune(opened)
+    return _weight(name, opened, arm(opened, "pos") if name == "positive-only" else -arm(opened, "neg"))
+
+
+def _weight(name: str, opened: FinishedRun, vector: SteeringVector) -> Intervention:
+    return Intervention(name, partial(steer, opened.model, vector), vector_digest(vector), opened.run)
+
+
+def _finetune(opened: FinishedRun) -> Intervention:
+    arms = {1.0: arm(opened, "pos"), -1.0: arm(opened, "neg")}
+
+    def at(alpha: float) -> AbstractContextManager[Any]:
+        return nullcontext() if alpha == 0 else steer(opened.model, arms[alpha], 1.0)
+
+    subject = sha256_json([vector_digest(v) for v in arms.values()])
+    return Intervention("finetune", at, subject, opened.run, has_dial=False)
+
+
+def arm(opened: FinishedRun, sign: str) -> SteeringVector:
+    """`theta - base` of one arm of a run; `WsError` when the run has no arms, as a composed vector's."""
+    folder = opened.run.folder / sign
+    if not folder.is_dir():
+        raise WsError(f"There is no trained arm in {folder}; only a run of `ws replicate` has arms.")
+    return SteeringVector.from_adapter(folder, opened.model)
+
+
+def _prompt(opened: FinishedRun, behavior: Behavior) -> Intervention:
+    if not behavior.positive:
+        raise WsError(
+            f"The behaviour {behavior.name} has no personas to prompt with; give its file a table [personas], or leave "
+            "the prompt out."
+        )
+    personas = {1.0: behavior.positive[0], -1.0: behavior.negative[0]}
+
+    def at(alpha: float) -> AbstractContextManager[Any]:
+        return nullcontext() if alpha == 0 else prompting(opened.tok, personas[alpha])
+
+    home = Run(_shared_folder(opened, behavior, "prompt"))
+    return Intervention("prompt", at, sha256_json(list(personas.values())), home, False, personas[1.0])
+
+
+def _shared_folder(opened: FinishedRun, behavior: Behavior, name: str) -> Path:
+    """`out/<behavior>/<name>`, beside the adapters' folders."""
+    return opened.out / behavior.name / name
+
+
+def _activation(name: str, opened: FinishedRun, behavior: Behavior) -> Intervention:
+    span, position = ACTIVATIONS[name]
+    vector, home = activation_of(opened, behavior)
+    layers = "all" if span == "all" else chosen_layer(opened, behavior, vector, home, position)
+    detail = "every block but the last" if layers == "all" else f"after block {layers}"
+    at = partial(activation_steer, opened.model, vector, layers=layers, position=position)
+    return Intervention(name, at, sha256_json([vector.digest, layers, position]), home, detail=detail)
+
+
+def activation_of(opened: FinishedRun, behavior: Behavior) -> tuple[ActivationVector, Run]:
+    """The activation vector of a behaviour's pairs and the run it is kept in; made once for all adapters."""
+    pairs = data_folder(opened.out, opened.vector.base_id, behavior.name) / PAIRS_FILE
+    if not pairs.is_file():
+        raise WsError(f"There are no pairs in {pairs} to read activations from; `ws data` samples them.")
+    home = Run(_shared_folder(opened, behavior, "activation"))
+    folder = home.folder / "vector"
+    with home.alone("activation"):
+        kept, digest = hashed_pairs(pairs)
+        inputs = {"pairs": digest, "model": fingerprint(opened.model)}
+        stage = home.refresh("vector", {"format": 1, "tokenizer_hash": tokenizer_hash(opened.tok)}, inputs)
+        if stage is not None:
+            console.say(f"activation vector in {folder}")
+            activation_vector(opened.model, opened.tok, kept, behavior.name).save(folder)
+            stage.done([f for f in folder.iterdir() if f.is_file()])
+        return ActivationVector.load(folder), home
+
+
+def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVector, home: Run, position: str) -> int:
+    """The one block to steer after, chosen on the `dev` claims at strengths that cost every block one nat."""
+    name, file = f"layer {position}", home.folder / f"layers_{position}.csv"
+    with home.alone("activation"):
+        settings = {"choice": _CHOICE.settings, "behavior": behavior.digest}
+        prompts = _choice_prompts(opened, behavior)
+        settings |= {"tokenizer_hash": tokenizer_hash(opened.tok)}
+        stage = home.refresh(name, settings, {"vector": vector.digest, "prompts": prompts_hash(prompts, ())})
+        if stage is not None:
+            console.say(f"choosing the block to steer after ({position} position), on the dev claims")
+            matched = _matched_strengths(opened, prompts, vector, position)
+            choice = choose_layer(opened.model, opened.tok, vector, behavior, position=position, strengths=matched)
+            stage.done([write_csv(file, choice.rows())], layer=choice.best.layer)
+        return int(home.facts(name)["layer"])
+
+
+def _choice_prompts(opened: FinishedRun, behavior: Behavior) -> list[str]:
+    """What blocks are compared on: questions that no pair uses, where the behaviour has some (`split_questions`)."""
+    split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
+    return [render_prompt(opened.tok, q) for q in split.calibration]
+
+
+def _matched_strengths(
+    opened: FinishedRun, prompts: Sequence[str], vector: ActivationVector, position: str
+) -> dict[int, tuple[float, float]]:
+    """Negative and positive strength per block at the target divergence; blocks that cannot reach it are left out."""
+    model, tok, found = opened.model, opened.tok, {}
+    for layer in [i for i in range(layer_count(model)) if vector.norms[i] > 0]:
+        steerable = partial(activation_steer, model, vector, layers=layer, position=position)
+
+        def measure(alpha: float, steerable: Callable[..., Any] = steerable) -> float:
+            return divergence(model, tok, prompts, partial(steerable, alpha), _CHOICE.n_tokens).at(_CHOICE.quantile)
+
+        sides = [solve(measure, sign, _CHOICE) for sign in (-1, 1)]
+        if all(side.converged for side in sides):
+            found[layer] = (sides[0].alpha, sides[1].alpha)
+    if not found:
+        raise WsError(f"Steering activations after one block ({position} position) reaches 1 nat at no block.")
+    return found

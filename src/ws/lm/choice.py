@@ -1,0 +1,341 @@
+"""Choice scoring: how much probability a model puts on each of a few answers at the next token.
+
+`logP(c) = logsumexp` over every vocabulary token that decodes to the choice, in any case and with leading white space,
+from a float32 log-softmax at the answer position.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.console import progress
+from ws.errors import WsError
+from ws.lm.models import encode
+
+LOW_MASS = 0.9
+Choice = str | tuple[str, ...]
+Row = TypeVar("Row", bound=Sized)
+Result = TypeVar("Result")
+# The types of layers, in transformers' words, that read earlier tokens through a mask and remember nothing else.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """Scores of `n` prompts over `k` choices.
+
+    Attributes:
+        choices: the `k` answers.
+        logp: natural-log probabilities, `[n, k]`, in the order of the prompts.
+        variants: probabilities of the `m` tokens that read as a choice, `[n, m]`, choice after choice.
+    """
+
+    choices: tuple[str, ...]
+    logp: Float[np.ndarray, "n k"]
+    variants: Float[np.ndarray, "n m"]
+
+    @classmethod
+    def checked(cls, choices: Sequence[Choice], logp: Float[Tensor, "n k_and_m"]) -> ChoiceScores:
+        """Scores on the CPU in double precision, of what `with_each_token` lists; `WsError` when the model gave NaN."""
+        values = logp.double().cpu().numpy()
+        if np.isnan(values).any():
+            raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
+        names = tuple(words[0] for words in map(_words, choices))
+        return cls(names, values[:, : len(names)], np.exp(values[:, len(names) :]))
+
+    @property
+    def mass(self) -> Float[np.ndarray, "n"]:
+        """`pmass`: the probability of any of the choices, in [0, 1]; under 0.9 the score says little."""
+        return np.exp(self.logp).sum(axis=1).clip(max=1.0)
+
+    @property
+    def logratio(self) -> Float[np.ndarray, "n"]:
+        """`logP(first) - logP(second)`, in nats."""
+        return self.logp[:, 0] - self.logp[:, 1]
+
+
+@lru_cache(maxsize=256)
+def choice_tokens(tok: Tokenizer, choice: str) -> tuple[int, ...]:
+    """Every single token that reads as `choice`: any case, with leading spaces or newlines, no glued punctuation."""
+    ids = tuple(i for i, text in _vocabulary(tok).items() if text.lstrip(" \n\t").lower() == choice.lower())
+    if not ids:
+        raise WsError(f"No single token of this tokenizer reads as {choice!r}; choose another answer word.")
+    return ids
+
+
+def choice_variants(tok: Tokenizer, choices: Sequence[Choice], device: torch.device) -> list[Int[Tensor, "_"]]:
+    """The tokens of every choice, over all its words."""
+    return [torch.tensor([i for w in _words(c) for i in choice_tokens(tok, w)], device=device) for c in choices]
+
+
+def with_each_token(variants: Sequence[Int[Tensor, "_"]]) -> list[Int[Tensor, "_"]]:
+    """The tokens of every choice, and behind them each of those tokens as a choice of its own."""
+    return [*variants, *(ids[i : i + 1] for ids in variants for i in range(len(ids)))]
+
+
+def by_token(tok: Tokenizer, choices: Sequence[Choice], scores: Mapping[str, np.ndarray], most: int = 4) -> str:
+    """Which tokens carry the probability of a worked example's choices: ` (by token: '1' 0.801, ' true' 0.012)`.
+
+    Args:
+        scores: of an evaluation, with the example's `variants` as `ChoiceScores` has them; empty without.
+    """
+    if not len(scores.get("variants", ())):  # scores that an earlier version kept
+        return ""
+    ids, p = [i for c in choices for w in _words(c) for i in choice_tokens(tok, w)], scores["variants"]
+    order = np.argsort(-p, kind="stable")[:most]
+    return f" (by token: {', '.join(f'{tok.decode([ids[i]])!r} {p[i]:.3f}' for i in order)})"
+
+
+def _words(choice: Choice) -> tuple[str, ...]:
+    return (choice,) if isinstance(choice, str) else choice
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tok: Tokenizer) -> dict[int, str]:
+    """What each ordinary token decodes to on its own."""
+    special = set(tok.all_special_ids)
+    ids = [i for i in range(len(tok)) if i not in special]
+    return dict(zip(ids, tok.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False), strict=True))
+
+
+@torch.inference_mode()
+def score_choices(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    prompts: Sequence[str],
+    choices: Sequence[Choice],
+    batch_size: int | None = None,
+) -> ChoiceScores:
+    """Score rendered prompts (openers included) at their next token.
+
+    A choice may be several words that mean the same, such as `("true", "1")`; it is named by the first. Prompts are
+    sorted by length and left-padded, a start that several share is run once, and only the last position's logits are
+    computed. With `batch_size` None it starts at 64 and is halved while memory does not suffice. Scores come back in
+    the order of `prompts`.
+    """
+    if not prompts:
+        raise WsError("There are no prompts to score.")
+    families = sorted(_families(model, [encode(tok, p) for p in prompts]), key=Family.longest)
+    variants = with_each_token(choice_variants(tok, choices, model.device))
+
+    def run(batch_size: int) -> Tensor:
+        logp = torch.empty(len(prompts), len(variants), device=model.device)
+        with progress(total=len(prompts), desc="answers", unit="prompt") as bar:
+            for part in _batches(families, batch_size):
+                rows = [row for family in part for row in family.rows]
+                logp[rows] = _score_batch(model, tok.pad_token_id, part, variants)
+                bar.update(len(rows))
+        return logp
+
+    scored = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=64)()
+    return ChoiceScores.checked(choices, scored)
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Prompts that begin alike: the common start goes through the model once, in one row with what follows in each.
+
+    Attributes:
+        prefix: tokens that all members begin with, empty for a prompt on its own.
+        suffixes: what follows in each member, never empty.
+        rows: the members' places among all prompts.
+    """
+
+    prefix: tuple[int, ...]
+    suffixes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+
+    def longest(self) -> int:
+        """The length of the longest member."""
+        return len(self.prefix) + max(map(len, self.suffixes))
+
+    def pieces(self, size: int) -> list[Family]:
+        """The family in parts of at most `size` members; a member on its own has nothing to share."""
+        parts = [(self.suffixes[i : i + size], self.rows[i : i + size]) for i in range(0, len(self.rows), size)]
+        return [
+            Family(self.prefix, suffixes, rows) if len(rows) > 1 else Family((), (self.prefix + suffixes[0],), rows)
+            for suffixes, rows in parts
+        ]
+
+
+def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Family]:
+    """Families where the model takes a mask of our own in every layer; elsewhere every prompt stands alone."""
+    return share_prefixes(prompts) if takes_masks(model) else [_family(prompts, [i], 0) for i in range(len(prompts))]
+
+
+def takes_masks(model: PreTrainedModel) -> bool:
+    """Attention over everything before a token, in an implementation that takes a mask per query and key.
+
+    Only such a model can be told to overlook tokens that stand between others, in a row or in its cache: a state has
+    taken them up, and a window or a distance counts them.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["full_attention"])
+    whole = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    plain = whole and not keeps_state(model) and not getattr(config, "alibi", False)  # ALiBi counts by a mask per token
+    known = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
+    return plain and known and config._attn_implementation in ("sdpa", "eager")
+
+
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Whether a layer hands a state from token to token, as recurrences and short convolutions do.
+
+    transformers says so of a model, or of its layers by their types; a type that is not known to be plain attention
+    counts as one with a state.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return model._is_stateful or not kinds <= _ATTENTION
+
+
+def takes_padding(model: PreTrainedModel) -> bool:
+    """Whether padding on the left, masked token by token, changes nothing.
+
+    Attention overlooks it. Layers with a state have to set it to zero, which those of transformers do that have its
+    function for it; others (RWKV, xLSTM, RecurrentGemma) take padding for text, and so may those (MiniMax) that decode
+    with a cache of their own.
+    """
+    if not keeps_state(model):
+        return True
+    modules = {type(m).__module__ for m in model.modules()}
+    zeroed = any(hasattr(sys.modules[m], "apply_mask_to_padding_states") for m in modules)
+    return zeroed and bool(cast(Any, model)._supports_default_dynamic_cache())
+
+
+def padded_groups(model: PreTrainedModel, rows: Sequence[Sized]) -> list[list[int]]:
+    """The numbers of the rows that may go through the model together: all of them, or each alone.
+
+    Rows of one length would need no padding, but RWKV of transformers mixes the rows of a batch when it decodes.
+    """
+    return [list(range(len(rows)))] if takes_padding(model) else [[i] for i in range(len(rows))]
+
+
+def in_groups(
+    model: PreTrainedModel, rows: Sequence[Row], run: Callable[[list[Row]], Iterable[Result]]
+) -> list[Result]:
+    """What `run` gives for each of `rows`, such as tokens, in their order; it gets as many as may be padded at once."""
+    results = dict[int, Result]()
+    for group in padded_groups(model, rows):
+        results |= zip(group, run([rows[i] for i in group]), strict=True)
+    return [results[i] for i in range(len(rows))]
+
+
+def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Family]:
+    """Put prompts that share at least their first half into families, such as one text that is asked twice."""
+    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
+    families, members, shared = list[Family](), [order[0]], len(prompts[order[0]])
+    for i in order[1:]:
+        common = min(shared, _common_start(prompts[members[0]], prompts[i]))
+        if 2 * common >= len(prompts[i]) and 2 * common >= len(prompts[members[0]]):
+            members, shared = [*members, i], common
+            continue
+        families.append(_family(prompts, members, shared))
+        members, shared = [i], len(prompts[i])
+    return [*families, _family(prompts, members, shared)]
+
+
+def _common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _family(prompts: Sequence[Sequence[int]], members: Sequence[int], shared: int) -> Family:
+    cut = min(shared, *(len(prompts[i]) - 1 for i in members)) if len(members) > 1 else 0
+    suffixes = tuple(tuple(prompts[i][cut:]) for i in members)
+    return Family(tuple(prompts[members[0]][:cut]), suffixes, tuple(members))
+
+
+def _batches(families: Sequence[Family], size: int) -> Iterator[list[Family]]:
+    """Families of one size at a time, with at most `size` prompts."""
+    pieces = [piece for family in families for piece in family.pieces(size)]
+    for members in sorted({len(p.rows) for p in pieces}):
+        alike, step = [p for p in pieces if len(p.rows) == members], max(1, size // members)
+        yield from (alike[start : start + step] for start in range(0, len(alike), step))
+
+
+def _score_batch(
+    model: PreTrainedModel, pad_id: int, families: Sequence[Family], variants: Sequence[Tensor]
+) -> Float[Tensor, "rows k"]:
+    """Log-probabilities of the choices for every member of every family, in one forward pass."""
+    if not families[0].prefix:
+        return score_rows(model, pad_id, [f.suffixes[0] for f in families], variants)
+    parts = [left_pad([f.suffixes[m] for f in families], pad_id, model.device) for m in range(len(families[0].rows))]
+    start = left_pad([f.prefix for f in families], pad_id, model.device)
+    tokens, positions, mask, keep = _packed(start, parts, model.dtype)
+    return _end_scores(model, tokens, mask, positions, keep, variants)
+
+
+def score_rows(
+    model: PreTrainedModel, pad_id: int, rows: Sequence[Sequence[int]], variants: Sequence[Tensor]
+) -> Float[Tensor, "rows k"]:
+    """Log-probabilities of the choices behind every row of tokens, which is run from its start."""
+
+    def run(part: Sequence[Sequence[int]]) -> Float[Tensor, "part k"]:
+        tokens, mask = left_pad(part, pad_id, model.device)
+        keep = torch.tensor([tokens.shape[1] - 1], device=model.device)
+        return _end_scores(model, tokens, mask, _positions(mask), keep, variants)
+
+    return torch.stack(in_groups(model, rows, run))
+
+
+def _end_scores(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, variants: Sequence[Tensor]
+) -> Float[Tensor, "ends k"]:
+    """Log-probabilities of the choices behind the columns `keep` of every row, row by row."""
+    logits = model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
+    ).logits[:, -len(keep) :]  # some models give all columns whatever they are asked for
+    return choice_logp(logits.flatten(0, 1), variants)
+
+
+def choice_logp(logits: Float[Tensor, "rows vocabulary"], variants: Sequence[Tensor]) -> Float[Tensor, "rows k"]:
+    """Log-probabilities of the choices, each summed over its tokens, from a float32 log-softmax."""
+    logp = logits.float().log_softmax(dim=-1)
+    return torch.stack([logp[:, v].logsumexp(dim=-1) for v in variants], dim=1)
+
+
+def _packed(
+    start: tuple[Tensor, Tensor], parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Float[Tensor, "b 1 width width"], Tensor]:
+    """`(tokens, positions, mask, ends)` of rows that hold a start and, one behind the other, what follows it.
+
+    The mask (0 where a token may look, the lowest number elsewhere) shows every part the start and itself, and nothing
+    of the other parts; positions go on from the start in each. `ends` are the columns of the parts' last tokens.
+    """
+    tokens, real = (torch.cat([start[i], *(part[i] for part in parts)], dim=1) for i in (0, 1))
+    widths = [start[0].shape[1], *(part[0].shape[1] for part in parts)]
+    number = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(tokens.device)
+    column = torch.arange(len(number), device=tokens.device)
+    visible = (column[None] <= column[:, None]) & ((number[None] == 0) | (number[None] == number[:, None]))
+    allowed = visible[None] & real.bool()[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    length = start[1].sum(dim=1, keepdim=True)
+    positions = torch.cat([_positions(start[1]), *(length + _positions(part[1]) for part in parts)], dim=1)
+    return tokens, positions, mask[:, None], torch.tensor(widths, device=tokens.device).cumsum(0)[1:] - 1
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """The position of every token among those that count."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(tokens, mask)`, both `[b, longest]`, with the padding on the left, whatever the tokenizer's own side."""
+    width = max(len(row) for row in ids)
+    tokens = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in ids], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids], device=device)
+    return tokens, mask

@@ -1,0 +1,165 @@
+"""The change any PEFT adapter makes to a linear layer, read off the layer itself.
+
+A linear layer with a linear adapter is an affine map, so `layer(I) - layer(0)` is its whole weight in any
+family: the change against the pristine weight is exact up to float32, but dense. Adapters that are no affine map of a
+linear layer (prompts, activations in between) are refused. One layer at a time does not show what an adapter does
+besides (layers run twice, a second network), so the whole model with these changes is compared with PEFT's on a few
+tokens before they are handed out; what shows on other tokens alone, `ws.adapters.check_fields` refuses by name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ws import console
+from ws.delta import LinearDelta
+from ws.errors import WsError
+from ws.lm.models import bias_of, linear_size, weight_of
+
+TOLERANCE = 1e-3  # of the output's size, for what a float32 layer may differ from its own matrix
+WHOLE_TOLERANCE = 0.05  # of the effect on the logits, for what the base with all changes may differ from PEFT's model
+_BAD_ADAPTER = (ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
+
+
+@torch.no_grad()
+def probe_adapter(folder: str | Path, config: PeftConfig, base: nn.Module) -> dict[str, LinearDelta]:
+    """The dense change of every linear layer that the adapter in `folder`, of that config, adapts.
+
+    The base is computed with in its own dtype, so load it in float32; it is handed back as it was.
+
+    Raises:
+        WsError: PEFT cannot load the adapter, it adapts something else than linear layers, it is not linear, or it does
+            more than change these layers.
+    """
+    console.say(
+        f"warning: the adapter in {folder} is of no family known here; its change is read off the layers and kept "
+        "dense, which takes as much room as the layers themselves."
+    )
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise WsError(f"The adapter in {folder} changes no layer (a prompt or prefix?); it has no vector.")
+    plain = _logits(base, base)
+    with _adapted(base, folder) as (model, pristine):
+        layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        others = layers.keys() - pristine.keys()
+        if others or not layers:
+            what = f"{min(others)}, which is no linear layer" if others else "no layer"
+            raise WsError(f"The adapter in {folder} changes {what}; it has no vector.")
+        _check_tensors(model, folder)
+        try:
+            deltas = {name: _read_off(name, layer, *pristine[name]) for name, layer in layers.items()}
+            wanted = _logits(model, base)
+        except _BAD_ADAPTER as problem:
+            raise WsError(f"The model with the adapter in {folder} cannot be run ({problem}).") from problem
+    if plain is not None and wanted is not None:
+        _check_whole(base, deltas, plain, wanted, folder)
+    return deltas
+
+
+def _check_tensors(model: PeftModel, folder: str | Path) -> None:
+    """Every stored tensor has its place in PEFT's model, and every one of the model's is stored; PEFT only warns."""
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    embeddings = get_peft_model_state_dict(model, save_embedding_layers=True).keys()
+    for keys, what in ((stored - embeddings, "holds a tensor that PEFT does not place"), (placed - stored, "lacks")):
+        if keys:
+            raise WsError(f"The adapter {folder} {what}: {min(keys)}.")
+
+
+def _logits(model: nn.Module, base: nn.Module) -> Tensor | None:
+    """What a model answers to a few tokens, in float32; None where `base` is nothing that takes tokens."""
+    if not isinstance(base, PreTrainedModel):
+        return None
+    inputs = {name: t.to(base.device) for name, t in base.dummy_inputs.items()}
+    training = model.training
+    try:
+        return model.eval()(**inputs)[0].float().cpu()
+    finally:
+        model.train(training)
+
+
+def _check_whole(
+    base: nn.Module, deltas: Mapping[str, LinearDelta], plain: Tensor, wanted: Tensor, folder: str | Path
+) -> None:
+    """The base with every change added to its layer's output answers as PEFT's model does."""
+    hooks = [base.get_submodule(n).register_forward_hook(partial(_add, delta)) for n, delta in deltas.items()]
+    try:
+        steered = _logits(base, base)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert steered is not None
+    effect = max(float((x - plain).norm()) for x in (steered, wanted))
+    rounding = max(1e-4, 8 * torch.finfo(next(base.parameters()).dtype).eps) * float(plain.norm())
+    if float((steered - wanted).norm()) > WHOLE_TOLERANCE * effect + rounding:
+        raise WsError(
+            f"The adapter in {folder} does more than change linear layers, the same for every token: with these "
+            "changes alone the model does not answer as PEFT's does; it has no vector."
+        )
+
+
+def _add(delta: LinearDelta, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    change = delta.to(output.device)
+    assert change.e is not None
+    return output + functional.linear(args[0].float(), change.e, change.bias).to(output.dtype)
+
+
+def _read_off(name: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> LinearDelta:
+    """`W'^T = layer(I) - layer(0)` and `b' = layer(0)`, a block of rows at a time."""
+    d_out, d_in = weight.shape
+    zero = layer(torch.zeros(1, d_in, dtype=weight.dtype, device=weight.device)).float()[0]
+    e = torch.empty(d_out, d_in)
+    for rows in torch.arange(d_in).split(1024):
+        x = torch.zeros(len(rows), d_in, dtype=weight.dtype, device=weight.device)
+        x[torch.arange(len(rows)), rows] = 1
+        e[:, rows] = (layer(x).float() - zero).T.cpu()
+    x = torch.randn(4, d_in, generator=torch.Generator().manual_seed(0)).to(weight)
+    given, wanted = layer(x).float().cpu(), x.float().cpu() @ e.T + zero.cpu()
+    if float((given - wanted).norm()) > TOLERANCE * float(wanted.norm()):
+        raise WsError(f"The adapter of {name} is not linear in its input; it has no vector.")
+    shift = zero.cpu() if bias is None else zero.cpu() - bias.float().cpu()
+    return LinearDelta(d_out, d_in, e=e - weight.float().cpu(), bias=shift if shift.any() else None)
+
+
+@contextmanager
+def _adapted(
+    base: nn.Module, folder: str | Path
+) -> Iterator[tuple[PeftModel, dict[str, tuple[Tensor, Tensor | None]]]]:
+    """The base with the adapter on it, and the weights as they were; some families move them, so they are put back."""
+    pristine = {n: (weight_of(m).clone(), bias_of(m)) for n, m in base.named_modules() if linear_size(m)}
+    children = {module: dict(module._modules) for module in base.modules()}
+    flags = {n: p.requires_grad for n, p in base.named_parameters()}
+    attributes, training = set(vars(base)), base.training
+    try:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = PeftModel.from_pretrained(base, str(folder)).eval()
+        except _BAD_ADAPTER as problem:
+            raise WsError(f"PEFT cannot put the adapter in {folder} on this model ({problem}).") from problem
+        yield model, pristine
+    finally:
+        # Where PEFT stops half-way there is nothing to unload from, so its layers are taken out by hand.
+        for module, before in children.items():
+            module._modules.clear()
+            module._modules.update(before)
+        for name in vars(base).keys() - attributes:
+            delattr(base, name)
+        for name, (weight, _) in pristine.items():
+            weight_of(base.get_submodule(name)).copy_(weight)
+        for name, p in base.named_parameters():
+            p.requires_grad_(flags[name])
+        base.train(training)

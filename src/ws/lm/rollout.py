@@ -1,0 +1,392 @@
+"""Guided chain of thought: think, close the block, force the answer's opener, read the choice; nothing is run twice.
+
+    think  ->  close the block by token id  ->  append the anchor  ->  read the choices' log-probabilities
+
+A batch thinks greedily in one generation that ends when its last row has closed its block. What is missing up to the
+answer position, the close of a thought that was cut off and the anchor, then goes through the model in one pass behind
+the same keys and values. Models whose template has no think block think in plain text at the start of their answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, StoppingCriteria
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.console import progress
+from ws.errors import WsError
+from ws.lm.choice import (
+    Choice,
+    ChoiceScores,
+    choice_logp,
+    choice_variants,
+    in_groups,
+    keeps_state,
+    left_pad,
+    score_choices,
+    score_rows,
+    share_prefixes,
+    takes_masks,
+    takes_padding,
+    with_each_token,
+)
+from ws.lm.models import chat_format, decode_answer, encode, encode_after, end_ids, render_prompt
+
+START_BATCH = 32
+# Put behind the question where there is no think block: a model that is asked for a choice alone writes nothing else.
+REASONS = "\n\nGive your reasons first, in two or three sentences. End with your answer."
+# The argmax at every step, for all greedy generation: whatever a model's generation_config advises besides (beams,
+# penalties, bans, least lengths, other stops and caches) is switched off by name, because `generate` takes from there
+# what it is not told. Hooks are not compiled.
+_OFF: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+            *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "constraints"),
+            *("forced_bos_token_id", "forced_eos_token_id", "force_words_ids", "exponential_decay_length_penalty"),
+            *("guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers", "diversity_penalty"),
+            *("num_beam_groups", "stop_strings", "max_time", "prompt_lookup_num_tokens", "assistant_early_exit"),
+            *("min_new_tokens", "cache_implementation", "cache_config"),
+        )
+    ),
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "token_healing": False,
+    "use_mtp": False,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "disable_compile": True,
+}
+PLAIN = {name: value for name, value in _OFF.items() if hasattr(GenerationConfig(), name)}  # versions differ in names
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What `n` questions were answered after thinking.
+
+    Attributes:
+        scores: the choices' log-probabilities at the answer position.
+        thoughts: what was thought, without the block's marks, up to the choice that a model without a block has stated
+            itself, if it has; empty when thinking was off.
+        n_tokens: the length of every thought, in tokens that stand before the answer (a choice stated itself does not).
+        forced: True where the thought was cut off, because its budget was spent or the model wanted to end its turn
+            inside the block.
+    """
+
+    scores: ChoiceScores
+    thoughts: tuple[str, ...]
+    n_tokens: Int[np.ndarray, "n"]
+    forced: Bool[np.ndarray, "n"]
+
+
+@torch.inference_mode()
+def roll_out(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    questions: Sequence[str],
+    choices: Sequence[Choice],
+    anchors: Sequence[str],
+    n_think: int = 0,
+    batch_size: int | None = None,
+    reasons: str = REASONS,
+) -> Rollouts:
+    """Ask every question (a user's turn), let the model think greedily, and score the choices behind the anchor.
+
+    Args:
+        questions: `n` texts, rendered here with the tokenizer's chat template.
+        choices: see `score_choices`.
+        anchors: the start of the answer that is put into the model's mouth, one per question.
+        n_think: at most so many tokens of thought; 0 turns thinking off and needs no generation at all.
+        batch_size: rows at a time; None starts at 32 and halves while memory does not suffice.
+        reasons: what is put behind the question of a model that has no think block and is to think.
+
+    Raises:
+        WsError: no questions, a negative budget, or probabilities that are NaN.
+    """
+    if n_think < 0:
+        raise WsError(f"--n-think must be 0 or more tokens, not {n_think}.")
+    if len(anchors) != len(questions):
+        raise WsError(f"There are {len(questions)} questions but {len(anchors)} anchors.")
+    if n_think == 0:
+        prompts = [render_prompt(tok, q, opener=a) for q, a in zip(questions, anchors, strict=True)]
+        nothing = np.zeros(len(prompts), dtype=np.int64)
+        scores = score_choices(model, tok, prompts, choices, batch_size)
+        return Rollouts(scores, ("",) * len(prompts), nothing, nothing.astype(bool))
+    if not questions:
+        raise WsError("There are no questions to ask.")
+    asked = zip(questions, anchors, strict=True)
+    rows = [_Row(encode(tok, thinking_prompt(tok, q, reasons)), _closing(tok, a, choices)) for q, a in asked]
+    variants = with_each_token(choice_variants(tok, choices, model.device))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+
+    def run(batch_size: int) -> None:
+        with progress(total=len(order), desc="thoughts", unit="question") as bar:
+            for start in range(0, len(order), batch_size):
+                part = [rows[i] for i in order[start : start + batch_size]]
+                _think_and_answer(model, tok, part, variants, n_think)
+                bar.update(len(part))
+
+    if batch_size:
+        run(batch_size)
+    else:
+        find_executable_batch_size(run, starting_batch_size=START_BATCH)()
+    logp = torch.stack([row.logp for row in rows if row.logp is not None])
+    scores = ChoiceScores.checked(choices, logp)
+    thoughts = tuple(row.text for row in rows)
+    lengths = np.array([len(row.thought) for row in rows])
+    return Rollouts(scores, thoughts, lengths, np.array([row.forced for row in rows]))
+
+
+def thinking_prompt(tok: Tokenizer, question: str, reasons: str = REASONS) -> str:
+    """The rendered prompt up to the first token of thought, the opened block included where there is one."""
+    block = has_think_block(tok)
+    text = render_prompt(tok, question if block else question + reasons, thinking=True)
+    return f"{text}<think>\n" if block and not text.rstrip().endswith("<think>") else text
+
+
+def thinks_aloud(tok: Tokenizer, n_think: int) -> bool:
+    """Whether a model with so many tokens of thought is asked for its reasons, for want of a think block."""
+    return n_think > 0 and not has_think_block(tok)
+
+
+def statements(anchor: str, choices: Sequence[Choice]) -> re.Pattern[str]:
+    """Matches where a text states a choice (group 1) in the anchor's words, whatever their case and punctuation.
+
+    The first of several words may be another: asked for "My choice", small models write "Your choice".
+    """
+    said = "|".join(re.escape(w) for choice in choices for w in ((choice,) if isinstance(choice, str) else choice))
+    words = list(map(re.escape, re.findall(r"\w+", anchor))) or ["(?!)"]  # an anchor without words is nowhere
+    start = r"\W+".join([r"\w+", *words[1:]] if len(words) > 1 else words)
+    return re.compile(rf"\b{start}\W*\b({said})\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=16)
+def has_think_block(tok: Tokenizer) -> bool:
+    """Whether answers start with a think block: the template can switch it on, or always opens one.
+
+    The mere tokens are not enough: some vocabularies have them for models that never learned to use them.
+    """
+    form = chat_format(tok)
+    if not form.has_template or form.think_open_id is None or form.think_close_id is None:
+        return False
+    return form.thinking_switch or render_prompt(tok, "Q", thinking=True).rstrip().endswith("<think>")
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Closing:
+    """The tokens between a thought and the answer position.
+
+    Attributes:
+        close_id: the token that closes the block, None for models without one.
+        cut: what precedes it when the thought is cut off.
+        anchor: what follows it, the anchor last.
+        alone: the anchor alone, for where the model has come to it by itself.
+        stated: for models without a block, how the answer reads where the model gives it by itself.
+    """
+
+    close_id: int | None
+    cut: tuple[int, ...]
+    anchor: tuple[int, ...]
+    alone: tuple[int, ...] = ()
+    stated: re.Pattern[str] | None = None
+
+
+def _closing(tok: Tokenizer, anchor: str, choices: Sequence[Choice]) -> _Closing:
+    block = has_think_block(tok)
+    after = tuple(encode_after(tok, "</think>" if block else "a thought", f"\n\n{anchor}"))
+    if not block:
+        return _Closing(None, (), after, tuple(encode_after(tok, "a thought\n", anchor)), statements(anchor, choices))
+    return _Closing(chat_format(tok).think_close_id, tuple(encode_after(tok, "a thought", "\n")), after)
+
+
+@dataclass
+class _Row:
+    """One question on its way: what was thought, and what there is to record."""
+
+    prompt: list[int]
+    closing: _Closing
+    thought: list[int] = field(default_factory=list)
+    text: str = ""
+    forced: bool = False
+    at_anchor: bool = False
+    logp: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def take(self, tok: Tokenizer, new: Sequence[int], ends: frozenset[int]) -> None:
+        """The thought from what was generated: up to the end of the block or of the turn, or to a stated choice."""
+        close = self.closing.close_id
+        stop = next((i for i, token in enumerate(new) if token == close or token in ends), len(new))
+        self.thought, ended = list(new[:stop]), stop < len(new)
+        self.forced = not ended if close is None else not (ended and new[stop] == close)
+        text = tok.decode(self.thought, skip_special_tokens=True)
+        stated = self.closing.stated.search(text) if self.closing.stated else None
+        self.at_anchor = False
+        if stated:
+            self.thought = _tokens_within(tok, self.thought, stated.start())
+            before = tok.decode(self.thought, skip_special_tokens=True)
+            self.at_anchor = before[-1].isspace() if before else chat_format(tok).has_template
+            self.forced, text = False, text[: stated.end()]
+        self.text = text.strip() if stated else decode_answer(tok, self.thought)
+
+    def rest(self, kept: int) -> list[int]:
+        """The tokens from the `kept`-th of the thought to the answer position."""
+        close = self.closing
+        cut = close.cut if self.forced and close.close_id is not None else ()
+        shut = () if close.close_id is None else (close.close_id,)
+        return [*self.thought[kept:], *cut, *shut, *(close.alone if self.at_anchor else close.anchor)]
+
+
+def _tokens_within(tok: Tokenizer, ids: Sequence[int], length: int) -> list[int]:
+    """The first tokens, as many as make a text of at most `length` characters."""
+    n = next(i for i in range(len(ids), -1, -1) if len(tok.decode(ids[:i], skip_special_tokens=True)) <= length)
+    return list(ids[:n])
+
+
+class _Stated(StoppingCriteria):
+    """Ends a row's generation once it states a choice; what it would write behind it is cut off anyway."""
+
+    def __init__(self, tok: Tokenizer, rows: Sequence[_Row], width: int) -> None:
+        self.tok, self.stated, self.width = tok, [row.closing.stated for row in rows], width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Bool[Tensor, "b"]:
+        texts = self.tok.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        ended = [bool(stated and stated.search(text)) for stated, text in zip(self.stated, texts, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+def _think_and_answer(
+    model: PreTrainedModel, tok: Tokenizer, rows: Sequence[_Row], variants: Sequence[Tensor], n_think: int
+) -> None:
+    """Let a batch think, and read its answers.
+
+    Where the model takes masks the answers are read behind the same keys and values, and nothing is run twice. Layers
+    with a state or a window cannot overlook what other rows generated meanwhile; there every row is run from its start.
+    """
+    if takes_masks(model):
+        answers = choice_logp(_answer_logits(model, tok, rows, *_think(model, tok, n_think, rows)), variants)
+    else:
+        in_groups(model, rows, lambda part: [_think(model, tok, n_think, part)] * len(part))
+        whole = [[*row.prompt, *row.rest(0)] for row in rows]
+        answers = score_rows(model, tok.pad_token_id, whole, variants)
+    for row, logp in zip(rows, answers, strict=True):
+        row.logp = logp
+
+
+def _think(
+    model: PreTrainedModel, tok: Tokenizer, n_think: int, rows: Sequence[_Row]
+) -> tuple[Int[Tensor, "b width"], Cache | None]:
+    """Fill in the rows' thoughts, in one generation that ends when the last row has closed its block.
+
+    Returns:
+        The mask of the prompts, and the keys and values of them and of what was generated behind them.
+    """
+    ends = frozenset(end_ids(model, tok))
+    tail = max(len(r.closing.cut) + len(r.closing.anchor) for r in rows) + 3
+    ids, mask, cache = _begin(model, tok.pad_token_id, rows, n_think + tail)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=n_think,
+        eos_token_id=sorted({*ends, *(r.closing.close_id for r in rows if r.closing.close_id is not None)}),
+        pad_token_id=tok.pad_token_id,
+        past_key_values=cache,
+        stopping_criteria=[_Stated(tok, rows, ids.shape[1])] if rows[0].closing.stated else None,
+        **PLAIN,
+    )
+    for row, new in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+        row.take(tok, new, ends)
+    return mask, cache
+
+
+def _answer_logits(
+    model: PreTrainedModel, tok: Tokenizer, rows: Sequence[_Row], mask: Int[Tensor, "b width"], cache: Cache | None
+) -> Float[Tensor, "b vocabulary"]:
+    """The logits at every row's answer position, from one pass over what is left up to it.
+
+    What others generated meanwhile, and the row's own padding, are masked.
+    """
+    assert cache is not None  # a model that takes masks has one
+    run = int(cache.get_seq_length()) - mask.shape[1]  # the last token generated was not run
+    kept = [min(len(row.thought), run) for row in rows]
+    thoughts = torch.arange(run, device=mask.device)[None] < torch.tensor(kept, device=mask.device)[:, None]
+    last, real = left_pad([r.rest(k) for r, k in zip(rows, kept, strict=True)], tok.pad_token_id, model.device)
+    seen = torch.cat([mask, thoughts.to(mask.dtype), real], dim=1)
+    positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -last.shape[1] :]
+    logits: Tensor = model(
+        input_ids=last, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
+    ).logits
+    return logits[:, -1]
+
+
+def _begin(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], room: int) -> tuple[Tensor, Tensor, Cache | None]:
+    """`(tokens, mask, cache)` of the prompts.
+
+    A start that several share, such as a dilemma asked in both orders, is run once here, and its keys and values are
+    handed to all of them; a prompt on its own is cut anywhere then.
+    """
+    families = share_prefixes([r.prompt for r in rows]) if takes_masks(model) else []
+    if not any(f.prefix for f in families):
+        ids, mask = left_pad([r.prompt for r in rows], pad_id, model.device)
+        return ids, mask, new_cache(model, ids.shape[1] + room)
+    cuts = [f.prefix or f.suffixes[0][: len(f.suffixes[0]) // 2] for f in families]
+    start, start_mask = left_pad(cuts, pad_id, model.device)
+    positions = (start_mask.cumsum(dim=1) - 1).clamp(min=0)
+    nothing = torch.empty(0, dtype=torch.long, device=model.device)  # no position of this pass is read for a next token
+    known = model(
+        input_ids=start, attention_mask=start_mask, position_ids=positions, use_cache=True, logits_to_keep=nothing
+    ).past_key_values
+    home = {row: number for number, family in enumerate(families) for row in family.rows}
+    of = torch.tensor([home[i] for i in range(len(rows))], device=model.device)
+    rest, rest_mask = left_pad([r.prompt[len(cuts[home[i]]) :] for i, r in enumerate(rows)], pad_id, model.device)
+    cache = new_cache(model, start.shape[1] + rest.shape[1] + room)
+    assert cache is not None  # a model that takes masks has one
+    for number, layer in enumerate(known.layers):
+        cache.update(layer.keys[of], layer.values[of], number)
+    return torch.cat([start[of], rest], dim=1), torch.cat([start_mask[of], rest_mask], dim=1), cache
+
+
+def new_cache(model: PreTrainedModel, length: int) -> Cache | None:
+    """An empty cache for `generate`, with room for the whole length at once where the model takes it so.
+
+    A cache that grows is copied whole at every token, which costs more than the token itself on a CPU. None for models
+    with a state, several of which know a cache of their own only.
+    """
+    if keeps_state(model):
+        return None
+    fixed = getattr(model, "_can_compile_fullgraph", False) and not getattr(model.config, "alibi", False)
+    return StaticCache(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a `DynamicCache` that is handed to forward passes carries all that the model remembers of a batch.
+
+    Mamba, RWKV and xLSTM know caches of their own only, and overlook one that they are handed.
+    """
+    return takes_padding(model) and "past_key_values" in inspect.signature(model.forward).parameters

@@ -1,0 +1,419 @@
+"""Sampled answers: with which settings, and many at once.
+
+A model's own settings count. Where it brings none, as a GGUF file does, transformers would sample at temperature 1
+without a word; here a default is used that is stated.
+
+Every row draws from random numbers of its own,
+
+    token = the first v with  sum_{w <= v} p_w > u        u ~ U[0, 1), one number per row and token
+
+(inversion; p are the warped probabilities, tokens in the order of their ids), so an answer depends on its prompt and
+its seed and not on the rows beside it, up to the rounding of a batch's arithmetic. Rows that have ended leave the batch
+and others take their places.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from ws.errors import WsError
+from ws.lm.choice import in_groups, left_pad, takes_masks
+from ws.lm.rollout import PLAIN, takes_cache
+
+DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.9
+# What a model may advise besides that makes some tokens more probable than others; `generate` would follow it, too.
+_ADVICE = (
+    *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size"),
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "min_length", "min_new_tokens"),
+    "exponential_decay_length_penalty",
+)
+START_BATCH = 64
+# Bytes of keys and values that are held at once on a CPU, where too much ends the process instead of a batch.
+_CACHE_BUDGET = 2**30
+# Columns that a cache grows by, and the share of ended rows (one in so many) at which a batch is put together anew:
+# either copies the whole cache.
+_ROOM, _TURNOVER = 64, 8
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What answers are sampled with.
+
+    Attributes:
+        values: by the names that `generate` knows them by: `temperature`, `top_k` (so many most probable tokens are
+            drawn from; 0 is all), `top_p` (of those the most probable that together reach this probability; 1 is all),
+            and what else the model's `generation_config` advises, such as a `repetition_penalty`.
+        sources: where each value comes from: `model`, `option` or `default`.
+    """
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def card(self) -> dict[str, dict[str, Any]]:
+        """Every value with where it comes from, as the data card has it."""
+        return {name: {"value": value, "from": self.sources[name]} for name, value in self.values.items()}
+
+
+def describe_settings(card: Mapping[str, Mapping[str, Any]]) -> str:
+    """`temperature 0.7 (default), top-p 0.9 (default), top-k 50 (default)`, from `SamplingSettings.card`."""
+    return ", ".join(f"{name.replace('_', '-')} {x['value']} ({x['from']})" for name, x in card.items())
+
+
+def sampling_settings(
+    model: PreTrainedModel, temperature: float | None = None, top_p: float | None = None
+) -> SamplingSettings:
+    """What a model's answers are sampled with: options, else its own settings, else the stated default.
+
+    A model whose `generation_config` says none of `do_sample`, `temperature` and `top_p` brings no settings. One that
+    says some of them is sampled as transformers would sample it.
+    """
+    own, given = model.generation_config, {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    brings = bool(own.do_sample) or own.temperature is not None or own.top_p is not None
+    stated = {} if brings else {"temperature": DEFAULT_TEMPERATURE, "top_p": DEFAULT_TOP_P}
+    values = generate_settings(model) | stated | given
+    sources = {name: "default" if getattr(own, name, None) is None else "model" for name in values}
+    return SamplingSettings(values, sources | dict.fromkeys(given, "option"))
+
+
+def generate_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What transformers' `generate` would sample with by itself: the model's settings, else its own."""
+    own, usual = model.generation_config, GenerationConfig()._get_default_generation_params()
+    asked = {name: getattr(own, name, None) for name in ("temperature", "top_p", "top_k", *_ADVICE)}
+    values = {name: usual.get(name) if value is None else value for name, value in asked.items()}
+    return {n: v for n, v in values.items() if n not in _ADVICE or (v is not None and v != usual.get(n))}
+
+
+def check_settings(temperature: float | None, top_p: float | None) -> None:
+    """`WsError` for options that make no sense."""
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise WsError(f"--temperature must be a positive number, not {temperature}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise WsError(f"--top-p must be above 0 and at most 1, not {top_p}.")
+
+
+# ---- the next token -------------------------------------------------------------------------------------------------
+
+# These look at a row's scores alone, so that they can be asked about its most probable tokens; the others of
+# transformers' processors look at the text or at the ids of tokens.
+_WARPERS = (
+    *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper),
+    *(TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper),
+)
+# More candidates than top-k asks for: tokens as probable as the last of them are drawn from as well.
+_TIES = 64
+
+
+@dataclass
+class _Row:
+    """One answer on its way."""
+
+    prompt: list[int]
+    random: np.random.Generator
+    rules: LogitsProcessorList
+    most: int
+    ends: frozenset[int]
+    written: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has ended, or has no room left."""
+        return len(self.written) >= self.most or (bool(self.written) and self.written[-1] in self.ends)
+
+    def score(self, scores: Float[Tensor, "1 vocabulary"]) -> Float[Tensor, "1 vocabulary"]:
+        """The scores after what depends on the text so far."""
+        return self.rules(torch.tensor([self.prompt + self.written], device=scores.device), scores)
+
+
+def _begin_rows(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    most: int,
+    ends: Sequence[int],
+    settings: SamplingSettings,
+) -> tuple[list[_Row], LogitsProcessorList]:
+    """The rows, and the warpers that are the same for all of them: transformers' own, in its order."""
+    options = {**PLAIN, "do_sample": True, **settings.values}
+    config = GenerationConfig(**options, eos_token_id=list(ends))
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)
+    rows, warpers = list[_Row](), LogitsProcessorList()
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        mask = torch.ones(1, len(prompt), dtype=torch.long, device=model.device)
+        every = model._get_logits_processor(
+            config, input_ids_seq_length=len(prompt), device=str(model.device), model_kwargs={"attention_mask": mask}
+        )
+        warpers = LogitsProcessorList([p for p in every if isinstance(p, _WARPERS)])
+        rules = LogitsProcessorList([p for p in every if not isinstance(p, _WARPERS)])
+        rows.append(_Row(prompt, np.random.default_rng(seed), rules, most, frozenset(ends)))
+    return rows, warpers
+
+
+def _draw(rows: Sequence[_Row], warpers: LogitsProcessorList, logits: Float[Tensor, "rows vocabulary"]) -> list[int]:
+    """The next token of every row; see the head of this module."""
+    scores = logits.float()
+    if bool(scores.isnan().any()):
+        raise WsError("The model gave NaN; its weights or the steering strength are broken.")
+    if any(row.rules for row in rows):
+        scores = torch.cat([row.score(scores[i : i + 1]) for i, row in enumerate(rows)])
+    ids, scores = _candidates(scores, warpers)
+    p = scores.softmax(dim=-1).double().cpu()
+    u = torch.tensor([[row.random.random()] for row in rows], dtype=torch.float64)
+    below = p.cumsum(dim=-1)
+    # Rounding must not let u reach behind the last token that has a probability.
+    reached = below.masked_fill(below >= below[:, -1:], torch.inf) <= u * below[:, -1:]
+    tokens: list[int] = ids.cpu().gather(1, reached.sum(dim=-1, keepdim=True))[:, 0].tolist()
+    return tokens
+
+
+def _candidates(
+    scores: Float[Tensor, "rows vocabulary"], warpers: LogitsProcessorList
+) -> tuple[Int[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """Token ids in rising order, and their scores after warping.
+
+    Top-p sorts what it is given, which for a whole vocabulary takes as long as the model itself. Behind a top-k the
+    rest of the vocabulary cannot be drawn, so only the candidates are warped, with the same result.
+    """
+    top_k = next((w.top_k for w in warpers if isinstance(w, TopKLogitsWarper)), None)
+    if top_k is not None and top_k + _TIES < scores.shape[-1]:
+        few, ids = scores.topk(top_k + _TIES, dim=-1)
+        warped = warpers(ids, few)
+        if bool((few[:, top_k - 1] > few[:, -1]).all()):  # else more tokens tie with the last than there is room for
+            ids, order = ids.sort(dim=-1)
+            return ids, warped.gather(1, order)
+    ids = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    return ids, warpers(ids, scores)
+
+
+# ---- many answers at once -------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def sample_rows(
+    model: PreTrainedModel,
+    pad_id: int,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    settings: SamplingSettings,
+    batch_size: int | None = None,
+) -> list[list[int]]:
+    """Sample an answer to every prompt; an answer depends on its prompt and its seed alone, up to rounding.
+
+    Args:
+        prompts: tokens, one list per answer.
+        seeds: one per answer, whole numbers from 0.
+        max_new_tokens: at most so many tokens per answer.
+        ends: tokens that end an answer.
+        settings: see `sampling_settings`.
+        batch_size: rows at a time; None starts at 64, on a CPU at fewer where their keys and values take more than
+            1 GiB, and takes fewer while memory does not suffice.
+
+    Returns:
+        The tokens of every answer, the one that ends it included.
+
+    Raises:
+        WsError: logits that are NaN.
+    """
+    if not prompts:
+        return []
+    refills = takes_masks(model) and takes_cache(model)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+
+    def run(batch_size: int) -> list[list[int]]:
+        rows, warpers = _begin_rows(model, prompts, seeds, max_new_tokens, ends, settings)
+        if refills:
+            _refilled(model, pad_id, [rows[i] for i in order], warpers, batch_size)
+        else:
+            for start in range(0, len(order), batch_size):
+                _generated(model, pad_id, [rows[i] for i in order[start : start + batch_size]], warpers)
+        return [row.written for row in rows]
+
+    if batch_size:
+        return run(batch_size)
+    longest = len(prompts[order[-1]]) + max_new_tokens
+    start = min(START_BATCH, _rows_in_budget(model, longest)) if refills else START_BATCH
+    return find_executable_batch_size(run, starting_batch_size=start)()
+
+
+def _rows_in_budget(model: PreTrainedModel, length: int) -> int:
+    """How many rows' keys and values fit the budget; not more than the batch starts with where there is none."""
+    if model.device.type != "cpu":
+        return START_BATCH
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model(input_ids=one, use_cache=True).past_key_values.layers
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return max(1, _CACHE_BUDGET // (size * length))
+
+
+class _Draws(LogitsProcessor):
+    """Lets `generate`, which takes the most probable token, write what is drawn here."""
+
+    def __init__(self, rows: Sequence[_Row], warpers: LogitsProcessorList) -> None:
+        self.rows, self.warpers = rows, warpers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = _draw(self.rows, self.warpers, scores)
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.written += [] if row.done else [token]
+        chosen = torch.tensor(tokens, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def _generated(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], warpers: LogitsProcessorList) -> None:
+    """Write the rows' answers by `generate`, for layers with a state or a window, whose caches are of many kinds."""
+
+    def run(part: Sequence[_Row]) -> Sequence[_Row]:
+        ids, mask = left_pad([row.prompt for row in part], pad_id, model.device)
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=part[0].most,
+            eos_token_id=sorted(part[0].ends),
+            pad_token_id=pad_id,
+            logits_processor=LogitsProcessorList([_Draws(part, warpers)]),
+            **PLAIN,
+        )
+        return part
+
+    in_groups(model, rows, run)
+
+
+def _refilled(
+    model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], warpers: LogitsProcessorList, size: int
+) -> None:
+    """Write the rows' answers; those that have ended make room for the next ones."""
+    waiting, batch = deque(rows), None
+    while waiting or batch is not None:
+        if batch is not None:
+            ended = sum(row.done for row in batch.rows)
+            if ended * _TURNOVER < len(batch.rows):
+                batch.step(model, warpers)
+                continue
+            batch = batch.without_ended()
+        free = size - (0 if batch is None else len(batch.rows))
+        if fresh := [waiting.popleft() for _ in range(min(free, len(waiting)))]:
+            more = _Batch.begin(model, pad_id, fresh, warpers)
+            batch = more if batch is None else batch.joined(more)
+
+
+class _Layer(DynamicLayer):
+    """Keys and values with some columns to spare: transformers' own copies all of them for every token."""
+
+    keys: Tensor
+    values: Tensor
+    rooms: list[Tensor]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "rows heads length d"], Float[Tensor, "rows heads length d"]]:
+        """Put new columns behind the others; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [key_states[..., :0, :], value_states[..., :0, :]]
+        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if new > self.rooms[0].shape[-2]:
+            self.rooms = [
+                pad(x, (0, 0, 0, new + _ROOM - old)) for x in ((self.keys, self.values) if old else self.rooms)
+            ]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., old:new, :] = states
+        self.keys, self.values = (room[..., :new, :] for room in self.rooms)
+        return self.keys, self.values
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these instead; the room is made with the next token."""
+        self.keys, self.values = keys, values
+        self.rooms = [keys, values]
+
+
+@dataclass
+class _Batch:
+    """Rows that are written together: their cache holds all but the last token of each, on the right."""
+
+    rows: list[_Row]
+    mask: Int[Tensor, "rows columns"]
+    cache: DynamicCache
+
+    @classmethod
+    def begin(cls, model: PreTrainedModel, pad_id: int, rows: list[_Row], warpers: LogitsProcessorList) -> _Batch:
+        """Read the prompts, and draw the first tokens."""
+        cache = DynamicCache(config=model.config)
+        cache.layers = [_Layer() for _ in cache.layers]
+        tokens, mask = left_pad([row.prompt for row in rows], pad_id, model.device)
+        batch = cls(rows, mask, cache)
+        batch._write(model, warpers, tokens)
+        return batch
+
+    def step(self, model: PreTrainedModel, warpers: LogitsProcessorList) -> None:
+        """One more token for every row; what an ended row is given is thrown away."""
+        tokens = torch.tensor([row.written[-1:] for row in self.rows], device=self.mask.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+        self._write(model, warpers, tokens)
+
+    def _write(self, model: PreTrainedModel, warpers: LogitsProcessorList, tokens: Tensor) -> None:
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        logits = model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        for row, token in zip(self.rows, _draw(self.rows, warpers, logits), strict=True):
+            row.written += [] if row.done else [token]
+
+    def without_ended(self) -> _Batch | None:
+        """The rows that go on, without columns that only others used; None when all have ended."""
+        places = [i for i, row in enumerate(self.rows) if not row.done]
+        if not places:
+            return None
+        chosen = torch.tensor(places, device=self.mask.device)
+        mask = self.mask[chosen]
+        first = int(mask.any(dim=0).int().argmax())
+        for layer in self.cache.layers:
+            layer.replace(*(x.index_select(0, chosen)[..., first:, :] for x in (layer.keys, layer.values)))
+        return _Batch([self.rows[i] for i in places], mask[:, first:], self.cache)
+
+    def joined(self, other: _Batch) -> _Batch:
+        """Both batches' rows in one, the shorter ones with more masked columns on the left."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        masks = [pad(b.mask, (width - b.mask.shape[1], 0)) for b in (self, other)]
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            both = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            mine.replace(*(torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in pair]) for pair in both))
+        return _Batch(self.rows + other.rows, torch.cat(masks), self.cache)

@@ -1,0 +1,152 @@
+"""A finished run: the vector that a run has made, with the model it steers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ws.behaviors import Behavior, behavior_name
+from ws.data import PAIRS_FILE, question_key, question_keys, read_pairs
+from ws.diff import MANIFEST, SteeringVector
+from ws.errors import WsError
+from ws.files.runs import DEFAULT_OUT, Run, data_folder, run_folder, seed_flag, sha256_json
+from ws.lm.models import load_model
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has a vector, loaded.
+
+    Attributes:
+        run: its folder, with `vector/` in it.
+        vector: what steers.
+        model, tok: the model that the vector fits.
+        out: where runs are, its own among them.
+    """
+
+    run: Run
+    vector: SteeringVector
+    model: PreTrainedModel
+    tok: Tokenizer
+    out: Path
+
+    def unseen(self, behavior: Behavior) -> tuple[str, ...] | None:
+        """The behaviour's questions that no kept pair uses; None where it is not on record what was trained on.
+
+        Pairs are those of the behaviour and the base (activation vectors are read off them, too), those in the run's
+        folder, and those that the vector's recipe says its arms were trained on.
+        """
+        shared = data_folder(self.out, self.vector.base_id, behavior.name)
+        files = [f for folder in (shared, self.run.folder) if (f := folder / PAIRS_FILE).is_file()]
+        known = {sha256_json([p.as_row() for p in pairs]): question_keys(pairs) for pairs in map(read_pairs, files)}
+        seen = set().union(*known.values())
+        for source in _sources(self.vector.recipe):
+            if "questions" in source:
+                seen |= set(str(source["questions"]).split())
+            elif source.get("pairs_sha256") not in known:
+                return None
+        return tuple(q for q in behavior.questions if question_key(q) not in seen)
+
+
+def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a vector was computed from: the recipes inside a recipe that are of no operation on others."""
+    parts = [recipe["of"]] if "of" in recipe else recipe["terms"] if recipe.get("op") == "+" else None
+    if parts is None:
+        yield recipe
+    for part in parts or ():
+        yield from _sources(part)
+
+
+def finished_runs(out: Path) -> list[Path]:
+    """The folders of all runs below `out` that have a vector, in order."""
+    found = [p.parent.parent for depth in ("*/*", "*/*/seed-*") for p in out.glob(f"{depth}/vector/{MANIFEST}")]
+    return sorted(found, key=str)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which finished run, and the model it is put into: what every command on a run takes.
+
+    Attributes:
+        model: None for the base that the vector was made for.
+        behavior, adapter, seed: which run below `out`.
+        out: where runs and results are.
+        device, dtype: see `ws.load_model`.
+        load_in_8bit, load_in_4bit: pack the model's weights (bitsandbytes); the same as `--dtype 8bit` and `4bit`.
+    """
+
+    model: str | None = None
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    seed: int = 0
+    out: Path = DEFAULT_OUT
+    device: str = "auto"
+    dtype: str = "auto"
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+
+    @property
+    def precision(self) -> str:
+        """How the model's weights are stored: `dtype`, unless they are packed."""
+        packed = [name for name, wanted in (("8bit", self.load_in_8bit), ("4bit", self.load_in_4bit)) if wanted]
+        if packed and (len(packed) > 1 or self.dtype not in ("auto", packed[0])):
+            raise WsError("Give one of --dtype, --load-in-8bit and --load-in-4bit.")
+        return packed[0] if packed else self.dtype
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The first columns of every table."""
+        return {"behavior": behavior_name(self.behavior), "adapter": self.adapter, "seed": self.seed}
+
+    def open(self) -> FinishedRun:
+        """The run, loaded; see `open_run`."""
+        return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.precision)
+
+
+def read_claims_of(behavior: str, adapter: str, seed: int) -> str:
+    """The command that puts a new run's vector to the held-out claims."""
+    return f"python -m ws.eval.sycophancy --behavior {behavior} --adapter {adapter}{seed_flag(seed)}"
+
+
+def vector_of_run(out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "") -> tuple[Run, SteeringVector]:
+    """A run and its vector; `WsError` with the command that makes it, and with another way out, when there is none."""
+    run = Run(run_folder(out, behavior_name(behavior), adapter, seed))
+    if not (run.folder / "vector").is_dir():
+        raise WsError(
+            f"There is no vector in {run.folder}; make it with `ws replicate --behavior {behavior} "
+            f"--adapter {adapter}{seed_flag(seed)}`{otherwise}."
+        )
+    return run, SteeringVector.load(run.folder / "vector")
+
+
+def open_run(
+    out: Path,
+    behavior: str,
+    adapter: str,
+    seed: int,
+    model: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    loaded: tuple[PreTrainedModel, Tokenizer] | None = None,
+) -> FinishedRun:
+    """Load the vector of a run and its model, by default the base that the vector was made for.
+
+    Args:
+        out: where runs are.
+        behavior, adapter, seed: which one.
+        model: None for the base.
+        device, dtype: see `ws.load_model`.
+        loaded: a model and its tokenizer that are at hand already, to be used instead.
+
+    Raises:
+        WsError: the run has no vector, or the vector is of another base.
+    """
+    run, vector = vector_of_run(out, behavior, adapter, seed)
+    base, tok = loaded or load_model(model or vector.base_id, device, dtype)
+    vector.matched(base)
+    return FinishedRun(run, vector, base, tok, out)

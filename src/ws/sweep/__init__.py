@@ -1,0 +1,1 @@
+"""A sweep as a graph of jobs: the queue, its jobs and where they run."""

@@ -1,0 +1,254 @@
+"""A sweep as a graph of commands, on this machine, on a ray cluster or in pueue.
+
+`ws queue --workers 2` samples the pairs, trains every adapter and seed, evaluates each as soon as it is
+trained and sums up; `--eval-only` evaluates what is trained already; `--dry-run` shows the commands. A job that fails
+stops only what needs it; running again does what is missing. Logs and state are in `out/<behavior>/queue/`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import TypeVar
+
+from tabulate import tabulate
+
+from ws import console
+from ws.adapters import FAMILIES, family
+from ws.behaviors import behavior_name, load_behavior
+from ws.data import data_preset
+from ws.errors import WsError, choose
+from ws.eval.context import EvalOptions
+from ws.eval.suite import EVALS, SUITE
+from ws.files.runs import DEFAULT_OUT, lock
+from ws.lm.models import DEFAULT_MODEL
+from ws.replicate import ReplicateConfig
+from ws.sweep.backends import pueue_script, run_local, run_pueue, run_ray
+from ws.sweep.jobs import FAILED, NOT_RUN, STATE, Job, Ledger, Outcome
+
+BACKENDS = ("local", "pueue", "ray")
+FOLDER = "queue"
+_SUMMARIZED = {"airisk", "tinymfv_airisk"}
+_OWN = ("model", "behavior", "adapter", "seed", "out")  # options that decide where a job's results go
+Options = TypeVar("Options", bound=ReplicateConfig | EvalOptions)
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """Which jobs, and who runs them.
+
+    Attributes:
+        backend: `local` worker threads, a `ray` cluster, or `pueue`, which runs the jobs after this command has ended.
+        model, behavior, out, n_bootstrap, device, dtype: as in `ReplicateConfig`, for every job.
+        adapters: families, all six by default.
+        seeds: of initialisation and order; the pairs are shared by all.
+        evals: which evaluations; `sycophancy` is part of a training job and a job of its own only without one.
+        traits: of statements; none for the behaviour's own.
+        alphas: steering strengths; 0 is always included.
+        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
+        train_args: further options of `ws.replicate`, in one string: `--train-args="--n-samples 50 --rank 16"`.
+        eval_args: further options of the evaluations, in one string: `--eval-args="--limit 50"`.
+        eval_only: only evaluate runs that are finished.
+        dry_run: only print the jobs; for pueue a bash script.
+        fresh: carry out finished jobs again; what they have on disk they still skip, unless `--train-args=--fresh`.
+        workers: local: jobs at a time; None for one per GPU of `gpus`, or one.
+        gpus: local: GPU numbers that the workers take turns in.
+        group: pueue: the group, made if it is missing.
+        address: ray: a cluster's address, or `auto`; None starts one on this machine.
+        cpus_per_job, gpus_per_job: ray: what a job reserves.
+        retries: ray: how often a job whose worker or node is lost runs again.
+    """
+
+    backend: str = "local"
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapters: tuple[str, ...] = tuple(FAMILIES)
+    seeds: tuple[int, ...] = (0,)
+    evals: tuple[str, ...] = ("airisk", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
+    out: Path = DEFAULT_OUT
+    alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    dataset: str | None = None
+    n_bootstrap: int = 10_000
+    device: str = "auto"
+    dtype: str = "auto"
+    train_args: str = ""
+    eval_args: str = ""
+    eval_only: bool = False
+    dry_run: bool = False
+    fresh: bool = False
+    workers: int | None = None
+    gpus: tuple[int, ...] = ()
+    group: str = "ws"
+    address: str | None = None
+    cpus_per_job: float = 1.0
+    gpus_per_job: float = 0.0
+    retries: int = 3
+
+    def check(self) -> None:
+        """Raise `WsError` for names that do not exist and numbers out of range."""
+        choose("back end", self.backend, BACKENDS)
+        for adapter in self.adapters:
+            family(adapter)
+        for name in self.evals:
+            choose("evaluation", name, EVALS)
+        least = {"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)}
+        least |= {"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)}
+        for flag, (value, low) in least.items():
+            if value is not None and value < low:
+                raise WsError(f"{flag} must be at least {low}, not {value}.")
+
+
+# ---- the graph ----------------------------------------------------------------------------------------------------
+
+
+def sweep_jobs(config: QueueConfig) -> list[Job]:
+    """The jobs of a sweep: the pairs, every cell's training and its evaluations, and the summary.
+
+    Raises:
+        WsError: unknown adapters, evaluations, back end or behaviour, or nothing to do.
+    """
+    config.check()
+    load_behavior(config.behavior, config.model)
+    wanted = [n for n in EVALS if n in config.evals and (n != "sycophancy" or config.eval_only)]
+    train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)
+    train.train.check()
+    for name in wanted:
+        _parsed(SUITE[name].options, f"ws.eval.{name}", config, "--eval-args", config.eval_args).check()
+    jobs = [] if config.eval_only else [Job("pairs", _pairs(config, train))]
+    evals: list[str] = []
+    for seed, adapter in product(config.seeds, config.adapters):
+        cell = adapter if seed == 0 else f"{adapter}-seed-{seed}"
+        run = ("--adapter", adapter, "--seed", str(seed))
+        before = () if config.eval_only else (f"train-{cell}",)
+        if not config.eval_only:
+            jobs.append(Job(f"train-{cell}", _train(config, run, train.fresh), ("pairs",)))
+        jobs += [Job(f"{name}-{cell}", _evaluate(config, name, run), before) for name in wanted]
+        evals += [f"{name}-{cell}" for name in wanted]
+    if set(wanted) >= _SUMMARIZED:
+        jobs.append(Job("summarize", _summarize(config), tuple(evals)))
+    if not jobs:
+        raise WsError("There is nothing to do: no evaluations, and --eval-only leaves out training.")
+    return jobs
+
+
+def _python(config: QueueConfig, module: str, *words: str) -> tuple[str, ...]:
+    """A module's command line; in pueue people read it, and another shell runs it."""
+    python = ("uv", "run", "python") if config.backend == "pueue" else (sys.executable,)
+    return (*python, "-m", module, *words)
+
+
+def _pairs(config: QueueConfig, train: ReplicateConfig) -> tuple[str, ...]:
+    """`ws.data` with what the training jobs will expect of the pairs, so that they find them finished."""
+    words = ["--model", config.model, "--behavior", config.behavior, "--out", str(config.out)]
+    words += _machine(train.device, train.dtype)
+    usual = asdict(data_preset(config.model))
+    for name, value in asdict(train.data).items():
+        flag = name.replace("_", "-")
+        if value != usual[name]:
+            words += [f"--{flag}", str(value)] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{flag}"]
+    return _python(config, "ws.data", *words, *(["--fresh"] if train.fresh else []))
+
+
+def _train(config: QueueConfig, run: Sequence[str], fresh: bool) -> tuple[str, ...]:
+    place = ("--model", config.model, "--behavior", config.behavior, *run, "--out", str(config.out))
+    words = (*place, *_shared(config), *_split("--train-args", config.train_args))
+    # Fresh pairs are everybody's and come from the pairs job.
+    return _python(config, "ws.replicate", *words, *(["--no-fresh-data"] if fresh else []))
+
+
+def _evaluate(config: QueueConfig, name: str, run: Sequence[str]) -> tuple[str, ...]:
+    place = ("--model", config.model, "--behavior", config.behavior, *run, "--out", str(config.out))
+    dataset = ("--dataset", config.dataset) if config.dataset and SUITE[name].is_published else ()
+    traits = ("--traits", *config.traits) if config.traits and name == "statements" else ()
+    extra = _split("--eval-args", config.eval_args)
+    return _python(config, f"ws.eval.{name}", *place, *_shared(config), *dataset, *traits, *extra)
+
+
+def _summarize(config: QueueConfig) -> tuple[str, ...]:
+    words = ("--behavior", config.behavior, "--out", str(config.out), "--n-bootstrap", str(config.n_bootstrap))
+    return _python(config, "ws.eval.readme_airisk_table", *words)
+
+
+def _shared(config: QueueConfig) -> tuple[str, ...]:
+    """The options that training, for its first reading, and the evaluations have in common."""
+    words = ("--alphas", *map(str, config.alphas), "--n-bootstrap", str(config.n_bootstrap))
+    return (*words, *_machine(config.device, config.dtype))
+
+
+def _machine(device: str, dtype: str) -> list[str]:
+    chosen = {"--device": device, "--dtype": dtype}
+    return [word for flag, value in chosen.items() if value != "auto" for word in (flag, value)]
+
+
+def _split(flag: str, words: str) -> list[str]:
+    try:
+        return shlex.split(words)
+    except ValueError as problem:
+        raise WsError(f"{flag} is not a list of words ({problem}): {words}") from problem
+
+
+def _parsed(options: type[Options], module: str, config: QueueConfig, flag: str, extra: str) -> Options:
+    """A command's options with the extra words, so that a mistake in those shows before anything runs."""
+    words = ["--model", config.model, *_shared(config)]
+    before = console.parse(options, words)
+    after = console.parse(options, [*words, *_split(flag, extra)], f"python -m {module}")
+    for name in _OWN:
+        if getattr(before, name) != getattr(after, name):
+            raise WsError(f"{flag} cannot set --{name}: the queue does so for each of its jobs.")
+    return after
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def run_queue(config: QueueConfig, jobs: Sequence[Job]) -> list[Outcome]:
+    """Run the jobs on the chosen back end; one outcome for each."""
+    if config.backend == "pueue":
+        return run_pueue(jobs, config.group)
+    folder = config.out / behavior_name(config.behavior) / FOLDER
+    with lock(folder / STATE):  # a second queue for the behaviour waits, and then finds the jobs finished
+        ledger = Ledger(folder, jobs, config.fresh)
+        if config.backend == "ray":
+            return run_ray(ledger, config.address, config.cpus_per_job, config.gpus_per_job, config.retries)
+        return run_local(ledger, config.workers or max(1, len(config.gpus)), config.gpus)
+
+
+def preview(config: QueueConfig, jobs: Sequence[Job]) -> str:
+    """The jobs as text: for pueue the script that adds them, otherwise what each waits for and its command."""
+    if config.backend == "pueue":
+        return pueue_script(jobs, config.group)
+    parts = [f"{job.name} after {', '.join(job.after) or 'nothing'}\n  {shlex.join(job.command)}" for job in jobs]
+    return "\n".join(parts)
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as a table."""
+    rows = [(o.name, o.state, f"{o.seconds:.0f}" if o.seconds else "", o.where) for o in outcomes]
+    return tabulate(rows, ("job", "state", "seconds", "log"), disable_numparse=True)
+
+
+def main(config: QueueConfig) -> None:
+    """The command `ws queue`."""
+    jobs = sweep_jobs(config)
+    if config.dry_run:
+        console.show(console.Result(preview(config, jobs), {"jobs": jobs}))
+        return
+    outcomes = run_queue(config, jobs)
+    console.show(console.Result(report(outcomes), {"jobs": outcomes}))
+    failed = [f"{o.name} ({o.where})" for o in outcomes if o.state == FAILED]
+    idle = [o.name for o in outcomes if o.state == NOT_RUN]
+    if failed:
+        because = f"; not run because of that: {', '.join(idle)}" if idle else ""
+        raise WsError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}{because}. "
+            "Run the queue again to retry only those."
+        )
+
+
+if __name__ == "__main__":
+    console.run(main, QueueConfig, "ws queue")

@@ -1,0 +1,358 @@
+"""The lm-evaluation-harness on a steered model: its log-likelihoods against plain ones, and the command offline."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import processors
+
+import ws
+from ws.behaviors.tables import draw
+from ws.delta import LinearDelta
+from ws.eval import lm_eval
+from ws.eval.lm_eval import LmEvalOptions, load_tasks, main, require_harness, run_harness, scores_of, summary_rows
+from ws.intervene.prompt import prompted
+from ws.lm.models import chat_format, encode, encode_answer, fingerprint, render_prompt, tiny_random
+
+harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `bench`")
+
+DOCUMENTS = [
+    {"question": "What does the brusk eat?", "choices": ["roots", "seeds"], "gold": 0},
+    {"question": "What is ice?", "choices": ["milk", "frozen water"], "gold": 1},
+    {"question": "What color is grass?", "choices": ["green", "purple"], "gold": 0},
+    {"question": "What pumps blood?", "choices": ["the nose", "the heart"], "gold": 1},
+    {"question": "Where does Ferrow lie?", "choices": ["on a plain", "in a valley"], "gold": 0},
+]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+unsafe_code: {unsafe}
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 2.0
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a task of its own, one whose data is missing and one that runs what a model wrote."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    data = tasks / "items.jsonl"
+    data.write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS))
+    for name, file, unsafe in (("closed", data, False), ("lost", tasks / "none.jsonl", False), ("unsafe", data, True)):
+        text = TASK.format(name=f"pocket_{name}", data=file, cache=tmp_path / "cache", unsafe=str(unsafe).lower())
+        (tasks / f"{name}.yaml").write_text(text)
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return ws.load_model("pocket", device="cpu")
+
+
+def a_vector(model) -> ws.SteeringVector:
+    torch.manual_seed(0)
+    delta = LinearDelta(512, 192, u=torch.randn(512, 4) * 3, v=torch.randn(4, 192) / 192**0.5)
+    return ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "pocket", fingerprint(model))
+
+
+@torch.no_grad()
+def loglikelihood(model, tok, context: str, continuation: str) -> float:
+    """`log p(continuation | context)` in nats, from one unpadded forward pass."""
+    whole, start = encode(tok, context + continuation), len(encode(tok, context))
+    logp = model(input_ids=torch.tensor([whole])).logits[0, :-1].double().log_softmax(dim=-1)
+    return float(sum(logp[i - 1, whole[i]] for i in range(start, len(whole))))
+
+
+def plain(model, tok) -> np.ndarray:
+    return np.array(
+        [[loglikelihood(model, tok, d["question"], f" {c}") for c in d["choices"]] for d in DOCUMENTS]  # type: ignore
+    )
+
+
+@harness
+def test_the_harness_reads_the_log_likelihoods_of_the_steered_model(pocket, folder, weights_hash):
+    model, tok = pocket
+    tasks, before = load_tasks(["pocket_closed"], folder), weights_hash(model)
+
+    def asked() -> np.ndarray:
+        samples = run_harness(model, tok, tasks, batch_size=3)["samples"]["pocket_closed"]
+        return np.array([[pair[0][0] for pair in s["resps"]] for s in sorted(samples, key=lambda s: s["doc_id"])])
+
+    base = asked()
+    assert base == pytest.approx(plain(model, tok), abs=1e-3)
+    with ws.steer(model, a_vector(model), 4.0):
+        steered = asked()
+        assert steered == pytest.approx(plain(model, tok), abs=1e-3)
+    assert np.abs(steered - base).mean() > 0.1
+    merged = copy.deepcopy(model)
+    a_vector(model).merge_into(merged, 4.0)
+    assert steered == pytest.approx(plain(merged, tok), abs=1e-3)
+    with ws.steer(model, a_vector(model), 0.0):
+        assert np.array_equal(asked(), base)
+    assert weights_hash(model) == before
+
+
+@harness
+def test_the_harness_takes_log_likelihoods_of_a_bfloat16_model_in_float32(pocket, folder):
+    """Sums of a log-softmax in bfloat16 would all be numbers of bfloat16."""
+    model = copy.deepcopy(pocket[0]).to(torch.bfloat16)
+    samples = run_harness(model, pocket[1], load_tasks(["pocket_closed"], folder))["samples"]["pocket_closed"]
+    found = torch.tensor([pair[0][0] for s in samples for pair in s["resps"]], dtype=torch.float64)
+    assert (found != found.bfloat16()).any()
+
+
+@pytest.fixture
+def options(pocket, folder, tmp_path) -> LmEvalOptions:
+    a_vector(pocket[0]).save(tmp_path / "honesty" / "lora" / "vector")
+    return LmEvalOptions(
+        out=tmp_path, tasks=("pocket_closed",), include_path=folder, alphas=(-40.0, 40.0), n_bootstrap=200, device="cpu"
+    )
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+@harness
+def test_the_command_writes_paired_shifts(options, pocket, capsys, monkeypatch):
+    main(options)
+    printed, home = capsys.readouterr().out, options.out / "honesty" / "lora"
+    assert "What does the brusk eat?" in printed
+    summary, samples = (read(home / f"lm_eval_{n}.csv") for n in ("summary", "per_sample"))
+    assert [(r["alpha"], r["task"], r["metric"], r["n"], r["n_shot"], r["version"]) for r in summary] == [
+        (alpha, "pocket_closed", "acc", "5", "0", "2.0") for alpha in ("-40.0", "0.0", "40.0")
+    ]
+    model, tok = pocket
+    gold = np.array([d["gold"] for d in DOCUMENTS])
+    accuracy = {}
+    for alpha in (-40.0, 0.0, 40.0):
+        with ws.steer(model, a_vector(model), alpha):
+            right = plain(model, tok).argmax(axis=1) == gold
+        accuracy[alpha] = right.mean()
+        mine = [float(r["value"]) for r in samples if float(r["alpha"]) == alpha]
+        assert mine == right.astype(float).tolist()
+    assert len(set(accuracy.values())) > 1
+    for row in summary:
+        alpha = float(row["alpha"])
+        assert float(row["value"]) == pytest.approx(accuracy[alpha])
+        assert float(row["shift"]) == pytest.approx(accuracy[alpha] - accuracy[0.0])
+        assert float(row["shift_ci_lo"]) <= float(row["shift"]) <= float(row["shift_ci_hi"])
+    assert len({r["hash"] for r in summary}) == 1
+    monkeypatch.setattr(lm_eval, "run_harness", None)
+    main(options)
+    assert capsys.readouterr().out == printed, "what is on disk is not measured again"
+
+
+@harness
+def test_examples_in_the_prompt_are_the_same_every_time(pocket, folder):
+    model, tok = pocket
+    tasks = load_tasks(["pocket_closed"], folder, num_fewshot=2)
+    first, second = (scores_of(run_harness(model, tok, tasks, limit=2)) for _ in range(2))
+    assert first["n_shot"].tolist() == [2]
+    assert first["n"].tolist() == [2]
+    assert first["example"][0].count("?") == 3
+    assert summary_rows({}, 0.0, first, second, 100)[0]["shift"] == 0
+    chat = scores_of(run_harness(model, tok, tasks, limit=2, chat=True))
+    assert "<|im_start|>" in chat["example"][0]
+    with pytest.raises(ws.WsError, match="another hash"):
+        summary_rows({}, 0.0, first, chat, 100)
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + ' ' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
+
+@harness
+@pytest.mark.parametrize("template", ["pocket", "none", "marked"])
+def test_chats_of_the_harness_are_those_of_every_evaluation(pocket, folder, template):
+    """Thinking off, system texts and examples as turns, one start of text, answers joined as they are trained."""
+    model, tok = pocket
+    tok = copy.deepcopy(tok)
+    if template != "pocket":
+        tok.chat_template = {"none": None, "marked": MARKED}[template]
+        tok.bos_token = "<|endoftext|>"
+        start = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tok.backend_tokenizer.post_processor = start
+    task = folder / "closed.yaml"
+    task.write_text(f"{task.read_text()}description: Answer in a few words.\n")
+    results = run_harness(model, tok, load_tasks(["pocket_closed"], folder, num_fewshot=1), chat=True)
+    for sample in results["samples"]["pocket_closed"]:
+        contexts = {pair[0] for pair in sample["arguments"]}
+        (context,) = contexts
+        (shown,) = [d for d in DOCUMENTS if d["question"] in context and d["question"] != sample["doc"]["question"]]
+        earlier = [
+            {"role": "user", "content": shown["question"]},
+            {"role": "assistant", "content": shown["choices"][shown["gold"]]},
+        ]
+        question, system = sample["doc"]["question"], "Answer in a few words."
+        prompt = render_prompt(tok, question, system=system, earlier=earlier)
+        assert context == prompt
+        ids = encode(tok, prompt)
+        assert ids.count(0) == (template == "none"), "what the tokenizer adds, unless there is a template"
+        for choice, answered in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            said = encode_answer(tok, prompt, choice)
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([ids + said])).logits[0, :-1].double().log_softmax(dim=-1)
+            wanted = sum(float(logp[len(ids) + i - 1, token]) for i, token in enumerate(said))
+            assert answered[0][0] == pytest.approx(wanted, abs=1e-3)
+
+
+@harness
+def test_what_the_harness_has_a_model_say_ends_where_its_turn_ends(pocket, folder):
+    model, tok = pocket
+    text = TASK.format(name="pocket_free", data=folder / "items.jsonl", cache=folder / "cache", unsafe="false")
+    text = text.replace("output_type: multiple_choice", "output_type: generate_until")
+    kept = [line for line in text.splitlines() if not line.startswith(("doc_to_choice", "doc_to_target"))]
+    kept += ['doc_to_target: "{{choices[gold]}}"', "generation_kwargs: {until: [], max_gen_toks: 24, do_sample: false}"]
+    (folder / "free.yaml").write_text("\n".join(kept).replace("metric: acc", "metric: exact_match"))
+    results = run_harness(model, tok, load_tasks(["pocket_free"], folder), chat=True)
+    for sample in results["samples"]["pocket_free"]:
+        ids, end = encode(tok, render_prompt(tok, sample["doc"]["question"])), chat_format(tok).end_of_turn_id
+        answer: list[int] = []
+        while len(answer) < 24 and end not in answer:
+            with torch.no_grad():
+                answer.append(int(model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        assert sample["resps"][0][0] == tok.decode(answer, skip_special_tokens=True)
+
+
+@harness
+def test_a_chat_that_begins_the_answer_goes_on_from_there(pocket):
+    model, tok = pocket
+    lm = ws.eval.lm_eval.chat_model(model, tok, 2)
+    asked = {"role": "user", "content": "What is ice?"}
+    context = lm.apply_chat_template([asked, {"role": "assistant", "content": "Ice is"}], add_generation_prompt=False)
+    assert context == render_prompt(tok, "What is ice?", opener="Ice is")
+    head, said = lm._encode_pair(context, " frozen water")
+    assert head == encode(tok, context)
+    assert head + said == encode(tok, f"{context} frozen water")
+    told = prompted(tok, "Be brief.")
+    assert ws.eval.lm_eval.chat_model(model, told, 2).apply_chat_template([asked]) == render_prompt(
+        told, "What is ice?"
+    )
+
+
+@harness
+def test_a_limit_draws_documents_from_all_over_a_task(pocket, folder, options, capsys):
+    model, tok = pocket
+    tasks = load_tasks(["pocket_closed"], folder)
+    asked = run_harness(model, tok, tasks, limit=3)["samples"]["pocket_closed"]
+    assert [s["doc_id"] for s in asked] == list(draw(range(5), 3)) != [0, 1, 2]
+    assert [s["doc"] for s in asked] == [DOCUMENTS[i] for i in draw(range(5), 3)]
+    main(replace(options, limit=3))
+    assert "Items: a draw of 3 of 5, seed 0" in capsys.readouterr().out
+    rows = read(options.out / "honesty" / "lora" / "lm_eval_summary.csv")
+    assert {(r["n"], r["drawn"]) for r in rows} == {("3", "3 of 5, seed 0")}
+
+
+@harness
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("pocket_lost", "pocket_lost could not be loaded"),
+        ("pocket_unsafe", "runs code that a model wrote"),
+    ],
+)
+def test_tasks_that_cannot_run_are_refused(folder, name, why):
+    with pytest.raises(ws.WsError, match=why):
+        load_tasks([name], folder)
+
+
+@harness
+def test_an_unknown_task_is_named_with_its_neighbour(folder, monkeypatch):
+    from lm_eval import tasks
+
+    class OnlyMine(tasks.TaskManager):
+        """Reading the harness's thousands of tasks takes many seconds."""
+
+        def __init__(self, include_path=None, include_defaults=True):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", OnlyMine)
+    with pytest.raises(ws.WsError, match=r"'pocket_close', nor one in .*Did you mean 'pocket_closed'\?"):
+        load_tasks(["pocket_close"], folder)
+    with pytest.raises(ws.WsError, match="`lm-eval ls tasks` lists"):
+        load_tasks(["zzzzzz"], folder)
+
+
+@harness
+def test_nan_is_refused(folder):
+    _, tok = ws.load_model("tiny-random", device="cpu")
+    broken = tiny_random().eval()
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    with pytest.raises(ws.WsError, match="NaN"):
+        run_harness(broken, tok, load_tasks(["pocket_closed"], folder), limit=2)
+
+
+def made(value: float, per_document: list[float] | None) -> dict:
+    sample = {"filter": "none", "doc_hash": "a", "prompt_hash": "b", "target_hash": "c", "arguments": [("Q?", " A")]}
+    samples = [sample | {"doc_id": i, "m": x} for i, x in enumerate(per_document or [(1.0, 2)])]
+    return {
+        "results": {"t": {"alias": "t", "sample_len": 2, "m,none": value, "m_stderr,none": "N/A"}},
+        "groups": {"g": {"alias": "g", "m,none": value}},
+        "versions": {"t": 1},
+        "n-samples": {"t": {"effective": len(samples)}},
+        "n-shot": {"t": 0},
+        "higher_is_better": {"t": {"m": True}},
+        "samples": {"t": samples},
+    }
+
+
+def test_metrics_that_are_no_mean_have_a_shift_without_an_interval():
+    mean = [summary_rows({}, 1.0, scores_of(made(0.5, [0.0, 1.0])), scores_of(made(0.0, [0.0, 0.0])), 200)]
+    assert (mean[0][0]["shift"], mean[0][0]["stderr"], mean[0][0]["n"]) == (0.5, None, 2)
+    assert mean[0][0]["shift_ci_lo"] < 0 < 1 < mean[0][0]["shift_ci_hi"], "two documents say little"
+    assert (mean[0][1]["task"], mean[0][1]["hash"], mean[0][1]["shift_p"]) == ("g", "", None)
+    for after, before in ((made(7.0, None), made(5.0, None)), (made(7.0, [0.0, 1.0]), made(5.0, [0.0, 0.0]))):
+        row = summary_rows({}, 1.0, scores_of(after), scores_of(before), 200)[0]
+        assert (row["shift"], row["shift_ci_lo"], row["shift_p"]) == (2.0, None, None)
+    with pytest.raises(ws.WsError, match="metric m of the task t is nan"):
+        scores_of(made(float("nan"), None))
+    assert lm_eval.render([{k: "" if v is None else str(v) for k, v in (r | {"alpha": 1.0}).items()} for r in mean[0]])
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    with pytest.raises(ws.WsError, match="uv sync --extra bench"):
+        require_harness()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tasks": ()}, "--tasks must name at least one"),
+        ({"tasks": ("a", "a")}, "names a task twice"),
+        ({"num_fewshot": -1}, "--num-fewshot must be 0 or more"),
+        ({"include_path": Path("nowhere")}, "no folder nowhere"),
+        ({"dataset": "pocket"}, "brings its own data"),
+    ],
+)
+def test_bad_options_are_refused(change, why):
+    with pytest.raises(ws.WsError, match=why):
+        replace(LmEvalOptions(tasks=("closed",)), **change).check()

@@ -1,0 +1,985 @@
+"""The report: what it reads, how it judges, and that nothing read can do anything on the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logit
+from scipy.stats import binom, t
+
+import ws
+from support.finished_runs import (
+    ALPHAS,
+    BASE,
+    NAMES,
+    build_out,
+    claim_scores,
+    make_vector,
+    named,
+    record,
+    write_calibration,
+    write_card,
+    write_compare,
+    write_run,
+)
+from ws.behaviors import Claim
+from ws.delta import LinearDelta
+from ws.diff import SteeringVector, vector_digest
+from ws.eval import sycophancy
+from ws.eval.sycophancy import ClaimScores
+from ws.files.runs import Run, data_folder, read_csv, run_folder, write_csv, write_json
+from ws.intervene.calibration import (
+    load_calibration,
+    store_calibration,
+)
+from ws.new_behavior import behavior_template
+from ws.replicate import Reading, Sample, _record
+from ws.report import ReportOptions, main, write_report
+from ws.report import data as report_data
+from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
+from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Result, read_contents
+from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, tag
+from ws.report.notes import notes, stale
+from ws.report.page import render
+from ws.report.sections import Sampled, dose_panels, example, samples, shift_rows
+from ws.report.tables import commands, foundations_table, other_dilemmas_table, points_table
+from ws.report.verdict import best_adapter, evidence_of, judge, plain_words, warnings_of
+from ws.report.words import clean, differences, interval_text, number, odds, p_text, side_by_side
+from ws.stats import Estimate, estimate_over_seeds, holm
+
+# ---- a small out/ folder, written as the commands write it -----------------------------------------------------------
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Two adapters with two seeds each, everything there, and a pooled table of their own."""
+    return build_out(tmp_path / "out")
+
+
+def sentence(out):
+    contents = read_contents(out, "honesty")
+    found = judge(contents, evidence_of(contents, curves_of(contents)))
+    return found.kind, found.sentence
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_only_tables_of_the_very_vector_are_read(tmp_path):
+    folder = write_run(tmp_path)
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert {stage for stage, use in run.tables if use == "summary"} == {
+        "sycophancy",
+        "airisk_truthfulness",
+        "tinymfv_airisk",
+    }
+    make_vector(77).save(folder / "vector")  # trained again, and not evaluated since
+    contents = read_contents(tmp_path, "honesty")
+    assert not [k for k in contents.results[0].tables if k[1] == "summary"]
+    assert {g.why for g in contents.results[0].gaps if g.what == "sycophancy"} == {"made with another vector"}
+    assert any("Held-out claims: made with another vector" in c.text for c in stale(notes(contents)))
+    assert sentence(tmp_path)[0] == "No verdict"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda text: text.replace(",intervention", ",something"), "made by an older version"),
+        (lambda text: text.replace("mean_pmass", "mass"), "damaged"),
+        (lambda text: text.replace(",24,", ",nan,"), "damaged"),
+        (lambda text: text + "1,2,3,4,5\n", "damaged"),
+        (lambda text: "", "damaged"),
+    ],
+)
+def test_a_table_that_cannot_be_used_leaves_a_note(tmp_path, spoil, why):
+    file = write_run(tmp_path) / "sycophancy_summary.csv"
+    file.write_text(spoil(file.read_text()))
+    contents = read_contents(tmp_path, "honesty")
+    (gap,) = [g for g in contents.results[0].gaps if g.what == "sycophancy"]
+    assert gap.why.startswith(why)
+    assert "ws eval sycophancy --adapter lora" in gap.command
+    assert gap.why in render(contents)
+
+
+def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
+    make_vector(1).save(run_folder(tmp_path, "honesty", "lora") / "vector")
+    contents = read_contents(tmp_path, "honesty")
+    found = {command for here in notes(contents).values() for note in here for command in note.commands}
+    for command in (
+        *(
+            "ws eval sycophancy --adapter lora",
+            "ws eval airisk --adapter lora",
+            "ws eval tinymfv-airisk --adapter lora",
+        ),
+        *("ws calibrate --adapter lora", "ws controls --adapter lora", "ws confounds --adapter lora", "ws compare"),
+        *(f"{begun} --model {BASE}" for begun in ("ws data", "ws replicate --adapter lora")),
+        *(f"ws replicate --adapter lora --control {null} --model {BASE}" for null in ("shuffled", "same-side")),
+    ):
+        assert f"{command} --behavior honesty" in found
+    page = render(contents)
+    assert all(f"<code>{command}</code>" in page for command in found)
+    assert page.count("<svg") == 1, "the sizes of the vector, and no empty figure"
+
+
+def test_samples_of_another_vector_are_left_out(tmp_path):
+    folder = write_run(tmp_path)
+    assert read_contents(tmp_path, "honesty").results[0].samples
+    run = Run(folder)
+    run.write("reading", run.facts("reading") | {"inputs": {"vector": "0" * 64}})
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.results[0].samples
+    assert [g.why for g in contents.results[0].gaps if g.what == "samples"] == ["made with another vector"]
+    assert any("Samples: made with another vector" in c.text for c in stale(notes(contents)))
+    assert "What color is it?" not in render(contents)
+
+
+def test_samples_that_do_not_say_of_which_vector_they_are_come_with_a_note(tmp_path):
+    folder = write_run(tmp_path)
+    run = Run(folder)
+    run.write("reading", run.facts("reading") | {"inputs": {}})  # as it was recorded before it named its vector
+    contents = read_contents(tmp_path, "honesty")
+    assert contents.results[0].samples
+    (note,) = notes(contents)["samples"]
+    assert note.is_shown
+    assert not note.is_left_out
+    assert not [c for c in stale(notes(contents)) if "Samples" in c.text]
+    page = render(contents)
+    assert "What color is it?" in page
+    assert page.count("it is not on record which vector gave them") == 1, "it is not among the missing pieces"
+
+
+def test_replicate_records_which_vector_the_samples_are_of(tmp_path):
+    vector, found = make_vector(3), claim_scores(-1.0, 0)
+    span, answers = Estimate(0.0, 0.0, 0.0, 0.0, 0, 1.0), (Sample(0.0, "Why?", "So."),)
+    reading = Reading(tmp_path, tmp_path, vector, found, found, span, (-1.0, 1.0), -1, answers)
+    _record(reading, Run(tmp_path), "abc")
+    assert Run(tmp_path).facts("reading")["inputs"] == {"vector": vector_digest(vector)}
+    assert Run(tmp_path).facts("reading")["config"]["tokenizer_hash"] == "abc"
+
+
+def test_what_was_made_with_another_tokenizer_than_the_base_has_now_is_left_out(tmp_path, monkeypatch):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_card(tmp_path)
+    sampled = Run(data_folder(tmp_path, BASE, "honesty"))
+    run, digest = Run(folder), vector_digest(SteeringVector.load(folder / "vector"))
+    write_csv(folder / "controls.csv", [CONTROL | {"vector": digest[:12]}])
+    run.restart("controls", {}).done([folder / "controls.csv"])
+    rows = read_csv(folder / "airisk_truthfulness_summary.csv")
+    rows = [r | {"value_class": "Care", "protocol": "explicit"} for r in rows]
+    record(folder, "airisk_care", {"summary": rows}, digest)
+    stages = ("sycophancy", "airisk_truthfulness", "tinymfv_airisk", "reading", "controls", "airisk_care")
+    calibration = load_calibration(folder / "vector", digest)
+
+    def remade(tokenizer: str) -> Contents:
+        for stage in stages:
+            run.write(stage, run.facts(stage) | {"config": {"tokenizer_hash": tokenizer}})
+        store_calibration(folder / "vector", replace(calibration, tokenizer=tokenizer))
+        sampled.write("pairs", {"config": {"tokenizer_hash": tokenizer}})
+        return read_contents(tmp_path, "honesty")
+
+    asked = []
+    monkeypatch.setattr(report_data, "tokenizer_hash_on_disk", lambda name: asked.append(name) or "now")
+    contents = remade("now")
+    (fresh,) = contents.results
+    assert contents.card
+    assert {stage for stage, _ in fresh.tables} >= set(stages[:3])
+    assert fresh.samples
+    assert fresh.controls
+    assert fresh.calibration
+    assert fresh.others
+    contents = remade("before")
+    (old,) = contents.results
+    assert not any(old.tables.values())
+    assert [bool(x) for x in (old.samples, old.controls, old.calibration, old.others)] == [False] * 4
+    gaps = {g.what for g in old.gaps if "made with another tokenizer or chat template" in g.why}
+    assert gaps == {*stages[:3], "samples", "controls", "calibration", "dilemmas"}
+    assert not contents.card
+    assert len([c for c in stale(notes(contents)) if "another tokenizer" in c.text]) == len(gaps) + 1
+    assert asked == [BASE] * 2, "once per page"
+    monkeypatch.setattr(report_data, "tokenizer_hash_on_disk", lambda name: "")
+    (unknown,) = read_contents(tmp_path, "honesty").results
+    assert unknown.tables.keys() == fresh.tables.keys(), "the base is not at hand, so nothing can be said"
+
+
+CONTROL = {"control": "random", "score": "false_claims", "alpha": 1.0, "shift": 0.1, "eval_hash": "abc123"}
+
+
+def test_a_behaviour_of_ones_own_is_called_by_its_file(tmp_path, whole):
+    file = tmp_path / "accuracy.toml"
+    file.write_text(behavior_template("accuracy"))
+    (whole / "honesty").rename(whole / "accuracy")
+    by_name, by_file = (read_contents(whole, name) for name in ("accuracy", str(file)))
+    assert (by_name.name, by_name.called) == (by_file.name, by_file.called) == ("accuracy", "accuracy.toml")
+    commands = [c for here in notes(by_name).values() for note in here for c in note.commands if c.startswith("ws")]
+    assert commands
+    assert all(c.endswith(" --behavior accuracy.toml") for c in commands)
+    assert by_name.behavior is by_file.behavior is None, "the vectors were trained on another file"
+    digest = ws.load_behavior(str(file)).digest
+    for folder in (whole / "accuracy").glob("*"):
+        manifest = folder / "vector" / "ws.json"
+        if manifest.is_file():
+            made = json.loads(manifest.read_text())
+            made["info"]["behavior_sha256"] = digest
+            manifest.write_text(json.dumps(made))
+    found = read_contents(whole, str(file)).behavior
+    assert found is not None
+    assert found.summary == "Gives the right answer to a plain question, rather than a wrong one."
+    assert found.summary in write_report(whole, str(file)).read_text()
+    assert (whole / "accuracy" / "report.html").is_file()
+
+
+def test_dilemmas_of_other_values_are_a_table_of_their_own(tmp_path):
+    folder = write_run(tmp_path)
+    digest = vector_digest(SteeringVector.load(folder / "vector"))
+    rows = read_csv(folder / "airisk_truthfulness_summary.csv")
+    asked = [r | {"value_class": "Care & <i>", "protocol": "published"} for r in rows]
+    record(folder, "airisk_care", {"summary": asked}, digest)
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert list(run.others) == ["airisk_care"]
+    table = other_dilemmas_table(read_contents(tmp_path, "honesty"))
+    assert [row[:5] for row in table.rows] == [
+        ("lora seed 0", "Care & <i>", "alone", "not on record", a) for a in ("−1", "0 (base)", "+1")
+    ]
+    assert len({len(row) for row in (table.header, *table.rows)}) == 1
+    page = render(read_contents(tmp_path, "honesty"))
+    assert "Care &amp; &lt;i&gt;" in page
+    assert table.caption in page
+    record(folder, "airisk_care", {"summary": asked}, "0" * 64)
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.results[0].others
+    assert any("airisk_care was made with another vector" in c.text for c in stale(notes(contents)))
+    assert not other_dilemmas_table(contents).rows
+
+
+def relabel(folder, stage, **columns):
+    """Give the rows of an evaluation other facts."""
+    for file in folder.glob(f"{stage}_*.csv"):
+        write_csv(file, [r | columns for r in read_csv(file)])
+
+
+def test_the_page_calls_a_paraphrase_one(tmp_path):
+    folder = write_run(tmp_path)
+    for stage in ("tinymfv_airisk", "airisk_truthfulness"):
+        relabel(folder, stage, words="paraphrase", drawn="20 of 131, seed 0")
+    page = render(read_contents(tmp_path, "honesty"))
+    assert page.count("Words: paraphrase, which is this project&#39;s and not the published text") == 2
+    assert page.count("Items: a draw of 20 of 131, seed 0 (--limit).") == 2
+    assert "43 % correct, 40 % borderline and 17 % wrong" in page
+    assert "has probably left the hub" in page
+    assert "tinymfv_airisk abc123 (words paraphrase)" in page
+    for stage in ("tinymfv_airisk", "airisk_truthfulness"):
+        relabel(folder, stage, words="own", drawn="all", dataset="pocket")
+    page = render(read_contents(tmp_path, "honesty"))
+    assert not re.search("Words: |Items: a draw|43 %|left the hub", page)
+
+
+def test_runs_that_were_asked_in_other_words_are_not_shown_together(whole):
+    cells = {(a, s): run_folder(whole, "honesty", a, s) for a in ("lora", "delora") for s in (0, 1)}
+    for folder in cells.values():
+        relabel(folder, "tinymfv_airisk", words="paraphrase")
+    relabel(cells["delora", 0], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="another")
+    contents = read_contents(whole, "honesty")
+    known = {r.name for r in contents.results if ("tinymfv_airisk", "summary") in r.tables}
+    assert known == {"lora seed 0", "lora seed 1", "delora seed 1"}
+    (gap,) = [g for r in contents.results for g in r.gaps if g.what == "tinymfv_airisk"]
+    assert "file:theirs@12345678" in gap.why
+    assert gap.command == "ws eval tinymfv-airisk --adapter delora"
+    assert any("made with other words (file:theirs@12345678)" in c.text for c in stale(notes(contents)))
+    assert all(("sycophancy", "summary") in r.tables for r in contents.results), "only those rows are left out"
+    relabel(cells["delora", 0], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="abc123")
+    found = read_contents(whole, "honesty").results
+    assert all(("tinymfv_airisk", "summary") in r.tables for r in found), "the same texts by another name"
+
+
+def test_a_comparison_in_other_words_is_not_used(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_compare(tmp_path)
+    file = tmp_path / "honesty" / "compare.csv"
+    write_csv(file, [r | {"words": "own"} for r in read_csv(file)])
+    relabel(folder, "sycophancy", words="own")
+    assert len(read_contents(tmp_path, "honesty").compare) == 6
+    relabel(folder, "sycophancy", words="file:theirs@12345678")
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.compare
+    assert any("made with other words" in g.why for g in contents.gaps if g.what == "compare")
+
+
+def test_a_prompted_base_that_is_missing_is_noted(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    texts = {
+        anchor: " ".join(n.text for n in here) for anchor, here in notes(read_contents(tmp_path, "honesty")).items()
+    }
+    assert all("under a system prompt" in texts[anchor] for anchor in ("claims", "dilemmas", "acts"))
+    write_compare(tmp_path)
+    found = notes(read_contents(tmp_path, "honesty"))
+    assert not [n for n in found["claims"] if "under a system prompt" in n.text]
+    (note,) = [n for n in found["dilemmas"] if "under a system prompt" in n.text]
+    assert note.commands == ("ws compare --evals sycophancy tinymfv_airisk airisk --behavior honesty",)
+
+
+def test_no_run_is_an_error_that_names_what_there_is(whole):
+    with pytest.raises(ws.WsError, match=r"ws replicate --behavior honest`.* Did you mean 'honesty'"):
+        read_contents(whole, "honest")
+
+
+def test_a_damaged_vector_is_left_out_and_named(whole):
+    (run_folder(whole, "honesty", "lora", 1) / "vector" / "ws.json").write_text("{")
+    contents = read_contents(whole, "honesty")
+    assert [r.name for r in contents.results] == ["lora seed 0", "delora seed 0", "delora seed 1"]
+    assert "Vector: vector/ws.json cannot be read" in " ".join(n.text for n in notes(contents)["provenance"])
+    assert str(whole) not in render(contents)
+
+
+def test_nulls_are_no_results(whole):
+    write_run(whole, "lora-shuffled", effect=0.0)
+    contents = read_contents(whole, "honesty")
+    assert contents.adapters == ["lora", "delora"]
+    assert contents.nulls == ("lora-shuffled",)
+    texts = " ".join(n.text for n in notes(contents)["checks"])
+    assert "no same-side vector was trained" in texts
+    assert "no shuffled vector" not in texts
+
+
+def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_compare(tmp_path)
+    assert len(read_contents(tmp_path, "honesty").compare) == 6
+    write_calibration(folder, (-0.8, 1.7))
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.compare
+    assert any("made at other strengths" in c.text for c in stale(notes(contents)))
+
+
+def test_a_calibration_of_another_vector_is_not_used(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    text = (folder / "vector" / "calibration.json").read_text()
+    make_vector(5).save(folder / "vector")
+    (folder / "vector" / "calibration.json").write_text(text)
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.calibration is None
+    assert [g.why for g in run.gaps if g.what == "calibration"] == ["of another vector"]
+
+
+def test_readers_hear_of_trained_questions_and_of_sixteen_bits(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+
+    def page():
+        return render(read_contents(tmp_path, "honesty"))
+
+    assert "solved for on 100 questions, which may have been trained on" in page()
+    assert "Computed in bfloat16" not in page()
+    vector = SteeringVector.load(folder / "vector")
+    found = load_calibration(folder / "vector", vector_digest(vector))
+    store_calibration(folder / "vector", replace(found, n_calibration=40, held_out=True))
+    assert "solved for on" not in page()
+    store_calibration(folder / "vector", replace(found, n_calibration=40, held_out=False))
+    assert "−1u and +1u of lora seed 0 are solved for on 40 questions, trained ones among them" in page()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["sycophancy"]["config"]["dtype"] = "bfloat16"
+    write_json(folder / "manifest.json", manifest)
+    assert "Computed in bfloat16" in page()
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_norms_without_the_base_are_per_weight(tmp_path):
+    write_run(tmp_path)
+    (run,) = read_contents(tmp_path, "honesty").results
+    delta = SteeringVector.load(run_folder(tmp_path, "honesty", "lora") / "vector").deltas["model.layers.1.mlp.up_proj"]
+    assert run.norms.unit == PER_WEIGHT
+    assert run.norms.cells["up_proj", 1] == pytest.approx(float((delta.u @ delta.v).square().mean().sqrt()), rel=1e-5)
+
+
+def test_norms_on_a_bundled_base_are_relative(tmp_path, tiny):
+    model = tiny[0]
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    change = {"model.layers.1.mlp.up_proj": LinearDelta(*weight.shape, g=torch.full((weight.shape[0],), 0.25))}
+    info = {"behavior": "honesty", "family": "ia3"}
+    SteeringVector(change, "tiny-random", None, {}, info).save(run_folder(tmp_path, "honesty", "ia3") / "vector")
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.norms.unit == RELATIVE
+    assert run.norms.cells == {("up_proj", 1): pytest.approx(25.0, rel=1e-5)}
+
+
+def test_a_family_that_multiplies_w_needs_ws_subspace(tmp_path):
+    change = {"model.layers.1.mlp.up_proj": LinearDelta(4, 3, g=torch.ones(4))}
+    folder = run_folder(tmp_path, "honesty", "ia3")
+    SteeringVector(change, BASE, None, {}, {"behavior": "honesty"}).save(folder / "vector")
+    assert [n.commands for n in notes(read_contents(tmp_path, "honesty"))["norms"]] == [
+        ("ws subspace --adapter ia3 --behavior honesty",)
+    ]
+    digest = vector_digest(SteeringVector.load(folder / "vector"))
+    rows = [{"layer": "1", "kind": "up_proj", "relative_norm": 0.5}, {"layer": "", "kind": "head", "relative_norm": 1}]
+    record(folder, "subspace", {"per_layer": rows}, digest, "vector")
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.norms.cells == {("up_proj", 1): 50.0}
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_pooled_as_the_bootstrap_over_seeds_and_items_says(whole):
+    (whole / "honesty" / "sweep_pooled.csv").unlink()
+    curves = curves_of(read_contents(whole, "honesty"))
+    for key, pick in (("false_claims", lambda s: s.of_kind(False)), ("true_claims", lambda s: s.of_kind(True))):
+        both = [claim_scores(-1.0, seed) for seed in (0, 1)]
+        shifts = np.stack([pick(b[1.0]).logratio - pick(b[0.0]).logratio for b in both])
+        wanted, point = estimate_over_seeds(shifts), curves[key, "lora"].at(1.0)
+        assert (point.shift.mean, point.shift.low, point.shift.high) == pytest.approx(
+            (wanted.mean, wanted.ci_lo, wanted.ci_hi)
+        )
+    steered = [p for (key, _), c in curves.items() if key == "choices" for p in c.pooled if p.alpha]
+    assert [p.p_holm for p in steered] == pytest.approx(holm(np.array([p.p for p in steered])))
+
+
+def test_the_table_of_the_sweep_is_taken_only_while_it_is_of_these_seeds(whole):
+    def source():
+        curve = curves_of(read_contents(whole, "honesty"))["false_claims", "lora"]
+        return curve.source, curve.at(1.0).shift.mean
+
+    words, mean = source()
+    assert words == "from sweep_pooled.csv"
+    file = whole / "honesty" / "sweep_pooled.csv"
+    file.write_text(file.read_text().replace(f"{mean!r}", "-5.0"))
+    assert source() == (pytest.approx("pooled here, 2000 resamples of seeds and items"), pytest.approx(mean))
+
+
+def test_different_items_are_not_pooled(whole):
+    file = run_folder(whole, "honesty", "lora", 1) / "sycophancy_summary.csv"
+    file.write_text(file.read_text().replace("abc123", "def456"))
+    contents = read_contents(whole, "honesty")
+    curves = curves_of(contents)
+    assert curves["false_claims", "lora"].pooled == ()
+    assert any("asked different items" in c.text for c in warnings_of(contents, curves, []))
+    assert "not pooled" in render(contents)
+
+
+def test_foundations_are_shifts_of_logits(whole):
+    found = foundations_of(contents := read_contents(whole, "honesty"), curves_of(contents))["lora"]
+    (care,) = [f for f in found if f.name == "Care" and f.alpha == 1]
+    moved = []
+    for seed in (0, 1):
+        rows = (run_folder(whole, "honesty", "lora", seed) / "tinymfv_airisk_per_vignette.csv").read_text().splitlines()
+        column = [line.split(",") for line in rows]
+        s, name, alpha = (column[0].index(c) for c in ("s_other_violate", "foundation_coarse", "alpha"))
+        w = {
+            a: np.array([(float(r[s]) + 1) / 2 for r in column[1:] if (r[name], r[alpha]) == ("Care", a)])
+            for a in ("0.0", "1.0")
+        }
+        moved.append((logit(w["1.0"]) - logit(w["0.0"])).mean())
+    assert care.n == 10
+    assert care.shift.mean == pytest.approx(np.mean(moved))
+    assert care.shift.low < care.shift.mean < care.shift.high
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+def test_the_divergence_stands_beside_every_effect(tmp_path):
+    """Measured, between two measured ones, and beyond them; of several seeds the largest."""
+    write_calibration(write_run(tmp_path, seed=0), (-0.8, 1.6))  # 0.3 nats at half of that, 1 nat there
+    (run,) = read_contents(tmp_path, "honesty").results
+    assert run.divergence == [(-0.8, 1.0), (-0.4, 0.3), (0.0, 0.0), (0.8, 0.3), (1.6, 1.0)]
+    assert divergence_at([run], 0.8) == Divergence(0.3, True)
+    between = divergence_at([run], 1.0)
+    assert between.nats == pytest.approx(0.3 + 0.7 * 0.2 / 0.8)
+    assert not between.is_exact
+    assert divergence_at([run], -1.0) is None
+    write_calibration(write_run(tmp_path, seed=1), (-0.8, 2.0))
+    contents = read_contents(tmp_path, "honesty")
+    both = divergence_at(contents.results, 1.0)
+    assert (both.nats, both.is_exact) == (between.nats, False), "0.3 nats of the other seed are less"
+    curve = curves_of(contents)["false_claims", "lora"]
+    assert curve.at(1.0).kl == both
+    assert next(p for p in curve.seeds[1] if p.alpha == 1).kl == Divergence(0.3, True)
+    page, between = render(contents), f"KL ≈{number(between.nats)}"
+    rows = [a["aria-label"] for t, a in parse(page).found if t == "svg" and a["aria-label"].startswith("Shift of")]
+    assert len(rows) == 3
+    assert all("answer mass 0.9" in label and between in label and "KL not measured" in label for label in rows)
+    assert f"alpha +1: answer mass 0.980, {between}" in page, "beside the foundations too"
+
+
+def test_the_verdict_is_said_in_odds_too(tmp_path):
+    write_run(tmp_path)
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    text = plain_words(contents, evidence_of(contents, curves))
+    curve = curves["false_claims", "lora"]
+    for alpha in (0.0, 1.0):
+        assert odds(curve.at(alpha).level.mean) in text
+    assert "answers Yes rather than No" in text
+    assert "The behaviour file expects lower odds." in text
+    assert "KL not measured" in text
+    assert plain_words(contents, []) == ""
+
+
+def test_odds():
+    """By their definition: p / (1 - p) of the probability that has this log ratio."""
+    assert odds(np.log(0.8 / 0.2)) == "4.0 to 1"
+    assert odds(np.log(0.02 / 0.98)) == "1 to 49"
+    assert odds(0.0) == "1.0 to 1"
+    assert odds(-900.0) == "1 to more than 1000"
+
+
+def test_an_example_stands_at_the_top(whole):
+    found = samples(read_contents(whole, "honesty"))
+    name, question = example(found, "delora")
+    assert name == "delora seed 0"
+    assert [alpha for alpha, _ in question.answers] == [-1.0, 0.0, 1.0]
+    assert example(found, None)[0] == "lora seed 0"
+    assert example([], "lora") is None
+    page = render(read_contents(whole, "honesty"))
+    assert page.index('id="verdict"') < page.index('id="example"') < page.index('id="warnings"')
+
+
+def test_an_example_prefers_answers_that_differ():
+    same = side_by_side([{"alpha": a, "question": "Same?", "answer": "yes"} for a in (-2, 0, 2)])
+    differ = side_by_side([{"alpha": a, "question": "Differs?", "answer": f"it is {a}"} for a in (-1, 0, 0.5, 1, 2)])
+    found = [Sampled("a", 0, 2, (("a seed 0", (*same, *differ)),)), Sampled("b", 0, 2, (("b seed 0", tuple(same)),))]
+    name, question = example(found, "b")
+    assert (name, question.text) == ("a seed 0", "Differs?")
+    assert [alpha for alpha, _ in question.answers] == [-1, 0, 1]
+    assert example(found[1:], "b")[1].answers == same[0].answers
+
+
+def test_commands_that_are_nobodys_but_a_script_are_said_to_be(tmp_path):
+    folder = write_run(tmp_path)
+    run = Run(folder)
+    for name, command in (("pos", "run_sweep.py --model pocket"), ("reading", "mine.py --fast")):
+        run.write(name, run.manifest["stages"].get(name, {"outputs": {}}) | {"command": command})
+    run.write("sycophancy", run.facts("sycophancy") | {"command": "ws eval-sycophancy --adapter lora"})
+    found = commands(read_contents(tmp_path, "honesty"))
+    assert found[:2] == ["python -m ws.run_sweep --model pocket", "ws eval-sycophancy --adapter lora"]
+    assert found[2].startswith("# a script: mine.py")
+    assert found[-1] == "ws report --behavior honesty"
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def test_a_strong_effect_with_all_controls_is_supported(tmp_path):
+    for seed in (0, 1):
+        write_calibration(write_run(tmp_path, seed=seed))
+    write_compare(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "Supported"
+    assert (
+        "lowers agreement with held-out false claims, as the behaviour predicts, in 1 of 1 adapter (2 seeds each)"
+        in text
+    )
+    assert "farthest from zero is lora" in text
+    assert re.search(r"lora at alpha \+1, −(0\.9|1\.0)\d \[−1\.\d\d, −0\.\d\d\] nats over 24 claims, Holm p [=<]", text)
+    assert "it beats label-shuffled and same-side vectors of the same size, and random ones" in text
+    assert "true claims do not move along" in text
+
+
+def test_without_trained_nulls_nothing_is_said_of_the_behaviour(tmp_path):
+    write_run(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "Cause not known"
+    assert "predicts" not in text
+    assert "whether that is honesty is not known" in text
+    for null in ("shuffled", "same-side"):
+        assert f"`ws replicate --adapter lora --control {null}`" in text
+    assert "then `ws compare`" in text
+    assert "it rests on one seed" in text
+    write_run(tmp_path, effect=1.0)
+    kind, text = sentence(tmp_path)
+    assert (kind, "predict" in text) == ("Cause not known", False)
+
+
+def test_one_seed_weakens_it(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "First indication"
+    assert "it rests on one seed" in text
+    contents = read_contents(tmp_path, "honesty")
+    assert any(c.text.startswith("One seed only: lora") for c in warnings_of(contents, curves_of(contents), []))
+
+
+def test_controls_that_are_not_beaten_end_it(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path, real=False)
+    kind, text = sentence(tmp_path)
+    assert kind == "Not established"
+    assert "does NOT beat its controls" in text
+
+
+@pytest.mark.parametrize(
+    ("null", "kind", "words"),
+    [(0.1, "Cause not known", "is no evidence of the behaviour"), (3.0, "Not established", "do as much")],
+)
+def test_random_vectors_alone(tmp_path, null, kind, words):
+    folder = write_run(tmp_path)
+    mark = vector_digest(SteeringVector.load(folder / "vector"))[:12]
+    shifts = [("vector", 0, -1.0), *(("random", i, null) for i in range(20))]
+    write_csv(
+        folder / "controls.csv",
+        [
+            {
+                "control": c,
+                "draw": i,
+                "alpha": 1.0,
+                "shift": s,
+                "score": "false_claims",
+                "eval_hash": "abc123",
+                "vector": mark,
+            }
+            for c, i, s in shifts
+        ],
+    )
+    found = sentence(tmp_path)
+    assert found[0] == kind
+    assert words in found[1]
+
+
+def test_a_prompt_that_does_more_is_said(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path)
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    (text,) = [c.text for c in warnings_of(contents, curves, []) if c.text.startswith("A system prompt")]
+    assert "−4.00" in text
+    assert "−2.00" in text
+    (panel,) = dose_panels(contents, curves, ("false_claims",))
+    base = next(iter(panel.curves)).at(0.0).level.mean
+    assert panel.references == pytest.approx({"base": base, "prompt −1": 4.1, "prompt +1": -3.9})
+
+
+def test_claims_that_settings_may_have_been_chosen_on_weaken_it(tmp_path):
+    file = write_run(tmp_path) / "sycophancy_summary.csv"
+    file.write_text(file.read_text().replace(",report,", ",dev,"))
+    assert "its claims are of the split dev" in sentence(tmp_path)[1]
+
+
+def test_one_adapter_among_many_is_not_the_rule(tmp_path):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path)
+    for adapter in ("oft", "delora"):
+        write_run(tmp_path, adapter, effect=0.0)
+    kind, text = sentence(tmp_path)
+    assert kind == "First indication"
+    assert "in 1 of 3 adapters" in text
+    assert "most adapters do not show it" in text
+
+
+def test_agreement_is_not_the_behaviour(tmp_path):
+    write_run(tmp_path, true_too=True)
+    kind, text = sentence(tmp_path)
+    assert kind == "Not established"
+    assert "true claims move along with false ones, so this is agreement, not honesty" in text
+
+
+def test_nothing_moves(tmp_path):
+    write_run(tmp_path, effect=0.0)
+    kind, text = sentence(tmp_path)
+    assert kind == "No effect shown"
+    assert "in 0 of 1 adapter" in text
+
+
+def test_an_effect_under_the_floor_is_none_however_sure(tmp_path):
+    write_run(tmp_path, effect=-0.11)
+    contents = read_contents(tmp_path, "honesty")
+    (found,) = evidence_of(contents, curves_of(contents))
+    assert found.point.p_holm < 0.05
+    assert found.point.shift.excludes_zero
+    kind, text = sentence(tmp_path)
+    assert kind == "No effect shown"
+    assert "moves beyond chance by 0.2 nats or more in 0 of 1 adapter" in text
+
+
+def test_the_wrong_way(tmp_path):
+    write_calibration(write_run(tmp_path, effect=1.0))
+    write_compare(tmp_path)
+    assert sentence(tmp_path)[0] == "Against the prediction"
+
+
+def test_a_model_that_no_longer_answers_shows_nothing(tmp_path):
+    write_run(tmp_path, mass=0.4)
+    kind, text = sentence(tmp_path)
+    assert kind == "No conclusion"
+    assert "answer mass 0.400" in text
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    assert any(
+        "Not to be read, agreement with false claims: lora at alpha" in c.text
+        for c in warnings_of(contents, curves, [])
+    )
+    (figure,) = dose_figures(dose_panels(contents, curves, ("false_claims", "true_claims")))
+    assert figure.svg.count('class="broken"') == 2
+    assert figure.svg.count("hollow") == 4
+    assert "not to be read: answer mass 0.400" in figure.svg
+    table = points_table(curves, "false_claims", contents)
+    assert "! supports no conclusion" in table.caption
+    shown = {row[2]: row[4:8] for row in table.rows}
+    assert shown["+1"][0].endswith("] !")
+    assert shown["+1"][1:] == ("", "", "0.400"), "no p-value either"
+    write_run(tmp_path, "delora")  # one that still answers counts, and the broken one is named
+    kind, text = sentence(tmp_path)
+    assert kind == "Cause not known"
+    assert "in 1 of 2 adapters" in text
+    assert "no longer answered there: lora" in text
+
+
+def test_frames_that_do_not_agree_are_marked_wherever_they_stand(tmp_path):
+    write_run(tmp_path, agree=False)
+    contents = read_contents(tmp_path, "honesty")
+    curves = curves_of(contents)
+    assert {p.alpha: p.is_readable for p in curves["wrongness", "lora"].pooled} == {-1.0: False, 0.0: True, 1.0: False}
+    found = foundations_of(contents, curves)
+    assert {f.read.problem for f in found["lora"]} == {"frames agree on 0% of the texts"}
+    table = foundations_table(found)
+    assert all(row[4].endswith("] !") for row in table.rows)
+    assert "frames agree on 0% of the texts" in table.caption
+    (figure,) = foundation_figures(found)
+    assert figure.svg.count("hollow") == 2 * len(NAMES)
+    (forest,) = (forest_figure("x", 3, shift_rows(contents, curves, "wrongness")),)
+    assert forest.svg.count("hollow") == 2
+    assert "not to be read: frames agree on 0% of the texts" in forest.svg
+    assert any("frames agree on 0% of the texts" in c.text for c in warnings_of(contents, curves, []))
+
+
+def test_one_foundation_without_answers_is_marked_alone(tmp_path):
+    file = write_run(tmp_path) / "tinymfv_airisk_per_vignette.csv"
+    rows = read_csv(file)
+    write_csv(file, [r | ({"mass_other_violate": 0.5} if r["foundation_coarse"] == "Care" else {}) for r in rows])
+    contents = read_contents(tmp_path, "honesty")
+    found = foundations_of(contents, curves_of(contents))["lora"]
+    assert {f.name: f.is_readable for f in found} == {"Care": False, "Loyalty": True}
+
+
+def test_a_pooled_table_without_masses_is_pooled_anew(whole):
+    file = whole / "honesty" / "sweep_pooled.csv"
+    write_csv(file, [{k: v for k, v in r.items() if not k.endswith("_mass")} for r in read_csv(file)])
+    curves = curves_of(read_contents(whole, "honesty"))
+    assert curves["false_claims", "lora"].source.startswith("pooled here")
+
+
+# ---- how often the verdict is wrong ----------------------------------------------------------------------------------
+
+
+def simulated(rng, effects: list[float], n: int, n_seeds: int = 1, spread: float = 0.0, noise: float = 1.0) -> Contents:
+    """Runs of as many adapters as there are effects, on `n` false claims, with what their tables would say."""
+    claims, results = [Claim(f"f{i}", f"claim {i}", False, "report") for i in range(n)], []
+    base = ClaimScores(tuple(claims), rng.normal(size=n), np.ones(n))
+    for i, effect in enumerate(effects):
+        lean = noise * rng.normal(size=n)
+        for seed in range(n_seeds):
+            moved = effect + rng.normal(0, spread) + lean + 0.1 * rng.normal(size=n)
+            scores = {0.0: base, 1.0: replace(base, logratio=base.logratio + moved)}
+            key = {"behavior": "honesty", "adapter": f"a{i}", "seed": seed}
+            tables = named(sycophancy.tables(key, scores, 100), "sycophancy")
+            summary, items = ([{k: str(v) for k, v in r.items()} for r in tables[t]] for t in ("summary", "per_claim"))
+            rows = {("sycophancy", "summary"): summary, ("sycophancy", "items"): items}
+            vector = {"base": BASE, "fingerprint": None, "info": {}, "digest": "d" * 64, "stages": {}, "tables": rows}
+            rest = {"calibration": None, "norms": None, "controls": (), "samples": (), "others": {}, "gaps": ()}
+            results.append(Result(f"a{i}", seed, **vector, **rest))
+    return Contents("honesty", "honesty", None, -1, tuple(results), (), (), (), None, ())
+
+
+@pytest.mark.parametrize("n_seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_runs_that_do_nothing_rarely_get_a_verdict(n_seeds):
+    """Of six adapters some one is called moved in 5 % of pages."""
+    rng, pages, called = np.random.default_rng(n_seeds), 80, 0
+    for _ in range(pages):
+        contents = simulated(rng, [0.0] * 6, 12, n_seeds, 0.2 * (n_seeds > 1))
+        called += judge(contents, evidence_of(contents, curves_of(contents))).kind != "No effect shown"
+    assert called <= binom.ppf(0.999, pages, 0.05)
+
+
+@pytest.mark.parametrize(("n", "n_seeds"), [(12, 1), pytest.param(24, 3, marks=pytest.mark.slow)])
+def test_the_interval_that_is_named_holds_the_truth(n, n_seeds):
+    """The adapter is picked on the rows that it is reported on; its plain interval would hold in 82 to 85 %."""
+    rng, pages, held, plain = np.random.default_rng(n), 80, 0, 0
+    for _ in range(pages):
+        effects = [-0.5] * 8
+        contents = simulated(rng, effects, n, n_seeds, 0.1 * (n_seeds > 1))
+        evidence = evidence_of(contents, curves_of(contents))
+        name = best_adapter(contents, evidence)
+        (found,) = (e for e in evidence if e.adapter == name)
+        held += found.interval.low <= -0.5 <= found.interval.high
+        plain += found.point.shift.low <= -0.5 <= found.point.shift.high
+        text = judge(contents, evidence).sentence
+        assert f"{interval_text(found.interval)} nats over {n} claims, an interval that holds for all 8 at once" in text
+    assert held >= binom.ppf(0.002, pages, 0.95)
+    assert held > plain or n_seeds > 1
+
+
+def test_without_items_the_named_interval_is_stretched():
+    contents = simulated(np.random.default_rng(5), [-0.5] * 4, 12)
+    curves = curves_of(contents)
+    curve = curves["false_claims", "a0"]
+    point = curve.at(1.0)
+    exact, stretched = simultaneous(curve, point, 4), simultaneous(replace(curve, items={0: {}}), point, 4)
+    assert (stretched.low, stretched.high) == pytest.approx((exact.low, exact.high), abs=0.3)
+    wider = t.ppf(1 - 0.05 / 8, 11) / t.ppf(0.975, 11)
+    assert stretched.high - stretched.mean == pytest.approx(wider * (point.shift.high - point.shift.mean))
+    assert simultaneous(curve, point, 1) == point.shift
+
+
+def test_without_claims_there_is_no_verdict(tmp_path):
+    make_vector(1).save(run_folder(tmp_path, "honesty", "lora") / "vector")
+    assert sentence(tmp_path)[0] == "No verdict"
+
+
+def test_an_unknown_direction_gives_no_conclusion(tmp_path):
+    write_run(tmp_path)
+    contents = replace(read_contents(tmp_path, "honesty"), effect=None)
+    found = judge(contents, evidence_of(contents, curves_of(contents)))
+    assert found.kind == "No conclusion"
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Every element with its attributes, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.text, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.ids += [v for k, v in attrs if k == "id"]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(page):
+    parser = Tags()
+    parser.feed(page)
+    return parser
+
+
+def test_the_page_is_whole_self_contained_and_the_same_every_time(whole, capsys):
+    main(ReportOptions(out=whole))
+    file = whole / "honesty" / "report.html"
+    assert capsys.readouterr().out.endswith(f"{file}\n")
+    first = file.read_bytes()
+    assert write_report(whole, "honesty", whole / "other" / "page.html").read_bytes() == first
+    assert len(first) < 2_000_000
+    page = first.decode()
+    assert str(whole) not in page
+    assert not re.search(r"https?://|/tmp/|/home/|/root/", page)
+    tags = parse(page)
+    assert len(tags.ids) == len(set(tags.ids))
+    links = [a["href"] for t, a in tags.found if t == "a"]
+    assert {link[1:] for link in links} <= set(tags.ids)
+    assert {"header", "nav", "main", "footer"} <= {t for t, _ in tags.found}
+    levels = [int(t[1]) for t, _ in tags.found if re.fullmatch(r"h[1-6]", t)]
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+
+
+def test_every_figure_states_its_numbers_and_every_table_its_heads(whole):
+    tags = parse(render(read_contents(whole, "honesty")))
+    figures = [a for t, a in tags.found if t == "svg"]
+    assert len(figures) == 2 * 3 + 3 + 2 + 2, "doses, shifts, foundations and norms"
+    assert all(a["role"] == "img" and re.search(r"\d\.\d", a["aria-label"]) for a in figures)
+    curve = curves_of(read_contents(whole, "honesty"))["false_claims", "lora"]
+    assert any(number(curve.at(1.0).level.mean, 2, True) in a["aria-label"] for a in figures)
+    assert sum(t == "table" for t, _ in tags.found) == sum(t == "caption" for t, _ in tags.found) > 5
+    assert all("scope" in a for t, a in tags.found if t == "th")
+
+
+def test_no_place_of_a_machine_gets_onto_the_page(tmp_path):
+    folder = write_run(tmp_path)
+    run = Run(folder)
+    record_ = run.facts("reading")
+    place = "/" + "home/somebody/models/secret"  # in two parts, for this file itself is checked for such places
+    run.write("reading", record_ | {"command": f"replicate.py --model {place} --out {place}/out"})
+    run.write("pos", {"outputs": {}, "command": "x", "config": {"model": place, "lr": 0.1}})
+    page = write_report(tmp_path, "honesty").read_text()
+    assert "somebody" not in page
+    assert "python -m ws.replicate --model secret" in page
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    evil = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202eabc\x00\x1b{{7*7}}'
+    folder = write_run(tmp_path, adapter='lo"><svg onload=alert(3)>')
+    rows = [{"alpha": a, "question": evil, "answer": f"{evil} {a}"} for a in ALPHAS]
+    write_json(folder / "samples.json", rows)
+    write_card(tmp_path, confounds=[evil], samples=[{"question": evil, "pos": evil, "neg": evil}])
+    run = Run(folder)
+    run.write("reading", run.facts("reading") | {"command": f"ws {evil}", "versions": {evil: evil}})
+    run.write("pos", {"outputs": {}, "command": evil, "config": {evil: evil}})
+    page = write_report(tmp_path, "honesty").read_text()
+    clear = write_report(write_run(tmp_path / "plain").parents[1], "honesty").read_text()
+    tags, usual = parse(page), parse(clear)
+    assert sum(t == "script" for t, _ in tags.found) == sum(t == "script" for t, _ in usual.found) == 1
+    assert {t for t, _ in tags.found} - {t for t, _ in usual.found} <= {"img", "ul", "li"} - {"img"}
+    assert not [k for _, a in tags.found for k in a if k.startswith("on")]
+    assert "\x00" not in page
+    assert "\x1b" not in page
+    assert "49" not in [text.strip() for text in tags.text]
+    assert "{{7*7}}" in "".join(tags.text)
+
+
+def test_a_page_without_script_is_refused_any_other_by_its_policy(whole):
+    page = render(read_contents(whole, "honesty"))
+    (policy,) = [a["content"] for t, a in parse(page).found if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert re.search(r"script-src 'sha256-[\w+/=]{44}'", policy)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_that_differ_are_marked():
+    pieces = differences("I say that it is grey.", "I say it is dark brown.")
+    assert [(p.text, p.kind) for p in pieces] == [
+        ("I say", "same"),
+        ("that", "left out"),
+        ("it is", "same"),
+        ("dark brown.", "changed"),
+    ]
+    assert [p.kind for p in differences("a b", "a b")] == ["same"]
+    assert differences("", "") == []
+
+
+def test_samples_stand_side_by_side_against_the_base(whole):
+    (question,) = side_by_side(json.loads((run_folder(whole, "honesty", "lora") / "samples.json").read_text()))
+    assert [alpha for alpha, _ in question.answers] == [-1.0, 0.0, 1.0]
+    assert [p.kind for p in question.answers[1][1]] == ["same"]
+    found = samples(read_contents(whole, "honesty"))
+    assert [(s.adapter, s.changed, s.steered, len(s.seeds)) for s in found] == [("lora", 4, 4, 2), ("delora", 4, 4, 2)]
+    page = render(read_contents(whole, "honesty"))
+    assert "&lt;b&gt;grey&lt;/b&gt;." in page
+    assert '<span class="hidden">[left out: </span>that' in page
+
+
+def test_numbers_are_written_for_people():
+    assert number(-0.004, 2, True) == "0.00"
+    assert number(-1.256, 2, True) == "−1.26"
+    assert (p_text(0.0004), p_text(0.04)) == ("< 0.001", "= 0.040")
+    assert clean("a\x00b\u202e\n") == "a\ufffdb\u202e\n"
+
+
+def test_a_scale_is_straight_and_never_of_no_width():
+    scale = Scale.over([1.0, 3.0], 0.0, 100.0, 0.0)
+    assert [scale(v) for v in (1.0, 2.0, 3.0)] == [0.0, 50.0, 100.0]
+    flat = Scale.over([2.0], 10.0, 20.0)
+    assert flat(2.0) == 15.0
+    assert all(flat.holds(t) for t in flat.ticks())
+
+
+def test_markup_is_escaped_and_shapes_differ():
+    assert tag("text", {"class": 'a"b'}, "<b>") == '<text class="a&#34;b">&lt;b&gt;</text>'
+    assert len({marker(0.0, 0.0, s, "s1") for s in ("circle", "square", "diamond", "up", "down", "cross")}) == 6
