@@ -1,5 +1,9 @@
 # Recipes are thin: each is one command you could type. `just --list` shows them.
 
+[private]
+list:
+    @{{just_executable()}} --list --unsorted
+
 # the whole path on random weights, six families, with shape and type checks (about a minute)
 smoke:
     uv run pytest tests/test_smoke.py

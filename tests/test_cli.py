@@ -62,6 +62,64 @@ effect = -1
 """
 
 
+@pytest.mark.parametrize(
+    ("arguments", "first", "some"),
+    [
+        ([], "usage: ws COMMAND", ["Start", "replicate", "Look"]),
+        (["eval"], "usage: ws COMMAND", ["eval-airisk", "eval-preference"]),
+        (["export", "--help"], "usage: ws COMMAND", ["export-peft"]),
+        (["--version"], ws.__version__, []),
+    ],
+)
+def test_what_there_is_can_be_asked_for(arguments, first, some, monkeypatch, capsys):
+    from ws.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["ws", *arguments])
+    main()
+    out = capsys.readouterr().out
+    assert out.startswith(first)
+    assert all(f"{name}" in out for name in some)
+    assert ("  demo" in out) == (not arguments)
+
+
+def test_every_command_is_listed_once_and_is_there():
+    from importlib import import_module
+
+    from ws.cli import COMMANDS, GROUPS
+
+    assert len(COMMANDS) == sum(map(len, GROUPS.values()))
+    for module, function, options, about in COMMANDS.values():
+        assert callable(getattr(import_module(module), function))
+        assert isinstance(getattr(import_module(module), options), type)
+        assert about
+
+
+def test_flags_may_come_before_the_command(tmp_path, monkeypatch, capsys):
+    from ws.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ws", "--json", "--quiet", "inspect", "nowhere"])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stop.value.code == 2
+    assert "nowhere" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_modules_without_a_command_say_so_and_the_package_has_one():
+    for module, code, said in (
+        ("ws", 0, "usage: ws COMMAND"),
+        ("ws.steer", 2, "is for Python"),
+        ("ws.diff", 2, "--pos"),
+    ):
+        done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, case, monkeypatch, capsys):
     arguments, message = BAD_INPUT[case]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            return version("weight-steering")
         if name not in _HOME:
             raise AttributeError(f"module 'ws' has no attribute {name!r}")
         value = getattr(import_module(_HOME[name]), name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,107 +17,133 @@ from tabulate import tabulate
 from ws import console
 from ws.errors import choose
 
-COMMANDS = {
-    "demo": ("ws.cli", "demo", "DemoConfig", "steer the bundled pocket model, end to end, offline, in a few minutes"),
-    "replicate": (
-        "ws.replicate",
-        "main",
-        "ReplicateConfig",
-        "one behaviour and one adapter, from data to a first reading",
-    ),
-    "sweep": ("ws.run_sweep", "main", "SweepConfig", "adapters x seeds x evaluations on one set of pairs"),
-    "queue": (
-        "ws.sweep.queue",
-        "main",
-        "QueueConfig",
-        "a sweep as a graph of jobs: here, in pueue or on a ray cluster",
-    ),
-    "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
-    "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
-    "eval-tinymfv-airisk": ("ws.eval.tinymfv_airisk", "main", "TinymfvOptions", "tiny-mfv (airisk) on a finished run"),
-    "eval-preference": (
-        "ws.eval.preference",
-        "main",
-        "PreferenceOptions",
-        "which of two given answers is likelier, on held-out questions",
-    ),
-    "eval-statements": (
-        "ws.eval.statements",
-        "main",
-        "StatementOptions",
-        "statements that somebody with a trait would say (model-written evals)",
-    ),
-    "eval-capability": ("ws.eval.capability", "main", "CapabilityOptions", "what steering costs on neutral text"),
-    "eval-lm-eval": ("ws.eval.lm_eval", "main", "LmEvalOptions", "lm-evaluation-harness tasks on a finished run"),
-    "summarize-airisk": (
-        "ws.eval.readme_airisk_table",
-        "main",
-        "TableConfig",
-        "the results table of a behaviour's runs, or a check of a page against it",
-    ),
-    "report": ("ws.report", "main", "ReportOptions", "what a behaviour's runs have shown, as one HTML page"),
-    "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
-    "init-behavior": (
-        "ws.new_behavior",
-        "main_init",
-        "InitOptions",
-        "write a commented file for your own behaviour",
-    ),
-    "check-behavior": (
-        "ws.new_behavior",
-        "main_check",
-        "CheckOptions",
-        "all that is wrong with a behaviour file",
-    ),
-    "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
-    "calibrate": (
-        "ws.intervene.calibrate",
-        "main",
-        "CalibrateOptions",
-        "find the strengths that cost a given divergence",
-    ),
-    "compare": (
-        "ws.analysis.compare",
-        "main",
-        "CompareOptions",
-        "every way of steering at the same cost, beside its nulls",
-    ),
-    "controls": (
-        "ws.analysis.controls",
-        "main",
-        "ControlOptions",
-        "compare a run's shifts with those of random vectors",
-    ),
-    "confounds": ("ws.eval.confounds", "main", "ConfoundOptions", "say what else could have made a run's shifts"),
-    "slope": ("ws.analysis.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
-    "compose": (
-        "ws.analysis.compose",
-        "main",
-        "ComposeOptions",
-        "add vectors up, and measure what they do to each other",
-    ),
-    "trim": (
-        "ws.analysis.trim",
-        "main",
-        "TrimOptions",
-        "fewer layers, modules or columns of a vector, or a depth profile",
-    ),
-    "monitor": (
-        "ws.analysis.monitor",
-        "main",
-        "MonitorOptions",
-        "how far fine-tunes have moved along known behaviours",
-    ),
-    "subspace": ("ws.subspace", "main", "SubspaceOptions", "where a vector lies, its pair, cosines between vectors"),
-    "chat": ("ws.chat.terminal", "main", "ChatOptions", "talk to a steered model in the terminal"),
-    "play": ("ws.chat.page", "main", "PlayOptions", "the base beside the steered model in a page, with sliders"),
-    "diff": ("ws.diff", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
-    "export-peft": ("ws.export.lora", "main", "LoraOptions", "a vector at a fixed strength as a PEFT LoRA (vLLM)"),
-    "export-merged": ("ws.export.merged", "main", "MergedOptions", "a vector written into a copy of its base"),
-    "export-gguf-lora": ("ws.export.gguf_lora", "main", "GgufOptions", "a vector as a LoRA of llama.cpp"),
-    "push": ("ws.export.push", "main", "PushOptions", "a vector and its model card to the hub"),
-    "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
+# How `ws --help` lists the commands: a module, its function, the class of its options, what it does.
+GROUPS: dict[str, dict[str, tuple[str, str, str, str]]] = {
+    "Start": {
+        "demo": (
+            "ws.cli",
+            "demo",
+            "DemoConfig",
+            "steer the bundled pocket model, end to end, offline, in a few minutes",
+        ),
+        "replicate": (
+            "ws.replicate",
+            "main",
+            "ReplicateConfig",
+            "one behaviour and one adapter, from data to a first reading",
+        ),
+        "sweep": ("ws.run_sweep", "main", "SweepConfig", "adapters x seeds x evaluations on one set of pairs"),
+        "queue": (
+            "ws.sweep.queue",
+            "main",
+            "QueueConfig",
+            "a sweep as a graph of jobs: here, in pueue or on a ray cluster",
+        ),
+    },
+    "Make": {
+        "init-behavior": (
+            "ws.new_behavior",
+            "main_init",
+            "InitOptions",
+            "write a commented file for your own behaviour",
+        ),
+        "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
+        "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
+        "diff": ("ws.diff", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
+        "compose": (
+            "ws.analysis.compose",
+            "main",
+            "ComposeOptions",
+            "add vectors up, and measure what they do to each other",
+        ),
+        "trim": (
+            "ws.analysis.trim",
+            "main",
+            "TrimOptions",
+            "fewer layers, modules or columns of a vector, or a depth profile",
+        ),
+    },
+    "Measure": {
+        "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
+        "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
+        "eval-tinymfv-airisk": (
+            "ws.eval.tinymfv_airisk",
+            "main",
+            "TinymfvOptions",
+            "tiny-mfv (airisk) on a finished run",
+        ),
+        "eval-preference": (
+            "ws.eval.preference",
+            "main",
+            "PreferenceOptions",
+            "which of two given answers is likelier, on held-out questions",
+        ),
+        "eval-statements": (
+            "ws.eval.statements",
+            "main",
+            "StatementOptions",
+            "statements that somebody with a trait would say (model-written evals)",
+        ),
+        "eval-capability": ("ws.eval.capability", "main", "CapabilityOptions", "what steering costs on neutral text"),
+        "eval-lm-eval": ("ws.eval.lm_eval", "main", "LmEvalOptions", "lm-evaluation-harness tasks on a finished run"),
+        "calibrate": (
+            "ws.intervene.calibrate",
+            "main",
+            "CalibrateOptions",
+            "find the strengths that cost a given divergence",
+        ),
+        "compare": (
+            "ws.analysis.compare",
+            "main",
+            "CompareOptions",
+            "every way of steering at the same cost, beside its nulls",
+        ),
+    },
+    "Check": {
+        "check-behavior": ("ws.new_behavior", "main_check", "CheckOptions", "all that is wrong with a behaviour file"),
+        "controls": (
+            "ws.analysis.controls",
+            "main",
+            "ControlOptions",
+            "compare a run's shifts with those of random vectors",
+        ),
+        "confounds": ("ws.eval.confounds", "main", "ConfoundOptions", "say what else could have made a run's shifts"),
+        "slope": ("ws.analysis.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
+        "monitor": (
+            "ws.analysis.monitor",
+            "main",
+            "MonitorOptions",
+            "how far fine-tunes have moved along known behaviours",
+        ),
+    },
+    "Use": {
+        "chat": ("ws.chat.terminal", "main", "ChatOptions", "talk to a steered model in the terminal"),
+        "play": ("ws.chat.page", "main", "PlayOptions", "the base beside the steered model in a page, with sliders"),
+        "export-peft": ("ws.export.lora", "main", "LoraOptions", "a vector at a fixed strength as a PEFT LoRA (vLLM)"),
+        "export-merged": ("ws.export.merged", "main", "MergedOptions", "a vector written into a copy of its base"),
+        "export-gguf-lora": ("ws.export.gguf_lora", "main", "GgufOptions", "a vector as a LoRA of llama.cpp"),
+        "push": ("ws.export.push", "main", "PushOptions", "a vector and its model card to the hub"),
+    },
+    "Look": {
+        "report": ("ws.report", "main", "ReportOptions", "what a behaviour's runs have shown, as one HTML page"),
+        "summarize-airisk": (
+            "ws.eval.readme_airisk_table",
+            "main",
+            "TableConfig",
+            "the results table of a behaviour's runs, or a check of a page against it",
+        ),
+        "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
+        "subspace": (
+            "ws.subspace",
+            "main",
+            "SubspaceOptions",
+            "where a vector lies, its pair, cosines between vectors",
+        ),
+    },
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+# `ws eval NAME` and `ws export NAME` are the commands of these names; alone they list them.
+WITH_MEMBERS = ("eval", "export")
 
 
 @dataclass(frozen=True)
@@ -221,17 +249,21 @@ def inspect(config: InspectConfig) -> None:
 
 def main() -> None:
     """Dispatch to a subcommand; without one, list them."""
-    arguments = sys.argv[1:]
+    flags = list(takewhile(lambda argument: argument in console.FLAGS, sys.argv[1:]))
+    arguments = sys.argv[1 + len(flags) :]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(_help(GROUPS))
         return
     if arguments[0] == "--version":
         print(version("weight-steering"))
         return
-    if arguments[0] in ("eval", "export") and len(arguments) > 1 and not arguments[1].startswith("-"):
-        sys.argv[1:3] = ["-".join(arguments[:2])]  # `ws eval airisk` is `ws eval-airisk`
-    name = sys.argv[1]
-    console.guard(lambda: _run(name))
+    if arguments[0] in WITH_MEMBERS:
+        if not arguments[1:] or arguments[1] in ("-h", "--help"):
+            print(_help({"": {n: c for n, c in COMMANDS.items() if n.startswith(f"{arguments[0]}-")}}))
+            return
+        arguments[:2] = ["-".join(arguments[:2])]  # `ws eval airisk` is `ws eval-airisk`
+    sys.argv[1:] = [*arguments, *flags]
+    console.guard(lambda: _run(arguments[0]))
 
 
 def _run(name: str) -> None:
@@ -241,11 +273,14 @@ def _run(name: str) -> None:
     console.run(getattr(home, function), getattr(home, options), f"ws {name}")
 
 
-def _help() -> str:
+def _help(groups: Mapping[str, Mapping[str, tuple[str, str, str, str]]]) -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, _, _, text) in COMMANDS.items()]
+    lines = list[str]()
+    for title, commands in groups.items():
+        lines += ["", *([title] if title else [])]
+        lines += [f"  {name:<{width}}  {text}" for name, (_, _, _, text) in commands.items()]
     last = ["", "ws COMMAND --help lists a command's options.", console.COMMON_FLAGS]
-    return "\n".join(["usage: ws COMMAND [options]", "", *lines, *last])
+    return "\n".join(["usage: ws COMMAND [options]", *lines, *last])
 
 
 if __name__ == "__main__":

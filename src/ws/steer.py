@@ -15,6 +15,7 @@ model does not see such hooks, so while a model is steered compiled code does no
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -402,3 +403,8 @@ def steer_many(
         for name, vector in vectors.items():
             stack.enter_context(_attached(model, vector, dials[name]))
         yield DialBoard(dials)
+
+
+if __name__ == "__main__":
+    sys.stderr.write("ws.steer is for Python: `with ws.steer(model, dW, alpha): ...`. Commands: ws chat, ws play.\n")
+    raise SystemExit(2)
