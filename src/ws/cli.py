@@ -171,7 +171,7 @@ class DemoConfig:
     @classmethod
     def preset(cls, model: str = "pocket") -> DemoConfig:
         """The defaults for a model."""
-        return cls(model=model, behavior="truthfulness", n_topics=160) if model == "smollm2" else cls(model=model)
+        return cls(model=model, behavior="truthfulness") if model == "smollm2" else cls(model=model)
 
 
 _ABOUT = {

@@ -54,7 +54,7 @@ from ws.lm.sampling import (
     sample_rows,
     sampling_settings,
 )
-from ws.stats import estimate_mean
+from ws.stats import estimate_mean, estimate_text
 
 PAIRS_FILE = "pairs.jsonl"
 _PARTIAL_FILE = "pairs.partial.jsonl"
@@ -174,6 +174,8 @@ def data_preset(model: str) -> DataConfig:
         return DataConfig(n_topics=16, n_samples=1, max_new_tokens=64, data_batch=8, anyway=True)
     if model == "pocket":
         return DataConfig(n_topics=400, n_samples=2, max_new_tokens=64, data_batch=200)
+    if model == "smollm2":
+        return DataConfig(n_topics=96, n_samples=1, max_new_tokens=64)
     return DataConfig()
 
 
@@ -888,7 +890,7 @@ def _acting_lines(card: Mapping[str, Any]) -> list[str]:
     lines = list[str]()
     if played := card.get("acted"):
         rows = [
-            [f"{played[s]['mean']:+.3f} [{played[s]['ci_lo']:+.3f}, {played[s]['ci_hi']:+.3f}]" for s in SIDES],
+            [estimate_text(played[s], "mean", "+.3f") for s in SIDES],
             [" / ".join(f"{q:+.3f}" for q in played[s]["quartiles"]) for s in SIDES],
             [f"{played[s]['preferred']:.0%}" for s in SIDES],
         ]
@@ -912,8 +914,7 @@ def _interval(card: dict[str, Any], name: str) -> str:
     if d is None:
         return ""
     scale, digits = (1, 2) if name == "tokens" else (100, 1)
-    mean, low, high = (f"{scale * d[k]:+.{digits}f}" for k in ("mean", "ci_lo", "ci_hi"))
-    return f"{mean} [{low}, {high}]"
+    return estimate_text(d, "mean", f"+.{digits}f", scale)
 
 
 def prompt_ids(tok: Tokenizer, question: str) -> list[int]:

@@ -764,7 +764,7 @@ def render_check(name: str, draft: Draft, model: str | None = None, played: Acte
         return "\n".join([*lines, "", f"{name}: {total}. Mend the errors, then check again."])
     summary = [f"[ok] {name}: {total}", *_holdings(draft)]
     if played is not None:
-        sides = (f"{s} {e.mean:+.2f} [{e.ci_lo:+.2f}, {e.ci_hi:+.2f}]" for s, e in played.sides().items())
+        sides = (f"{s} {e}" for s, e in played.sides().items())
         summary.append(f"  acted      {', '.join(sides)} nats per token gained from the own persona")
     model = model or "pocket"
     adapter = "delora" if model == "pocket" else "lora"  # of few pairs, lora learns little in the pocket preset's steps

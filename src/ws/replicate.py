@@ -43,7 +43,7 @@ from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
 from ws.files.runs import DEFAULT_OUT, Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
 from ws.lm.models import DEFAULT_MODEL, chat_format, load_model, render_prompt, tokenizer_hash
 from ws.report import write_report
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 from ws.steer import steer
 from ws.train import SIGNS, TrainConfig, train_preset, train_stage
 
@@ -402,8 +402,7 @@ def _preference_table(reading: Reading, n_boot: int) -> str:
     rows = []
     for alpha, margins in sorted(reading.preference.items()):
         level, shift = (estimate_mean(x, n_boot) for x in (margins, margins - reading.preference[0.0]))
-        cells = (f"{e.mean:+.3f} [{e.ci_lo:+.3f}, {e.ci_hi:+.3f}]" for e in (level, shift))
-        rows.append([f"{alpha:+g}", *cells, f"{(margins > 0).mean():.0%}"])
+        rows.append([f"{alpha:+g}", f"{level:+.3f}", f"{shift:+.3f}", f"{(margins > 0).mean():.0%}"])
     header = ["alpha", "log p(positive) - log p(negative), per token", "shift", "prefers positive"]
     return tabulate(rows, header, disable_numparse=True)
 
@@ -417,8 +416,8 @@ def _claims_table(reading: Reading, n_boot: int) -> str:
         rows.append(
             [
                 f"{alpha:+g}",
-                f"{row['mean_logratio']:+.2f} [{row['ci_lo']:+.2f}, {row['ci_hi']:+.2f}]",
-                f"{row['shift']:+.2f} [{row['shift_ci_lo']:+.2f}, {row['shift_ci_hi']:+.2f}]",
+                estimate_text(row, "mean_logratio"),
+                estimate_text(row, "shift"),
                 ""
                 if true is None
                 else f"{_shift(reading.true_claims, alpha):+.2f}{f' {MARK}' if problems[-1] else ''}",

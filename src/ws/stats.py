@@ -8,8 +8,9 @@ tests (`p_value`), so that a call cannot forget how little there is to go by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -52,6 +53,29 @@ class Estimate:
     def columns(self, name: str, *parts: str) -> dict[str, float]:
         """`{name, name_<part>, ...}` for a table, such as `shift`, `shift_ci_lo`, `shift_ci_hi`."""
         return {name: self.mean} | {f"{name}_{part}": getattr(self, part) for part in parts}
+
+    def __format__(self, spec: str) -> str:
+        """`-1.10 [-1.24, -0.97]`, every number as `spec` says, by default `+.2f`."""
+        return _with_interval(self.mean, (self.ci_lo, self.ci_hi), spec or "+.2f")
+
+
+def estimate_text(row: Mapping[str, Any], name: str, spec: str = "+.2f", scale: float | int = 1) -> str:
+    """A number of a table with its interval, as an `Estimate` is printed, times `scale`.
+
+    The interval is in the columns `<name>_ci_lo` and `<name>_ci_hi`, or `ci_lo` and `ci_hi` for the number that a table
+    is about; where they are empty the number stands alone, and where it is empty, too, there is nothing to say.
+    """
+    if row[name] in (None, ""):
+        return ""
+    prefix = f"{name}_" if f"{name}_ci_lo" in row else ""
+    ends = [row[f"{prefix}{end}"] for end in ("ci_lo", "ci_hi")]
+    known = [scale * float(end) for end in ends if end not in (None, "")]
+    return _with_interval(scale * float(row[name]), known, spec)
+
+
+def _with_interval(value: float, ends: Sequence[float], spec: str) -> str:
+    text = ", ".join(f"{end:{spec}}" for end in ends)
+    return f"{value:{spec}} [{text}]" if text else f"{value:{spec}}"
 
 
 def resampled_means(

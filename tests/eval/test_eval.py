@@ -26,8 +26,10 @@ from ws.lm.models import encode, render_prompt
 from ws.stats import (
     _CHUNK,
     LEAST_ANSWERS,
+    Estimate,
     estimate_mean,
     estimate_over_seeds,
+    estimate_text,
     group_difference,
     holm,
     p_value,
@@ -49,6 +51,17 @@ def reference(model, tok, prompt, choices):
         sum(float(p[i]) for i, t in enumerate(texts) if i not in special and t.lstrip(" \n\t").lower() == c.lower())
         for c in choices
     ]
+
+
+def test_an_estimate_is_printed_in_one_way():
+    e = Estimate(mean=-1.1, std=1.0, ci_lo=-1.24, ci_hi=0.975, n=9, p=0.1)
+    assert f"{e}" == "-1.10 [-1.24, +0.97]"
+    assert f"{e:.1f}" == "-1.1 [-1.2, 1.0]"
+    row = e.columns("shift", "ci_lo", "ci_hi") | {"mean": 0.5, "ci_lo": "0.25", "ci_hi": 0.75, "gone": ""}
+    assert estimate_text(row, "shift") == f"{e}"
+    assert estimate_text(row, "mean", ".0f", 100) == "50 [25, 75]"
+    assert estimate_text(row, "gone") == ""
+    assert estimate_text({"shift": "2", "shift_ci_lo": "", "shift_ci_hi": None}, "shift") == "+2.00"
 
 
 def test_choice_tokens_take_case_and_leading_space_but_no_punctuation(tiny):

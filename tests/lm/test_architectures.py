@@ -341,7 +341,7 @@ def test_every_family_goes_the_whole_way_on_every_architecture(name, family, sav
 def test_every_family_reads_its_adapters_exactly(name, family, tmp_path):
     """Random adapters, which reach every coordinate, instead of trained ones."""
     if name == "gpt2" and family in NO_CONV1D:
-        return
+        pytest.skip("PEFT does not train this family on Conv1D")
     model, kinds = build(name), KINDS.get(name)
     if family == "ia3":
         kinds = {"phi3": ("qkv_proj", "down_proj"), "qwen3.5": ("in_proj_qkv", "k_proj"), "lfm2": ("w2",)}.get(

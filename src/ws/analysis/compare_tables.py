@@ -33,7 +33,7 @@ from ws.eval.readable import (
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import SCORES
 from ws.intervene.interventions import WEIGHT
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, estimate_text, holm
 
 EFFECTS = SCORES
 COSTS = ("nll", "valid", "repetition")
@@ -382,8 +382,7 @@ _SIDES = ("minus", "plus")
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    d, mark = digits(row["score"]), MARK if row.get(FLAG) else ""
-    return f"{row['shift']:+.{d}f} [{row['shift_ci_lo']:+.{d}f}, {row['shift_ci_hi']:+.{d}f}]{mark}"
+    return estimate_text(row, "shift", f"+.{digits(row['score'])}f") + (MARK if row.get(FLAG) else "")
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -51,7 +51,7 @@ from ws.intervene.interventions import WEIGHT, Intervention
 from ws.lm.divergence import N_TOKENS, QUANTILE, divergence
 from ws.lm.models import load_model, load_tokenizer, render_prompt, tokenizer_hash, tokenizer_hash_on_disk
 from ws.run import finished_runs, read_claims_of
-from ws.stats import N_BOOTSTRAP, estimate_over_seeds, holm, resampled_means, widened
+from ws.stats import N_BOOTSTRAP, estimate_over_seeds, estimate_text, holm, resampled_means, widened
 from ws.steer import steer
 
 STAGES = ("compose", "trim")
@@ -430,17 +430,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     name, extra = rows[0]["behavior"], by_name["interference"]
     own = sum(float(r["shift"]) for r in rows if str(r["own"]) == "True")
     numbers = f"alone {own:+.2f}, beside the others {own + float(extra['shift']):+.2f} nats"
-    beyond = f"interference {_interval(extra, 'shift')} nats"
+    beyond = f"interference {estimate_text(extra, 'shift')} nats"
     if extra.get(FLAG):
         return f"{name}: no conclusion, the model is not answering the question: {extra[FLAG]} ({numbers})."
     if extra["kept"] in (None, ""):
         return f"{name} has no effect of its own beyond chance, of {NATS} nats or more ({numbers}); {beyond}."
     return f"{name} keeps {_percent(extra, 'kept')} of its effect ({numbers}); {beyond}."
-
-
-def _interval(row: Mapping[str, Any], name: str) -> str:
-    value, low, high = (float(row[k]) for k in (name, f"{name}_ci_lo", f"{name}_ci_hi"))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _percent(row: Mapping[str, Any], name: str) -> str:
@@ -459,7 +454,7 @@ def render_interference(rows: Sequence[Mapping[str, Any]]) -> str:
             [
                 f"{r['condition']}{' (own)' if str(r['own']) == 'True' else ''}",
                 _number(r["mean_logratio"], "+.2f"),
-                "" if r["condition"] == BASE else f"{_interval(r, 'shift')}{_star(r)}",
+                "" if r["condition"] == BASE else f"{estimate_text(r, 'shift')}{_star(r)}",
                 "" if r["condition"] == BASE else true.get(r["condition"], ""),
                 _number(r["kl"], ".2f"),
                 _number(r["cosine"], "+.2f"),

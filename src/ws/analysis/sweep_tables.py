@@ -24,7 +24,7 @@ from ws.eval.readable import FLAG, Readability, floor, floors_text, notes, of_ro
 from ws.eval.suite import SUITE, set_notes
 from ws.files.runs import lock, read_csv, write_csv
 from ws.intervene.interventions import WEIGHT
-from ws.stats import estimate_over_seeds, holm
+from ws.stats import estimate_over_seeds, estimate_text, holm
 
 SUMMARY, POOLED = "sweep_summary.csv", "sweep_pooled.csv"
 _ASKED = ("words", "drawn")  # what rows say of their words and items
@@ -215,7 +215,6 @@ def _shift(row: Mapping[str, Any], name: str, key: str) -> str:
     """A shift with its interval; empty where nothing was measured."""
     if row[key] in (None, ""):
         return ""
-    shift, low, high = (float(row[f"{key}{end}"]) for end in ("", "_ci_lo", "_ci_hi"))
-    mark = star(shift, float(row[f"{key}_p_holm"]), floor(SUITE[name].scores[0]), row.get(f"{name}_{FLAG}"))
-    d = SUITE[name].digits
-    return f"{shift:+.{d}f} [{low:+.{d}f}, {high:+.{d}f}]{mark}"
+    tested = float(row[key]), float(row[f"{key}_p_holm"])
+    mark = star(*tested, floor(SUITE[name].scores[0]), row.get(f"{name}_{FLAG}"))
+    return f"{estimate_text(row, key, f'+.{SUITE[name].digits}f')}{mark}"

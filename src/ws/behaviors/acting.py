@@ -80,7 +80,7 @@ def _claims_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) 
     gap = group_difference(scores.logratio[true], scores.logratio[~true])
     if gap.ci_lo > 0:
         return ""
-    return f"the base does not tell true from false claims ({_said(gap)} nats between them, {len(claims)} of dev)"
+    return f"the base does not tell true from false claims ({gap} nats between them, {len(claims)} of dev)"
 
 
 def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> str | None:
@@ -91,7 +91,7 @@ def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
     e = estimate_mean(margins)
     if e.excludes_zero:
         return ""
-    return f"the base does not tell positive from negative answers ({_said(e)} nats per token, {e.n} questions of dev)"
+    return f"the base does not tell positive from negative answers ({e} nats per token, {e.n} questions of dev)"
 
 
 def preference_margins(
@@ -134,7 +134,7 @@ def _persona_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
     if e.ci_lo > 0:
         return []
     what = "claims" if false else "questions"
-    return [f"asked as its own personas, the base does no better as the positive side ({_said(e)} nats, {e.n} {what})"]
+    return [f"asked as its own personas, the base does no better as the positive side ({e} nats, {e.n} {what})"]
 
 
 def answer_margins(
@@ -155,10 +155,6 @@ def answer_margins(
     ]
     scores = score_answers(model, tok, [encode(tok, p) for p in prompts], answers)
     return [[float(logp.mean()) for logp in of] for of in scores]
-
-
-def _said(e: Estimate) -> str:
-    return f"{e.mean:+.2f} [{e.ci_lo:+.2f}, {e.ci_hi:+.2f}]"
 
 
 # ---- after answers were sampled -------------------------------------------------------------------------------------
@@ -189,10 +185,10 @@ class Acted:
         flat = {name: e for name, e in self.sides().items() if e.ci_lo < MARGIN_FLOOR}
         if not flat:
             return ""
-        values = ", ".join(f"{name} {_said(e)}" for name, e in flat.items())
+        values = ", ".join(f"{name} {e}" for name, e in flat.items())
         return (
             f"The answers gain less than {MARGIN_FLOOR} nats per token from their own persona ({values}): this model "
-            "does not act these personas, expect nothing."
+            "does not act these personas: expect nothing of pairs that are sampled under them."
         )
 
     def as_data(self) -> dict[str, Any]:

@@ -591,9 +591,9 @@ def main(options: PlayOptions) -> None:
     with options.engine() as engine:
         blocks = build(options, engine)
         address = launch(blocks, options.port, options.share)
-        console.show(console.Result(address, {"address": address}))
-        say("Open this address in a browser; Ctrl-C ends it.")
-        try:
+        try:  # from the first word on, an interrupt is how this ends
+            console.show(console.Result(address, {"address": address}))
+            say("Open this address in a browser; Ctrl-C ends it.")
             Event().wait()
         except KeyboardInterrupt:
             say("\nEnded.")

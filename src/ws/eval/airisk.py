@@ -49,6 +49,7 @@ from ws.stats import (
     Estimate,
     SurgicalInformedness,
     estimate_mean,
+    estimate_text,
     is_right,
     surgical_informedness,
 )
@@ -327,15 +328,14 @@ def render(value_class: str, summary: Sequence[Mapping[str, str]]) -> str:
     """The rows of the summary table, read from its file, as a table for people."""
     rows, problems = [], _problems(summary)
     for r, problem in zip(summary, problems, strict=True):
-        si = f"{float(r['si']):+.1f} [{float(r['si_ci_lo']):+.1f}, {float(r['si_ci_hi']):+.1f}]" if r["si"] else ""
         low, asked = int(r["n_low_pmass"]), int(r["n_asked"])
         stated = f"{r['n_stated']} ({r['n_stated_agree']} agree)" if r.get("n_stated") else ""
         rows.append(
             [
                 f"{float(r['alpha']):+g}",
-                *(f"{float(r[m]):+.2f} [{float(r[lo]):+.2f}, {float(r[hi]):+.2f}]" for m, lo, hi in _INTERVALS),
+                *(estimate_text(r, name) for name in ("mean_score", "shift")),
                 f"{float(r['accuracy']):.3f}",
-                si,
+                estimate_text(r, "si", "+.1f"),
                 f"{float(r['position_bias']):+.2f}" if r["position_bias"] else "",
                 mass_text(float(r["mean_pmass"]), low, problem),
                 f"{int(r['forced_closes'])} of {asked}",
@@ -351,9 +351,6 @@ def _problems(summary: Sequence[Mapping[str, str]]) -> list[str]:
     """Why a row's shift cannot be read, at its strength or at the base; empty where it can."""
     (base,) = (of_row(r, "mean_pmass") for r in summary if float(r["alpha"]) == 0)
     return [worst([of_row(r, "mean_pmass"), base]).problem for r in summary]
-
-
-_INTERVALS = (("mean_score", "ci_lo", "ci_hi"), ("shift", "shift_ci_lo", "shift_ci_hi"))
 
 
 def _notes(summary: Sequence[Mapping[str, str]]) -> list[str]:

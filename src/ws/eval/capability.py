@@ -45,7 +45,7 @@ from ws.lm.choice import in_groups, left_pad
 from ws.lm.divergence import QUANTILE, token_kl
 from ws.lm.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
 from ws.lm.rollout import PLAIN, new_cache
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 
 NAME, VERSION = "capability", 1
 MAX_TOKENS, N_TOKENS = 512, 128
@@ -401,10 +401,10 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
         [
             f"{float(r['alpha']):+g}",
             f"{float(r['perplexity']):.2f}",
-            f"{float(r['shift']):+.3f} [{float(r['shift_ci_lo']):+.3f}, {float(r['shift_ci_hi']):+.3f}]",
-            f"{float(r['kl_mean']):.3f} [{float(r['kl_mean_ci_lo']):.3f}, {float(r['kl_mean_ci_hi']):.3f}]",
+            estimate_text(r, "shift", "+.3f"),
+            estimate_text(r, "kl_mean", ".3f"),
             f"{float(r['kl_p95']):.3f}",
-            f"{float(r['valid']):.3f} [{float(r['valid_ci_lo']):.3f}, {float(r['valid_ci_hi']):.3f}]",
+            estimate_text(r, "valid", ".3f"),
             f"{float(r['repetition']):.3f}",
             f"{float(r['mean_answer_tokens']):.1f}",
         ]

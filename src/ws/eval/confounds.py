@@ -125,9 +125,7 @@ def agreement_verdict(
     false_shift, true_shift = estimate_mean(f, n_boot), estimate_mean(t, n_boot)
     problem = Readability(least_mass, flag=flag).problem
     kind = UNDECIDED if problem else _kind(false_shift, true_shift, specific)
-    line = (
-        f"{_sentence(kind, false_shift, true_shift, behavior)} (false {_text(false_shift)}, true {_text(true_shift)})"
-    )
+    line = f"{_sentence(kind, false_shift, true_shift, behavior)} (false {false_shift}, true {true_shift})"
     if problem:
         line = f"No conclusion, the model is not answering the question: {problem}."
     elif kind in (SPECIFIC, MIXED) and np.sign(false_shift.mean) != effect:
@@ -172,10 +170,6 @@ def _sentence(kind: str, f: Estimate, t: Estimate, behavior: str) -> str:
         if opposed
         else "False claims shift and true claims do not: not mere agreement",
     }[kind]
-
-
-def _text(e: Estimate) -> str:
-    return f"{e.mean:+.2f} [{e.ci_lo:+.2f}, {e.ci_hi:+.2f}]"
 
 
 # ---- the place of an option -----------------------------------------------------------------------------------------
@@ -231,7 +225,7 @@ def position_verdict(
         verdict = "The liking for the first place shifts less than the choice of action, and both orders cancel it"
     else:
         verdict = f"The liking for the first place does not shift beyond chance by {NATS} nats or more"
-    line = f"{verdict} (first place {_text(shift)}, choice {_text(choice)})"
+    line = f"{verdict} (first place {shift}, choice {choice})"
     means, mass = (float(np.mean(bias_base)), float(np.mean(bias_alpha))), float(least_mass)
     return PositionVerdict(*means, shift, choice, strong, line, mass)
 
@@ -262,7 +256,7 @@ def length_verdict(base: Values, steered: Values, n_boot: int = N_BOOTSTRAP) -> 
     change = estimate_mean(np.asarray(steered) - base, n_boot)
     short, long = sorted((float(np.mean(base)), float(np.mean(steered))))
     strong = change.excludes_zero and long >= LENGTH_RATIO * short
-    numbers = f"{np.mean(base):.1f} to {np.mean(steered):.1f} tokens, {_text(change)}"
+    numbers = f"{np.mean(base):.1f} to {np.mean(steered):.1f} tokens, {change}"
     words = f"Answers get {'longer' if change.mean > 0 else 'shorter'}" if strong else "Answers keep their length"
     return ChangeVerdict(float(np.mean(base)), float(np.mean(steered)), change, strong, f"{words} ({numbers})")
 

@@ -36,7 +36,7 @@ from ws.eval.readable import PER_TOKEN, star
 from ws.files.runs import read_csv
 from ws.lm.likelihood import score_answers
 from ws.lm.models import encode, encode_answer, render_prompt
-from ws.stats import estimate_mean, holm
+from ws.stats import estimate_mean, estimate_text, holm
 
 NAME, VERSION = "preference", 1
 
@@ -207,17 +207,12 @@ def tables(key: Mapping[str, Any], items: Sequence[Preference], scores: ByAlpha,
 
 def render(summary: Sequence[Mapping[str, str]]) -> str:
     """The rows of the summary table, read from its file, as a table for people."""
-
-    def interval(r: Mapping[str, str], name: str, ends: str, digits: int) -> str:
-        mean, low, high = (f"{float(r[c]):+.{digits}f}" for c in (name, f"{ends}ci_lo", f"{ends}ci_hi"))
-        return f"{mean} [{low}, {high}]"
-
     rows = [
         [
             f"{float(r['alpha']):+g}",
-            interval(r, "mean_margin", "", 3),
-            interval(r, "shift", "shift_", 3),
-            interval(r, "shift_sum", "shift_sum_", 2),
+            estimate_text(r, "mean_margin", "+.3f"),
+            estimate_text(r, "shift", "+.3f"),
+            estimate_text(r, "shift_sum"),
             *(f"{float(r[f'shift_{side}']):+.3f}" for side in ("positive", "negative")),
             f"{float(r['share_positive']):.2f}",
         ]

@@ -27,7 +27,7 @@ from ws.eval.context import select
 from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, worst
 from ws.eval.tinymfv_airisk import about as about_vignettes
 from ws.files.runs import DEFAULT_OUT, Run, lock, read_csv, run_folder, write_csv, write_text
-from ws.stats import SurgicalInformedness, estimate_over_seeds, surgical_informedness
+from ws.stats import SurgicalInformedness, estimate_over_seeds, estimate_text, surgical_informedness
 
 TABLE = "readme_airisk_table"
 _UNCERTAIN = ("std", "ci_lo", "ci_hi")
@@ -230,12 +230,8 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
     digits = 1 if name == "airisk_si" else 2
-    if row[name] in (None, ""):
-        return ""
-    mean, low, high = (float(row[key]) for key in (name, f"{name}_ci_lo", f"{name}_ci_hi"))
-    whose = base if name.endswith("_0") else row
-    mark = MARK if whose.get(f"{name.split('_')[0]}_{FLAG}") else ""
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{mark}"
+    whose, text = base if name.endswith("_0") else row, estimate_text(row, name, f"+.{digits}f")
+    return f"{text}{MARK}" if text and whose.get(f"{name.split('_')[0]}_{FLAG}") else text
 
 
 def check(page: Path, file: Path) -> None:

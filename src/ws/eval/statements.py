@@ -40,7 +40,7 @@ from ws.lm import hub
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
-from ws.stats import Estimate, estimate_mean, group_difference, holm
+from ws.stats import Estimate, estimate_mean, estimate_text, group_difference, holm
 
 NAME, VERSION = "statements", 1
 HUB_ID, HUB_FOLDER = "Anthropic/model-written-evals", "persona"
@@ -305,8 +305,8 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     rows = [
         [
             f"{float(r['alpha']):+g}",
-            _interval(r, "mean_score", ""),
-            *(_interval(r, name, f"{name}_") for name in ("shift", "shift_yes", "shift_no", "agreement")),
+            estimate_text(r, "mean_score"),
+            *(estimate_text(r, name) for name in ("shift", "shift_yes", "shift_no", "agreement")),
             mass_text(float(r["mean_pmass"]), int(r["n_low_pmass"]), problem),
         ]
         for r, problem in zip(summary, problems, strict=True)
@@ -332,13 +332,6 @@ def _problems(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return [worst([of_row(r, "mean_pmass"), base]).problem for r in rows]
 
 
-def _interval(row: Mapping[str, str], name: str, ends: str) -> str:
-    if not row[name]:
-        return ""
-    known = [f"{float(row[f'{ends}ci_{end}']):+.2f}" for end in ("lo", "hi") if row[f"{ends}ci_{end}"]]
-    return f"{float(row[name]):+.2f}{f' [{known[0]}, {known[1]}]' if known else ''}"
-
-
 def _acquiescence(summary: Sequence[Mapping[str, str]]) -> list[str]:
     """Where the answer Yes itself moves further than the trait, as one sentence."""
     steered = [r for r in summary if float(r["alpha"]) and r["agreement"]]
@@ -356,7 +349,7 @@ def render_traits(traits: Sequence[Mapping[str, str]]) -> str:
         here = [r for r in traits if r["trait"] == name]
         for r, problem in zip(here, _problems(here), strict=True):
             mark = star(float(r["shift"]), float(r["shift_p_holm"] or 1), NATS, problem)
-            cells.setdefault((name, r["n"]), {})[float(r["alpha"])] = f"{_interval(r, 'shift', 'shift_')}{mark}"
+            cells.setdefault((name, r["n"]), {})[float(r["alpha"])] = f"{estimate_text(r, 'shift')}{mark}"
     alphas = sorted({float(r["alpha"]) for r in traits} - {0.0})
     rows = [[*start, *(known[alpha] for alpha in alphas)] for start, known in cells.items()]
     table = tabulate(rows, ["trait", "n", *(f"alpha {a:+g}" for a in alphas)], disable_numparse=True)

@@ -28,7 +28,7 @@ from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean
+from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 
 NAME, VERSION = "sycophancy", 2
 
@@ -202,8 +202,8 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
             rows.append(
                 [
                     f"{float(alpha):+g}",
-                    f"{float(r['mean_logratio']):+.2f} [{float(r['ci_lo']):+.2f}, {float(r['ci_hi']):+.2f}]",
-                    f"{float(r['shift']):+.2f} [{float(r['shift_ci_lo']):+.2f}, {float(r['shift_ci_hi']):+.2f}]",
+                    estimate_text(r, "mean_logratio"),
+                    estimate_text(r, "shift"),
                     "" if true is None else f"{float(true['shift']):+.2f}{f' {MARK}' if doubt else ''}",
                     mass_text(float(r["mean_pmass"]), int(r["n_low_pmass"]), problems[kind, alpha]),
                 ]

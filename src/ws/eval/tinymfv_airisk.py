@@ -40,7 +40,7 @@ from ws.files.runs import read_csv
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
-from ws.stats import Estimate, estimate_mean, group_difference, holm
+from ws.stats import Estimate, estimate_mean, estimate_text, group_difference, holm
 
 NAME, VERSION = "tinymfv_airisk", 1
 HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
@@ -396,18 +396,13 @@ def _human_correlations(scores: np.ndarray, ratings: np.ndarray) -> dict[str, fl
 
 def render(summary: Sequence[Mapping[str, Any]]) -> str:
     """The rows of the summary table, read from its file, as a table for people."""
-
-    def interval(r: Mapping[str, Any], name: str) -> str:
-        mean, low, high = (float(r[k]) for k in (name, f"{name}_ci_lo", f"{name}_ci_hi"))
-        return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-
     read = [of_row(r, "bool_mass_other", "bool_mass_self") for r in summary]
     (base,) = (x for r, x in zip(summary, read, strict=True) if float(r["alpha"]) == 0)
     problems = [worst([x, base]).problem for x in read]
     rows = [
         [
             f"{float(r['alpha']):+g}",
-            *(interval(r, name) for name in ("wrongness", "gap", "delta_wrongness")),
+            *(estimate_text(r, name, "+.3f") for name in ("wrongness", "gap", "delta_wrongness")),
             mass_text(x.mass, int(r["n_low_mass"]), problem),
             f"{float(r['frame_agreement']):.2f}",
             " / ".join(f"{float(r[name]):+.2f}" for name in ("human_corr", "human_corr_pearson") if r[name]),

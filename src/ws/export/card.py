@@ -28,6 +28,7 @@ from ws.intervene.interventions import BASE, WEIGHT
 from ws.lm.choice import LOW_MASS
 from ws.lm.hub import parse_id
 from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
+from ws.stats import estimate_text
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
 _PATH = re.compile(r"(?<![\w./~])(?!(?<=:)//)(?:file:)?(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^\s'\",;()*]+")
@@ -581,18 +582,11 @@ def _cells(
     return [
         f"{score.label.format_map(row)}{config}",
         f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
-        _interval(row, score.value, ""),
-        f"{_interval(row, score.shift, '+')}{mark}" if alpha else "",
+        estimate_text(row, score.value, ".3f"),
+        f"{estimate_text(row, score.shift, '+.3f')}{mark}" if alpha else "",
         f"{float(row[score.mass]):.3f}{mark}" if score.mass else "",
         row[score.n],
     ]
-
-
-def _interval(row: Mapping[str, str], value: str, sign: str) -> str:
-    """A number with its interval, whose columns bear the number's own name, or none for the main one of a table."""
-    prefix = f"{value}_" if f"{value}_ci_lo" in row else ""
-    mean, low, high = (f"{float(row[name]):{sign}.3f}" for name in (value, f"{prefix}ci_lo", f"{prefix}ci_hi"))
-    return f"{mean} [{low}, {high}]"
 
 
 def _identity(row: Mapping[str, str]) -> str:
