@@ -1,4 +1,4 @@
-"""`ws demo` in a fresh process and an empty folder: wall-clock time and peak memory.
+"""`ws demo` in a fresh process and an empty folder, on either of its models: seconds, CPU seconds and peak memory.
 
 `uv run python -m benchmarks.demo`; for orientation only, times depend on the machine.
 """
@@ -11,10 +11,14 @@ from pathlib import Path
 from benchmarks import harness
 
 
-def main() -> None:
+def measure(model: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        done = harness.fresh_process(["-m", "ws.cli", "demo"], cwd=Path(folder))
-    harness.record("demo", {"seconds": done.seconds, "peak_mib": done.peak_mib})
+        done = harness.fresh_process(["-m", "ws.cli", "demo", "--model", model], cwd=Path(folder))
+    return {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "peak_mib": done.peak_mib}
+
+
+def main() -> None:
+    harness.record("demo", {model: measure(model) for model in ("pocket", "smollm2")})
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ def _seconds(action: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Process:
-    """A finished process: wall-clock seconds, peak resident memory in MiB, and the last JSON line it printed."""
+    """A finished process: seconds by the clock and of CPU, peak resident memory in MiB, its last line of JSON."""
 
     seconds: float
+    cpu_seconds: float
     peak_mib: float
     output: Any
 
@@ -93,7 +94,8 @@ def fresh_process(arguments: Sequence[str], cwd: Path | None = None, program: st
     if child.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with code {child.returncode}")
     last = next((line for line in reversed(text.splitlines()) if line.startswith(("{", "["))), "null")
-    return Process(time.perf_counter() - start, usage.ru_maxrss / 1024, json.loads(last))
+    seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+    return Process(seconds, cpu, usage.ru_maxrss / 1024, json.loads(last))
 
 
 def machine() -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 `uv run python -m benchmarks.smollm2` trains every behaviour with every family and seed and the two nulls of each, reads
 what is held out of it at alpha -1, 0 and 1 (preference, claims where it brings them; with the real data at hand also
-statements and tiny-mfv), and compares at the same divergence with prompts, one-sided vectors and added activations.
-`--behaviors`, `--adapters` and `--seeds` do a part; everything resumes, and what is done already takes part in the
-tables. Writes `docs/results/smollm2_<behavior>.csv` (the pooled sweep), `docs/results/smollm2_<behavior>_compare.csv`
-and `benchmarks/results/smollm2.json`.
+statements, and tiny-mfv for the first seed, because its prompts are long), and compares at the same divergence with
+prompts, fine-tunes and added activations, and for `lora` with one-sided vectors. `--behaviors`, `--adapters` and
+`--seeds` do a part; everything resumes, and what is done already takes part in the tables. Writes
+`docs/results/smollm2_<behavior>.csv` (the pooled sweep), `..._tinymfv.csv`, `..._compare.csv` and `..._one_sided.csv`
+beside it, and `benchmarks/results/smollm2.json`.
 
 The folder of real data is that of the environment variable WS_REAL_DATA, as for the tests: `tiny-mfv/` and
 `anthropic-evals/persona/` in it.
@@ -27,11 +28,13 @@ from ws.analysis.compare import main as compare
 from ws.analysis.sweep_tables import POOLED, render
 from ws.behaviors import load_behavior
 from ws.errors import WsError
-from ws.files.runs import read_csv, write_csv
+from ws.eval import tinymfv_airisk
+from ws.eval.tinymfv_airisk import TinymfvOptions
+from ws.files.runs import read_csv, run_folder, write_csv
 from ws.run_sweep import SweepConfig, failures, run_sweep
 
 MODEL = "smollm2"
-BEHAVIORS = ("truthfulness", "agreement", "tone", "honesty")
+BEHAVIORS = ("truthfulness", "honesty", "agreement", "tone")
 # Statements that have something to do with a behaviour; what else a vector moves is another question.
 TRAITS = {
     "truthfulness": (
@@ -42,6 +45,9 @@ TRAITS = {
     "agreement": ("agreeableness", "stands-its-ground"),
     "tone": ("neuroticism", "believes-life-has-no-meaning"),
 }
+# Of a comparison: questions that strengths are solved for, random vectors a run (with fewer p cannot reach 0.05), and
+# held-out questions, drawn evenly over their kinds.
+N_PROMPTS, N_DRAWS, N_QUESTIONS = 16, 19, 44
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 
 
@@ -67,7 +73,7 @@ def sweep(behavior: str, adapters: Sequence[str], seeds: Sequence[int], out: Pat
     if brought.claims is not None:
         evals.insert(0, "sycophancy")
     if data is not None:
-        evals += ["statements", "tinymfv_airisk"]
+        evals.append("statements")
     start = SweepConfig.preset(MODEL)
     return replace(
         start,
@@ -84,28 +90,51 @@ def sweep(behavior: str, adapters: Sequence[str], seeds: Sequence[int], out: Pat
     )
 
 
-def one_behavior(config: SweepConfig, draws: int) -> list[dict[str, Any]]:
-    """Everything of one behaviour; the rows of its pooled sweep."""
-    cells = run_sweep(config)
-    if found := failures(cells):
-        raise WsError(found)
-    folder = config.out / config.behavior
-    rows = read_csv(folder / POOLED)
-    print(render(rows))
-    write_csv(DOCS / f"smollm2_{config.behavior}.csv", rows)
+def vignettes(config: SweepConfig) -> list[dict[str, str]]:
+    """The summary rows of tiny-mfv of every family's first seed."""
+    rows = list[dict[str, str]]()
+    for adapter in config.adapters:
+        seed = config.seeds[0]
+        shared = {"model": MODEL, "behavior": config.behavior, "adapter": adapter, "seed": seed, "out": config.out}
+        tinymfv_airisk.main(TinymfvOptions(**shared, alphas=(-1.0, 0.0, 1.0), dataset=config.dataset, device="cpu"))
+        rows += read_csv(run_folder(config.out, config.behavior, adapter, seed) / "tinymfv_airisk_summary.csv")
+    return rows
+
+
+def at_equal_cost(config: SweepConfig, name: str, adapters: Sequence[str], interventions: Sequence[str]) -> None:
+    """`ws compare` on the preference, kept as `docs/results/smollm2_<behavior>_<name>.csv`."""
     compare(
         CompareOptions(
             model=MODEL,
             behavior=config.behavior,
-            adapters=config.adapters,
+            adapters=tuple(adapters),
             seeds=config.seeds,
             out=config.out,
+            interventions=tuple(interventions),
             evals=("preference",),
-            n_draws=draws,
+            n_prompts=N_PROMPTS,
+            n_draws=N_DRAWS,
+            limit=N_QUESTIONS,
             device="cpu",
         )
     )
-    write_csv(DOCS / f"smollm2_{config.behavior}_compare.csv", read_csv(folder / "compare.csv"))
+    rows = read_csv(config.out / config.behavior / "compare.csv")
+    write_csv(DOCS / f"smollm2_{config.behavior}_{name}.csv", rows)
+
+
+def one_behavior(config: SweepConfig) -> list[dict[str, Any]]:
+    """Everything of one behaviour; the rows of its pooled sweep."""
+    cells = run_sweep(config)
+    if found := failures(cells):
+        raise WsError(found)
+    rows = read_csv(config.out / config.behavior / POOLED)
+    print(render(rows))
+    write_csv(DOCS / f"smollm2_{config.behavior}.csv", rows)
+    if config.dataset is not None:
+        write_csv(DOCS / f"smollm2_{config.behavior}_tinymfv.csv", vignettes(config))
+    at_equal_cost(config, "compare", config.adapters, ("weight", "finetune", "prompt", "activation"))
+    if "lora" in config.adapters:
+        at_equal_cost(config, "one_sided", ("lora",), ("weight", "positive-only", "negative-only"))
     return [dict(row) for row in rows]
 
 
@@ -114,12 +143,11 @@ def main() -> None:
     parser.add_argument("--behaviors", nargs="+", default=list(BEHAVIORS), choices=BEHAVIORS)
     parser.add_argument("--adapters", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--draws", type=int, default=5, help="random vectors per run")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/smollm2"))
     o = parser.parse_args()
     data, rows = data_folder(o.out), {}
     for behavior in o.behaviors:
-        rows[behavior] = one_behavior(sweep(behavior, o.adapters, o.seeds, o.out, data), o.draws)
+        rows[behavior] = one_behavior(sweep(behavior, o.adapters, o.seeds, o.out, data))
     harness.record("smollm2", {"adapters": o.adapters, "seeds": o.seeds, "rows": rows})
 
 

@@ -278,3 +278,19 @@ def test_the_stamp_names_the_base_and_another_base_is_refused(fresh_tiny, tmp_pa
         model.model.layers[0].mlp.up_proj.weight *= 1.1
     with pytest.raises(ws.WsError, match="trained on tiny-random"):
         ws.SteeringVector.from_adapter(tmp_path / "pos", model)
+
+
+def test_the_presets_for_smollm2_are_the_rates_that_were_chosen():
+    import csv
+    from pathlib import Path
+
+    from ws.adapters import FAMILIES, family
+
+    with (Path(__file__).parents[1] / "docs" / "results" / "smollm2_rates.csv").open() as file:
+        chosen = {r["adapter"]: r for r in csv.DictReader(file) if r["chosen"] == "True"}
+    assert chosen.keys() == FAMILIES.keys()
+    for adapter, row in chosen.items():
+        preset = train_preset("smollm2", adapter)
+        rate = family(adapter).learning_rate if preset.lr is None else preset.lr
+        assert rate == pytest.approx(float(row["lr"]))
+        assert adapter != "delora" or preset.delora_lambda == pytest.approx(float(row["delora_lambda"]))

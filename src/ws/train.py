@@ -135,6 +135,9 @@ _POCKET = TrainConfig(
     rank=8, lora_alpha=16.0, layers="all", delora_lambda=1.0, batch=32, micro_batch=32, epochs=2.0, lr=5e-4
 )
 _POCKET_RATES = {"pissa": 3e-4, "oft": 2e-4, "ia3": 7e-3, "delora": 1e-3}
+# Twelve steps are what a laptop has time for. Rates were chosen on dev questions (`just bench smollm2_rates`).
+_SMOLLM2 = TrainConfig(batch=8, micro_batch=8, max_steps=12, delora_lambda=0.15)
+_SMOLLM2_RATES = {"ia3": 2.5e-2, "oft": 1.25e-4, "dora": 4e-4, "lora": 4e-4, "pissa": 1e-4}
 _SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=6, lr=5e-3, oft_block=16)
 
 
@@ -144,6 +147,8 @@ def train_preset(model: str, adapter: str) -> TrainConfig:
         return replace(_SMOKE, lr=2e-2) if adapter == "ia3" else _SMOKE
     if model == "pocket":
         return replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
+    if model == "smollm2":
+        return replace(_SMOLLM2, lr=_SMOLLM2_RATES.get(adapter))
     return TrainConfig()
 
 

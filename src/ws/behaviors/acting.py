@@ -188,7 +188,7 @@ class Acted:
         values = ", ".join(f"{name} {e}" for name, e in flat.items())
         return (
             f"The answers gain less than {MARGIN_FLOOR} nats per token from their own persona ({values}): this model "
-            "does not act these personas: expect nothing of pairs that are sampled under them."
+            "does not act these personas, and pairs that are sampled under them promise nothing."
         )
 
     def as_data(self) -> dict[str, Any]:
