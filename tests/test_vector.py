@@ -262,6 +262,22 @@ def test_the_function_steer_survives_every_import_order(order):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_former_names_of_modules_lead_to_where_they_are_now():
+    code = (
+        "import warnings, ws\n"
+        "from importlib import import_module\n"
+        "for old, new in ws._FORMER.items():\n"
+        "    with warnings.catch_warnings(record=True) as said:\n"
+        "        warnings.simplefilter('always')\n"
+        "        assert import_module(f'ws.{old}') is import_module(f'ws.{new}'), old\n"
+        "    assert any(f'ws.{old} is now ws.{new}' in str(w.message) for w in said), old\n"
+        "assert callable(ws.calibrate)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-m", "ws.trim", "--help"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ws trim")
+
+
 def test_importing_ws_is_quick_and_lists_its_names():
     code = "import sys, ws; assert 'torch' not in sys.modules; assert 'steer' in dir(ws); print(ws.__all__)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -6,9 +6,13 @@ The public names load on first use, so that `import ws` is quick.
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +50,59 @@ _HOME = {
     "train_adapter": "ws.train",
 }
 __all__ = sorted(_HOME)
+
+# Where modules lay before they had rooms.
+_FORMER = {
+    **{name: f"lm.{name}" for name in ("models", "hub", "checkpoints", "probe", "sampling", "divergence")},
+    **{f"eval.{name}": f"lm.{name}" for name in ("choice", "rollout", "likelihood")},
+    "runs": "files.runs",
+    "tensor_files": "files.tensors",
+    "gguf_base": "files.gguf",
+    "plots": "files.plots",
+    "eval.stats": "stats",
+    "eval.tables": "behaviors.tables",
+    "acting": "behaviors.acting",
+    "finished": "run",
+    **{name: f"intervene.{name}" for name in ("interventions", "calibration", "calibrate")},
+    "baselines": "intervene",
+    "baselines.activation": "intervene.activation",
+    "baselines.prompt": "intervene.prompt",
+    **{
+        name: f"analysis.{name}" for name in ("compare", "compare_tables", "compose", "controls", "geometry", "monitor")
+    },
+    **{name: f"analysis.{name}" for name in ("slope", "sweep_tables", "trim")},
+    "playground": "chat.page",
+    "session": "chat.engine",
+    "fine_tunes": "diff",
+    "queue": "sweep.queue",
+    "queue_jobs": "sweep.jobs",
+    "queue_backends": "sweep.backends",
+}
+
+
+class _Former(MetaPathFinder, InspectLoader):
+    """Imports, and `python -m`, of a module's former name go to where it is now, with a `DeprecationWarning`."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        name = fullname.removeprefix("ws.")
+        return ModuleSpec(fullname, self) if name in _FORMER and fullname != name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"ws.{_FORMER[module.__name__.removeprefix('ws.')]}"
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = import_module(new)
+
+    def get_code(self, fullname: str) -> CodeType:
+        new = f"ws.{_FORMER[fullname.removeprefix('ws.')]}"
+        return compile(f"import runpy; runpy.run_module({new!r}, run_name='__main__', alter_sys=True)", new, "exec")
+
+    def get_source(self, fullname: str) -> None:
+        return None
+
+
+sys.meta_path.insert(
+    0, _Former()
+)  # first: `ws.baselines.activation` would be found below `ws.intervene`, a second time
 
 
 class _Package(ModuleType):
