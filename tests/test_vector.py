@@ -271,7 +271,7 @@ def test_former_names_of_modules_lead_to_where_they_are_now():
         "        warnings.simplefilter('always')\n"
         "        assert import_module(f'ws.{old}') is import_module(f'ws.{new}'), old\n"
         "    assert any(f'ws.{old} is now ws.{new}' in str(w.message) for w in said), old\n"
-        "assert callable(ws.calibrate)\n"
+        "assert callable(ws.calibrate) and ws.models is ws.lm.models\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run([sys.executable, "-m", "ws.trim", "--help"], check=True, capture_output=True, text=True)

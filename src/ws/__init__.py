@@ -119,6 +119,8 @@ class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name == "__version__":
             return version("weight-steering")
+        if name in _FORMER.keys() - _HOME.keys():
+            return import_module(f"ws.{name}")
         if name not in _HOME:
             raise AttributeError(f"module 'ws' has no attribute {name!r}")
         value = getattr(import_module(_HOME[name]), name)
