@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -83,7 +82,7 @@ _FORMER = {
 class _Former(MetaPathFinder, InspectLoader):
     """Imports, and `python -m`, of a module's former name go to where it is now, with a `DeprecationWarning`."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         name = fullname.removeprefix("ws.")
         return ModuleSpec(fullname, self) if name in _FORMER and fullname != name else None
 
