@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -251,19 +251,24 @@ def main() -> None:
     """Dispatch to a subcommand; without one, list them."""
     flags = list(takewhile(lambda argument: argument in console.FLAGS, sys.argv[1:]))
     arguments = sys.argv[1 + len(flags) :]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help(GROUPS))
-        return
-    if arguments[0] == "--version":
-        print(version("weight-steering"))
+    if told := _told(arguments):
+        print(told)
         return
     if arguments[0] in WITH_MEMBERS:
-        if not arguments[1:] or arguments[1] in ("-h", "--help"):
-            print(_help({"": {n: c for n, c in COMMANDS.items() if n.startswith(f"{arguments[0]}-")}}))
-            return
         arguments[:2] = ["-".join(arguments[:2])]  # `ws eval airisk` is `ws eval-airisk`
     sys.argv[1:] = [*arguments, *flags]
     console.guard(lambda: _run(arguments[0]))
+
+
+def _told(arguments: Sequence[str]) -> str:
+    """What is answered without a command: the list of them, of the members of one, or the version."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _help(GROUPS)
+    if arguments[0] == "--version":
+        return version("weight-steering")
+    if arguments[0] in WITH_MEMBERS and (not arguments[1:] or arguments[1] in ("-h", "--help")):
+        return _help({"": {n: c for n, c in COMMANDS.items() if n.startswith(f"{arguments[0]}-")}})
+    return ""
 
 
 def _run(name: str) -> None:
