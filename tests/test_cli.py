@@ -78,7 +78,7 @@ def test_what_there_is_can_be_asked_for(arguments, first, some, monkeypatch, cap
     main()
     out = capsys.readouterr().out
     assert out.startswith(first)
-    assert all(f"{name}" in out for name in some)
+    assert all(name in out for name in some)
     assert ("  demo" in out) == (not arguments)
 
 
@@ -118,6 +118,12 @@ def test_modules_without_a_command_say_so_and_the_package_has_one():
         done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert said in done.stdout + done.stderr
+
+
+def test_no_library_speaks_when_a_module_is_run():
+    """Training imports its libraries before the command line is reached."""
+    done = subprocess.run([sys.executable, "-m", "ws.train", "--help"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

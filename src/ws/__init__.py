@@ -5,12 +5,12 @@ The public names load on first use, so that `import ws` is quick.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from importlib import import_module
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.metadata import version
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,9 @@ __all__ = sorted(_HOME)
 _FORMER = {
     **{name: f"lm.{name}" for name in ("models", "hub", "checkpoints", "probe", "sampling", "divergence")},
     **{f"eval.{name}": f"lm.{name}" for name in ("choice", "rollout", "likelihood")},
+    **{name: f"intervene.{name}" for name in ("interventions", "calibration", "calibrate")},
+    **{name: f"analysis.{name}" for name in ("compare", "compare_tables", "compose", "controls", "geometry")},
+    **{name: f"analysis.{name}" for name in ("monitor", "slope", "sweep_tables", "trim")},
     "runs": "files.runs",
     "tensor_files": "files.tensors",
     "gguf_base": "files.gguf",
@@ -62,14 +65,9 @@ _FORMER = {
     "eval.tables": "behaviors.tables",
     "acting": "behaviors.acting",
     "finished": "run",
-    **{name: f"intervene.{name}" for name in ("interventions", "calibration", "calibrate")},
     "baselines": "intervene",
     "baselines.activation": "intervene.activation",
     "baselines.prompt": "intervene.prompt",
-    **{
-        name: f"analysis.{name}" for name in ("compare", "compare_tables", "compose", "controls", "geometry", "monitor")
-    },
-    **{name: f"analysis.{name}" for name in ("slope", "sweep_tables", "trim")},
     "playground": "chat.page",
     "session": "chat.engine",
     "fine_tunes": "diff",
@@ -77,31 +75,34 @@ _FORMER = {
     "queue_jobs": "sweep.jobs",
     "queue_backends": "sweep.backends",
 }
+_MOVED = {f"ws.{old}": f"ws.{new}" for old, new in _FORMER.items()}
 
 
 class _Former(MetaPathFinder, InspectLoader):
     """Imports, and `python -m`, of a module's former name go to where it is now, with a `DeprecationWarning`."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        name = fullname.removeprefix("ws.")
-        return ModuleSpec(fullname, self) if name in _FORMER and fullname != name else None
+        return ModuleSpec(fullname, self) if fullname in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = f"ws.{_FORMER[module.__name__.removeprefix('ws.')]}"
+        new = _MOVED[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
         sys.modules[module.__name__] = import_module(new)
 
     def get_code(self, fullname: str) -> CodeType:
-        new = f"ws.{_FORMER[fullname.removeprefix('ws.')]}"
+        new = _MOVED[fullname]
         return compile(f"import runpy; runpy.run_module({new!r}, run_name='__main__', alter_sys=True)", new, "exec")
 
     def get_source(self, fullname: str) -> None:
         return None
 
 
-sys.meta_path.insert(
-    0, _Former()
-)  # first: `ws.baselines.activation` would be found below `ws.intervene`, a second time
+# First of all: `ws.baselines.activation` would be found below `ws.intervene`, a second time.
+sys.meta_path.insert(0, _Former())
+
+# `python -m ws.train` imports its libraries before the command is reached; one of them reports what nobody asked for.
+if getattr(sys, "argv", [])[:1] == ["-m"]:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class _Package(ModuleType):
@@ -117,10 +118,12 @@ class _Package(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "__version__":
+            from importlib.metadata import version
+
             return version("weight-steering")
-        if name in _FORMER.keys() - _HOME.keys():
-            return import_module(f"ws.{name}")
         if name not in _HOME:
+            if name in _FORMER:
+                return import_module(f"ws.{name}")
             raise AttributeError(f"module 'ws' has no attribute {name!r}")
         value = getattr(import_module(_HOME[name]), name)
         super().__setattr__(name, value)

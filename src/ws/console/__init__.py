@@ -58,10 +58,6 @@ class _Terminal:
 
 _terminal = _Terminal()
 
-# `python -m ws.train` imports its libraries before `run` is reached; one of them reports what nobody asked for.
-if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("ws."):
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 
 @dataclass(frozen=True)
 class Result:
