@@ -3,8 +3,8 @@
 `uv run python -m benchmarks.smollm2` trains every behaviour with every family and seed and the two nulls of each, reads
 what is held out of it at alpha -1, 0 and 1 (preference, claims where it brings them; with the real data at hand also
 statements, and tiny-mfv for the first seed, because its prompts are long), and compares at the same divergence with
-prompts, fine-tunes and added activations, and for `lora` with one-sided vectors. `--behaviors`, `--adapters` and
-`--seeds` do a part; everything resumes, and what is done already takes part in the tables. Writes
+prompts, fine-tunes and added activations, and for `lora` with one-sided and with random vectors. `--behaviors`,
+`--adapters` and `--seeds` do a part; everything resumes, and what is done already takes part in the tables. Writes
 `docs/results/smollm2_<behavior>.csv` (the pooled sweep), `..._tinymfv.csv`, `..._compare.csv` and `..._one_sided.csv`
 beside it, and `benchmarks/results/smollm2.json`.
 
@@ -45,8 +45,8 @@ TRAITS = {
     "agreement": ("agreeableness", "stands-its-ground"),
     "tone": ("neuroticism", "believes-life-has-no-meaning"),
 }
-# Of a comparison: questions that strengths are solved for, random vectors a run (with fewer p cannot reach 0.05), and
-# held-out questions, drawn evenly over their kinds.
+# Of a comparison: questions that strengths are solved for, random vectors a run of `lora` (with fewer p cannot reach
+# 0.05; they are most of the work where every family has them), and held-out questions, drawn evenly over their kinds.
 N_PROMPTS, N_DRAWS, N_QUESTIONS = 16, 19, 44
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -101,19 +101,19 @@ def vignettes(config: SweepConfig) -> list[dict[str, str]]:
     return rows
 
 
-def at_equal_cost(config: SweepConfig, name: str, adapters: Sequence[str], interventions: Sequence[str]) -> None:
+def at_equal_cost(config: SweepConfig, name: str, n_draws: int, interventions: Sequence[str]) -> None:
     """`ws compare` on the preference, kept as `docs/results/smollm2_<behavior>_<name>.csv`."""
     compare(
         CompareOptions(
             model=MODEL,
             behavior=config.behavior,
-            adapters=tuple(adapters),
+            adapters=config.adapters,
             seeds=config.seeds,
             out=config.out,
             interventions=tuple(interventions),
             evals=("preference",),
             n_prompts=N_PROMPTS,
-            n_draws=N_DRAWS,
+            n_draws=n_draws,
             limit=N_QUESTIONS,
             device="cpu",
         )
@@ -132,9 +132,10 @@ def one_behavior(config: SweepConfig) -> list[dict[str, Any]]:
     write_csv(DOCS / f"smollm2_{config.behavior}.csv", rows)
     if config.dataset is not None:
         write_csv(DOCS / f"smollm2_{config.behavior}_tinymfv.csv", vignettes(config))
-    at_equal_cost(config, "compare", config.adapters, ("weight", "finetune", "prompt", "activation"))
+    at_equal_cost(config, "compare", 0, ("weight", "finetune", "prompt", "activation"))
     if "lora" in config.adapters:
-        at_equal_cost(config, "one_sided", ("lora",), ("weight", "positive-only", "negative-only"))
+        lora = replace(config, adapters=("lora",))
+        at_equal_cost(lora, "one_sided", N_DRAWS, ("weight", "positive-only", "negative-only"))
     return [dict(row) for row in rows]
 
 
