@@ -350,6 +350,21 @@ def test_the_slider_itself_and_its_marks_move_the_strength(tab, engine):
     page.wait_for("steered", wanted(engine, value, QUESTION).steered)
 
 
+def test_a_strength_that_changes_before_the_first_question_empties_nothing(served):
+    """Whichever of the two events of a slider ends last, neither leaves the panel empty."""
+    _, blocks = served
+    followed = [f for f in blocks.fns.values() if f.targets[0][1] == "change" and len(f.outputs) == 4]
+    assert len(followed) == 2, "one a slider"
+    opened = next(f for f in blocks.fns.values() if f.targets[0][1] == "load")
+    page, panel, _ = opened.fn("Yes, No", "")
+    assert "<svg" in panel
+    for event in followed:
+        values = [page if c.stateful else c.value for c in event.inputs]
+        found = list(event.fn(*values))
+        assert len(found) == 1
+        assert all(update == {"__type__": "update"} for update in found[0])
+
+
 @pytest.mark.browser
 def test_two_people_at_different_strengths_at_once_stay_apart(tab, engine):
     """Both keep asking while the other is answered; each gets what a conversation alone gets."""

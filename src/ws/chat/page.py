@@ -473,6 +473,7 @@ class _Handlers:
 
     def followed(self, live: bool, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
         """A strength has changed: answer again, if that is wanted."""
+        yield (self.gr.skip(),) * 4  # Gradio empties the outputs of a generator that ends without a value
         if live and page.conversation.shown:
             yield from self._answer(Page.follow, page, values, base_too=False)
 
