@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 
 import ws
+from support.tables import write_table
 from ws.behaviors import brought_or_named
 from ws.behaviors.acting import MARGIN_FLOOR, acted, base_problems, persona_margins
 from ws.behaviors.answered import read_preferences
@@ -57,8 +57,8 @@ def read(folder, table, train=True):
 def test_every_format_and_every_column_map_give_the_same_pairs(tmp_path):
     (tmp_path / "a.jsonl").write_text(jsonl(ROWS))
     renamed = [{"prompt": r["question"], "good": r["positive"], "bad": r["negative"], "score": 3} for r in ROWS]
-    pl.DataFrame(renamed).write_csv(tmp_path / "a.csv")
-    pl.DataFrame(renamed).write_parquet(tmp_path / "a.parquet")
+    write_table(tmp_path / "a.csv", renamed)
+    write_table(tmp_path / "a.parquet", renamed)
     plain = read(tmp_path, {"file": "a.jsonl"})
     columns = {"question": "prompt", "positive": "good", "negative": "bad"}
     for file in ("a.csv", "a.parquet"):

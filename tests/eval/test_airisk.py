@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from scipy.stats import binom
 
 import ws
 from conftest import reworded, without_thinking
+from support.tables import write_table
 from ws.adapters import FAMILIES
 from ws.delta import LinearDelta
 from ws.eval import sycophancy, tinymfv_airisk
@@ -127,12 +127,12 @@ def test_every_form_of_the_tables_reads_the_same(tmp_path, kind):
         source = str(tmp_path / "x_model_eval.jsonl")
     elif kind == "parquet":
         for name, table in (("model_eval", rows), ("value_map", own)):
-            pl.DataFrame(table).write_parquet(tmp_path / f"{name}.parquet")
+            write_table(tmp_path / f"{name}.parquet", table)
             (tmp_path / f"x_{name}.jsonl").unlink()
     elif kind == "csv":
         for name, table in (("model_eval", rows), ("value_map", own)):
             flat = [{k: str(v) if isinstance(v, list) else v for k, v in r.items()} for r in table]
-            pl.DataFrame(flat).write_csv(tmp_path / f"{name}.csv")
+            write_table(tmp_path / f"{name}.csv", flat)
             (tmp_path / f"x_{name}.jsonl").unlink()
     assert load_dilemmas(source) == load_dilemmas("pocket")
 

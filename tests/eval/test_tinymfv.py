@@ -16,6 +16,7 @@ import torch
 from test_eval import reference
 
 import ws
+from support.tables import write_table
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, EvalOptions, open_context
 from ws.eval.prompts import load_prompts
@@ -76,12 +77,8 @@ def test_the_bundled_tables_have_every_foundation():
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_other_file_formats_read_the_same(tmp_path, suffix):
-    import polars as pl
-
     for condition in ("other_violate", "self_violate"):
-        frame = pl.DataFrame(rows(condition))
-        file = tmp_path / f"airisk_{condition}{suffix}"
-        frame.write_parquet(file) if suffix == ".parquet" else frame.write_csv(file)
+        write_table(tmp_path / f"airisk_{condition}{suffix}", rows(condition))
     assert load_vignettes(str(tmp_path)) == load_vignettes("pocket")
 
 

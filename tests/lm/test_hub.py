@@ -27,8 +27,7 @@ from ws.eval.statements import load_statements, trait_files
 from ws.export.card import describe, is_local, merged_card, public, public_command, public_name, vector_card
 from ws.export.push import PushOptions, main
 from ws.files.runs import Run, read_csv, write_csv
-from ws.lm.hub import check_name, commit_of, fetch, parse_id
-from ws.lm.models import hub_is_out_of_reach
+from ws.lm.hub import check_name, commit_of, fetch, hub_is_out_of_reach, parse_id
 
 WEIGHTS = "adapter_model.safetensors"
 

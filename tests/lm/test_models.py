@@ -21,6 +21,7 @@ from conftest import NO_SYSTEM, build_model
 from ws.data import Pair, prompt_ids, sample_answers
 from ws.eval.capability import read_texts
 from ws.intervene.prompt import prompted
+from ws.lm import hub
 from ws.lm.models import (
     chat_format,
     decode_answer,
@@ -525,7 +526,6 @@ def test_unknown_models_are_explained(name, message):
 
 
 def test_without_a_network_the_answer_comes_at_once(monkeypatch):
-    import ws.lm.models as models
 
     asked = []
 
@@ -533,15 +533,15 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch):
         asked.append(address)
         raise OSError("no route")
 
-    models.hub_is_out_of_reach.cache_clear()
-    monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "getproxies", dict)
-    monkeypatch.setattr(models.socket, "create_connection", unreachable)
+    hub.hub_is_out_of_reach.cache_clear()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", unreachable)
     try:
         with pytest.raises(ws.WsError, match="hub could not be reached"):
             ws.load_model("someone/some-model-that-is-not-cached")
     finally:
-        models.hub_is_out_of_reach.cache_clear()
+        hub.hub_is_out_of_reach.cache_clear()
     assert len(asked) == 1
     assert asked[0][1] == 443
 

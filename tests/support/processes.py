@@ -25,7 +25,7 @@ LIBRARIES = [
     "datasets",
     "matplotlib.figure",
     "peft",
-    "polars",
+    "pyarrow.parquet",
     "scipy.stats",
     "torch",
     "transformers.trainer",

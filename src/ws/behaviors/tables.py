@@ -9,16 +9,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-import polars as pl
-from huggingface_hub import constants
-
 from ws.console import say
 from ws.errors import WsError, decoded
-from ws.lm import hub
-from ws.lm.models import hub_is_out_of_reach
 
 MAX_BAD_SHARE = 0.05
 DRAW_SEED = 0
@@ -84,11 +80,15 @@ def read_rows(
 
 def is_on_hub(source: str) -> bool:
     """Whether a source of rows names a data set on the hub, and nothing on this machine."""
+    from ws.lm import hub  # its client takes most of a second, and only what the hub holds needs it
+
     return source != "pocket" and not Path(source).expanduser().exists() and hub.parse_id(source) is not None
 
 
 def revision_of(source: str, revision: str | None = None) -> str:
     """The revision of a data set on the hub that is read: the one asked for, else the pinned one, else `main`."""
+    from ws.lm import hub
+
     name, at = hub.parse_id(source) or (source, None)
     return revision or at or PINNED.get(name) or "main"
 
@@ -110,10 +110,23 @@ def _read_file(file: Path, types: Mapping[str, type]) -> list[Row]:
 
 
 def _read_parquet(file: Path, types: Mapping[str, type]) -> list[Row]:
+    _require_data_extra(f"The Parquet file {file}")
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        return list(pl.read_parquet(file).to_dicts())
-    except pl.exceptions.PolarsError as problem:
+        return list(parquet.read_table(file).to_pylist())
+    except (pyarrow.ArrowException, OSError) as problem:
         raise WsError(f"{file} cannot be read ({str(problem).splitlines()[0]}).") from problem
+
+
+def _require_data_extra(what: str) -> None:
+    """`WsError` where the libraries that read Arrow tables are not installed; they are larger than all the rest."""
+    if find_spec("datasets") is None or find_spec("pyarrow") is None:
+        raise WsError(
+            f"{what} needs the packages datasets and pyarrow; install them with `uv sync --extra data` or "
+            '`pip install "weight-steering[data]"`, or give a .jsonl or .csv file.'
+        )
 
 
 def _read_json_lines(file: Path, types: Mapping[str, type]) -> list[Row]:
@@ -199,9 +212,13 @@ def is_text(value: Any) -> bool:
 
 
 def _read_hub(source: str, config: str, split: str | None, revision: str | None = None) -> list[Row]:
-    import datasets  # takes seconds, and is only needed here
+    _require_data_extra(f"The data set {source} on the hub")
+    import datasets
+    from huggingface_hub import constants
 
-    if hub_is_out_of_reach():  # then the local cache serves, or nothing; retrying for minutes would not help
+    from ws.lm import hub
+
+    if hub.hub_is_out_of_reach():  # then the local cache serves, or nothing; retrying for minutes would not help
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     name, _ = hub.parse_id(source) or (source, None)
     at = revision_of(source, revision)

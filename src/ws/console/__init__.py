@@ -256,8 +256,6 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
     def action() -> None:
         if processes() > 1 and not getattr(options, "several_processes", False):
             raise WsError(f"{prog or 'This command'} runs on one process; only `ws.train` runs on several processes.")
-        # Polars lets what waits go on waiting after an interrupt (https://github.com/pola-rs/polars/issues/21739).
-        signal.siginterrupt(signal.SIGINT, True)
         function(parse(options, arguments, prog))
 
     guard(action, prog)

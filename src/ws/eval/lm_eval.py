@@ -34,7 +34,8 @@ from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows,
 from ws.eval.prompts import notes_on
 from ws.files.runs import sha256_file, sha256_json
 from ws.lm.choice import left_pad, takes_padding
-from ws.lm.models import chat_format, encode, encode_after, encode_answer, end_ids, hub_is_out_of_reach, render_prompt
+from ws.lm.hub import hub_is_out_of_reach
+from ws.lm.models import chat_format, encode, encode_after, encode_answer, end_ids, render_prompt
 from ws.stats import Estimate, estimate_mean
 
 NAME, VERSION = "lm_eval", 2

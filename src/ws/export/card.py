@@ -22,8 +22,7 @@ from ws.errors import WsError
 from ws.eval import airisk, tinymfv_airisk
 from ws.eval.prompts import notes_on
 from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, of_row, worst
-from ws.files.gguf import is_gguf
-from ws.files.runs import Run, read_csv, reads_otherwise
+from ws.files.runs import Run, is_gguf, read_csv, reads_otherwise
 from ws.intervene.interventions import BASE, WEIGHT
 from ws.lm.choice import LOW_MASS
 from ws.lm.hub import parse_id

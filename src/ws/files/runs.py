@@ -32,13 +32,18 @@ from filelock import FileLock, Timeout
 
 from ws import console
 from ws.errors import WsError
-from ws.files.gguf import is_gguf
 
 RUN_MANIFEST = "manifest.json"
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 DEFAULT_OUT = Path("out")
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file, by its ending, in capitals or not."""
+    return name.lower().endswith(".gguf")
 
 
 def slug(name: str) -> str:

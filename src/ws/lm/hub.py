@@ -7,11 +7,15 @@ that a hub out of reach is noticed in seconds, and that whatever goes wrong is s
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,7 +26,6 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ws.errors import WsError, did_you_mean
-from ws.lm.models import hub_is_out_of_reach
 
 _ID = re.compile(r"([^@/\s]+/[^@/\s]+)(?:@(\S+))?")
 
@@ -37,6 +40,22 @@ def parse_id(name: str) -> tuple[str, str | None] | None:
     except HFValidationError:
         return None
     return found.group(1), found.group(2)
+
+
+@lru_cache(maxsize=1)
+def hub_is_out_of_reach() -> bool:
+    """One short probe: without it every file request retries for half a minute before it gives up.
+
+    Behind a proxy nothing can be told from here, so the hub is taken to be there.
+    """
+    if constants.HF_HUB_OFFLINE or getproxies().keys() - {"no"}:
+        return bool(constants.HF_HUB_OFFLINE)
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return True
+    return False
 
 
 # ---- fetching -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,12 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock, get_ident
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from accelerate.utils import align_module_device
-from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -50,9 +46,9 @@ from transformers.pytorch_utils import Conv1D
 from ws.console import quiet_transformers, say
 from ws.errors import WsError, choose, did_you_mean
 from ws.files.gguf import SMOLLM2, gguf_file, read_header, without_bars
-from ws.files.runs import sha256_file, sha256_json
+from ws.files.runs import DEFAULT_MODEL, sha256_file, sha256_json
+from ws.lm.hub import hub_is_out_of_reach
 
-DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED = ("pocket", "tiny-random")
 PACKED = ("8bit", "4bit")
 SAMPLES_PER_TENSOR = 32
@@ -185,22 +181,6 @@ def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: 
             return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise WsError(_why_not_loaded(name, problem)) from problem
-
-
-@lru_cache(maxsize=1)
-def hub_is_out_of_reach() -> bool:
-    """One short probe: without it every file request retries for half a minute before it gives up.
-
-    Behind a proxy nothing can be told from here, so the hub is taken to be there.
-    """
-    if hub.HF_HUB_OFFLINE or getproxies().keys() - {"no"}:
-        return bool(hub.HF_HUB_OFFLINE)
-    address = urlsplit(hub.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
-    except OSError:
-        return True
-    return False
 
 
 def _why_not_loaded(name: str, problem: Exception) -> str:
