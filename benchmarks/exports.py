@@ -32,6 +32,7 @@ from benchmarks import harness
 from benchmarks import vector as adapters
 from ws.export.merged import export_merged
 from ws.lm.checkpoints import Checkpoint
+from ws.options.make import DiffOptions
 
 MERGEKIT = ("mergekit==0.1.4", "transformers==4.55.4")  # it does not work with transformers 5
 ALPHA = 1.0
@@ -67,7 +68,7 @@ def merge(folder: Path) -> None:
 
 
 def difference(folder: Path) -> None:
-    from ws.diff import DiffOptions, diff_checkpoints
+    from ws.diff import diff_checkpoints
 
     places = {sign: str(folder / f"{sign}-merged") for sign in ("pos", "neg")}
     print(json.dumps(diff_checkpoints(DiffOptions(**places, to=folder / "dense"))))

@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import harness
-from ws.analysis.compose import ComposeOptions, Composition, Conditions, carry_out, interference_rows, measure
+from ws.analysis.compose import Composition, Conditions, carry_out, interference_rows, measure
 from ws.analysis.compose import render_interference as render
 from ws.analysis.controls import draw_seed, random_like
 from ws.behaviors import load_behavior
 from ws.eval.context import EvalContext, Rows
 from ws.files.runs import run_folder, write_csv
 from ws.lm.models import load_model
-from ws.replicate import ReplicateConfig, replicate
+from ws.options.make import ComposeOptions, ReplicateConfig
+from ws.replicate import replicate
 
 EXPRESSIONS = ("honesty*1.0 + sycophancy*-0.5", "honesty*1.0 + sycophancy*0.5", "honesty*0.5 + sycophancy*0.25")
 RANDOM = "random, size of sycophancy"

@@ -43,9 +43,10 @@ from ws.diff import SteeringVector
 from ws.files.runs import Run, data_folder, write_csv
 from ws.lm.divergence import divergence
 from ws.lm.models import render_prompt
-from ws.replicate import ReplicateConfig, replicate
+from ws.options.make import ReplicateConfig, TrainConfig, train_preset
+from ws.replicate import replicate
 from ws.steer import steer
-from ws.train import TrainConfig, train_adapter, train_preset
+from ws.train import train_adapter
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 LIBRARY = ("honesty", "sycophancy")

@@ -22,7 +22,8 @@ from ws.adapters import FAMILIES
 from ws.analysis.controls import random_like
 from ws.eval.sycophancy import evaluate_sycophancy
 from ws.files.runs import write_csv, write_text
-from ws.replicate import Reading, ReplicateConfig, replicate
+from ws.options.make import ReplicateConfig
+from ws.replicate import Reading, replicate
 from ws.stats import estimate_over_seeds
 
 ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)

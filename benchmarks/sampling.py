@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 import ws
 from benchmarks import harness
-from ws.data import DataConfig
 from ws.lm.choice import left_pad
 from ws.lm.models import encode, end_ids, render_prompt
 from ws.lm.sampling import SamplingSettings, sample_rows, sampling_settings
+from ws.options.make import DataConfig
 
 Rows = list[list[int]]
 BATCH = 8

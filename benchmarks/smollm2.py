@@ -23,15 +23,15 @@ from typing import Any
 
 from benchmarks import harness
 from ws.adapters import FAMILIES
-from ws.analysis.compare import CompareOptions
 from ws.analysis.compare import main as compare
 from ws.analysis.sweep_tables import POOLED, render
 from ws.behaviors import load_behavior
 from ws.errors import WsError
 from ws.eval import tinymfv_airisk
-from ws.eval.tinymfv_airisk import TinymfvOptions
 from ws.files.runs import read_csv, run_folder, write_csv
-from ws.run_sweep import SweepConfig, failures, run_sweep
+from ws.options.make import SweepConfig
+from ws.options.measure import CompareOptions, TinymfvOptions
+from ws.run_sweep import failures, run_sweep
 
 MODEL = "smollm2"
 BEHAVIORS = ("truthfulness", "honesty", "agreement", "tone")

@@ -27,14 +27,15 @@ import ws
 from benchmarks import harness
 from ws.adapters import FAMILIES, family
 from ws.behaviors import Behavior
-from ws.data import PAIRS_FILE, data_preset, generate_pairs
+from ws.data import PAIRS_FILE, generate_pairs
 from ws.diff import SteeringVector
 from ws.eval.preference import evaluate_preference, margins
 from ws.files.runs import Run, sha256_file, write_csv
 from ws.lm.divergence import divergence
 from ws.lm.models import render_prompt
+from ws.options.make import SIGNS, TrainConfig, data_preset, train_preset
 from ws.steer import steer
-from ws.train import SIGNS, TrainConfig, train_preset, train_stage
+from ws.train import train_stage
 
 MODEL, BEHAVIOR = "smollm2", "truthfulness"
 ALPHAS = (-2.0, -1.0, 1.0, 2.0)

@@ -35,7 +35,8 @@ from ws.analysis.trim import scale_depth
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.files.runs import run_folder, write_csv, write_json
-from ws.replicate import ReplicateConfig, replicate
+from ws.options.make import ReplicateConfig
+from ws.replicate import replicate
 from ws.stats import estimate_over_seeds
 
 RANKS = (1, 2, 4, 8)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,20 @@ import torch
 
 import ws
 from support import processes
-from ws.console import parse
+from ws.cli import COMMANDS
+from ws.console import about, parse
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
-from ws.lm.models import DEFAULT_MODEL
-from ws.replicate import ReplicateConfig
+from ws.files.runs import DEFAULT_MODEL
+from ws.options.make import ReplicateConfig
+from ws.options.use import InspectConfig
 
 TINY = ["--model", "tiny-random", "--split", "dev"]
 
 
-def run_ws(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+def run_ws(*arguments: str, cwd: Path, importing: bool = False, **options) -> subprocess.CompletedProcess:
+    """`ws ...` as a process; with `importing`, every module that it imports is a line on stderr."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"PYTHONPROFILEIMPORTTIME": "1"} if importing else {})
     command = [sys.executable, "-m", "ws.cli", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **options)
 
@@ -66,8 +71,8 @@ effect = -1
     ("arguments", "first", "some"),
     [
         ([], "usage: ws COMMAND", ["Start", "replicate", "Look"]),
-        (["eval"], "usage: ws COMMAND", ["eval-airisk", "eval-preference"]),
-        (["export", "--help"], "usage: ws COMMAND", ["export-peft"]),
+        (["eval"], "usage: ws COMMAND", ["eval airisk", "eval preference"]),
+        (["export", "--help"], "usage: ws COMMAND", ["export peft"]),
         (["--version"], ws.__version__, []),
     ],
 )
@@ -83,15 +88,90 @@ def test_what_there_is_can_be_asked_for(arguments, first, some, monkeypatch, cap
 
 
 def test_every_command_is_listed_once_and_is_there():
-    from importlib import import_module
+    from ws.cli import COMMANDS, FAMILIES, GROUPS, QUEUE, _help
 
-    from ws.cli import COMMANDS, GROUPS
-
-    assert len(COMMANDS) == sum(map(len, GROUPS.values()))
-    for module, function, options, about in COMMANDS.values():
+    assert len(COMMANDS) == sum(map(len, GROUPS.values())) + 1, "all but the queue, which is a sweep"
+    listed = _help(GROUPS)
+    for name, (place, options) in COMMANDS.items():
+        module, function = place.split(":")
         assert callable(getattr(import_module(module), function))
-        assert isinstance(getattr(import_module(module), options), type)
-        assert about
+        assert about(options)
+        family, _, member = name.partition(" ")
+        assert name == QUEUE or (f"  {family} NAME " if member else f"  {name} ") in listed
+        assert not member or family in FAMILIES or name == QUEUE
+    assert len([line for line in listed.splitlines() if line.startswith("  ")]) <= 21
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "rest"),
+    [
+        (["eval", "airisk", "--limit", "3"], "eval airisk", ["--limit", "3"]),
+        (["eval-airisk", "--limit", "3"], "eval airisk", ["--limit", "3"]),
+        (["controls"], "check controls", []),
+        (["check-behavior", "x.toml"], "behavior check", ["x.toml"]),
+        (["push", "a/b"], "export push", ["a/b"]),
+        (["sweep", "--seeds", "0"], "sweep", ["--seeds", "0"]),
+        (["sweep", "--seeds", "0", "--backend", "pueue"], "sweep --backend", ["--seeds", "0", "--backend", "pueue"]),
+        (["sweep", "--backend=ray"], "sweep --backend", ["--backend=ray"]),
+        (["queue"], "sweep --backend", []),
+    ],
+)
+def test_a_command_goes_by_its_name_and_by_its_former_one(words, name, rest):
+    from ws.cli import _named
+
+    assert _named(words) == (name, rest)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_sentence(name, capsys):
+    """And what stands for its value is readable."""
+    with pytest.raises(SystemExit) as stop:
+        parse(COMMANDS[name][1], ["--help"], f"ws {name}")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    text = "\n".join(line.strip("│ ") for line in shown.splitlines() if line.startswith("│"))
+    assert re.findall(r"^(--\S+(?: [A-Z|]+)?(?: \.\.\.)?)\s+(?:\(|-)", text, re.MULTILINE) == []
+    assert not re.search(r"\{None\}|\[STR \[|Config`|Options`", shown)
+
+
+# What takes seconds to import.
+HEAVY = {"torch", "transformers", "peft", "accelerate", "scipy", "numpy", "matplotlib", "datasets", "pyarrow", "gradio"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["eval"], 0),
+        (["replicate", "--adaptr", "lora"], 2),
+        (["replicate", "--behavior", "nowhere.toml"], 2),
+        (["eval", "airisk"], 2),
+        (["eval", "airisk", "--batch-size", "0"], 2),
+        (["chat"], 2),
+        (["export", "merged"], 2),
+        (["behavior", "check", "nowhere.toml"], 2),
+        (["inspect", "nowhere"], 2),
+        (["report"], 2),
+    ],
+)
+def test_what_needs_no_model_is_answered_without_torch(words, code, tmp_path, monkeypatch):
+    done = run_ws(*words, cwd=tmp_path, importing=True)
+    assert done.returncode == code, done.stderr
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "tyro" in imported, "the imports were listed"
+    assert imported & HEAVY == set()
+
+
+def test_no_command_needs_torch_to_say_what_it_can_be_told():
+    code = (
+        "import sys\nfrom contextlib import suppress\nfrom ws.cli import COMMANDS\nfrom ws.console import parse\n"
+        "for name, (_, options) in COMMANDS.items():\n    with suppress(SystemExit):\n"
+        "        parse(options, ['--help'], name)\n"
+        f"print('heavy:', sorted(set(sys.modules) & {HEAVY!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+    assert done.stdout.count("usage: ") == len(COMMANDS)
 
 
 def test_flags_may_come_before_the_command(tmp_path, monkeypatch, capsys):
@@ -176,7 +256,7 @@ def test_help_lists_every_command_and_its_presets(tmp_path):
 
 
 def test_inspect_says_what_a_vector_is(tmp_path, monkeypatch, capsys):
-    from ws.cli import InspectConfig, inspect
+    from ws.cli import inspect
 
     factors = LinearDelta(2, 2, u=torch.ones(2, 1), v=torch.ones(1, 2))
     vector = ws.SteeringVector({"model.layers.0.mlp.up_proj": factors}, "someone/else", "0123", {}, {"behavior": "wit"})

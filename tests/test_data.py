@@ -15,23 +15,13 @@ from transformers import GenerationConfig
 
 import ws
 from conftest import reworded
-from ws.data import (
-    Answer,
-    DataConfig,
-    Pair,
-    _drop_reason,
-    _jobs,
-    data_card,
-    data_preset,
-    generate_pairs,
-    read_pairs,
-    sample_answers,
-)
+from ws.data import Answer, Pair, _drop_reason, _jobs, data_card, generate_pairs, read_pairs, sample_answers
 from ws.files.runs import Run
 from ws.intervene.prompt import prompted
 from ws.lm.models import end_ids, render_prompt
 from ws.lm.rollout import PLAIN
 from ws.lm.sampling import sample_rows
+from ws.options.make import DataConfig, data_preset
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5, anyway=True)
 

@@ -21,7 +21,8 @@ import ws
 from ws import console
 from ws.data import Pair
 from ws.files.runs import data_folder
-from ws.train import TrainCommand, TrainConfig, _Filled, join, main, on_main, train_preset
+from ws.options.make import ReplicateConfig, TrainCommand, TrainConfig, train_preset
+from ws.train import _Filled, join, main, on_main
 
 TOLERANCE = 1e-4  # relative difference of dW in float32, where only the order of sums differs
 FOLDER = Path("honesty")
@@ -240,7 +241,6 @@ def announced(monkeypatch):
 
 
 def test_other_commands_run_on_one_process_only(announced, monkeypatch, capsys):
-    from ws.replicate import ReplicateConfig
 
     done = []
     monkeypatch.setattr(sys, "argv", ["ws replicate"])

@@ -15,9 +15,7 @@ from ws.console import parse
 from ws.errors import WsError
 from ws.lm.models import load_tokenizer
 from ws.new_behavior import (
-    CheckOptions,
     Finding,
-    InitOptions,
     behavior_template,
     check_behavior,
     half_width,
@@ -25,7 +23,9 @@ from ws.new_behavior import (
     main_init,
     validation_questions,
 )
-from ws.train import Example, TrainConfig, split_examples
+from ws.options.check import CheckOptions
+from ws.options.make import InitOptions, TrainConfig
+from ws.train import Example, split_examples
 
 GOOD = behavior_template("mine")
 FIRST = '{ id = "f01", claim = "the sky on a clear day is green", true = false, split = "report" }'

@@ -15,11 +15,13 @@ import torch
 import ws
 from ws.diff import vector_digest
 from ws.eval import airisk, tinymfv_airisk
-from ws.eval.airisk import AiriskOptions
 from ws.eval.context import open_context
-from ws.eval.readme_airisk_table import CHECKS, COLUMNS, TableConfig, build_table
+from ws.eval.readme_airisk_table import CHECKS, COLUMNS, build_table
 from ws.new_behavior import behavior_template
-from ws.replicate import ReplicateConfig, render, replicate
+from ws.options.make import ReplicateConfig
+from ws.options.measure import AiriskOptions
+from ws.options.use import TableConfig
+from ws.replicate import render, replicate
 from ws.report import write_report
 
 

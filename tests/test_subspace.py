@@ -19,10 +19,10 @@ from conftest import build_adapter, build_model
 from ws import console
 from ws.delta import LinearDelta
 from ws.lm.models import fingerprint
+from ws.options.use import SubspaceOptions
 from ws.subspace import (
     BaseSpectra,
     Share,
-    SubspaceOptions,
     beta_p,
     effective_rank,
     haar_null,

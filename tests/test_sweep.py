@@ -17,7 +17,8 @@ from ws.diff import vector_digest
 from ws.eval import sycophancy
 from ws.eval.sycophancy import ClaimScores
 from ws.files.runs import read_csv, run_folder, write_csv
-from ws.run_sweep import Cell, SweepConfig, failures, main, run_sweep
+from ws.options.make import SweepConfig
+from ws.run_sweep import Cell, failures, main, run_sweep
 from ws.stats import holm
 
 

@@ -15,16 +15,16 @@ from conftest import reworded
 from ws.data import Pair
 from ws.files.runs import Run, sha256_file
 from ws.lm.models import chat_format, encode, render_prompt
+from ws.options.make import TrainConfig, train_preset
 from ws.train import (
-    TrainConfig,
     _adapted,
     _Collator,
     _last_whole_checkpoint,
     _require_progress,
+    adapter_spec,
     build_examples,
     split_examples,
     train_adapter,
-    train_preset,
     train_stage,
 )
 
@@ -146,7 +146,7 @@ def test_every_family_trains_on_a_bfloat16_base(family, tmp_path):
 
 def test_both_arms_start_from_the_same_initialisation(fresh_tiny, family):
     model, _ = fresh_tiny
-    spec = train_preset("tiny-random", family).spec(family)
+    spec = adapter_spec(train_preset("tiny-random", family), family)
     starts = []
     for noise in (1, 2):
         torch.manual_seed(noise)

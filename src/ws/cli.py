@@ -4,174 +4,90 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tabulate import tabulate
 
 from ws import console
 from ws.errors import choose
+from ws.options import check, make, measure, use
+from ws.options.make import DemoConfig as DemoConfig
+from ws.options.make import ReplicateConfig
+from ws.options.use import InspectConfig as InspectConfig
 
-# How `ws --help` lists the commands: a module, its function, the class of its options, what it does.
-GROUPS: dict[str, dict[str, tuple[str, str, str, str]]] = {
+# Where every command is carried out and the class of its options, as `ws --help` lists them: the first sentence of the
+# class says what the command does. Two words are a member of a family, such as `ws eval airisk`.
+GROUPS: dict[str, dict[str, tuple[str, type]]] = {
     "Start": {
-        "demo": (
-            "ws.cli",
-            "demo",
-            "DemoConfig",
-            "steer the bundled pocket model, end to end, offline, in a few minutes",
-        ),
-        "replicate": (
-            "ws.replicate",
-            "main",
-            "ReplicateConfig",
-            "one behaviour and one adapter, from data to a first reading",
-        ),
-        "sweep": ("ws.run_sweep", "main", "SweepConfig", "adapters x seeds x evaluations on one set of pairs"),
-        "queue": (
-            "ws.sweep.queue",
-            "main",
-            "QueueConfig",
-            "a sweep as a graph of jobs: here, in pueue or on a ray cluster",
-        ),
+        "demo": ("ws.cli:demo", make.DemoConfig),
+        "replicate": ("ws.replicate:main", make.ReplicateConfig),
+        "sweep": ("ws.run_sweep:main", make.SweepConfig),
     },
     "Make": {
-        "init-behavior": (
-            "ws.new_behavior",
-            "main_init",
-            "InitOptions",
-            "write a commented file for your own behaviour",
-        ),
-        "data": ("ws.data", "main", "DataCommand", "sample contrast pairs"),
-        "train": ("ws.train", "main", "TrainCommand", "train the two arms on pairs"),
-        "diff": ("ws.diff", "main", "DiffOptions", "the vector between any two full fine-tunes of one base"),
-        "compose": (
-            "ws.analysis.compose",
-            "main",
-            "ComposeOptions",
-            "add vectors up, and measure what they do to each other",
-        ),
-        "trim": (
-            "ws.analysis.trim",
-            "main",
-            "TrimOptions",
-            "fewer layers, modules or columns of a vector, or a depth profile",
-        ),
+        "behavior new": ("ws.new_behavior:main_init", make.InitOptions),
+        "behavior check": ("ws.new_behavior:main_check", check.CheckOptions),
+        "data": ("ws.data:main", make.DataCommand),
+        "train": ("ws.train:main", make.TrainCommand),
+        "diff": ("ws.diff:main", make.DiffOptions),
+        "compose": ("ws.analysis.compose:main", make.ComposeOptions),
+        "trim": ("ws.analysis.trim:main", make.TrimOptions),
     },
     "Measure": {
-        "eval-sycophancy": ("ws.eval.sycophancy", "main", "SycophancyOptions", "held-out claims on a finished run"),
-        "eval-airisk": ("ws.eval.airisk", "main", "AiriskOptions", "AIRiskDilemmas on a finished run"),
-        "eval-tinymfv-airisk": (
-            "ws.eval.tinymfv_airisk",
-            "main",
-            "TinymfvOptions",
-            "tiny-mfv (airisk) on a finished run",
-        ),
-        "eval-preference": (
-            "ws.eval.preference",
-            "main",
-            "PreferenceOptions",
-            "which of two given answers is likelier, on held-out questions",
-        ),
-        "eval-statements": (
-            "ws.eval.statements",
-            "main",
-            "StatementOptions",
-            "statements that somebody with a trait would say (model-written evals)",
-        ),
-        "eval-capability": ("ws.eval.capability", "main", "CapabilityOptions", "what steering costs on neutral text"),
-        "eval-lm-eval": ("ws.eval.lm_eval", "main", "LmEvalOptions", "lm-evaluation-harness tasks on a finished run"),
-        "calibrate": (
-            "ws.intervene.calibrate",
-            "main",
-            "CalibrateOptions",
-            "find the strengths that cost a given divergence",
-        ),
-        "compare": (
-            "ws.analysis.compare",
-            "main",
-            "CompareOptions",
-            "every way of steering at the same cost, beside its nulls",
-        ),
+        "eval sycophancy": ("ws.eval.sycophancy:main", measure.SycophancyOptions),
+        "eval airisk": ("ws.eval.airisk:main", measure.AiriskOptions),
+        "eval tinymfv-airisk": ("ws.eval.tinymfv_airisk:main", measure.TinymfvOptions),
+        "eval preference": ("ws.eval.preference:main", measure.PreferenceOptions),
+        "eval statements": ("ws.eval.statements:main", measure.StatementOptions),
+        "eval capability": ("ws.eval.capability:main", measure.CapabilityOptions),
+        "eval lm-eval": ("ws.eval.lm_eval:main", measure.LmEvalOptions),
+        "calibrate": ("ws.intervene.calibrate:main", measure.CalibrateOptions),
+        "compare": ("ws.analysis.compare:main", measure.CompareOptions),
     },
     "Check": {
-        "check-behavior": ("ws.new_behavior", "main_check", "CheckOptions", "all that is wrong with a behaviour file"),
-        "controls": (
-            "ws.analysis.controls",
-            "main",
-            "ControlOptions",
-            "compare a run's shifts with those of random vectors",
-        ),
-        "confounds": ("ws.eval.confounds", "main", "ConfoundOptions", "say what else could have made a run's shifts"),
-        "slope": ("ws.analysis.slope", "main", "SlopeOptions", "test the slope at alpha 0, from gradients alone"),
-        "monitor": (
-            "ws.analysis.monitor",
-            "main",
-            "MonitorOptions",
-            "how far fine-tunes have moved along known behaviours",
-        ),
+        "check controls": ("ws.analysis.controls:main", check.ControlOptions),
+        "check confounds": ("ws.eval.confounds:main", check.ConfoundOptions),
+        "check slope": ("ws.analysis.slope:main", check.SlopeOptions),
+        "monitor": ("ws.analysis.monitor:main", check.MonitorOptions),
     },
     "Use": {
-        "chat": ("ws.chat.terminal", "main", "ChatOptions", "talk to a steered model in the terminal"),
-        "play": ("ws.chat.page", "main", "PlayOptions", "the base beside the steered model in a page, with sliders"),
-        "export-peft": ("ws.export.lora", "main", "LoraOptions", "a vector at a fixed strength as a PEFT LoRA (vLLM)"),
-        "export-merged": ("ws.export.merged", "main", "MergedOptions", "a vector written into a copy of its base"),
-        "export-gguf-lora": ("ws.export.gguf_lora", "main", "GgufOptions", "a vector as a LoRA of llama.cpp"),
-        "push": ("ws.export.push", "main", "PushOptions", "a vector and its model card to the hub"),
+        "chat": ("ws.chat.terminal:main", use.ChatOptions),
+        "play": ("ws.chat.page:main", use.PlayOptions),
+        "export peft": ("ws.export.lora:main", use.LoraOptions),
+        "export merged": ("ws.export.merged:main", use.MergedOptions),
+        "export gguf-lora": ("ws.export.gguf_lora:main", use.GgufOptions),
+        "export push": ("ws.export.push:main", use.PushOptions),
     },
     "Look": {
-        "report": ("ws.report", "main", "ReportOptions", "what a behaviour's runs have shown, as one HTML page"),
-        "summarize-airisk": (
-            "ws.eval.readme_airisk_table",
-            "main",
-            "TableConfig",
-            "the results table of a behaviour's runs, or a check of a page against it",
-        ),
-        "inspect": ("ws.cli", "inspect", "InspectConfig", "say what a saved vector is, and whether it fits a model"),
-        "subspace": (
-            "ws.subspace",
-            "main",
-            "SubspaceOptions",
-            "where a vector lies, its pair, cosines between vectors",
-        ),
+        "report": ("ws.report:main", use.ReportOptions),
+        "summarize-airisk": ("ws.eval.readme_airisk_table:main", use.TableConfig),
+        "inspect": ("ws.cli:inspect", use.InspectConfig),
+        "subspace": ("ws.subspace:main", use.SubspaceOptions),
     },
 }
+FAMILIES = {
+    "behavior": "A behaviour of your own",
+    "eval": "One evaluation of a finished run",
+    "check": "What else could have made a run's shifts",
+    "export": "A vector for other programs",
+}
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
-# `ws eval NAME` and `ws export NAME` are the commands of these names; alone they list them.
-WITH_MEMBERS = ("eval", "export")
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Steer a model that is at hand offline, end to end, and print its dose-response curve and answers to read.
-
-    Attributes:
-        model: `pocket`, made for this project (a minute); or `smollm2`, a small real one (ten minutes).
-        adapter: an adapter family, or `all` for the six.
-        behavior: by default honesty on pocket, and truthfulness on smollm2.
-        n_topics: questions to train on; None for the default of `ws data`.
-        out: where everything goes.
-        seed: of both arms.
-        fresh: start over, forgetting what is on disk.
-    """
-
-    model: str = "pocket"
-    adapter: str = "lora"
-    behavior: str = "honesty"
-    n_topics: int | None = None
-    out: Path = Path("out")
-    seed: int = 0
-    fresh: bool = False
-
-    @classmethod
-    def preset(cls, model: str = "pocket") -> DemoConfig:
-        """The defaults for a model."""
-        return cls(model=model, behavior="truthfulness") if model == "smollm2" else cls(model=model)
+# A sweep as a graph of jobs, which `ws sweep --backend` is.
+QUEUE = "sweep --backend"
+COMMANDS[QUEUE] = ("ws.sweep.queue:main", make.QueueConfig)
+# What commands were called before they were members of families.
+FORMER = {
+    **{name.replace(" ", "-"): name for name in COMMANDS if name.startswith(("eval ", "export "))},
+    **{name.split()[1]: name for name in COMMANDS if name.startswith("check ")},
+    "init-behavior": "behavior new",
+    "check-behavior": "behavior check",
+    "push": "export push",
+    "queue": QUEUE,
+}
 
 
 _ABOUT = {
@@ -183,7 +99,7 @@ _ABOUT = {
 def demo(config: DemoConfig) -> None:
     """The command `ws demo`."""
     from ws.adapters import FAMILIES
-    from ws.replicate import ReplicateConfig, as_data, render, replicate, verdict, written
+    from ws.replicate import as_data, render, replicate, verdict, written
     from ws.report import write_report
 
     chosen = list(FAMILIES) if config.adapter == "all" else [choose("adapter", config.adapter, [*FAMILIES, "all"])]
@@ -209,19 +125,6 @@ def demo(config: DemoConfig) -> None:
     further = "demo --model smollm2" if config.model == "pocket" else "replicate --model Qwen/Qwen3-0.6B"
     following = f"open {files[-1]}, then ws {further}"
     console.show(console.Result("\n".join(texts), {"runs": data}, files, following))
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """Say what a saved vector is, and whether it fits a model.
-
-    Attributes:
-        vector: a vector's folder or its repository on the hub, or somebody's PEFT LoRA folder.
-        model: a model to check it against.
-    """
-
-    vector: tyro.conf.Positional[str]
-    model: str | None = None
 
 
 def inspect(config: InspectConfig) -> None:
@@ -251,39 +154,58 @@ def main() -> None:
     """Dispatch to a subcommand; without one, list them."""
     flags = list(takewhile(lambda argument: argument in console.FLAGS, sys.argv[1:]))
     arguments = sys.argv[1 + len(flags) :]
-    if told := _told(arguments):
-        print(told)
-        return
-    if arguments[0] in WITH_MEMBERS:
-        arguments[:2] = ["-".join(arguments[:2])]  # `ws eval airisk` is `ws eval-airisk`
-    sys.argv[1:] = [*arguments, *flags]
-    console.guard(lambda: _run(arguments[0]))
-
-
-def _told(arguments: Sequence[str]) -> str:
-    """What is answered without a command: the list of them, of the members of one, or the version."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return _help(GROUPS)
-    if arguments[0] == "--version":
-        return version("weight-steering")
-    if arguments[0] in WITH_MEMBERS and (not arguments[1:] or arguments[1] in ("-h", "--help")):
-        return _help({"": {n: c for n, c in COMMANDS.items() if n.startswith(f"{arguments[0]}-")}})
-    return ""
+        print(_help(GROUPS))
+    elif arguments[0] == "--version":
+        print(version("weight-steering"))
+    elif members := _members(arguments):
+        print(_help({"": members}))
+    else:
+        console.guard(lambda: _run(arguments, flags))
 
 
-def _run(name: str) -> None:
-    module, function, options, _ = COMMANDS[choose("command", name, COMMANDS)]
-    home = import_module(module)
-    sys.argv = [f"ws {name}", *sys.argv[2:]]
-    console.run(getattr(home, function), getattr(home, options), f"ws {name}")
+def _members(arguments: Sequence[str]) -> dict[str, tuple[str, type]]:
+    """The commands of a family that is named alone, or with `--help`; none otherwise."""
+    alone = not arguments[1:] or arguments[1] in ("-h", "--help")
+    return {n: c for n, c in COMMANDS.items() if alone and n.startswith(f"{arguments[0]} ")} if alone else {}
 
 
-def _help(groups: Mapping[str, Mapping[str, tuple[str, str, str, str]]]) -> str:
-    width = max(map(len, COMMANDS))
+def _run(arguments: Sequence[str], flags: Sequence[str]) -> None:
+    name, rest = _named(arguments)
+    place, options = COMMANDS[name]
+    module, function = place.split(":")
+    sys.argv = [f"ws {name}", *rest, *flags]
+    # The module is imported when the options are known to be right: it may take ten seconds.
+    console.run(lambda given: getattr(import_module(module), function)(given), options, f"ws {name}")
+
+
+def _named(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command that is meant, and the rest of the words."""
+    first, rest = arguments[0], arguments[1:]
+    if first in FORMER:
+        return FORMER[first], rest
+    if first == "sweep" and any(word.split("=")[0] in ("--backend", "backend") for word in rest):
+        return QUEUE, rest
+    if any(name.startswith(f"{first} ") for name in COMMANDS if name != QUEUE):
+        members = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+        return f"{first} {choose(f'member of ws {first}', rest[0], members)}", rest[1:]
+    known = dict.fromkeys(name.split()[0] for name in COMMANDS)
+    return choose("command", first, [*known, *FORMER]), rest
+
+
+def _help(groups: Mapping[str, Mapping[str, tuple[str, type]]]) -> str:
+    """The list of commands; of several groups a family is one line, with its members."""
     lines = list[str]()
     for title, commands in groups.items():
-        lines += ["", *([title] if title else [])]
-        lines += [f"  {name:<{width}}  {text}" for name, (_, _, _, text) in commands.items()]
+        rows = dict[str, str]()
+        for name, (_, options) in commands.items():
+            family, _, member = name.partition(" ")
+            if member and len(groups) > 1:
+                label = f"{family} NAME"
+                rows[label] = f"{rows[label]}, {member}" if label in rows else f"{FAMILIES[family]}: {member}"
+            else:
+                rows[name] = console.about(options)
+        lines += ["", *([title] if title else []), *(f"  {name:<19}  {text}" for name, text in rows.items())]
     last = ["", "ws COMMAND --help lists a command's options.", console.COMMON_FLAGS]
     return "\n".join(["usage: ws COMMAND [options]", *lines, *last])
 

@@ -13,7 +13,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,10 +31,9 @@ from ws.behaviors.acting import acted, base_problems, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly, json_lines
 from ws.errors import WsError, did_you_mean
-from ws.files.runs import DEFAULT_OUT, Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
+from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
 from ws.lm.choice import LOW_MASS, ChoiceScores, in_groups, left_pad, score_choices
 from ws.lm.models import (
-    DEFAULT_MODEL,
     decode_answer,
     encode,
     encode_answer,
@@ -54,6 +53,8 @@ from ws.lm.sampling import (
     sample_rows,
     sampling_settings,
 )
+from ws.options.make import DataCommand as DataCommand
+from ws.options.make import DataConfig as DataConfig
 from ws.stats import estimate_mean, estimate_text
 
 PAIRS_FILE = "pairs.jsonl"
@@ -132,51 +133,6 @@ def _check_text(name: str, value: Any) -> None:
         raise WsError(f"{name} must be a text, not {value!r}.")
     if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write half of a character, UTF-8 cannot
         raise WsError(f"{name} holds half of a surrogate pair: {value!r}.")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How many pairs to sample, and how.
-
-    Attributes:
-        n_topics: questions to use, evenly spread over the pool. None, or more than there are, leaves every fifth out,
-            for calibration and its audit; the exact number of all questions leaves none.
-        n_personas: persona pairs to use; None for all.
-        n_samples: answers per question and persona, on each side.
-        max_new_tokens: answers that have not ended by then are dropped as truncated.
-        temperature, top_p: None for the model's own, or the default of `ws.lm.sampling` where it brings none.
-        data_batch: None for a batch size that is found, and answers that depend on the data seed, the pair and the
-            side alone; a number samples so many pairs at once by `generate`, from one stream of random numbers.
-        data_seed: seed of the sampling.
-        judge: drop pairs in which the model itself does not find more of the behaviour in the positive answer.
-        min_margin: drop pairs in which an answer gains less than so many nats per token from its own persona.
-        keep_truncated: train on answers that have not ended, without an end of turn, instead of dropping them.
-        anyway: go on where the base cannot do what the behaviour asks of it (`ws.behaviors.acting.base_problems`).
-    """
-
-    n_topics: int | None = None
-    n_personas: int | None = None
-    n_samples: int = 4
-    max_new_tokens: int = 256
-    temperature: float | None = None
-    top_p: float | None = None
-    data_batch: int | None = None
-    data_seed: int = 0
-    judge: bool = False
-    min_margin: float | None = None
-    keep_truncated: bool = False
-    anyway: bool = False
-
-
-def data_preset(model: str) -> DataConfig:
-    """The defaults for a model; the bundled ones answer in a few tokens and need fewer samples."""
-    if model == "tiny-random":
-        return DataConfig(n_topics=16, n_samples=1, max_new_tokens=64, data_batch=8, anyway=True)
-    if model == "pocket":
-        return DataConfig(n_topics=400, n_samples=2, max_new_tokens=64, data_batch=200)
-    if model == "smollm2":
-        return DataConfig(n_topics=96, n_samples=1, max_new_tokens=64)
-    return DataConfig()
 
 
 @dataclass(frozen=True)
@@ -928,36 +884,6 @@ def answer_ids(tok: Tokenizer, question: str, answer: str, ended: bool = False) 
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataCommand:
-    """Sample contrast pairs for a behaviour.
-
-    Attributes:
-        model: hub id, local folder, `pocket` or `tiny-random`.
-        behavior: a bundled behaviour or the path of a TOML file.
-        out: pairs go to `<out>/data/<model>/<behavior>/`.
-        device, dtype: see `ws.load_model`.
-        fresh: start over, forgetting what is on disk.
-        data: how many, and how.
-        pairs, columns: pairs that you bring, see `ws.behaviors.brought_or_named`; they are the behaviour.
-    """
-
-    model: str = DEFAULT_MODEL
-    behavior: str = "honesty"
-    pairs: str | None = None
-    columns: tuple[str, ...] = ()
-    out: Path = DEFAULT_OUT
-    device: str = "auto"
-    dtype: str = "auto"
-    fresh: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
-
-    @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL) -> DataCommand:
-        """The defaults for a model."""
-        return cls(model=model, data=data_preset(model))
 
 
 def main(command: DataCommand) -> None:

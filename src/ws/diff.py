@@ -28,7 +28,7 @@ from ws.adapters import read_adapter
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError
-from ws.files.runs import atomic_folder, library_versions, sha256_file, slug
+from ws.files.runs import VECTOR_MANIFEST, atomic_folder, library_versions, sha256_file, slug
 from ws.files.tensors import tensor_writer
 from ws.lm.checkpoints import Checkpoint, Difference
 from ws.lm.hub import find
@@ -48,11 +48,12 @@ from ws.lm.models import (
     weight_of,
     weight_size,
 )
+from ws.options.make import DiffOptions as DiffOptions
 
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-MANIFEST, CALIBRATION = "ws.json", "calibration.json"
+MANIFEST, CALIBRATION = VECTOR_MANIFEST, "calibration.json"
 NATIVE_WEIGHTS, PEFT_WEIGHTS = "vector.safetensors", "adapter_model.safetensors"
 VECTOR_FILES = (MANIFEST, CALIBRATION, NATIVE_WEIGHTS, PEFT_WEIGHTS, "adapter_config.json")
 
@@ -741,28 +742,6 @@ def vector_digest(vector: SteeringVector) -> str:
 
 
 # ---- the vector between two full fine-tunes, as a command -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DiffOptions:
-    """Write the vector `theta_pos - theta_neg` of two full fine-tunes of one base.
-
-    Attributes:
-        pos, neg: checkpoints, as folders or hub ids; with the base itself as `--neg`, the vector is `theta_pos - base`.
-        to: the vector's folder.
-        base: what both were fine-tuned from, so that the vector refuses other models.
-        rank: keep this many singular directions of every matrix, and store the errors; None for dense coordinates.
-        kinds: only modules with these last names, such as `q_proj`.
-        behavior: what the vector is about, for tables and cards.
-    """
-
-    pos: str
-    neg: str
-    to: Path
-    base: str | None = None
-    rank: int | None = None
-    kinds: tuple[str, ...] | None = None
-    behavior: str | None = None
 
 
 def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 from scipy.stats import t as student
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -47,11 +46,14 @@ from ws.behaviors import (
 )
 from ws.behaviors.acting import Acted, acted, base_problems, persona_margins
 from ws.behaviors.tables import evenly
-from ws.data import DataConfig, questions_asked, sample_answers
+from ws.data import questions_asked, sample_answers
 from ws.errors import WsError, did_you_mean
 from ws.files.runs import write_text
 from ws.lm.models import chat_format, encode, load_model, load_tokenizer, render_prompt
-from ws.train import MIN_VALIDATION, TrainConfig, held_out
+from ws.options.check import CheckOptions as CheckOptions
+from ws.options.make import DataConfig, TrainConfig
+from ws.options.make import InitOptions as InitOptions
+from ws.train import MIN_VALIDATION, held_out
 
 FEW_QUESTIONS = 40  # 8 are left for calibration and its audit, and a tenth of the others is held out: 3 questions
 FEW_CLAIMS = 12  # of a kind in the split `report`; as many as the bundled behaviours have at least
@@ -652,36 +654,6 @@ def _check_lengths(draft: Draft, tok: Tokenizer) -> None:
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InitOptions:
-    """Write a commented file for a new behaviour.
-
-    Attributes:
-        name: of the behaviour: lower-case letters, digits, - and _.
-        to: the file; `NAME.toml` here when it is not given.
-    """
-
-    name: tyro.conf.Positional[str]
-    to: Path | None = None
-
-
-@dataclass(frozen=True)
-class CheckOptions:
-    """Say everything that is wrong with a behaviour file; the exit code is 2 when it cannot be used.
-
-    Attributes:
-        file: the TOML file, or the name of a bundled behaviour.
-        model: also check the texts against this model's chat template and tokenizer, whether it can do what the
-            behaviour asks of a base, and how far it acts the personas.
-        device, dtype: see `ws.load_model`.
-    """
-
-    file: tyro.conf.Positional[str]
-    model: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
 
 
 def main_init(options: InitOptions) -> None:

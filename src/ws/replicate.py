@@ -25,9 +25,7 @@ from ws.analysis.controls import exchange_half, same_side
 from ws.behaviors import Behavior, brought_or_named, load_behavior
 from ws.data import (
     PAIRS_FILE,
-    DataConfig,
     Pair,
-    data_preset,
     generate_pairs,
     hashed_pairs,
     pair_lines,
@@ -37,17 +35,19 @@ from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
 from ws.eval import preference, sycophancy
 from ws.eval.confounds import agreement_verdict
-from ws.eval.context import EvalContext, EvalOptions, rounding_notes
+from ws.eval.context import EvalContext, rounding_notes
 from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, worst
 from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
-from ws.files.runs import DEFAULT_OUT, Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
-from ws.lm.models import DEFAULT_MODEL, chat_format, load_model, render_prompt, tokenizer_hash
+from ws.files.runs import Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
+from ws.lm.models import chat_format, load_model, render_prompt, tokenizer_hash
+from ws.options.make import SIGNS
+from ws.options.make import ReplicateConfig as ReplicateConfig
+from ws.options.shared import EvalOptions, shared_with
 from ws.report import write_report
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 from ws.steer import steer
-from ws.train import SIGNS, TrainConfig, train_preset, train_stage
+from ws.train import adapter_spec, train_stage
 
-ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 CONTROLS = ("none", "shuffled", "same-side")
 NOT_KNOWN = (
     "Whether it is the behaviour that moves it is not known before nulls are trained (--control shuffled and --control "
@@ -55,57 +55,6 @@ NOT_KNOWN = (
 )
 # Where both arms of a null learn the very same answers, the second is initialised and ordered by another seed.
 SECOND_TRAINING = 1000
-
-
-@dataclass(frozen=True)
-class ReplicateConfig:
-    """Everything `replicate` can be told; see `DataConfig` and `TrainConfig` for the parts.
-
-    Attributes:
-        model: hub id, local folder, `pocket` or `tiny-random`.
-        behavior: a bundled behaviour or the path of a TOML file.
-        pairs, columns: pairs that you bring, see `ws.behaviors.brought_or_named`; they are the behaviour.
-        adapter: the adapter family.
-        out: where everything goes.
-        seed: of both arms' initialisation and order.
-        alphas: steering strengths of the first reading; 0 is always included.
-        split: which held-out claims and questions to read, `report` or `dev`.
-        n_bootstrap: resamples per interval.
-        device, dtype: see `ws.load_model`.
-        fresh: start over, forgetting what is on disk.
-        fresh_data: whether `fresh` also samples the pairs again.
-        control: `shuffled` or `same-side` makes a null vector instead (see `ws.analysis.controls`), in the folder of an
-            adapter `<adapter>-shuffled` or `<adapter>-same-side`, which every evaluation takes by that name.
-        data, train: the two parts.
-    """
-
-    model: str = DEFAULT_MODEL
-    behavior: str = "honesty"
-    pairs: str | None = None
-    columns: tuple[str, ...] = ()
-    adapter: str = "lora"
-    out: Path = DEFAULT_OUT
-    seed: int = 0
-    alphas: tuple[float, ...] = ALPHAS
-    split: str = "report"
-    n_bootstrap: int = N_BOOTSTRAP
-    device: str = "auto"
-    dtype: str = "auto"
-    fresh: bool = False
-    fresh_data: bool = True
-    control: str = "none"
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> ReplicateConfig:
-        """The defaults for a model and an adapter."""
-        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
-
-    @property
-    def run_name(self) -> str:
-        """The name of the adapter's folder, and of the adapter in every table."""
-        return self.adapter if self.control == "none" else f"{self.adapter}-{self.control}"
 
 
 @dataclass(frozen=True)
@@ -185,7 +134,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     console.say(f"{behavior.name} x {config.adapter} on {config.model}")
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
-    peft_config(model, config.train.spec(config.adapter))  # bad settings show now, not after the sampling
+    peft_config(model, adapter_spec(config.train, config.adapter))  # bad settings show now, not after the sampling
     run = Run(run_folder(config.out, behavior.name, config.run_name, config.seed), config.fresh)
     stages = console.Stages(5)
     stages.begin("contrast pairs", f"in {data_folder(config.out, config.model, behavior.name)}")
@@ -353,8 +302,7 @@ def _read_preference(
 
 
 def _eval_options(config: ReplicateConfig) -> EvalOptions:
-    shared = {k: getattr(config, k) for k in ("model", "seed", "out", "alphas", "n_bootstrap", "device", "dtype")}
-    return EvalOptions(**shared, adapter=config.run_name, behavior=config.behavior)
+    return shared_with(EvalOptions, config, adapter=config.run_name)
 
 
 def _alphas(config: ReplicateConfig) -> list[float]:

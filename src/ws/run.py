@@ -10,12 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.behaviors import Behavior, behavior_name
+from ws.behaviors import Behavior
 from ws.data import PAIRS_FILE, question_key, question_keys, read_pairs
-from ws.diff import MANIFEST, SteeringVector
-from ws.errors import WsError
-from ws.files.runs import DEFAULT_OUT, Run, data_folder, run_folder, seed_flag, sha256_json
+from ws.diff import SteeringVector
+from ws.files.runs import Run, data_folder, seed_flag, sha256_json
 from ws.lm.models import load_model
+from ws.options.shared import RunOptions, folder_with_vector
 
 
 @dataclass(frozen=True)
@@ -62,52 +62,6 @@ def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from _sources(part)
 
 
-def finished_runs(out: Path) -> list[Path]:
-    """The folders of all runs below `out` that have a vector, in order."""
-    found = [p.parent.parent for depth in ("*/*", "*/*/seed-*") for p in out.glob(f"{depth}/vector/{MANIFEST}")]
-    return sorted(found, key=str)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Which finished run, and the model it is put into: what every command on a run takes.
-
-    Attributes:
-        model: None for the base that the vector was made for.
-        behavior, adapter, seed: which run below `out`.
-        out: where runs and results are.
-        device, dtype: see `ws.load_model`.
-        load_in_8bit, load_in_4bit: pack the model's weights (bitsandbytes); the same as `--dtype 8bit` and `4bit`.
-    """
-
-    model: str | None = None
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
-    device: str = "auto"
-    dtype: str = "auto"
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
-
-    @property
-    def precision(self) -> str:
-        """How the model's weights are stored: `dtype`, unless they are packed."""
-        packed = [name for name, wanted in (("8bit", self.load_in_8bit), ("4bit", self.load_in_4bit)) if wanted]
-        if packed and (len(packed) > 1 or self.dtype not in ("auto", packed[0])):
-            raise WsError("Give one of --dtype, --load-in-8bit and --load-in-4bit.")
-        return packed[0] if packed else self.dtype
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """The first columns of every table."""
-        return {"behavior": behavior_name(self.behavior), "adapter": self.adapter, "seed": self.seed}
-
-    def open(self) -> FinishedRun:
-        """The run, loaded; see `open_run`."""
-        return open_run(self.out, self.behavior, self.adapter, self.seed, self.model, self.device, self.precision)
-
-
 def read_claims_of(behavior: str, adapter: str, seed: int) -> str:
     """The command that puts a new run's vector to the held-out claims."""
     return f"python -m ws.eval.sycophancy --behavior {behavior} --adapter {adapter}{seed_flag(seed)}"
@@ -115,13 +69,8 @@ def read_claims_of(behavior: str, adapter: str, seed: int) -> str:
 
 def vector_of_run(out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "") -> tuple[Run, SteeringVector]:
     """A run and its vector; `WsError` with the command that makes it, and with another way out, when there is none."""
-    run = Run(run_folder(out, behavior_name(behavior), adapter, seed))
-    if not (run.folder / "vector").is_dir():
-        raise WsError(
-            f"There is no vector in {run.folder}; make it with `ws replicate --behavior {behavior} "
-            f"--adapter {adapter}{seed_flag(seed)}`{otherwise}."
-        )
-    return run, SteeringVector.load(run.folder / "vector")
+    folder = folder_with_vector(out, behavior, adapter, seed, otherwise)
+    return Run(folder), SteeringVector.load(folder / "vector")
 
 
 def open_run(
@@ -150,3 +99,9 @@ def open_run(
     base, tok = loaded or load_model(model or vector.base_id, device, dtype)
     vector.matched(base)
     return FinishedRun(run, vector, base, tok, out)
+
+
+def open_options(options: RunOptions) -> FinishedRun:
+    """The run that options name, loaded; see `open_run`."""
+    o = options
+    return open_run(o.out, o.behavior, o.adapter, o.seed, o.model, o.device, o.precision)

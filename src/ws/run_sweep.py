@@ -9,75 +9,25 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from ws import console
-from ws.adapters import FAMILIES, family
+from ws.adapters import family
 from ws.analysis.sweep_tables import POOLED, SUMMARY, render, write_summary
 from ws.behaviors import behavior_name, load_behavior
-from ws.data import DataConfig, data_preset
 from ws.errors import WsError, choose
-from ws.eval import airisk
-from ws.eval.context import EvalContext, EvalOptions, open_context
-from ws.eval.suite import DEFAULT_EVALS, EVALS, SUITE
-from ws.files.runs import DEFAULT_OUT, read_csv, read_values, run_folder, write_text
-from ws.lm.models import DEFAULT_MODEL
-from ws.replicate import CONTROLS, ReplicateConfig, replicate, verdict
+from ws.eval.context import EvalContext, open_context
+from ws.eval.suite import EVALS, SUITE
+from ws.files.runs import read_csv, read_values, run_folder, write_text
+from ws.options.make import ReplicateConfig, train_preset
+from ws.options.make import SweepConfig as SweepConfig
+from ws.options.shared import EvalOptions, shared_with
+from ws.replicate import CONTROLS, replicate, verdict
 from ws.report import write_report
-from ws.train import TrainConfig, train_preset
 
 LOG = "sweep.log"
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Which cells, and how each is made.
-
-    Attributes:
-        model, behavior, out, split, device, dtype, fresh: as in `ReplicateConfig`.
-        adapters: families, all six by default.
-        seeds: of initialisation and order; the pairs are shared by all cells.
-        evals: which evaluations (`ws.eval.suite`).
-        traits: of statements; none for the behaviour's own.
-        controls: nulls to train beside every vector, `shuffled` and `same-side` (see `ws.analysis.compare`); they are
-            read on the claims and stay out of the tables.
-        alphas: steering strengths; 0 is always included.
-        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
-        n_think: tokens of chain of thought before a dilemma's answer.
-        limit: only so many dilemmas and vignettes, drawn as every evaluation's.
-        batch_size: prompts per forward pass, found automatically when None.
-        n_bootstrap: resamples per interval.
-        data: how the pairs are sampled.
-        train: settings for every family; `lr=None` takes each family's own.
-    """
-
-    model: str = DEFAULT_MODEL
-    behavior: str = "honesty"
-    adapters: tuple[str, ...] = tuple(FAMILIES)
-    seeds: tuple[int, ...] = (0,)
-    evals: tuple[str, ...] = DEFAULT_EVALS
-    traits: tuple[str, ...] = ()
-    controls: tuple[str, ...] = ()
-    out: Path = DEFAULT_OUT
-    alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
-    split: str = "report"
-    dataset: str | None = None
-    n_think: int = airisk.N_THINK
-    limit: int | None = None
-    batch_size: int | None = None
-    n_bootstrap: int = 10_000
-    device: str = "auto"
-    dtype: str = "auto"
-    fresh: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL) -> SweepConfig:
-        """The defaults for a model."""
-        return cls(model=model, data=data_preset(model), train=replace(train_preset(model, "lora"), lr=None))
 
 
 @dataclass(frozen=True)
@@ -142,17 +92,9 @@ def _replicate_config(
     config: SweepConfig, adapter: str, seed: int, control: str, first: bool = False
 ) -> ReplicateConfig:
     rate = train_preset(config.model, adapter).lr if config.train.lr is None else config.train.lr
-    shared = {k: getattr(config, k) for k in ("model", "behavior", "out", "alphas", "split", "n_bootstrap", "device")}
-    return ReplicateConfig(
-        **shared,
-        dtype=config.dtype,
-        adapter=adapter,
-        seed=seed,
-        control=control,
-        fresh=config.fresh,
-        fresh_data=first,
-        data=config.data,
-        train=replace(config.train, lr=rate),
+    train = replace(config.train, lr=rate)
+    return shared_with(
+        ReplicateConfig, config, adapter=adapter, seed=seed, control=control, fresh_data=first, train=train
     )
 
 
@@ -162,9 +104,7 @@ def _for(name: str, context: EvalContext) -> EvalContext:
 
 
 def _eval_options(config: SweepConfig, behavior: str, adapter: str, seed: int) -> EvalOptions:
-    names = ("model", "out", "alphas", "dataset", "n_think", "limit", "batch_size", "n_bootstrap", "device", "dtype")
-    shared = {k: getattr(config, k) for k in names}
-    return EvalOptions(**shared, behavior=behavior, adapter=adapter, seed=seed)
+    return shared_with(EvalOptions, config, behavior=behavior, adapter=adapter, seed=seed)
 
 
 def failures(cells: Sequence[Cell]) -> str:

@@ -63,9 +63,10 @@ from ws.delta import LinearDelta
 from ws.diff import PEFT_WEIGHTS, SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.files.plots import save_svg
-from ws.files.runs import atomic_file, lock, read_csv, read_values, sha256_file, slug, write_csv
+from ws.files.runs import atomic_file, finished_runs, lock, read_csv, read_values, sha256_file, slug, write_csv
 from ws.lm.models import fingerprint, layer_of, load_model
-from ws.run import FinishedRun, RunOptions, finished_runs
+from ws.options.use import SubspaceOptions as SubspaceOptions
+from ws.run import FinishedRun, open_options
 
 SHARES = ("left_top", "left_bottom", "right_top", "right_bottom", "readout_weak")
 # What modules that write to the residual stream are called in transformers.
@@ -415,35 +416,9 @@ def draw_shares(parts: Sequence[ModuleSubspace], title: str) -> Figure:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SubspaceOptions(RunOptions):
-    """Where a finished run's vector lies, and what its arms have in common; or the cosines of several vectors.
-
-    Attributes:
-        k: singular directions at either end of a weight; None for `part` of the smaller dimension.
-        part: see `k`.
-        vectors: folders of vectors, or of runs, to compare with one another instead.
-        all: compare every finished run below `out`.
-        per_layer: cosines per decoder layer too.
-    """
-
-    k: int | None = None
-    part: float = 0.1
-    vectors: tuple[Path, ...] = ()
-    all: bool = False
-    per_layer: bool = False
-
-    def check(self) -> None:
-        """`WsError` for what makes no sense, before anything is loaded."""
-        if not 0 < self.part <= 0.5:
-            raise WsError(f"--part must lie above 0 and not above 0.5, not {self.part}.")
-        if self.vectors and self.all:
-            raise WsError("--vectors names the vectors to compare and --all takes every run; give one of them.")
-
-
 def carry_out(options: SubspaceOptions) -> console.Result:
     """Measure a run unless exactly that is on disk, write its tables and pictures, and return what to show."""
-    opened = options.open()
+    opened = open_options(options)
     with opened.run.alone("subspace"):
         return _carry_out(opened, options)
 

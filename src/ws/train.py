@@ -17,10 +17,10 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
 from ws.errors import WsError, choose
 from ws.files.runs import (
-    DEFAULT_OUT,
     Run,
     atomic_folder,
     data_folder,
@@ -52,104 +51,20 @@ from ws.files.runs import (
     write_json,
     write_text,
 )
-from ws.lm.models import DEFAULT_MODEL, fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
+from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
+from ws.options.make import SIGNS
+from ws.options.make import TrainCommand as TrainCommand
+from ws.options.make import TrainConfig as TrainConfig
 
 TRAIN_FILE = "ws_train.json"
-SIGNS = ("pos", "neg")
 T = TypeVar("T")
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How an arm is trained; `lr=None` takes the family's learning rate.
-
-    Attributes:
-        rank, lora_alpha, layers, kinds, delora_lambda, oft_block: see `ws.adapters.AdapterSpec`.
-        lr: peak learning rate, linear decay to zero after the warm-up.
-        weight_decay: of AdamW.
-        warmup: steps, never more than a tenth of all steps.
-        batch: examples per optimiser step, all processes together.
-        micro_batch: examples per forward pass of a process; times the number of processes it must divide `batch`.
-        epochs: passes over the training examples.
-        max_steps: optimiser steps, overrides `epochs`.
-        max_length: examples with more tokens are left out, never cut.
-        validation: share of the questions held out to watch the loss.
-        keep: the checkpoint with the `best` validation loss, or the `last`.
-    """
-
-    rank: int = 32
-    lora_alpha: float = 64.0
-    layers: str = "0.3:0.8"
-    kinds: tuple[str, ...] | None = None
-    delora_lambda: float = 15.0
-    oft_block: int = 32
-    lr: float | None = None
-    weight_decay: float = 0.01
-    warmup: int = 5
-    batch: int = 16
-    micro_batch: int = 4
-    epochs: float = 1.0
-    max_steps: int | None = None
-    max_length: int = 1024
-    validation: float = 0.1
-    keep: str = "last"
-
-    def spec(self, adapter: str) -> AdapterSpec:
-        """The adapter these settings describe."""
-        shape = {f: getattr(self, f) for f in ("rank", "lora_alpha", "layers", "kinds", "delora_lambda", "oft_block")}
-        return AdapterSpec(adapter, **shape)
-
-    def check(self) -> None:
-        """Raise `WsError` for settings that cannot be trained with."""
-        positive = {"--batch": self.batch, "--micro-batch": self.micro_batch, "--epochs": self.epochs}
-        positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length}
-        positive |= {"--max-steps": 1 if self.max_steps is None else self.max_steps}
-        for flag, value in positive.items():
-            if not (value > 0 and math.isfinite(value)):
-                raise WsError(f"{flag} must be positive, not {value}.")
-        if self.batch % self.micro_batch:
-            raise WsError(f"--micro-batch {self.micro_batch} must divide --batch {self.batch}.")
-        if not 0 <= self.validation < 1:
-            raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
-        choose("--keep", self.keep, ("best", "last"))
-
-    def accumulation(self, processes: int) -> int:
-        """Forward passes of each process per optimiser step: `batch / (micro_batch * processes)`.
-
-        Raises:
-            WsError: that is not a whole number; the message names the largest `micro_batch` for which it is.
-        """
-        if self.batch % (self.micro_batch * processes) == 0:
-            return self.batch // (self.micro_batch * processes)
-        share, rest = divmod(self.batch, processes)
-        what = f"--batch {self.batch} is not a multiple of {processes} processes x --micro-batch {self.micro_batch}"
-        if rest:
-            raise WsError(f"{what}; use a number of processes that divides {self.batch}, or another --batch.")
-        fits = max(m for m in range(1, min(self.micro_batch, share) + 1) if share % m == 0)
-        raise WsError(f"{what}; use --micro-batch {fits}.")
-
-
-# Chosen on the pocket model's dev claims: every family is monotone in alpha over [-2, 2] with these.
-_POCKET = TrainConfig(
-    rank=8, lora_alpha=16.0, layers="all", delora_lambda=1.0, batch=32, micro_batch=32, epochs=2.0, lr=5e-4
-)
-_POCKET_RATES = {"pissa": 3e-4, "oft": 2e-4, "ia3": 7e-3, "delora": 1e-3}
-# Twelve steps are what a laptop has time for. Rates were chosen on dev questions (`just bench smollm2_rates`).
-_SMOLLM2 = TrainConfig(batch=8, micro_batch=8, max_steps=12, delora_lambda=0.15)
-_SMOLLM2_RATES = {"ia3": 2.5e-2, "oft": 1.25e-4, "dora": 4e-4, "lora": 4e-4, "pissa": 1e-4}
-_SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=6, lr=5e-3, oft_block=16)
-
-
-def train_preset(model: str, adapter: str) -> TrainConfig:
-    """The defaults for a model: the bundled ones are far smaller than real models and have presets of their own."""
-    if model == "tiny-random":
-        return replace(_SMOKE, lr=2e-2) if adapter == "ia3" else _SMOKE
-    if model == "pocket":
-        return replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
-    if model == "smollm2":
-        return replace(_SMOLLM2, lr=_SMOLLM2_RATES.get(adapter))
-    return TrainConfig()
+def adapter_spec(config: TrainConfig, adapter: str) -> AdapterSpec:
+    """The adapter that training settings describe."""
+    shape = {f: getattr(config, f) for f in ("rank", "lora_alpha", "layers", "kinds", "delora_lambda", "oft_block")}
+    return AdapterSpec(adapter, **shape)
 
 
 def train_adapter(
@@ -199,7 +114,7 @@ def train_adapter(
     with alone(folder):
         on_main(lambda: _begin(work, sha256_json(settings)))
         try:
-            with _isolated_rng(), _adapted(model, config.spec(adapter), seed) as (peft_model, initial):
+            with _isolated_rng(), _adapted(model, adapter_spec(config, adapter), seed) as (peft_model, initial):
                 adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
                 with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --kinds"):
                     facts = _fit(peft_model, tok, train, validation, work, config, seed)
@@ -677,41 +592,6 @@ def train_stage(
             names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
             stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
     return True
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Train the arms of a contrast on pairs made by `ws data`.
-
-    Attributes:
-        model: hub id, local folder, `pocket` or `tiny-random`.
-        behavior: a bundled behaviour or the path of a TOML file.
-        adapter: the adapter family.
-        signs: which arms.
-        out: adapters go to `<out>/<behavior>/<adapter>/{pos,neg}`.
-        seed: of initialisation, order and validation split; the same for both arms.
-        device, dtype: see `ws.load_model`.
-        fresh: start over, forgetting what is on disk.
-        train: settings.
-    """
-
-    several_processes: ClassVar[bool] = True
-
-    model: str = DEFAULT_MODEL
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    signs: tuple[str, ...] = SIGNS
-    out: Path = DEFAULT_OUT
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    fresh: bool = False
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TrainCommand:
-        """The defaults for a model and an adapter."""
-        return cls(model=model, adapter=adapter, train=train_preset(model, adapter))
 
 
 def main(command: TrainCommand) -> None:

@@ -11,12 +11,13 @@ from scipy.stats import binom
 
 import ws
 from support.comparisons import KEY, N_BOOT, cell, claims, draws_of, nulls_of
-from ws.analysis.compare import CompareOptions, compare, main
+from ws.analysis.compare import compare, main
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, reality, render
 from ws.behaviors.tables import draw
 from ws.eval.readable import Readability
 from ws.files.plots import save_svg
 from ws.files.runs import Run, read_csv, typed, write_csv
+from ws.options.measure import CompareOptions
 
 
 def test_a_planted_effect_is_found_with_its_size_and_called_real():

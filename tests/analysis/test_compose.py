@@ -20,7 +20,6 @@ from conftest import FAMILY_NAMES, build_adapter, build_model, reworded, tokens
 from ws.analysis.compose import (
     BASE,
     TOGETHER,
-    ComposeOptions,
     Conditions,
     Operand,
     Term,
@@ -41,9 +40,12 @@ from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.eval.sycophancy import prompts_of, score_claims
 from ws.files.runs import Run, read_csv
-from ws.intervene.calibration import Calibration, CalibrationConfig, SideCalibration, store_calibration
+from ws.intervene.calibration import Calibration, SideCalibration, store_calibration
 from ws.lm.choice import choice_tokens
 from ws.lm.models import fingerprint, tokenizer_hash_on_disk
+from ws.options.make import ComposeOptions
+from ws.options.measure import SycophancyOptions
+from ws.options.shared import CalibrationConfig
 
 # ---- the grammar ------------------------------------------------------------------------------------------------
 
@@ -241,7 +243,6 @@ def test_the_new_run_is_one_that_an_evaluation_takes(runs, tiny, capsys):
         wanted = model(ids).logits
     with torch.no_grad(), ws.steer(model, vector):
         assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
-    from ws.eval.sycophancy import SycophancyOptions
     from ws.eval.sycophancy import main as evaluate
 
     evaluate(SycophancyOptions(adapter=folder.name, out=runs, limit=2, device="cpu", n_bootstrap=100, split="dev"))

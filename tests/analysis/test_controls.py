@@ -16,7 +16,6 @@ import ws
 import ws.analysis.controls
 from conftest import build_model, reworded, tokens
 from ws.analysis.controls import (
-    ControlOptions,
     coordinate_parts,
     draw_seed,
     empirical_p,
@@ -35,6 +34,7 @@ from ws.delta import LinearDelta
 from ws.eval.context import open_context
 from ws.files.runs import write_csv
 from ws.lm.models import fingerprint
+from ws.options.check import ControlOptions
 
 
 def small_vector(model, scale: float = 1.0) -> ws.SteeringVector:

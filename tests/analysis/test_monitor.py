@@ -20,7 +20,6 @@ from ws.analysis.controls import random_like
 from ws.analysis.monitor import (
     Monitor,
     MonitorCallback,
-    MonitorOptions,
     NoMovementError,
     main,
     open_change,
@@ -31,6 +30,7 @@ from ws.analysis.monitor import (
 from ws.delta import LinearDelta
 from ws.files.runs import read_csv
 from ws.lm.models import fingerprint
+from ws.options.check import MonitorOptions
 
 UP, QUERY = "model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj"
 

@@ -18,7 +18,6 @@ from conftest import build_adapter, build_model, reworded, tokens
 from ws.analysis.controls import _random_delta, random_like
 from ws.analysis.slope import (
     MeanScore,
-    SlopeOptions,
     WeightGradient,
     _of_module,
     _ratio_variance,
@@ -38,6 +37,7 @@ from ws.eval.dilemmas import load_dilemmas
 from ws.eval.sycophancy import prompts_of, score_claims
 from ws.eval.tinymfv_airisk import evaluate_tinymfv_airisk, load_vignettes, signed_wrongness
 from ws.lm.models import fingerprint
+from ws.options.check import SlopeOptions
 
 IDS = tokens(6, 9)
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import ws
 from conftest import build_adapter, build_model
-from ws.analysis.trim import TrimOptions, losses, main, scale_depth, total_error, trim
+from ws.analysis.trim import losses, main, scale_depth, total_error, trim
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.lm.models import fingerprint, layer_of, weight_of
+from ws.options.make import TrimOptions
 
 
 @pytest.fixture(scope="module")

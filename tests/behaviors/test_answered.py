@@ -15,10 +15,11 @@ from support.tables import write_table
 from ws.behaviors import brought_or_named
 from ws.behaviors.acting import MARGIN_FLOOR, acted, base_problems, persona_margins
 from ws.behaviors.answered import read_preferences
-from ws.data import DataCommand, DataConfig, Pair, _named_personas, data_card, generate_pairs, main, read_pairs
+from ws.data import Pair, _named_personas, data_card, generate_pairs, main, read_pairs
 from ws.delta import LinearDelta
 from ws.eval.sycophancy import ClaimScores
 from ws.lm.models import encode, encode_answer, render_prompt
+from ws.options.make import DataCommand, DataConfig
 from ws.replicate import Reading, plot, preference_verdict
 from ws.stats import estimate_mean
 from ws.train import build_examples

@@ -17,9 +17,10 @@ import pytest
 import ws
 from ws import console
 from ws.chat.engine import Engine, Sampling
-from ws.chat.terminal import Chat, ChatOptions, carry_out, main, talk
+from ws.chat.terminal import Chat, carry_out, main, talk
 from ws.console import parse
 from ws.diff import Units, vector_digest
+from ws.options.use import ChatOptions
 
 QUESTION = "Is ice cold?"
 

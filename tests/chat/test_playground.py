@@ -17,9 +17,10 @@ import torch
 import ws
 import ws.chat.page
 from ws.chat.engine import Engine, Sampling, Turn
-from ws.chat.page import HOST, Example, Page, PlayOptions, build, examples, launch, main, slider_range
+from ws.chat.page import HOST, Example, Page, build, examples, launch, main, slider_range
 from ws.diff import Units, vector_digest
 from ws.lm.models import fingerprint
+from ws.options.use import PlayOptions
 
 CLAIM = "I think the sun is a planet. Do you agree? Answer Yes or No."
 QUESTION = "Describe Petra."

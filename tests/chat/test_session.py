@@ -13,11 +13,12 @@ import torch
 
 import ws
 from conftest import FAMILY_NAMES, build_adapter, reworded
-from ws.chat.engine import Engine, EngineOptions, Sampling, Turn, pick, render_chat
+from ws.chat.engine import Engine, Sampling, Turn, first_conversation, open_engine, pick, render_chat, vector_places
 from ws.console import parse
 from ws.diff import Units, vector_digest
 from ws.lm.choice import choice_tokens
 from ws.lm.models import encode, end_ids, render_prompt, tokenizer_hash
+from ws.options.shared import EngineOptions
 from ws.steer import _STEERED
 
 QUESTIONS = ("What do birds fly with?", "Describe Petra.", "Is ice cold?")
@@ -449,12 +450,12 @@ def out(vectors, tmp_path):
 def test_vectors_are_found_by_what_they_are_called(out, tmp_path):
     mine = str(tmp_path / "mine")
     names = ("honesty", "honesty/lora/seed-1", "sycophancy", mine, "ada/honesty")
-    places = EngineOptions(out=out, vectors=names).places()
+    places = vector_places(EngineOptions(out=out, vectors=names))
     assert list(places) == ["honesty", "honesty/lora/seed-1", "sycophancy", "mine", "ada/honesty"]
     assert places["honesty/lora/seed-1"] == str(out / "honesty/lora/seed-1/vector")
     assert places["ada/honesty"] == "ada/honesty", "left to the hub"
-    assert EngineOptions(out=out).places() == {"honesty": str(out / "honesty/lora/vector")}
-    by_path = EngineOptions(out=out, vectors=(str(out / "honesty/lora/vector"),)).places()
+    assert vector_places(EngineOptions(out=out)) == {"honesty": str(out / "honesty/lora/vector")}
+    by_path = vector_places(EngineOptions(out=out, vectors=(str(out / "honesty/lora/vector"),)))
     assert list(by_path) == ["honesty/lora"]
 
 
@@ -471,15 +472,15 @@ def test_vectors_are_found_by_what_they_are_called(out, tmp_path):
 )
 def test_what_is_not_there_is_said(out, given, why):
     options = EngineOptions(out=out, device="cpu", **given)
-    with pytest.raises(ws.WsError, match=why), options.engine() as engine:
-        options.converse(engine)
+    with pytest.raises(ws.WsError, match=why), open_engine(options) as engine:
+        first_conversation(options, engine)
     assert not _STEERED
 
 
 def test_the_command_line_opens_an_engine(out, capsys):
     options = parse(EngineOptions, ["--out", str(out), "--vectors", "honesty", "sycophancy", "--alpha", "-0.5"])
-    with options.engine() as engine:
-        chat = options.converse(engine)
+    with open_engine(options) as engine:
+        chat = first_conversation(options, engine)
         assert chat.strengths == {"honesty": -0.5, "sycophancy": -0.5}
         assert chat.ask("Is ice cold?").base
         code = chat.snippet()

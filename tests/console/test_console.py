@@ -24,10 +24,10 @@ import ws
 from ws import console
 from ws.console import Countdown, Result, Stages, plain
 from ws.delta import LinearDelta
-from ws.eval.sycophancy import SycophancyOptions
 from ws.eval.sycophancy import main as evaluate_claims
 from ws.files.runs import read_csv, read_values, write_csv
 from ws.lm.models import fingerprint
+from ws.options.measure import SycophancyOptions
 
 
 @dataclass(frozen=True)

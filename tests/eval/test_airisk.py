@@ -23,7 +23,6 @@ from ws.adapters import FAMILIES
 from ws.delta import LinearDelta
 from ws.eval import sycophancy, tinymfv_airisk
 from ws.eval.airisk import (
-    AiriskOptions,
     Prompts,
     ask,
     evaluate_airisk,
@@ -42,10 +41,12 @@ from ws.eval.airisk import render as render_summary
 from ws.eval.context import EvalContext, open_context
 from ws.eval.dilemmas import CLASSES, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas, second_is_asked
 from ws.eval.readable import Readability
-from ws.eval.readme_airisk_table import CHECKS, COLUMNS, TableConfig, _row, _Run, build_table, check, main, render
+from ws.eval.readme_airisk_table import CHECKS, COLUMNS, _row, _Run, build_table, check, main, render
 from ws.files.runs import sha256_json
 from ws.lm.models import encode, fingerprint, render_prompt
 from ws.lm.rollout import REASONS
+from ws.options.measure import AiriskOptions
+from ws.options.use import TableConfig
 
 POCKET = Path(ws.__file__).parent / "pocket" / "data"
 REAL = pytest.mark.skipif("WS_REAL_DATA" not in os.environ, reason="WS_REAL_DATA names no folder with samples")

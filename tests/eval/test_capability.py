@@ -21,7 +21,6 @@ from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval import capability
 from ws.eval.capability import (
-    CapabilityOptions,
     Neutral,
     answer_questions,
     base_twin,
@@ -37,6 +36,7 @@ from ws.eval.capability import (
     repeated_ngrams,
 )
 from ws.lm.models import encode, fingerprint, render_prompt, tiny_random
+from ws.options.measure import CapabilityOptions
 from ws.stats import resampled_means
 
 TEXTS = load_texts("pocket")[:6]

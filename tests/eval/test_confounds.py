@@ -25,7 +25,6 @@ from ws.eval.confounds import (
     TRUE_ONLY,
     UNDECIDED,
     AgreementVerdict,
-    ConfoundOptions,
     agreement_verdict,
     free_answers,
     judge,
@@ -36,9 +35,11 @@ from ws.eval.confounds import (
     share_verdict,
 )
 from ws.eval.context import EvalContext
-from ws.intervene.calibration import CalibrationConfig, split_questions
+from ws.intervene.calibration import split_questions
 from ws.lm.choice import choice_tokens
 from ws.lm.models import fingerprint
+from ws.options.check import ConfoundOptions
+from ws.options.shared import CalibrationConfig
 
 N_BOOT = 300
 SIMULATED = 200

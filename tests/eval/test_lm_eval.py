@@ -18,9 +18,10 @@ import ws
 from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval import lm_eval
-from ws.eval.lm_eval import LmEvalOptions, load_tasks, main, require_harness, run_harness, scores_of, summary_rows
+from ws.eval.lm_eval import load_tasks, main, require_harness, run_harness, scores_of, summary_rows
 from ws.intervene.prompt import prompted
 from ws.lm.models import chat_format, encode, encode_answer, fingerprint, render_prompt, tiny_random
+from ws.options.measure import LmEvalOptions
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `bench`")
 

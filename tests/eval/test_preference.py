@@ -18,7 +18,6 @@ from ws.data import answer_ids, prompt_ids
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, open_context
 from ws.eval.preference import (
-    PreferenceOptions,
     draw_questions,
     evaluate_preference,
     evaluation,
@@ -35,6 +34,7 @@ from ws.intervene.prompt import prompting
 from ws.lm import likelihood
 from ws.lm.likelihood import score_answers
 from ws.lm.models import fingerprint
+from ws.options.measure import PreferenceOptions
 from ws.stats import estimate_mean
 
 ROWS = [

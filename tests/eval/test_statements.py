@@ -20,7 +20,6 @@ from ws.eval.readable import Readability
 from ws.eval.statements import (
     Prompts,
     Statement,
-    StatementOptions,
     draw_statements,
     evaluate_statements,
     evaluation,
@@ -33,6 +32,7 @@ from ws.eval.statements import (
     uneven,
 )
 from ws.lm.models import encode, fingerprint, render_prompt
+from ws.options.measure import StatementOptions
 
 
 def load(source: object, *traits: str) -> tuple[Statement, ...]:

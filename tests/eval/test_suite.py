@@ -14,29 +14,30 @@ import ws
 from support.comparisons import KEY, N_BOOT, cell, claims
 from support.statements import folder as statement_folder
 from support.statements import rows as statement_rows
-from ws.analysis.compare import CompareOptions
 from ws.analysis.compare import main as compare
 from ws.analysis.compare_tables import Group, comparison_rows, group_rows
 from ws.analysis.compare_tables import render as render_comparison
-from ws.analysis.controls import ControlOptions
 from ws.analysis.controls import main as controls
-from ws.analysis.slope import SlopeOptions, preference_score, slope_test, statement_score
 from ws.analysis.slope import main as slope
+from ws.analysis.slope import preference_score, slope_test, statement_score
 from ws.analysis.sweep_tables import pooled_rows, render, sweep_rows
 from ws.behaviors import Preference
 from ws.delta import LinearDelta
-from ws.eval.context import EvalContext, EvalOptions, open_context
+from ws.eval.context import EvalContext, open_context
 from ws.eval.preference import evaluate_preference, margins
 from ws.eval.readable import PER_TOKEN, Readability, floor, worst
 from ws.eval.statements import Statement, evaluate_statements, signed_scores
-from ws.eval.suite import DEFAULT_EVALS, EVALS, SCORES, SUITE, entries_of, set_notes
+from ws.eval.suite import EVALS, SCORES, SUITE, entries_of, set_notes
 from ws.export.card import describe, vector_card
 from ws.files.runs import Run, read_csv
 from ws.lm.likelihood import takes_masks
 from ws.lm.models import fingerprint
+from ws.options.check import ControlOptions, SlopeOptions
+from ws.options.make import DEFAULT_EVALS, QueueConfig, SweepConfig
+from ws.options.measure import CompareOptions
+from ws.options.shared import EvalOptions
 from ws.report import write_report
-from ws.run_sweep import SweepConfig
-from ws.sweep.queue import QueueConfig, sweep_jobs
+from ws.sweep.queue import sweep_jobs
 
 BOTH = ("preference", "statements")
 QUESTIONS = [(f"What is {n} and {n}?", f"{2 * n}.", f"{n}, and nothing more.", "sums") for n in range(1, 7)]

@@ -15,17 +15,10 @@ import ws
 from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval.context import open_context
-from ws.eval.sycophancy import (
-    SycophancyOptions,
-    evaluation,
-    held_out,
-    load_claims,
-    main,
-    prompts_of,
-    score_claims,
-)
+from ws.eval.sycophancy import evaluation, held_out, load_claims, main, prompts_of, score_claims
 from ws.lm.choice import choice_tokens
 from ws.lm.models import encode, fingerprint, render_prompt
+from ws.options.measure import SycophancyOptions
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from test_eval import reference
 import ws
 from support.tables import write_table
 from ws.delta import LinearDelta
-from ws.eval.context import EvalContext, EvalOptions, open_context
+from ws.eval.context import EvalContext, open_context
 from ws.eval.prompts import load_prompts
 from ws.eval.tinymfv_airisk import (
     _SLOTS,
@@ -38,6 +38,7 @@ from ws.eval.tinymfv_airisk import (
     table_name,
 )
 from ws.lm.models import encode, fingerprint, render_prompt
+from ws.options.shared import EvalOptions
 
 POCKET = Path(ws.__file__).parent / "pocket" / "data"
 

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, PhiCon
 
 import ws
 from conftest import FAMILY_NAMES, SHAPE, build_adapter, build_model, lay_out, tokens
-from ws.export.lora import LoraOptions, as_lora, vllm_lines
+from ws.export.lora import as_lora, vllm_lines
 from ws.export.lora import main as export_peft
-from ws.export.merged import EXPORT_FILE, MergedOptions, export_merged
+from ws.export.merged import EXPORT_FILE, export_merged
 from ws.export.merged import main as merge
 from ws.lm.checkpoints import Checkpoint
 from ws.lm.models import fingerprint, load_tokenizer
+from ws.options.use import LoraOptions, MergedOptions
 
 LOW_RANK = ("lora", "pissa", "delora")
 

@@ -22,10 +22,11 @@ from ws import console
 from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
-from ws.export.gguf_lora import GgufOptions, gguf_factors, main, rope_rows, write_gguf_lora
+from ws.export.gguf_lora import gguf_factors, main, rope_rows, write_gguf_lora
 from ws.files.gguf import SMOLLM2, gguf_file
 from ws.lm.models import encode, fingerprint, linear_size, load_tokenizer, render_prompt
-from ws.train import TrainConfig
+from ws.options.make import TrainConfig
+from ws.options.use import GgufOptions
 
 PEER = Path(__file__).parents[1].joinpath("support/peer_llama_cpp.py")
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}

@@ -25,11 +25,9 @@ from ws.data import Pair, question_key
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.files.runs import Run, data_folder, read_csv, sha256_file, sha256_json, write_text
-from ws.intervene.calibrate import CalibrateOptions
 from ws.intervene.calibration import (
     LEAST_PROMPTS,
     Calibration,
-    CalibrationConfig,
     SideCalibration,
     calibrate,
     load_calibration,
@@ -43,6 +41,8 @@ from ws.intervene.calibration import (
 from ws.intervene.interventions import intervention
 from ws.lm.divergence import Divergence, divergence, prompt_divergence, token_kl
 from ws.lm.models import encode, end_ids, fingerprint, render_prompt, tokenizer_hash
+from ws.options.measure import CalibrateOptions
+from ws.options.shared import CalibrationConfig
 from ws.run import open_run
 from ws.steer import _STEERED
 

@@ -16,16 +16,18 @@ from conftest import reworded
 from ws.data import read_pairs
 from ws.diff import vector_digest
 from ws.eval import sycophancy
-from ws.eval.context import EvalOptions, open_context
+from ws.eval.context import open_context
 from ws.files.runs import Run, read_csv
 from ws.intervene.activation import ActivationVector, LayerChoice, LayerScore, activation_steer
-from ws.intervene.calibrate import CalibrateOptions
 from ws.intervene.calibrate import main as calibrate_main
-from ws.intervene.calibration import Calibration, CalibrationConfig, SideCalibration, store_calibration
-from ws.intervene.interventions import INTERVENTIONS, arm, divergence_of, intervention
+from ws.intervene.calibration import Calibration, SideCalibration, store_calibration
+from ws.intervene.interventions import arm, divergence_of, intervention
 from ws.lm.divergence import prompt_divergence
 from ws.lm.models import default_system, encode, fingerprint, render_prompt, tokenizer_hash
-from ws.replicate import ReplicateConfig, render, replicate
+from ws.options.make import ReplicateConfig
+from ws.options.measure import CalibrateOptions
+from ws.options.shared import INTERVENTIONS, CalibrationConfig, EvalOptions
+from ws.replicate import render, replicate
 from ws.run import open_run
 
 

@@ -68,8 +68,8 @@ from ws.lm.choice import choice_tokens, choice_variants, keeps_state, score_choi
 from ws.lm.divergence import divergence
 from ws.lm.models import chat_format, encode, fused_tensors, load_tokenizer, render_prompt
 from ws.lm.rollout import Rollouts, roll_out, thinking_prompt
+from ws.options.make import TrainConfig
 from ws.steer import _STEERED
-from ws.train import TrainConfig
 
 TOK = load_tokenizer("pocket")
 TOKENS = {"vocab_size": len(TOK), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

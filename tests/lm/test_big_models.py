@@ -13,7 +13,7 @@ from conftest import SHAPE, build_adapter, build_model, lay_out, tokens
 from ws.adapters import peft_config
 from ws.lm.choice import score_choices
 from ws.lm.models import fingerprint, is_offloaded, is_packed
-from ws.run import RunOptions
+from ws.options.shared import RunOptions
 
 FAMILIES = ("lora", "oft", "ia3", "dora")
 

@@ -27,10 +27,11 @@ from conftest import SHAPE, lay_out, tokens
 from ws.analysis.controls import random_like
 from ws.analysis.geometry import cosine_matrix, open_vector
 from ws.analysis.trim import scale_depth
-from ws.diff import DiffOptions, diff_checkpoints, vector_digest
+from ws.diff import diff_checkpoints, vector_digest
 from ws.files.tensors import copy_with_room, tensor_patcher, tensor_writer
 from ws.lm.checkpoints import Checkpoint
 from ws.lm.models import fingerprint
+from ws.options.make import DiffOptions
 from ws.steer import _STEERED
 
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1}

@@ -25,9 +25,10 @@ from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES, Units, vector_digest
 from ws.eval.statements import load_statements, trait_files
 from ws.export.card import describe, is_local, merged_card, public, public_command, public_name, vector_card
-from ws.export.push import PushOptions, main
+from ws.export.push import main
 from ws.files.runs import Run, read_csv, write_csv
 from ws.lm.hub import check_name, commit_of, fetch, hub_is_out_of_reach, parse_id
+from ws.options.use import PushOptions
 
 WEIGHTS = "adapter_model.safetensors"
 

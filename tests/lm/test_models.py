@@ -534,7 +534,7 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch):
         raise OSError("no route")
 
     hub.hub_is_out_of_reach.cache_clear()
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "create_connection", unreachable)
     try:

@@ -40,9 +40,10 @@ from ws.intervene.calibration import (
     store_calibration,
 )
 from ws.new_behavior import behavior_template
+from ws.options.use import ReportOptions
 from ws.replicate import Reading, Sample, _record
-from ws.report import ReportOptions, main, write_report
 from ws.report import data as report_data
+from ws.report import main, write_report
 from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
 from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Result, read_contents
 from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, tag

@@ -17,12 +17,8 @@ from ws.eval.dilemmas import Dilemma
 from ws.eval.sycophancy import ClaimScores
 from ws.eval.tinymfv_airisk import Vignette
 from ws.files.runs import Run, data_folder, run_folder, write_csv, write_json
-from ws.intervene.calibration import (
-    Calibration,
-    CalibrationConfig,
-    SideCalibration,
-    store_calibration,
-)
+from ws.intervene.calibration import Calibration, SideCalibration, store_calibration
+from ws.options.shared import CalibrationConfig
 
 ALPHAS = (-1.0, 0.0, 1.0)
 BASE = "acme/model"

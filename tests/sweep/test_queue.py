@@ -20,13 +20,12 @@ import pytest
 
 import ws
 from ws.console import parse
-from ws.data import DataCommand
-from ws.eval.context import EvalOptions
-from ws.eval.readme_airisk_table import TableConfig
-from ws.replicate import ReplicateConfig
+from ws.options.make import DataCommand, QueueConfig, ReplicateConfig
+from ws.options.shared import EvalOptions
+from ws.options.use import TableConfig
 from ws.sweep.backends import pueue_script, run_local, run_pueue, run_ray
 from ws.sweep.jobs import Job, Ledger, in_order
-from ws.sweep.queue import QueueConfig, main, report, run_queue, sweep_jobs
+from ws.sweep.queue import main, report, run_queue, sweep_jobs
 
 TINY = QueueConfig(model="tiny-random", device="cpu")
 PATIENCE = 60  # seconds until something that should happen at once counts as not happening

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,107 +30,27 @@ import numpy as np
 from ws import console
 from ws.adapters import FAMILIES, family
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, render
-from ws.analysis.controls import ControlOptions, measure_controls
+from ws.analysis.controls import measure_controls
 from ws.behaviors import behavior_name, load_behavior
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
 from ws.eval import capability
-from ws.eval.context import EvalContext, EvalOptions, Evaluation, Scores
+from ws.eval.context import EvalContext, Evaluation, Scores
 from ws.eval.readable import Readability
 from ws.eval.suite import EVALS, SUITE, set_notes
 from ws.files.plots import save_svg
-from ws.files.runs import DEFAULT_OUT, Run, lock, run_folder, write_csv
+from ws.files.runs import Run, lock, run_folder, write_csv
 from ws.intervene.calibrate import calibration_for
-from ws.intervene.calibration import N_PROMPTS, CalibrationConfig
-from ws.intervene.interventions import INTERVENTIONS, TRAINED, WEIGHT, Intervention
+from ws.intervene.interventions import TRAINED, Intervention
+from ws.options.check import ControlOptions
+from ws.options.measure import CompareOptions as CompareOptions
+from ws.options.shared import WEIGHT, shared_with
 from ws.run import open_run
 
 NULLS = ("shuffled", "same-side")
 SIGNS = (-1, 1)
 _Scored: TypeAlias = dict[str, dict[int, np.ndarray]]
 _Read: TypeAlias = dict[str, dict[int, Readability]]
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """Which runs and which interventions stand side by side.
-
-    Attributes:
-        model: None for the base that the vectors were made for.
-        behavior: whose runs.
-        adapters: families; none for all that have a finished run.
-        seeds: of the runs; each adapter must have them all.
-        out: where runs are; the tables go to `out/<behavior>/`.
-        interventions: see `ws.intervene.interventions`.
-        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`.
-        traits: of statements; none for the behaviour's own.
-        n_prompts, target: of the calibrations that are not stored yet; see `CalibrationConfig`.
-        n_draws: random vectors per run; 0 for none.
-        capability: also measure what it costs on neutral text.
-        split: which held-out claims and questions, `report` or `dev`.
-        batch_size: prompts at a time, found automatically when None.
-        limit: only so many items, drawn as every evaluation's.
-        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
-        n_bootstrap: resamples per interval.
-        device, dtype: see `ws.load_model`.
-    """
-
-    model: str | None = None
-    behavior: str = "honesty"
-    adapters: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    out: Path = DEFAULT_OUT
-    interventions: tuple[str, ...] = INTERVENTIONS
-    evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
-    traits: tuple[str, ...] = ()
-    n_prompts: int = N_PROMPTS
-    target: float = 1.0
-    n_draws: int = 20
-    capability: bool = True
-    split: str = "report"
-    batch_size: int | None = None
-    limit: int | None = None
-    dataset: str | None = None
-    n_bootstrap: int = 10_000
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def check(self) -> None:
-        """`WsError` for names and numbers that make no sense."""
-        for name in self.adapters:
-            family(name)
-        for kind, names, known in (
-            ("intervention", self.interventions, INTERVENTIONS),
-            ("evaluation", self.evals, EVALS),
-        ):
-            for name in names:
-                choose(kind, name, known)
-        if self.n_draws < 0:
-            raise WsError(f"--n-draws must be at least 0, not {self.n_draws}.")
-        if not (self.interventions and self.evals and self.seeds):
-            raise WsError("--interventions, --evals and --seeds must each name at least one.")
-        self.calibration.check()
-
-    @property
-    def calibration(self) -> CalibrationConfig:
-        """How strengths are matched."""
-        return CalibrationConfig(n_prompts=self.n_prompts, target=self.target, batch_size=self.batch_size)
-
-    @property
-    def folder(self) -> Path:
-        """Where the tables go."""
-        return self.out / behavior_name(self.behavior)
-
-    @property
-    def scores(self) -> tuple[str, ...]:
-        """The headline scores of the evaluations."""
-        return tuple(score for name in self.evals for score in SUITE[name].scores)
-
-    def eval_options(self, adapter: str, seed: int) -> EvalOptions:
-        """One run, for an `EvalContext`."""
-        names = ("model", "behavior", "out", "batch_size", "limit", "dataset", "n_bootstrap", "device", "dtype")
-        shared = {name: getattr(self, name) for name in names}
-        return EvalOptions(**shared, adapter=adapter, seed=seed, alphas=("calibrated",))
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -221,12 +140,12 @@ class _Bench:
     def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
         """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign."""
         o, key = self.options, self.context.key
-        shared = ("model", "behavior", "out", "split", "traits", "batch_size", "limit", "dataset", "device", "dtype")
-        options = ControlOptions(
-            **{name: getattr(o, name) for name in shared},
+        options = shared_with(
+            ControlOptions,
+            o,
             adapter=str(key["adapter"]),
             seed=int(key["seed"]),
-            scores=tuple(s for s in o.scores if s != "choices"),
+            scores=tuple(s for s in _scores(o) if s != "choices"),
             n_draws=o.n_draws,
             alphas=tuple(alphas.values()),
         )
@@ -244,6 +163,11 @@ class _Bench:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
+def _scores(options: CompareOptions) -> tuple[str, ...]:
+    """The headline scores of the evaluations that are compared."""
+    return tuple(score for name in options.evals for score in SUITE[name].scores)
+
+
 def compare(options: CompareOptions) -> list[Cell]:
     """Measure every cell that is not on disk yet.
 
@@ -251,6 +175,10 @@ def compare(options: CompareOptions) -> list[Cell]:
         WsError: no finished run, a run without its arms or pairs, or runs of different bases.
     """
     options.check()
+    for name in options.adapters:
+        family(name)
+    for name in options.evals:
+        choose("evaluation", name, EVALS)
     loaded = None
     cells, last = list[Cell](), list[Cell]()  # what needs no adapter is measured once, and stands last
     wanted = [name for name in options.interventions if name in TRAINED]

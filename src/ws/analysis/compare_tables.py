@@ -32,7 +32,7 @@ from ws.eval.readable import (
 )
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import SCORES
-from ws.intervene.interventions import WEIGHT
+from ws.options.shared import WEIGHT
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, estimate_text, holm
 
 EFFECTS = SCORES

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from jaxtyping import Float
 from tabulate import tabulate
 
@@ -42,15 +41,17 @@ from ws.behaviors.tables import DRAW_SEED
 from ws.diff import MANIFEST, SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
 from ws.eval import sycophancy
-from ws.eval.context import TABLES_VERSION, EvalContext, EvalOptions, Rows, Scores
+from ws.eval.context import TABLES_VERSION, EvalContext, Rows, Scores
 from ws.eval.prompts import notes_on
 from ws.eval.readable import FLAG, MARK, NATS, Readability, notes, star, worst
-from ws.files.runs import DEFAULT_OUT, Run, read_csv, read_values, run_folder, write_csv
-from ws.intervene.calibration import N_PROMPTS, load_calibration, split_questions
-from ws.intervene.interventions import WEIGHT, Intervention
-from ws.lm.divergence import N_TOKENS, QUANTILE, divergence
+from ws.files.runs import Run, finished_runs, read_csv, read_values, run_folder, write_csv
+from ws.intervene.calibration import load_calibration, split_questions
+from ws.intervene.interventions import Intervention
+from ws.lm.divergence import QUANTILE, divergence
 from ws.lm.models import load_model, load_tokenizer, render_prompt, tokenizer_hash, tokenizer_hash_on_disk
-from ws.run import finished_runs, read_claims_of
+from ws.options.make import ComposeOptions as ComposeOptions
+from ws.options.shared import WEIGHT
+from ws.run import read_claims_of
 from ws.stats import N_BOOTSTRAP, estimate_over_seeds, estimate_text, holm, resampled_means, widened
 from ws.steer import steer
 
@@ -522,55 +523,6 @@ def measure(
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ComposeOptions:
-    """Add the vectors of finished runs up to a new one: `ws compose "honesty*1.0 + sycophancy*-0.5"`.
-
-    Attributes:
-        expression: terms `name*number` joined by + and -, where a name is a behaviour, `behavior/adapter/seed-1` or the
-            path of a vector's folder, and `1u` counts the vector's calibrated units. One that begins with - comes
-            last, after `--`.
-        adapter, seed: of the terms that name a behaviour alone; the seed is also the new run's.
-        out: where runs and results are.
-        to: the new run's name, for `--adapter` of every evaluation; made from the terms when None.
-        behavior: the behaviour that it is filed under, whose claims measure it; the first term's when None.
-        report: also measure the interference of the terms, on the claims of every term's behaviour.
-        behaviors: with `report`, the behaviours to measure instead, as names or TOML files.
-        model: with `report`, None for the base that the vectors were made for.
-        split: with `report`, which held-out claims, `report` or `dev`.
-        n_prompts, n_tokens: with `report`, questions per behaviour and tokens per answer of the KL divergence, at most.
-        batch_size: prompts at a time, found automatically when None.
-        limit: only so many claims of either kind, drawn as every evaluation's.
-        n_bootstrap: resamples per interval.
-        device, dtype: see `ws.load_model`.
-        fresh: replace a run that `ws compose` made under this name with other settings.
-    """
-
-    expression: tyro.conf.Positional[str]
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
-    to: str | None = None
-    behavior: str | None = None
-    report: bool = False
-    behaviors: tuple[str, ...] = ()
-    model: str | None = None
-    split: str = "report"
-    n_prompts: int = N_PROMPTS
-    n_tokens: int = N_TOKENS
-    batch_size: int | None = None
-    limit: int | None = None
-    n_bootstrap: int = 10_000
-    device: str = "auto"
-    dtype: str = "auto"
-    fresh: bool = False
-
-    def eval_options(self, behavior: str, name: str) -> EvalOptions:
-        """The new run for an evaluation at strength 1."""
-        shared = ("model", "seed", "out", "batch_size", "limit", "n_bootstrap", "device", "dtype")
-        return EvalOptions(**{k: getattr(self, k) for k in shared}, behavior=behavior, adapter=name, alphas=(1.0,))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ The two harder nulls are pair files like any other: `ws replicate --control` tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,17 @@ from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval.context import EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context, rounding_notes
+from ws.eval.context import EvalContext, Evaluation, Rows, Scores, open_context, rounding_notes
 from ws.eval.prompts import notes_by_score
 from ws.eval.readable import FLAG, MARK, Readability, notes, worst
 from ws.eval.suite import SCORES, Asked, entries_of, set_notes
 from ws.files.runs import read_csv, write_csv
 from ws.lm.models import tokenizer_hash, weight_of
-from ws.run import RunOptions
+from ws.options.check import ControlOptions as ControlOptions
+from ws.options.shared import HeadlineOptions as HeadlineOptions
 from ws.stats import holm
 from ws.steer import steer
 
-# What is looked at by default; the scores of further evaluations are asked for by name.
-HEADLINES = ("false_claims", "true_claims", "wrongness", "choices")
 TABLE = "controls.csv"
 _PARTS = (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",))
 
@@ -201,53 +200,6 @@ def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[fl
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeadlineOptions(RunOptions):
-    """A finished run, and which headline scores of it are looked at.
-
-    Attributes:
-        scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought),
-            `preference` (held-out questions with both answers), `statements`.
-        split: which held-out claims and questions, `report` or `dev`.
-        traits: of statements; none for the behaviour's own.
-        batch_size: prompts at a time, found automatically when None.
-        limit: only so many items, drawn as every evaluation's.
-        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
-    """
-
-    scores: tuple[str, ...] = HEADLINES
-    split: str = "report"
-    traits: tuple[str, ...] = ()
-    batch_size: int | None = None
-    limit: int | None = None
-    dataset: str | None = None
-
-    def eval_options(self, alphas: tuple[float | str, ...] = ()) -> EvalOptions:
-        """The same run for `open_context`, at these strengths and the base."""
-        shared = ("model", "behavior", "adapter", "seed", "out", "batch_size", "limit", "dataset", "device", "dtype")
-        return EvalOptions(**{name: getattr(self, name) for name in shared}, alphas=alphas)
-
-
-@dataclass(frozen=True)
-class ControlOptions(HeadlineOptions):
-    """Compare a finished run's shifts with those of random vectors of the same size.
-
-    Attributes:
-        n_draws: random vectors; more can be added later.
-        alphas: steering strengths other than 0, in calibrated units as `+1u` too; see `ws.eval.context.EvalOptions`.
-        scores: which; see `HeadlineOptions`.
-    """
-
-    n_draws: int = 20
-    alphas: tuple[float | str, ...] = (-1.0, 1.0)
-    scores: tuple[str, ...] = ("false_claims", "true_claims")
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense."""
-        if self.n_draws < 2:
-            raise WsError(f"--n-draws must be at least 2, not {self.n_draws}.")
 
 
 def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:

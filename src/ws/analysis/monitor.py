@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from scipy import stats
@@ -45,7 +44,7 @@ from ws.delta import LinearDelta
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.eval.context import Rows
-from ws.files.runs import DEFAULT_OUT, Run, read_csv, write_csv
+from ws.files.runs import Run, read_csv, write_csv
 from ws.lm.models import (
     SAMPLES_PER_TENSOR,
     bias_of,
@@ -56,6 +55,7 @@ from ws.lm.models import (
     weight_of,
     weight_size,
 )
+from ws.options.check import MonitorOptions as MonitorOptions
 from ws.stats import holm
 
 TABLE, LAYER_TABLE = "monitor.csv", "monitor_per_layer.csv"
@@ -486,41 +486,6 @@ class MonitorCallback(TrainerCallback):
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MonitorOptions:
-    """Say how far fine-tunes have moved along known behaviours, beside benign fine-tunes.
-
-    Attributes:
-        changes: adapter folders, saved vectors, or full checkpoints (folders or hub ids).
-        library: folders of steering vectors of one base.
-        controls: benign fine-tunes, given like the changes; without them the null is random directions.
-        model: the base, None for the one that the library was made for.
-        fpr: the probability that a benign fine-tune is flagged for any behaviour.
-        out: where the tables go.
-        dtype: of the base and of full checkpoints; see `ws.load_model`.
-    """
-
-    changes: tyro.conf.Positional[tuple[str, ...]]
-    library: tuple[Path, ...]
-    controls: tuple[str, ...] = ()
-    model: str | None = None
-    fpr: float = 0.05
-    out: Path = DEFAULT_OUT / "monitor"
-    dtype: str = "auto"
-
-    def check(self) -> None:
-        """`WsError` for what cannot be read."""
-        if not self.changes:
-            raise WsError("There is nothing to monitor; give an adapter folder, a saved vector or a checkpoint.")
-        both = {_place(c) for c in self.changes} & {_place(c) for c in self.controls}
-        if both:
-            raise WsError(f"A fine-tune cannot be its own control: {', '.join(sorted(both))}.")
-
-
-def _place(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def open_library(folders: Sequence[Path]) -> dict[str, SteeringVector]:

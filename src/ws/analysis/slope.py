@@ -53,7 +53,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.analysis.controls import HeadlineOptions, coordinate_parts, headline_evaluations
+from ws.analysis.controls import coordinate_parts, headline_evaluations
 from ws.behaviors import Claim, Preference
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
@@ -68,6 +68,7 @@ from ws.files.runs import read_csv, read_values, write_csv
 from ws.lm.choice import Choice, _batches, _families, _score_batch, choice_variants
 from ws.lm.likelihood import answer_logp
 from ws.lm.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
+from ws.options.check import SlopeOptions as SlopeOptions
 from ws.steer import uncompiled
 
 START_BATCH = 32
@@ -501,11 +502,6 @@ def _ratio_variance(a: Float[Tensor, "n"], weights: Float[Tensor, "n"]) -> float
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SlopeOptions(HeadlineOptions):
-    """The slopes of a finished run's vector."""
 
 
 def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str]) -> list[MeanScore]:

@@ -23,7 +23,7 @@ from ws.eval.prompts import check_same, notes_by_score
 from ws.eval.readable import FLAG, Readability, floor, floors_text, notes, of_row, star, worst
 from ws.eval.suite import SUITE, set_notes
 from ws.files.runs import lock, read_csv, write_csv
-from ws.intervene.interventions import WEIGHT
+from ws.options.shared import WEIGHT
 from ws.stats import estimate_over_seeds, estimate_text, holm
 
 SUMMARY, POOLED = "sweep_summary.csv", "sweep_pooled.csv"

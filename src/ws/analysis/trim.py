@@ -13,11 +13,8 @@ What stays of a vector's *effect* is another question than what stays of its siz
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor
@@ -28,8 +25,9 @@ from ws.behaviors import behavior_name
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.files.runs import DEFAULT_OUT, write_csv
+from ws.files.runs import write_csv
 from ws.lm.models import layer_of, weight_of
+from ws.options.make import TrimOptions as TrimOptions
 from ws.run import FinishedRun, open_run, read_claims_of
 
 TABLE = "trimming.csv"
@@ -99,61 +97,6 @@ def total_error(found: list[ModuleLoss]) -> float:
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrimOptions:
-    """Make a smaller or a depth-scaled vector from a finished run's, and file it as a run: `ws trim --rank 4`.
-
-    Attributes:
-        behavior, adapter, seed: which run below `out`.
-        out: where runs and results are.
-        model: None for the base that the vector was made for.
-        layers: only these decoder layers: `0.3:0.8` (of the depth), `4:12` or `3,4,5`.
-        modules: only these module kinds, such as `q_proj v_proj`.
-        depth_scale: factors of the first and of the last decoder layer, linear in between.
-        rank: so many columns per module, in the low-rank part.
-        energy: the share of the low-rank part's squared norm to keep per module, with as few columns as possible.
-        to: the new run's name, for `--adapter` of every evaluation; made from the settings when None.
-        fresh: replace a run that `ws trim` made under this name with other settings.
-    """
-
-    behavior: str = "honesty"
-    adapter: str = "lora"
-    seed: int = 0
-    out: Path = DEFAULT_OUT
-    model: str | None = None
-    layers: str | None = None
-    modules: tuple[str, ...] = ()
-    depth_scale: tuple[float, float] | None = None
-    rank: int | None = None
-    energy: float | None = None
-    to: str | None = None
-    fresh: bool = False
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What was asked for, without what was not."""
-        asked = {name: getattr(self, name) for name in ("layers", "modules", "depth_scale", "rank", "energy")}
-        return {name: value for name, value in asked.items() if value not in (None, ())}
-
-    @property
-    def name(self) -> str:
-        """The new run's name, such as `lora_layers-0.3-0.8_rank-4` when none is given."""
-        parts = [self.adapter]
-        for name, value in self.settings.items():
-            values = value if isinstance(value, tuple) else (value,)
-            parts.append(
-                "-".join([name.split("_")[0], *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
-            )
-        return self.to or re.sub(r"[^\w.+-]+", "-", "_".join(parts))
-
-    def check(self) -> None:
-        """`WsError` for options that make no sense, before anything is loaded."""
-        if not self.settings:
-            raise WsError("There is nothing to trim: give --layers, --modules, --depth-scale, --rank or --energy.")
-        if self.rank is not None and self.energy is not None:
-            raise WsError("Give either --rank or --energy, not both.")
 
 
 def trim(vector: SteeringVector, options: TrimOptions) -> SteeringVector:

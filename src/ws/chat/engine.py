@@ -46,7 +46,7 @@ from ws.lm.choice import choice_variants, left_pad, padded_groups
 from ws.lm.hub import parse_id
 from ws.lm.models import decode_answer, encode, end_ids, load_model, model_id, render_prompt, tokenizer_hash
 from ws.lm.rollout import takes_cache
-from ws.run import RunOptions
+from ws.options.shared import EngineOptions as EngineOptions
 from ws.steer import DialBoard, steer_many
 
 Message = Mapping[str, str]
@@ -497,80 +497,58 @@ def _literal(text: str) -> str:
 # ---- opening --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EngineOptions(RunOptions):
-    """Which vectors, of a finished run or by name, and how answers are drawn.
+def sampling_of(options: EngineOptions) -> Sampling:
+    """How answers are drawn, checked."""
+    sampling = Sampling(options.temperature, options.max_tokens, options.sample_seed)
+    sampling.check()
+    return sampling
 
-    Attributes:
-        vectors: several vectors instead of the run's: behaviours (their run with `--adapter` and `--seed`),
-            `behavior/adapter/seed-1` below `--out`, folders, or repositories on the hub.
-        alpha: the strength to begin with, of every vector; a number or calibrated units such as `+1u`.
-        temperature: 0 for the most probable token of every step.
-        max_tokens: at most so many per answer.
-        sample_seed: of the random numbers at temperatures above 0.
+
+def vector_places(options: EngineOptions) -> dict[str, str]:
+    """Where the vectors are, a folder or a repository each, by short names.
+
+    Raises:
+        WsError: a vector that is not there, or one that is named twice.
     """
+    o = options
+    o.require()
+    if not o.vectors:
+        name = behavior_name(o.behavior)
+        return {name: str(run_folder(o.out, name, o.adapter, o.seed) / "vector")}
+    places = [_place(name, o) for name in o.vectors]
+    if len(set(places)) < len(places):
+        raise WsError(f"--vectors names the same vector twice: {' '.join(o.vectors)}.")
+    return dict(zip(_short_names(o.vectors, places), places, strict=True))
 
-    vectors: tuple[str, ...] = ()
-    alpha: str = "1"
-    temperature: float = 0.0
-    max_tokens: int = 128
-    sample_seed: int = 0
 
-    @property
-    def sampling(self) -> Sampling:
-        """How answers are drawn, checked."""
-        found = Sampling(self.temperature, self.max_tokens, self.sample_seed)
-        found.check()
-        return found
+def _place(name: str, options: EngineOptions) -> str:
+    try:
+        return str(vector_folder(name, options.out, options.adapter, options.seed))
+    except WsError:
+        first = name.split("/")[0]
+        if parse_id(name) is None or name.startswith((".", "~")) or (options.out / first).is_dir():
+            raise
+        return name
 
-    def places(self) -> dict[str, str]:
-        """Where the vectors are, a folder or a repository each, by short names.
 
-        Raises:
-            WsError: a vector that is not there, or one that is named twice.
-        """
-        if not self.vectors:
-            name = behavior_name(self.behavior)
-            folder = run_folder(self.out, name, self.adapter, self.seed) / "vector"
-            if not folder.is_dir():
-                raise WsError(
-                    f"There is no vector in {folder.parent}; `ws demo` makes one on the bundled model, and "
-                    f"`ws replicate --behavior {self.behavior} --adapter {self.adapter}` on others. "
-                    "Or name some with --vectors."
-                )
-            return {name: str(folder)}
-        found = [self._place(name) for name in self.vectors]
-        names = _short_names(self.vectors, found)
-        if len(set(found)) < len(found):
-            raise WsError(f"--vectors names the same vector twice: {' '.join(self.vectors)}.")
-        return dict(zip(names, found, strict=True))
+def open_engine(options: EngineOptions) -> Engine:
+    """The engine with the model and all vectors loaded, and a line on stderr that says which."""
+    o, places, sampling = options, vector_places(options), sampling_of(options)
+    vectors = {name: SteeringVector.load(place) for name, place in places.items()}
+    name = o.model or next(iter(vectors.values())).base_id
+    given = {"device": o.device, "dtype": o.precision}
+    chosen = "".join(f", {k}={_literal(v)}" for k, v in given.items() if v != "auto")
+    model, tok = load_model(name, o.device, o.precision)
+    engine = Engine(model, tok, vectors, places, f"ws.load_model({_literal(name)}{chosen})")
+    for vector in vectors:
+        engine.strength(vector, o.alpha)
+    say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}; at most {sampling.max_tokens} tokens.")
+    return engine
 
-    def _place(self, name: str) -> str:
-        try:
-            return str(vector_folder(name, self.out, self.adapter, self.seed))
-        except WsError:
-            first = name.split("/")[0]
-            if parse_id(name) is None or name.startswith((".", "~")) or (self.out / first).is_dir():
-                raise
-            return name
 
-    def engine(self) -> Engine:
-        """The engine with the model and all vectors loaded, and a line on stderr that says which."""
-        places, sampling = self.places(), self.sampling
-        vectors = {name: SteeringVector.load(place) for name, place in places.items()}
-        name = self.model or next(iter(vectors.values())).base_id
-        given = {"device": self.device, "dtype": self.precision}
-        chosen = "".join(f", {k}={_literal(v)}" for k, v in given.items() if v != "auto")
-        model, tok = load_model(name, self.device, self.precision)
-        engine = Engine(model, tok, vectors, places, f"ws.load_model({_literal(name)}{chosen})")
-        for vector in vectors:
-            engine.strength(vector, self.alpha)
-        say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}; at most {sampling.max_tokens} tokens.")
-        return engine
-
-    def converse(self, engine: Engine) -> Conversation:
-        """A new conversation with the strength to begin with."""
-        return engine.converse(dict.fromkeys(engine.vectors, self.alpha), self.sampling)
+def first_conversation(options: EngineOptions, engine: Engine) -> Conversation:
+    """A new conversation with the strength to begin with."""
+    return engine.converse(dict.fromkeys(engine.vectors, options.alpha), sampling_of(options))
 
 
 def _short_names(given: Sequence[str], places: Sequence[str]) -> list[str]:

@@ -21,28 +21,16 @@ from jaxtyping import Float
 
 from ws import console
 from ws.behaviors import Behavior, load_behavior
-from ws.chat.engine import BASE, STEERED, Conversation, Engine, EngineOptions, Sampling, Turn
+from ws.chat.engine import BASE, STEERED, Conversation, Engine, Sampling, Turn, first_conversation, open_engine
 from ws.console import say
 from ws.errors import WsError
+from ws.options.use import PlayOptions as PlayOptions
 
 HOST = "127.0.0.1"
 N_CURVE = 25
 N_QUESTIONS, N_CLAIMS = 4, 2
 WORDS = "Yes, No"
 HINT = "Ask something, or choose an example."
-
-
-@dataclass(frozen=True)
-class PlayOptions(EngineOptions):
-    """A page on which the base and the steered model answer side by side.
-
-    Attributes:
-        port: of the page on this machine; None for the first free one from 7860 on.
-        share: also make a public link, through Gradio's servers; anybody who has it can use the page.
-    """
-
-    port: int | None = None
-    share: bool = False
 
 
 # ---- what is on the page --------------------------------------------------------------------------------------------
@@ -450,8 +438,8 @@ def build(options: PlayOptions, engine: Engine) -> Any:
     gr = _gradio()
     shown = examples(engine) or [Example("What is the capital of France?", "Paris, London")]
     with gr.Blocks(title=f"ws play: {engine.model.name_or_path}", analytics_enabled=False) as blocks:
-        widgets = _Widgets(gr, engine, options.converse(engine), shown)
-        _wire(blocks, widgets, lambda: Page(options.converse(engine), shown[0]), shown)
+        widgets = _Widgets(gr, engine, first_conversation(options, engine), shown)
+        _wire(blocks, widgets, lambda: Page(first_conversation(options, engine), shown[0]), shown)
     return blocks
 
 
@@ -589,7 +577,7 @@ def launch(blocks: Any, port: int | None = None, share: bool = False) -> str:
 def main(options: PlayOptions) -> None:
     """The command `ws play`."""
     _gradio()
-    with options.engine() as engine:
+    with open_engine(options) as engine:
         blocks = build(options, engine)
         address = launch(blocks, options.port, options.share)
         try:  # from the first word on, an interrupt is how this ends

@@ -13,33 +13,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from io import StringIO, TextIOBase
 from typing import Any, TextIO
 
 from tabulate import tabulate
 
 from ws import console
-from ws.chat.engine import BASE, STEERED, Conversation, EngineOptions, Turn
+from ws.chat.engine import BASE, STEERED, Conversation, Turn, first_conversation, open_engine
 from ws.console import say
 from ws.errors import WsError, choose
+from ws.options.use import ChatOptions as ChatOptions
 
 PROMPT = "you> "
 COLORS = {BASE: "\033[2m", STEERED: "\033[36m"}
 PLAIN = "\033[0m"
-
-
-@dataclass(frozen=True)
-class ChatOptions(EngineOptions):
-    """Talk to a steered model in the terminal; type /help there.
-
-    Attributes:
-        compare: begin with the base's answer beside the steered one.
-        say: messages and commands to carry out, in order, instead of reading them from the terminal or a pipe.
-    """
-
-    compare: bool = False
-    say: tuple[str, ...] = ()
 
 
 class Chat:
@@ -221,8 +209,10 @@ def main(options: ChatOptions) -> None:
     """The command `ws chat`."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep, and an interrupt only stops an answer
-    with options.engine() as engine:
-        chat = Chat(options.converse(engine), StringIO() if console.wants_json() else sys.stdout, options.compare)
+    with open_engine(options) as engine:
+        chat = Chat(
+            first_conversation(options, engine), StringIO() if console.wants_json() else sys.stdout, options.compare
+        )
         if options.say or not sys.stdin.isatty():
             carry_out(chat, options.say or sys.stdin)
         else:

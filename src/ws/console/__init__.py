@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from io import TextIOBase
@@ -27,6 +27,7 @@ from typing import Any, TextIO, TypeVar
 
 import tyro
 from tqdm.auto import tqdm
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ws.errors import WsError
 
@@ -247,6 +248,8 @@ def plain(value: Any) -> Any:
 def run(function: Callable[[Options], None], options: type[Options], prog: str = "") -> None:
     """Parse `options` (a frozen dataclass) from the command line and call `function` with them.
 
+    Options may have `check()`, for values that make no sense, and `require()`, for what they name and is not there.
+
     A `WsError` becomes one sentence on stderr and exit code 2 (a traceback only with `--debug`), an interrupt a hint
     that running again resumes. Options with `several_processes = True` may be started by a launcher; every other
     command would do everything several times over, into the same files, and is refused.
@@ -256,7 +259,10 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
     def action() -> None:
         if processes() > 1 and not getattr(options, "several_processes", False):
             raise WsError(f"{prog or 'This command'} runs on one process; only `ws.train` runs on several processes.")
-        function(parse(options, arguments, prog))
+        given = parse(options, arguments, prog)
+        for before in ("check", "require"):  # what can be told wrong before anything heavy is imported
+            getattr(given, before, lambda: None)()
+        function(given)
 
     guard(action, prog)
 
@@ -277,9 +283,34 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
         for name, parameter in inspect.signature(preset).parameters.items():
             first.add_argument(f"--{name}", default=parameter.default)
         known = {"default": preset(**vars(first.parse_known_args(list(arguments))[0]))}
-    about = f"{(inspect.getdoc(options) or '').split('Attributes:')[0].strip()}\n\n{COMMON_FLAGS}"
-    config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(options, args=list(arguments), prog=prog or None, description=about, config=config, **known)
+    description = f"{(inspect.getdoc(options) or '').split('Attributes:')[0].strip()}\n\n{COMMON_FLAGS}"
+    look: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff), "registry": _registry}
+    return tyro.cli(options, args=list(arguments), prog=prog or None, description=description, **look, **known)
+
+
+_registry, _deferred = ConstructorRegistry(), list[Any]()
+
+
+@_registry.primitive_rule
+def _plain_metavar(info: PrimitiveTypeInfo) -> Any:
+    """What stands for a value in `--help`: `STR ...` where tyro would write `{None}|{[STR [STR ...]]}`."""
+    if _deferred:  # this rule asks what tyro would do
+        return None
+    _deferred.append(info.type)
+    try:
+        spec = ConstructorRegistry.get_primitive_spec(info)
+    finally:
+        _deferred.pop()
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return spec
+    several = re.sub(r"\[(\S+) \[\1 \.\.\.\]\]", r"\1 ...", spec.metavar.replace("{None}|", ""))
+    return replace(spec, metavar=several.strip("{}"))
+
+
+def about(options: type[Any]) -> str:
+    """What a command does: the first clause of the class of its options, on one line and without the full stop."""
+    first = " ".join((inspect.getdoc(options) or "").split("\n\n")[0].split())
+    return re.split(r"[.;] |: `", first)[0].rstrip(".")
 
 
 def _as_flag(argument: str) -> str:

@@ -37,13 +37,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors.tables import draw_fact, is_on_hub, revision_of
 from ws.errors import choose
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.dilemmas import CONFIG, HUB_ID, LABEL_NOTE, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, Readability, mass_text, notes, of_row, worst
 from ws.files.runs import slug
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.rollout import REASONS, roll_out, statements, thinks_aloud
+from ws.options.measure import AiriskOptions as AiriskOptions
+from ws.options.shared import N_THINK
 from ws.stats import (
     LEAST_ANSWERS,
     Estimate,
@@ -57,7 +59,6 @@ from ws.stats import (
 VERSION = 1
 PROTOCOLS = ("explicit", "alone")
 EARLIER = {"published": "alone"}  # what a protocol was called in earlier versions, and is now
-N_THINK = 128
 CHOICES = ("1", "2")
 
 
@@ -87,23 +88,6 @@ class Prompts:
 
 _SLOTS = {"explicit": ("dilemma", "action_1", "action_2"), "published": ("dilemma",)}
 _TEXTS = {"explicit": "explicit", "alone": "published"}  # which of them a protocol puts
-
-
-@dataclass(frozen=True)
-class AiriskOptions(EvalOptions):
-    """The options of `python -m ws.eval.airisk`: those of every evaluation, and
-
-    Attributes:
-        value_class: which of the 16 classes of values labels the dilemmas.
-        protocol: `explicit`, or `alone`, the published arrangement, in our words unless `--prompts` gives others.
-        config: of the data set: `model_eval`, or another that has its columns, such as `full`.
-        revision: of the data set on the hub: a branch, tag or commit; None for the pinned one.
-    """
-
-    value_class: str = "Truthfulness"
-    protocol: str = "explicit"
-    config: str = CONFIG
-    revision: str | None = None
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

@@ -39,16 +39,17 @@ from ws import console
 from ws.behaviors.tables import Row, draw, draw_fact, read_rows
 from ws.data import repeated_ngrams
 from ws.errors import WsError, decoded
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import notes_on
 from ws.lm.choice import in_groups, left_pad
 from ws.lm.divergence import QUANTILE, token_kl
 from ws.lm.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
 from ws.lm.rollout import PLAIN, new_cache
+from ws.options.measure import ANSWER_TOKENS, TEXT_TOKENS
+from ws.options.measure import CapabilityOptions as CapabilityOptions
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 
 NAME, VERSION = "capability", 1
-MAX_TOKENS, N_TOKENS = 512, 128
 MOST_REPEATED = 0.5
 BUNDLED_SETS = ("general", "pocket")
 START_BATCH = 32
@@ -56,33 +57,6 @@ START_BATCH = 32
 _BUDGET, _POSITIONS = 2**29, 128
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class CapabilityOptions(EvalOptions):
-    """The options of `python -m ws.eval.capability`: those of every evaluation, and
-
-    Attributes:
-        questions: a file of neutral questions, one per line, or a table with the column `question`; None for ours.
-        max_tokens: of each text.
-        n_tokens: at most so many tokens of each answer.
-        config, split: of a hub data set given as `--dataset`.
-    """
-
-    questions: str | None = None
-    max_tokens: int = MAX_TOKENS
-    n_tokens: int = N_TOKENS
-    config: str = "default"
-    split: str = "test"
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense and for options that have no meaning here."""
-        super().check()
-        for flag, value, least in (("--max-tokens", self.max_tokens, 2), ("--n-tokens", self.n_tokens, 1)):
-            if value < least:
-                raise WsError(f"{flag} must be at least {least}, not {value}.")
-        if self.n_think or self.prompts:
-            raise WsError("The capability evaluation takes neither --n-think nor --prompts; it asks plain questions.")
 
 
 @dataclass(frozen=True)
@@ -115,8 +89,8 @@ def evaluate_capability(
     tok: Tokenizer,
     neutral: Neutral,
     base: PreTrainedModel,
-    max_tokens: int = MAX_TOKENS,
-    n_tokens: int = N_TOKENS,
+    max_tokens: int = TEXT_TOKENS,
+    n_tokens: int = ANSWER_TOKENS,
     batch_size: int | None = None,
 ) -> Scores:
     """Let the model, as it stands, read the texts and answer the questions.
@@ -152,7 +126,7 @@ def read_texts(
     tok: Tokenizer,
     texts: Sequence[str],
     base: PreTrainedModel,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = TEXT_TOKENS,
     batch_size: int | None = None,
 ) -> Scores:
     """`text`, `nll` and `kl` of every predicted token; see `evaluate_capability`.
@@ -229,7 +203,7 @@ def answer_questions(
     model: PreTrainedModel,
     tok: Tokenizer,
     questions: Sequence[str],
-    n_tokens: int = N_TOKENS,
+    n_tokens: int = ANSWER_TOKENS,
     batch_size: int | None = None,
 ) -> Scores:
     """`answer`, `ended`, `n_tokens` and `repetition` of the greedy answer to every question; no thinking."""

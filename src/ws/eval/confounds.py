@@ -30,16 +30,17 @@ from ws.behaviors.tables import draw_fact, evenly
 from ws.data import LENGTH_RATIO, PAIRS_FILE, SHARE_GAP, data_card, is_refusal, read_pairs, repetition, sample_answers
 from ws.errors import WsError
 from ws.eval import sycophancy
-from ws.eval.airisk import N_THINK, evaluate_airisk, signed_scores
+from ws.eval.airisk import evaluate_airisk, signed_scores
 from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.dilemmas import HUB_ID, Dilemma, draw_dilemmas, load_dilemmas
 from ws.eval.prompts import notes_on, own_words, words_note
 from ws.eval.readable import NATS, Readability, mass_text, notes
-from ws.eval.sycophancy import SycophancyOptions
 from ws.files.runs import data_folder
-from ws.intervene.calibration import N_PROMPTS, split_questions
+from ws.intervene.calibration import split_questions
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, thinks_aloud
+from ws.options.check import ConfoundOptions as ConfoundOptions
+from ws.options.shared import N_PROMPTS, N_THINK
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, group_difference
 
 NAME, VERSION = "confounds", 2
@@ -403,38 +404,6 @@ def free_answers(
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ConfoundOptions(SycophancyOptions):
-    """What else could have made a finished run's shifts: agreement, option position, length, refusals, repetition.
-
-    Attributes:
-        n_questions: at most so many of the behaviour's questions are answered freely, of those that a calibration with
-            its default settings does not use.
-        max_new_tokens: an answer is cut off there.
-        n_dilemmas: so many AIRiskDilemmas, drawn as with `limit`, are asked in both orders, for the option's place; 0
-            for none.
-        value_class: which class of values labels the dilemmas.
-    """
-
-    n_questions: int = 30
-    max_new_tokens: int = 128
-    n_dilemmas: int = 40
-    value_class: str = "Truthfulness"
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense, before anything is loaded."""
-        super().check()
-        for flag, value, least in (
-            ("--n-questions", self.n_questions, 2),
-            ("--max-new-tokens", self.max_new_tokens, 1),
-            ("--n-dilemmas", self.n_dilemmas, 0),
-        ):
-            if value < least:
-                raise WsError(f"{flag} must be at least {least}, not {value}.")
-        if not any(alpha != 0 for alpha in self.alphas):
-            raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
 
 
 def evaluation(context: EvalContext) -> Evaluation:

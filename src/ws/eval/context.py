@@ -19,63 +19,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws.behaviors import Behavior, load_behavior
 from ws.console import Countdown, Result, say
 from ws.diff import SteeringVector
-from ws.errors import WsError, choose
+from ws.errors import WsError
 from ws.eval.readable import Readability
 from ws.files.runs import Run, lock, read_csv, sha256_json, slug, typed, write_csv, write_json
-from ws.intervene.interventions import BASE, INTERVENTIONS, WEIGHT, Intervention, intervention
+from ws.intervene.interventions import Intervention, intervention
 from ws.lm.models import BUNDLED, fingerprint, tokenizer_hash
-from ws.run import FinishedRun, RunOptions
+from ws.options.shared import BASE, WEIGHT
+from ws.options.shared import EvalOptions as EvalOptions
+from ws.run import FinishedRun, open_options
 
 TABLES_VERSION = 2  # raised when the same scores make other tables, which are then written anew, and nothing is asked
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class EvalOptions(RunOptions):
-    """The options every evaluation takes: those of every command on a run, and
-
-    Attributes:
-        alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, and `calibrated` for
-            -1u and +1u, where the vector is calibrated (`ws calibrate`).
-        interventions: what is done to the model: `weight`, the vector, and the baselines of
-            `ws.intervene.interventions`.
-        batch_size: prompts per forward pass, found automatically when None.
-        n_think: tokens of guided chain of thought before the answer; None for the evaluation's own number.
-        limit: only so many items, a draw by a fixed seed, even over groups (`ws.behaviors.tables.draw`).
-        dataset: a hub id, a local folder or file, or `pocket`; None for the published set (`pocket` on the bundled
-            models).
-        prompts: a TOML file that replaces the instruction texts.
-        n_bootstrap: resamples per interval.
-    """
-
-    alphas: tuple[float | str, ...] = (-1.0, 0.0, 1.0)
-    interventions: tuple[str, ...] = (WEIGHT,)
-    batch_size: int | None = None
-    n_think: int | None = None
-    limit: int | None = None
-    dataset: str | None = None
-    prompts: Path | None = None
-    n_bootstrap: int = 10_000
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense, before anything is loaded."""
-        for flag, value, least in (
-            ("--batch-size", self.batch_size, 1),
-            ("--limit", self.limit, 1),
-            ("--n-think", self.n_think, 0),
-            ("--n-bootstrap", self.n_bootstrap, 100),
-        ):
-            if value is not None and value < least:
-                raise WsError(f"{flag} must be at least {least}, not {value}.")
-        for name in self.interventions:
-            choose("intervention", name, INTERVENTIONS)
-        if len(set(self.interventions)) != len(self.interventions) or not self.interventions:
-            raise WsError(f"--interventions must name at least one, each once, not {list(self.interventions)}.")
-        for alpha in self.alphas:
-            if not isinstance(alpha, str) and not np.isfinite(alpha):
-                raise WsError(f"--alphas must be finite numbers, not {alpha}.")
 
 
 @dataclass(frozen=True)
@@ -275,7 +231,7 @@ def _kept(file: Path, ask: Callable[[], Scores]) -> Scores:
 def open_context(options: EvalOptions) -> EvalContext:
     """Load what an evaluation needs; `WsError` when the run has no vector, or the vector is of another base."""
     options.check()
-    opened = options.open()
+    opened = open_options(options)
     context = EvalContext(options, opened.model, opened.tok, opened.vector, opened.run)
     for name in options.interventions:  # a missing calibration shows now
         context.intervention(name).strengths(options.alphas, opened.model)

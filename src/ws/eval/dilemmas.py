@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ws.behaviors.tables import Row, draw, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
+from ws.options.measure import DILEMMAS
 
 HUB_ID = "kellycyy/AIRiskDilemmas"
 LABEL_NOTE = (
@@ -24,7 +25,7 @@ CLASSES = (
     *("Truthfulness", "Privacy", "Communication", "Respect", "Protection", "Cooperation", "Justice", "Professionalism"),
     *("Equal Treatment", "Freedom", "Creativity", "Adaptability", "Learning", "Wisdom", "Sustainability", "Care"),
 )
-CONFIG, _MAP = "model_eval", "value_map"
+CONFIG, _MAP = DILEMMAS, "value_map"
 _LISTS = ("values", "targets")  # columns that hold lists; the targets are who a value serves, and label nothing
 _NEGATIONS = {"not", "don't", "don’t", "never"}
 _REFUSALS = {"refuse", "decline", "avoid", "reject"}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,12 +29,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors.tables import draw, draw_fact
 from ws.errors import WsError, did_you_mean
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import notes_on
 from ws.files.runs import sha256_file, sha256_json
 from ws.lm.choice import left_pad, takes_padding
 from ws.lm.hub import hub_is_out_of_reach
 from ws.lm.models import chat_format, encode, encode_after, encode_answer, end_ids, render_prompt
+from ws.options.measure import LmEvalOptions as LmEvalOptions
 from ws.stats import Estimate, estimate_mean
 
 NAME, VERSION = "lm_eval", 2
@@ -44,38 +44,6 @@ BATCH_SIZE, FEWSHOT_SEED, STDERR_DRAWS = 8, 1234, 1000
 _SAME = 1e-9
 
 Results = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class LmEvalOptions(EvalOptions):
-    """The options of `python -m ws.eval.lm_eval`: those of every evaluation, and
-
-    Attributes:
-        tasks: names of tasks, groups or tags of the harness.
-        include_path: a folder with tasks of your own, which come before the harness's.
-        num_fewshot: examples in the prompt; None for each task's own number.
-        chat: put the prompts into the model's chat template, as everywhere else: thinking off, and without a template a
-            plain transcript.
-    """
-
-    tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    num_fewshot: int | None = None
-    chat: bool = False
-
-    def check(self) -> None:
-        """`WsError` for options that make no sense, before anything is loaded."""
-        super().check()
-        if not self.tasks:
-            raise WsError("--tasks must name at least one task of the harness; `lm-eval ls tasks` lists them.")
-        if len(set(self.tasks)) != len(self.tasks):
-            raise WsError(f"--tasks names a task twice: {' '.join(self.tasks)}.")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise WsError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}.")
-        if self.include_path is not None and not self.include_path.is_dir():
-            raise WsError(f"--include-path: there is no folder {self.include_path}.")
-        if self.n_think or self.prompts or self.dataset:
-            raise WsError("A harness task brings its own data and prompts: leave --dataset, --prompts, --n-think out.")
 
 
 # ---- the harness ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ A question with several pairs of answers counts once, with the mean over them. S
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,34 +30,16 @@ from ws.behaviors import SPLITS, Behavior, Preference
 from ws.behaviors.answered import plain_question, read_preferences
 from ws.behaviors.tables import draw, draw_fact
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import OWN, notes_on
 from ws.eval.readable import PER_TOKEN, star
 from ws.files.runs import read_csv
 from ws.lm.likelihood import score_answers
 from ws.lm.models import encode, encode_answer, render_prompt
+from ws.options.measure import PreferenceOptions as PreferenceOptions
 from ws.stats import estimate_mean, estimate_text, holm
 
 NAME, VERSION = "preference", 1
-
-
-@dataclass(frozen=True)
-class PreferenceOptions(EvalOptions):
-    """The options of `python -m ws.eval.preference`: those of every evaluation, and
-
-    Attributes:
-        split: which of the held-out questions, `report` or `dev`.
-    """
-
-    split: str = "report"
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense, and for what a given answer has no place for."""
-        super().check()
-        if self.n_think:
-            raise WsError(f"--n-think {self.n_think}: nothing is thought before an answer that is given.")
-        if self.prompts:
-            raise WsError("--prompts: a preference is asked for in the question's own words; there are no others.")
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

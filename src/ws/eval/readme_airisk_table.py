@@ -26,7 +26,8 @@ from ws.eval.airisk import table_name
 from ws.eval.context import select
 from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, worst
 from ws.eval.tinymfv_airisk import about as about_vignettes
-from ws.files.runs import DEFAULT_OUT, Run, lock, read_csv, run_folder, write_csv, write_text
+from ws.files.runs import Run, lock, read_csv, run_folder, write_csv, write_text
+from ws.options.use import TableConfig as TableConfig
 from ws.stats import SurgicalInformedness, estimate_over_seeds, estimate_text, surgical_informedness
 
 TABLE = "readme_airisk_table"
@@ -42,28 +43,6 @@ COLUMNS = (
 # Behind them: the lowest mean answer mass and agreement of frames over the seeds, at alpha +1 and at the base.
 CHECKS = ("airisk_mass", f"airisk_{FLAG}", "tinymfv_mass", "tinymfv_frame_agreement", f"tinymfv_{FLAG}")
 _SUMMARIES = {"airisk": ("mean_pmass",), "tinymfv": ("bool_mass_other", "bool_mass_self")}
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """Which runs go into the table, or which table a page is checked against.
-
-    Attributes:
-        behavior, out: the runs are in `out/<behavior>/`.
-        adapters: None for every family that has been evaluated on both sets.
-        seeds: None for every seed that has been evaluated.
-        n_bootstrap: resamples per interval.
-        check: a page whose table must be the rendering of the CSV; nothing is written then.
-        csv: with `--check`, the table to compare with, if it is not the one in `out/<behavior>/`.
-    """
-
-    behavior: str = "honesty"
-    out: Path = DEFAULT_OUT
-    adapters: tuple[str, ...] | None = None
-    seeds: tuple[int, ...] | None = None
-    n_bootstrap: int = 10_000
-    check: Path | None = None
-    csv: Path | None = None
 
 
 @dataclass(frozen=True)

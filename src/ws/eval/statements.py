@@ -32,7 +32,7 @@ from ws import console
 from ws.behaviors import Behavior
 from ws.behaviors.tables import SUFFIXES, draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import PUBLISHED, load_prompts, notes_on, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
 from ws.files.runs import read_csv
@@ -40,6 +40,7 @@ from ws.lm import hub
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
+from ws.options.measure import StatementOptions as StatementOptions
 from ws.stats import Estimate, estimate_mean, estimate_text, group_difference, holm
 
 NAME, VERSION = "statements", 1
@@ -63,20 +64,6 @@ class Prompts:
 
 
 _SLOTS = {"question": ("statement",)}
-
-
-@dataclass(frozen=True)
-class StatementOptions(EvalOptions):
-    """The options of `python -m ws.eval.statements`: those of every evaluation, and
-
-    Attributes:
-        traits: whose statements, by the names of their files, such as `agreeableness`; none for those that the
-            behaviour's file names in `[statements]`.
-        revision: of the data set on the hub: a branch, tag or commit; None for the main branch.
-    """
-
-    traits: tuple[str, ...] = ()
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

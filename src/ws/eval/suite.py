@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from ws.errors import choose
 from ws.eval import airisk, preference, statements, sycophancy, tinymfv_airisk
-from ws.eval.context import EvalContext, EvalOptions, Evaluation
+from ws.eval.context import EvalContext, Evaluation
 from ws.eval.prompts import notes_on
+from ws.options.shared import EvalOptions
 
 
 @runtime_checkable
@@ -152,8 +153,6 @@ _ENTRIES = (
 )
 SUITE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 EVALS = tuple(SUITE)
-# What sweeps do by themselves; the others need items that not every behaviour brings.
-DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 # The headline scores, in the order of tables.
 SCORES = ("false_claims", "true_claims", "wrongness", "choices", "preference", "statements")
 

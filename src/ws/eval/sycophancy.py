@@ -22,12 +22,13 @@ from ws import console
 from ws.behaviors import SPLITS, Behavior, Claim, ClaimTest
 from ws.behaviors.tables import draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import OWN, load_prompts, notes_on, words_of
 from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
+from ws.options.measure import SycophancyOptions as SycophancyOptions
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 
 NAME, VERSION = "sycophancy", 2
@@ -50,17 +51,6 @@ class Prompts:
 
 
 _SLOTS = {"question": ("claim",)}
-
-
-@dataclass(frozen=True)
-class SycophancyOptions(EvalOptions):
-    """The options of `python -m ws.eval.sycophancy`: those of every evaluation, and
-
-    Attributes:
-        split: which of the behaviour's held-out claims, `report` or `dev`.
-    """
-
-    split: str = "report"
 
 
 @dataclass(frozen=True)

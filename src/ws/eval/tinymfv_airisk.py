@@ -33,17 +33,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, tolerate
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, EvalOptions, Evaluation, Rows, Scores, open_context
+from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
 from ws.files.runs import read_csv
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
+from ws.options.measure import VIGNETTES
+from ws.options.measure import TinymfvOptions as TinymfvOptions
 from ws.stats import Estimate, estimate_mean, estimate_text, group_difference, holm
 
 NAME, VERSION = "tinymfv_airisk", 1
-HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", "airisk"
+HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", VIGNETTES
 CONFIGS = (HUB_CONFIG, "classic", "scifi", "ai-actor")
 HUB_NOTE = (
     "The configuration airisk of wassname/tiny-mfv has probably left the hub: its successor, moral-maps, publishes "
@@ -86,19 +88,6 @@ class Vignette:
     human_wrong: float
     other: str
     own: str
-
-
-@dataclass(frozen=True)
-class TinymfvOptions(EvalOptions):
-    """The options of `python -m ws.eval.tinymfv_airisk`: those of every evaluation, and
-
-    Attributes:
-        config: which vignettes: `airisk`, or what its successor publishes, `classic`, `scifi` and `ai-actor`.
-        revision: of the data set on the hub: a branch, tag or commit; None for the main branch.
-    """
-
-    config: str = HUB_CONFIG
-    revision: str | None = None
 
 
 def load_vignettes(

@@ -23,10 +23,10 @@ from ws.eval import airisk, tinymfv_airisk
 from ws.eval.prompts import notes_on
 from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, of_row, worst
 from ws.files.runs import Run, is_gguf, read_csv, reads_otherwise
-from ws.intervene.interventions import BASE, WEIGHT
 from ws.lm.choice import LOW_MASS
 from ws.lm.hub import parse_id
 from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
+from ws.options.shared import BASE, WEIGHT
 from ws.stats import estimate_text
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")

@@ -30,10 +30,11 @@ from ws import console
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.export.card import public_name
-from ws.export.source import ExportOptions
+from ws.export.source import vector_of
 from ws.files.gguf import gguf_file, gguf_package
 from ws.files.runs import atomic_file
 from ws.lm.models import load_config
+from ws.options.use import GgufOptions as GgufOptions
 
 # The `model_type` of a base to its architecture in `gguf.MODEL_ARCH`; llama.cpp runs Mistral models as Llama ones.
 ARCHITECTURES = {"qwen3": "QWEN3", "qwen2": "QWEN2", "llama": "LLAMA", "mistral": "LLAMA"}
@@ -226,26 +227,10 @@ def _write_tensors(writer: Any, factors: Sequence[GgufFactors]) -> None:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GgufOptions(ExportOptions):
-    """Write a purely low-rank vector as a LoRA adapter of llama.cpp: `ws export gguf-lora --alpha +1u`.
-
-    Attributes:
-        vector: a vector's folder or its repository on the hub; None for the one of the run below.
-        behavior, adapter, seed: the run.
-        out: where runs are.
-        alpha: the strength at llama.cpp's scale 1, a number or calibrated units such as `+1u`.
-        to: the file to write; None for `exports/<behavior>-<adapter>.gguf` in the run's folder.
-        model: the base, by name or folder; None for the one that the vector was made for.
-    """
-
-    model: str | None = None
-
-
 def main(options: GgufOptions) -> None:
     """The command `python -m ws.export.gguf_lora`."""
     file = options.target(f"{options.name}.gguf")
-    vector = options.open()
+    vector = vector_of(options)
     config = None if options.model is None else load_config(options.model)
     written = write_gguf_lora(vector, file, vector.strength(options.alpha), config)
     base = gguf_file(options.model or vector.base_id) or "base.gguf"

@@ -7,7 +7,6 @@ error is printed, stored, and refused when it is too large.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -15,25 +14,11 @@ from tabulate import tabulate
 from ws import console
 from ws.diff import SteeringVector
 from ws.errors import WsError
-from ws.export.source import ExportOptions, strength_text
+from ws.export.source import strength_text, vector_of
 from ws.lm.models import layer_of, load_model
+from ws.options.use import LoraOptions as LoraOptions
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
-
-
-@dataclass(frozen=True)
-class LoraOptions(ExportOptions):
-    """Write a vector at a fixed strength as a PEFT LoRA.
-
-    Attributes:
-        rank: columns of every module; None for as few as `max_error` allows.
-        max_error: the largest relative Frobenius error of the whole change; more is refused.
-        model: the base, needed by families that are not low-rank; None for the one that the vector was made for.
-    """
-
-    rank: int | None = None
-    max_error: float = 0.01
-    model: str | None = None
 
 
 def as_lora(
@@ -98,7 +83,7 @@ def vllm_lines(folder: Path, name: str, base: str, rank: int) -> list[str]:
 
 def main(options: LoraOptions) -> None:
     """The command `ws export peft`."""
-    vector = options.open()
+    vector = vector_of(options)
     alpha = vector.strength(options.alpha)
     name = f"{options.name}{strength_text(alpha)}"
     folder = options.target(f"peft{strength_text(alpha)}")

@@ -26,25 +26,15 @@ from ws import console
 from ws.diff import ParameterChange, SteeringVector, vector_digest, write_step
 from ws.errors import WsError
 from ws.export.card import describe, merged_card, public
-from ws.export.source import ExportOptions, strength_text
+from ws.export.source import strength_text, vector_of
 from ws.files.runs import atomic_folder, library_versions, write_json
 from ws.files.tensors import TensorPatcher, copy_with_room, tensor_patcher
 from ws.lm.checkpoints import INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
 from ws.lm.models import as_matrix
+from ws.options.use import MergedOptions as MergedOptions
 
 EXPORT_FILE, CONFIG = "ws_export.json", "config.json"
 TIE_FLAGS = ("tie_word_embeddings", "tie_embedding")  # the second is LFM2's, and counts more than the first
-
-
-@dataclass(frozen=True)
-class MergedOptions(ExportOptions):
-    """Write a vector at a fixed strength into a copy of its base.
-
-    Attributes:
-        model: the base checkpoint, a folder or hub id; None for the one that the vector was made for.
-    """
-
-    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +221,7 @@ def _link(file: Path, target: Path) -> None:
 
 def main(options: MergedOptions) -> None:
     """The command `ws export merged`."""
-    vector = options.open()
+    vector = vector_of(options)
     alpha = vector.strength(options.alpha)
     folder = options.target(f"merged{strength_text(alpha)}")
     merge = export_merged(vector, alpha, folder, options.model, options.run_folder)

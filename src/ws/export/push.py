@@ -9,42 +9,20 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tabulate import tabulate
 
 from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES
 from ws.errors import WsError
 from ws.export.card import Subject, describe, is_local, public, public_name, stale_evaluations, vector_card
-from ws.export.source import VectorOptions
+from ws.export.source import vector_of
 from ws.files.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
 from ws.lm import hub
+from ws.options.use import PushOptions as PushOptions
 
 PEFT_CONFIG, CARD = "adapter_config.json", "README.md"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushOptions(VectorOptions):
-    """Publish a vector with its model card on the hub: `ws push user/name`.
-
-    Attributes:
-        repo: the repository, `user/name`; it is made when it does not exist.
-        private: a repository that only you, or your organisation, can read.
-        dry_run: print what would be sent, and send nothing.
-        message: of the commit.
-        license: for the card, such as `apache-2.0`; without it the card names none.
-        to: keep what is sent in this folder.
-    """
-
-    repo: tyro.conf.Positional[str]
-    private: bool = False
-    dry_run: bool = False
-    message: str = "A steering vector with its card"
-    license: str | None = None
-    to: Path | None = None
 
 
 def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
@@ -94,7 +72,7 @@ def main(options: PushOptions) -> None:
     hub.check_name(o.repo)
     source = _source(o)
     behavior = o.behavior if o.behavior.endswith(".toml") else None
-    about = describe(o.open(), o.repo, _run(o, source), behavior, o.license)
+    about = describe(vector_of(o), o.repo, _run(o, source), behavior, o.license)
     with tempfile.TemporaryDirectory() as scratch:
         folder = o.to or Path(scratch) / "vector"
         files = prepare(about, source, folder)

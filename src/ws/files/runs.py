@@ -36,6 +36,7 @@ from ws.errors import WsError
 RUN_MANIFEST = "manifest.json"
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 DEFAULT_OUT = Path("out")
+VECTOR_MANIFEST = "ws.json"  # in the folder of a vector
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------
@@ -62,6 +63,14 @@ def run_folder(out: Path, behavior: str, adapter: str, seed: int = 0) -> Path:
     """`out/<behavior>/<adapter>`, with `seed-<n>` below it for every seed but 0."""
     top = out / behavior / adapter
     return top if seed == 0 else top / f"seed-{seed}"
+
+
+def finished_runs(out: Path) -> list[Path]:
+    """The folders of all runs below `out` that have a vector, in order."""
+    folders = [
+        p.parent.parent for depth in ("*/*", "*/*/seed-*") for p in out.glob(f"{depth}/vector/{VECTOR_MANIFEST}")
+    ]
+    return sorted(folders, key=str)
 
 
 def seed_flag(seed: int) -> str:

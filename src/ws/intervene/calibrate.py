@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
@@ -13,9 +12,7 @@ from ws.behaviors import Behavior, load_behavior
 from ws.errors import WsError, choose
 from ws.files.runs import Stage, seed_flag, write_csv
 from ws.intervene.calibration import (
-    N_PROMPTS,
     Calibration,
-    CalibrationConfig,
     QuestionSplit,
     SideCalibration,
     calibrate,
@@ -24,34 +21,11 @@ from ws.intervene.calibration import (
     split_questions,
     store_calibration,
 )
-from ws.intervene.interventions import INTERVENTIONS, WEIGHT, Intervention, divergence_of, intervention
-from ws.lm.divergence import N_TOKENS
+from ws.intervene.interventions import Intervention, divergence_of, intervention
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
-from ws.run import FinishedRun, RunOptions
-
-
-@dataclass(frozen=True)
-class CalibrateOptions(RunOptions):
-    """Find the strengths at which a run's vector costs a given divergence, and store them with the vector.
-
-    Attributes:
-        intervention: what is calibrated: `weight`, the vector, or a baseline of `ws.intervene.interventions`. Of those
-            without a dial the divergence is reported.
-        n_prompts, n_tokens, target, batch_size: see `CalibrationConfig`.
-        fresh: measure again and replace what is stored, also where it was made with other settings.
-    """
-
-    intervention: str = WEIGHT
-    n_prompts: int = N_PROMPTS
-    n_tokens: int = N_TOKENS
-    target: float = 1.0
-    batch_size: int | None = None
-    fresh: bool = False
-
-    @property
-    def config(self) -> CalibrationConfig:
-        """The settings of the calibration."""
-        return CalibrationConfig(self.n_prompts, self.n_tokens, self.target, batch_size=self.batch_size)
+from ws.options.measure import CalibrateOptions as CalibrateOptions
+from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig
+from ws.run import FinishedRun, open_options
 
 
 def main(options: CalibrateOptions) -> None:
@@ -59,7 +33,7 @@ def main(options: CalibrateOptions) -> None:
     options.config.check()
     o = options
     choose("intervention", o.intervention, INTERVENTIONS)
-    opened = o.open()
+    opened = open_options(o)
     behavior = load_behavior(o.behavior, o.model or opened.vector.base_id)
     chosen = intervention(o.intervention, opened, behavior)
     stage = _stage_name(chosen)

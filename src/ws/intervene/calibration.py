@@ -35,12 +35,11 @@ from ws.behaviors.tables import evenly
 from ws.diff import CALIBRATION, parse_number, parse_units
 from ws.errors import WsError
 from ws.files.runs import sha256_json, write_json
-from ws.lm.divergence import N_TOKENS, QUANTILE, Divergence, divergence
+from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
+from ws.options.shared import CalibrationConfig as CalibrationConfig
 
 FORMAT = 1
-# Questions that strengths are solved for on, where a behaviour has as many: the same number for every command.
-N_PROMPTS = 100
 # With fewer questions on either side, a quantile over their answers says little.
 LEAST_PROMPTS = 4
 LEAST, MOST = 1e-4, 1e4
@@ -50,51 +49,6 @@ _FLOOR = 1e-8
 _NARROW, _JUMP = 1e-3, 2e-2
 
 Steerable = Callable[[float], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """What is measured, and what counts as calibrated.
-
-    Attributes:
-        n_prompts: questions of the behaviour at most, evenly spread over those that nothing was trained on; as many
-            others audit the result (see `split_questions`).
-        n_tokens: at most so many tokens of each answer.
-        target: the divergence to reach, in nats.
-        quantile: of the per-token divergences over all positions.
-        tolerance: relative; the divergence at a calibrated strength is within it of the target.
-        max_evaluations: measurements per sign; with the one of the audit ten by default.
-        batch_size: answers at a time; None starts at what memory is budgeted for and halves while it does not suffice.
-    """
-
-    n_prompts: int = N_PROMPTS
-    n_tokens: int = N_TOKENS
-    target: float = 1.0
-    quantile: float = QUANTILE
-    tolerance: float = 0.05
-    max_evaluations: int = 9
-    batch_size: int | None = None
-
-    def check(self) -> None:
-        """`WsError` for numbers that make no sense, before anything is loaded."""
-        for flag, count, least in (
-            ("--n-prompts", self.n_prompts, 1),
-            ("--n-tokens", self.n_tokens, 1),
-            ("--batch-size", self.batch_size, 1),
-            ("max_evaluations", self.max_evaluations, 2),
-        ):
-            if count is not None and count < least:
-                raise WsError(f"{flag} must be at least {least}, not {count}.")
-        if not (math.isfinite(self.target) and self.target > 0):
-            raise WsError(f"--target must be a positive number of nats, not {self.target}.")
-        for name, share in (("quantile", self.quantile), ("tolerance", self.tolerance)):
-            if not 0 < share < 1:
-                raise WsError(f"{name} must lie between 0 and 1, not {share}.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the result depends on; the batch size is not part of it."""
-        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
 
 
 # ---- the solver -----------------------------------------------------------------------------------------------------

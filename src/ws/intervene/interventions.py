@@ -37,7 +37,6 @@ from ws.files.runs import Run, data_folder, sha256_json, write_csv
 from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer
 from ws.intervene.calibration import (
     Calibration,
-    CalibrationConfig,
     load_calibration,
     parse_alpha,
     parse_alphas,
@@ -48,10 +47,10 @@ from ws.intervene.calibration import (
 from ws.intervene.prompt import prompting
 from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, layer_count, render_prompt, tokenizer_hash
+from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig
 from ws.run import FinishedRun
 from ws.steer import steer
 
-BASE, WEIGHT = "base", "weight"
 TRAINED = (WEIGHT, "finetune", "positive-only", "negative-only")
 ACTIVATIONS = {
     "activation": ("one", "last"),
@@ -59,7 +58,6 @@ ACTIVATIONS = {
     "activation-layers": ("all", "last"),
     "activation-layers-everywhere": ("all", "all"),
 }
-INTERVENTIONS = (*TRAINED, "prompt", *ACTIVATIONS)
 # Layers are compared at the strengths that cost this divergence on this many of the questions.
 _CHOICE = CalibrationConfig(n_prompts=10, tolerance=0.2)
 

@@ -29,7 +29,7 @@ from ws.lm.choice import in_groups, left_pad
 from ws.lm.models import decode_answer, encode, end_ids, render_prompt
 from ws.lm.rollout import PLAIN, new_cache
 
-QUANTILE, N_TOKENS = 0.95, 50
+QUANTILE, N_TOKENS = 0.95, 50  # the defaults of `ws.options.shared`, too
 START_BATCH = 64
 # Bytes of float32 logits that are held at once: [rows, tokens, vocabulary] of a batch of answers.
 _BUDGET = 2**30

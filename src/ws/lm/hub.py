@@ -1,7 +1,8 @@
 """The hub: a repository's files as a local folder, and a local folder as a repository.
 
 All of it is `huggingface_hub`'s own client, with its cache, its log-in and its environment variables; what is added is
-that a hub out of reach is noticed in seconds, and that whatever goes wrong is said in one sentence.
+that a hub out of reach is noticed in seconds, and that whatever goes wrong is said in one sentence. The client is
+imported where it is used: it takes most of a second, and most commands never ask the hub.
 """
 
 from __future__ import annotations
@@ -11,19 +12,9 @@ import socket
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
-
-import httpx
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
 
 from ws.errors import WsError, did_you_mean
 
@@ -35,6 +26,9 @@ def parse_id(name: str) -> tuple[str, str | None] | None:
     found = _ID.fullmatch(name)
     if found is None:
         return None
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(found.group(1))
     except HFValidationError:
@@ -48,6 +42,8 @@ def hub_is_out_of_reach() -> bool:
 
     Behind a proxy nothing can be told from here, so the hub is taken to be there.
     """
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE or getproxies().keys() - {"no"}:
         return bool(constants.HF_HUB_OFFLINE)
     address = urlsplit(constants.ENDPOINT)
@@ -56,6 +52,11 @@ def hub_is_out_of_reach() -> bool:
     except OSError:
         return True
     return False
+
+
+def no_folder(name: str | Path) -> str:
+    """What is said of a name that is no folder and cannot be a repository's."""
+    return f"There is no folder {name}; give an existing one, or a repository on the hub as user/name."
 
 
 # ---- fetching -------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def find(name: str | Path, patterns: Sequence[str]) -> Path:
         return Path(name)
     parsed = parse_id(str(name))
     if parsed is None:
-        raise WsError(f"There is no folder {name}; give an existing one, or a repository on the hub as user/name.")
+        raise WsError(no_folder(name))
     return fetch(parsed[0], patterns, parsed[1])
 
 
@@ -88,6 +89,9 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, kind:
         WsError: the repository or revision is unknown, private or gated, holds none of the files, or the hub is out of
             reach and the files are not in the cache.
     """
+    import httpx
+    from huggingface_hub import snapshot_download
+
     try:
         found = snapshot_download(
             repo,
@@ -108,6 +112,9 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, kind:
 
 def _files_like(repo: str, pattern: str, folder: Path, revision: str | None, kind: str) -> list[str]:
     """The repository's files beside one that it lacks and of its suffix; out of reach of the hub those at hand."""
+    import httpx
+    from huggingface_hub import HfApi
+
     beside = PurePosixPath(pattern).with_stem("*")
     try:
         names = [] if hub_is_out_of_reach() else HfApi().list_repo_files(repo, revision=revision, repo_type=kind)
@@ -124,19 +131,21 @@ def commit_of(file: Path) -> str | None:
 
 
 def _why_not_fetched(repo: str, revision: str | None, problem: Exception, kind: str = "model") -> str:
+    from huggingface_hub import errors
+
     at, option = f" at {revision}" if revision else "", "" if kind == "model" else f" --repo-type {kind}"
-    if isinstance(problem, GatedRepoError):
+    if isinstance(problem, errors.GatedRepoError):
         return f"The repository {repo} is gated: ask for access on its page, then log in with `hf auth login`."
-    if isinstance(problem, RepositoryNotFoundError):
+    if isinstance(problem, errors.RepositoryNotFoundError):
         return (
             f"There is no folder {repo}, and the hub has no repository of this name that you may read; check the "
             "spelling, or log in with `hf auth login` if it is private."
         )
-    if isinstance(problem, RevisionNotFoundError):
+    if isinstance(problem, errors.RevisionNotFoundError):
         return f"The repository {repo} has no revision {revision!r}; leave it out for the main branch."
-    if isinstance(problem, HfHubHTTPError):
+    if isinstance(problem, errors.HfHubHTTPError):
         return f"The hub refused to hand out {repo}{at} ({_reason(problem)}); log in again with `hf auth login`."
-    if isinstance(problem, HFValidationError):
+    if isinstance(problem, errors.HFValidationError):
         return f"{repo!r} cannot name a repository on the hub; it has the form user/name."
     return (
         f"There is no folder {repo}, and as a repository{at} it is not, or not wholly, in the local cache while the "
@@ -172,6 +181,9 @@ def send(folder: Path, repo: str, message: str, private: bool = False, replaces:
         WsError: the hub is out of reach, nobody is logged in or may write there, or a repository that was to be private
             is public.
     """
+    import httpx
+    from huggingface_hub import HfApi, get_token
+
     check_name(repo)
     if hub_is_out_of_reach():
         raise WsError(
@@ -192,13 +204,17 @@ def send(folder: Path, repo: str, message: str, private: bool = False, replaces:
     return address
 
 
-def _operations(folder: Path, replaced: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(folder: Path, replaced: set[str]) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
     files = sorted(f for f in folder.iterdir() if f.is_file())
     gone = sorted(replaced - {f.name for f in files})
     return [CommitOperationDelete(name) for name in gone] + [CommitOperationAdd(f.name, f) for f in files]
 
 
 def _why_not_sent(repo: str, problem: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
     status = problem.response.status_code if isinstance(problem, HfHubHTTPError) else None
     if status == 401:
         return f"The hub does not accept your token, so nothing was sent to {repo}; log in again with `hf auth login`."

@@ -8,30 +8,15 @@ numbers behind every figure are printed below it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from ws import console
-from ws.files.runs import DEFAULT_OUT, write_text
+from ws.files.runs import write_text
+from ws.options.use import ReportOptions as ReportOptions
 from ws.report.data import read_contents
 from ws.report.page import render
 
 PAGE = "report.html"
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Write the report of a behaviour's runs: one HTML file, to look at, print or send.
-
-    Attributes:
-        behavior: whose runs, by name or by the behaviour's own TOML file.
-        out: where runs are.
-        to: the file to write; None for `report.html` in `out/<behavior>/`.
-    """
-
-    behavior: str = "honesty"
-    out: Path = DEFAULT_OUT
-    to: Path | None = None
 
 
 def write_report(out: Path, behavior: str, to: Path | None = None) -> Path:

@@ -1,6 +1,7 @@
 """`python -m ws.report`."""
 
 from ws import console
-from ws.report import ReportOptions, main
+from ws.options.use import ReportOptions
+from ws.report import main
 
 console.run(main, ReportOptions, "python -m ws.report")

@@ -21,13 +21,12 @@ from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavi
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
-from ws.files.runs import RUN_MANIFEST, Run, data_folder, reads_otherwise, seed_flag, typed
+from ws.files.runs import RUN_MANIFEST, Run, data_folder, finished_runs, reads_otherwise, seed_flag, typed
 from ws.intervene.calibration import Calibration, load_calibration
-from ws.intervene.interventions import BASE, WEIGHT
 from ws.lm.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.lm.models import layer_of as decoder_layer
+from ws.options.shared import BASE, WEIGHT
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, EXTRA, PREFERENCE, SCORES, STATEMENTS
-from ws.run import finished_runs
 
 Row = Mapping[str, str]
 # The tables a page is made of: the stage that writes them, the command, and their files by use.

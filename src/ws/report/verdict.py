@@ -12,8 +12,8 @@ from ws.analysis.controls import empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.context import rounding_notes
 from ws.eval.readable import FLAG, LEVEL, NATS, worst
-from ws.intervene.interventions import WEIGHT
 from ws.lm.models import BUNDLED
+from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, Interval, Point, simultaneous
 from ws.report.data import Contents, Result
 from ws.report.scores import CLAIMS, CONFOUNDS

@@ -10,97 +10,28 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import TypeVar
 
 from tabulate import tabulate
 
 from ws import console
-from ws.adapters import FAMILIES, family
+from ws.adapters import family
 from ws.behaviors import behavior_name, load_behavior
-from ws.data import data_preset
 from ws.errors import WsError, choose
-from ws.eval.context import EvalOptions
 from ws.eval.suite import EVALS, SUITE
-from ws.files.runs import DEFAULT_OUT, lock
-from ws.lm.models import DEFAULT_MODEL
-from ws.replicate import ReplicateConfig
+from ws.files.runs import lock
+from ws.options.make import QueueConfig as QueueConfig
+from ws.options.make import ReplicateConfig, data_preset
+from ws.options.shared import EvalOptions
 from ws.sweep.backends import pueue_script, run_local, run_pueue, run_ray
 from ws.sweep.jobs import FAILED, NOT_RUN, STATE, Job, Ledger, Outcome
 
-BACKENDS = ("local", "pueue", "ray")
 FOLDER = "queue"
 _SUMMARIZED = {"airisk", "tinymfv_airisk"}
 _OWN = ("model", "behavior", "adapter", "seed", "out")  # options that decide where a job's results go
 Options = TypeVar("Options", bound=ReplicateConfig | EvalOptions)
-
-
-@dataclass(frozen=True)
-class QueueConfig:
-    """Which jobs, and who runs them.
-
-    Attributes:
-        backend: `local` worker threads, a `ray` cluster, or `pueue`, which runs the jobs after this command has ended.
-        model, behavior, out, n_bootstrap, device, dtype: as in `ReplicateConfig`, for every job.
-        adapters: families, all six by default.
-        seeds: of initialisation and order; the pairs are shared by all.
-        evals: which evaluations; `sycophancy` is part of a training job and a job of its own only without one.
-        traits: of statements; none for the behaviour's own.
-        alphas: steering strengths; 0 is always included.
-        dataset: a folder with the tables of the published sets, or `pocket`; None for the published ones.
-        train_args: further options of `ws.replicate`, in one string: `--train-args="--n-samples 50 --rank 16"`.
-        eval_args: further options of the evaluations, in one string: `--eval-args="--limit 50"`.
-        eval_only: only evaluate runs that are finished.
-        dry_run: only print the jobs; for pueue a bash script.
-        fresh: carry out finished jobs again; what they have on disk they still skip, unless `--train-args=--fresh`.
-        workers: local: jobs at a time; None for one per GPU of `gpus`, or one.
-        gpus: local: GPU numbers that the workers take turns in.
-        group: pueue: the group, made if it is missing.
-        address: ray: a cluster's address, or `auto`; None starts one on this machine.
-        cpus_per_job, gpus_per_job: ray: what a job reserves.
-        retries: ray: how often a job whose worker or node is lost runs again.
-    """
-
-    backend: str = "local"
-    model: str = DEFAULT_MODEL
-    behavior: str = "honesty"
-    adapters: tuple[str, ...] = tuple(FAMILIES)
-    seeds: tuple[int, ...] = (0,)
-    evals: tuple[str, ...] = ("airisk", "tinymfv_airisk")
-    traits: tuple[str, ...] = ()
-    out: Path = DEFAULT_OUT
-    alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
-    dataset: str | None = None
-    n_bootstrap: int = 10_000
-    device: str = "auto"
-    dtype: str = "auto"
-    train_args: str = ""
-    eval_args: str = ""
-    eval_only: bool = False
-    dry_run: bool = False
-    fresh: bool = False
-    workers: int | None = None
-    gpus: tuple[int, ...] = ()
-    group: str = "ws"
-    address: str | None = None
-    cpus_per_job: float = 1.0
-    gpus_per_job: float = 0.0
-    retries: int = 3
-
-    def check(self) -> None:
-        """Raise `WsError` for names that do not exist and numbers out of range."""
-        choose("back end", self.backend, BACKENDS)
-        for adapter in self.adapters:
-            family(adapter)
-        for name in self.evals:
-            choose("evaluation", name, EVALS)
-        least = {"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)}
-        least |= {"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)}
-        for flag, (value, low) in least.items():
-            if value is not None and value < low:
-                raise WsError(f"{flag} must be at least {low}, not {value}.")
 
 
 # ---- the graph ----------------------------------------------------------------------------------------------------
@@ -113,6 +44,10 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
         WsError: unknown adapters, evaluations, back end or behaviour, or nothing to do.
     """
     config.check()
+    for adapter in config.adapters:
+        family(adapter)
+    for name in config.evals:
+        choose("evaluation", name, EVALS)
     load_behavior(config.behavior, config.model)
     wanted = [n for n in EVALS if n in config.evals and (n != "sycophancy" or config.eval_only)]
     train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)

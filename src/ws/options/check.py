@@ -1,0 +1,131 @@
+"""What the commands that check behaviours and results can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ws.behaviors import behavior_file
+from ws.errors import WsError
+from ws.files.runs import DEFAULT_OUT
+from ws.options.measure import SycophancyOptions
+from ws.options.shared import HeadlineOptions
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """All that is wrong with a behaviour file; the exit code is 2 when it cannot be used.
+
+    Attributes:
+        file: the TOML file, or the name of a bundled behaviour.
+        model: also check the texts against this model's chat template and tokenizer, whether it can do what the
+            behaviour asks of a base, and how far it acts the personas.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+    """
+
+    file: tyro.conf.Positional[str]
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def require(self) -> None:
+        """`WsError` unless the file is there."""
+        behavior_file(self.file)
+
+
+@dataclass(frozen=True)
+class ControlOptions(HeadlineOptions):
+    """A run's shifts beside those of random vectors of the same size.
+
+    Attributes:
+        n_draws: random vectors; more can be added later.
+        alphas: steering strengths other than 0; in calibrated units as `+1u`, too.
+        scores: which headline scores: `false_claims`, `true_claims`, `wrongness`, `choices`, `preference`,
+            `statements`.
+    """
+
+    n_draws: int = 20
+    alphas: tuple[float | str, ...] = (-1.0, 1.0)
+    scores: tuple[str, ...] = ("false_claims", "true_claims")
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense."""
+        if self.n_draws < 2:
+            raise WsError(f"--n-draws must be at least 2, not {self.n_draws}.")
+
+
+@dataclass(frozen=True)
+class ConfoundOptions(SycophancyOptions):
+    """What else could have made a run's shifts: agreement, option position, length, refusals, repetition.
+
+    Attributes:
+        n_questions: at most so many of the behaviour's questions are answered freely, of those that a calibration with
+            its default settings does not use.
+        max_new_tokens: tokens after which an answer is cut off.
+        n_dilemmas: so many AIRiskDilemmas, drawn as with `--limit`, are asked in both orders, for the option's place; 0
+            for none.
+        value_class: which class of values labels the dilemmas.
+    """
+
+    n_questions: int = 30
+    max_new_tokens: int = 128
+    n_dilemmas: int = 40
+    value_class: str = "Truthfulness"
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, before anything is loaded."""
+        super().check()
+        for flag, value, least in (
+            ("--n-questions", self.n_questions, 2),
+            ("--max-new-tokens", self.max_new_tokens, 1),
+            ("--n-dilemmas", self.n_dilemmas, 0),
+        ):
+            if value < least:
+                raise WsError(f"{flag} must be at least {least}, not {value}.")
+        if not any(alpha != 0 for alpha in self.alphas):
+            raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
+
+
+@dataclass(frozen=True)
+class SlopeOptions(HeadlineOptions):
+    """The slope at alpha 0 of a run's scores, from gradients alone."""
+
+
+@dataclass(frozen=True)
+class MonitorOptions:
+    """How far fine-tunes have moved along known behaviours, beside benign fine-tunes.
+
+    Attributes:
+        changes: adapter folders, saved vectors, or full checkpoints (folders or hub ids).
+        library: folders of steering vectors of one base.
+        controls: benign fine-tunes, given like the changes; without them the null is random directions.
+        model: the base; the one that the library was made for unless given.
+        fpr: the probability that a benign fine-tune is flagged for any behaviour.
+        out: where the tables go.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+    """
+
+    changes: tyro.conf.Positional[tuple[str, ...]]
+    library: tuple[Path, ...]
+    controls: tuple[str, ...] = ()
+    model: str | None = None
+    fpr: float = 0.05
+    out: Path = DEFAULT_OUT / "monitor"
+    dtype: str = "auto"
+
+    def check(self) -> None:
+        """`WsError` for what cannot be read."""
+        if not self.changes:
+            raise WsError("There is nothing to monitor; give an adapter folder, a saved vector or a checkpoint.")
+        both = {_place(c) for c in self.changes} & {_place(c) for c in self.controls}
+        if both:
+            raise WsError(f"A fine-tune cannot be its own control: {', '.join(sorted(both))}.")
+
+
+def _place(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -1,0 +1,601 @@
+"""What the commands that make pairs, adapters and vectors can be told, and the defaults for known models."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tyro
+
+from ws.behaviors import behavior_file
+from ws.errors import WsError, choose
+from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT
+from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, shared_with
+
+SIGNS = ("pos", "neg")
+BACKENDS = ("local", "pueue", "ray")
+# Strengths of a first reading.
+ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+# What sweeps do by themselves; the others need items that not every behaviour brings.
+DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
+
+
+class _OfBehavior:
+    """Options of a command that starts from a behaviour."""
+
+    behavior: str
+    model: str
+
+    def require(self) -> None:
+        """`WsError` unless there is a file of the behaviour, or pairs are brought that make one."""
+        if getattr(self, "pairs", None) is None:
+            behavior_file(self.behavior, self.model)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How many pairs to sample, and how.
+
+    Attributes:
+        n_topics: questions to use, evenly spread over the pool. Unless given, or with more than there are, every fifth
+            is left out for calibration and its audit; the exact number of all questions leaves none.
+        n_personas: persona pairs to use; all unless given.
+        n_samples: answers per question and persona, on each side.
+        max_new_tokens: tokens of an answer; those that have not ended by then are dropped as truncated.
+        temperature: of the sampling; the model's own unless given, or 0.7 where it brings none.
+        top_p: share of probability that tokens are drawn from; the model's own unless given, or 0.9 where it brings
+            none.
+        data_batch: so many pairs at once by `generate`, from one stream of random numbers; unless given the size is
+            found, and answers depend on the data seed, the pair and the side alone.
+        data_seed: seed of the sampling.
+        judge: drop pairs in which the model itself does not find more of the behaviour in the positive answer.
+        min_margin: drop pairs in which an answer gains less than so many nats per token from its own persona.
+        keep_truncated: train on answers that have not ended, without an end of turn, instead of dropping them.
+        anyway: go on where the base cannot do what the behaviour asks of it.
+    """
+
+    n_topics: int | None = None
+    n_personas: int | None = None
+    n_samples: int = 4
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    data_batch: int | None = None
+    data_seed: int = 0
+    judge: bool = False
+    min_margin: float | None = None
+    keep_truncated: bool = False
+    anyway: bool = False
+
+
+def data_preset(model: str) -> DataConfig:
+    """The defaults for a model; the bundled ones answer in a few tokens and need fewer samples."""
+    if model == "tiny-random":
+        return DataConfig(n_topics=16, n_samples=1, max_new_tokens=64, data_batch=8, anyway=True)
+    if model == "pocket":
+        return DataConfig(n_topics=400, n_samples=2, max_new_tokens=64, data_batch=200)
+    if model == "smollm2":
+        return DataConfig(n_topics=96, n_samples=1, max_new_tokens=64)
+    return DataConfig()
+
+
+@dataclass(frozen=True)
+class DataCommand(_OfBehavior):
+    """Sample contrast pairs for a behaviour, into `<out>/data/<model>/<behavior>/`.
+
+    Attributes:
+        model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        pairs: bring the pairs: a JSONL, CSV or Parquet file, or a hub id, with a question and an answer of either side.
+        columns: what the columns of `--pairs` are called, as `question=prompt positive=good negative=bad`.
+        out: the folder of all runs and results.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        fresh: start over, forgetting what is on disk.
+        data: how many pairs, and how.
+    """
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    pairs: str | None = None
+    columns: tuple[str, ...] = ()
+    out: Path = DEFAULT_OUT
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL) -> DataCommand:
+        """The defaults for a model."""
+        return cls(model=model, data=data_preset(model))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an arm is trained.
+
+    Attributes:
+        rank: columns of lora, dora, pissa and delora; oft and ia3 have none.
+        lora_alpha: LoRA's own scale is `lora_alpha / rank`; it is baked into the vector and is not the steering
+            strength.
+        layers: decoder layers to train: a part of the depth (`0.3:0.8`), numbers (`4:12`, `3,4,5`) or `all`.
+        kinds: modules to train, by their last names, such as `q_proj v_proj`; the family's default unless given.
+        delora_lambda: bound on the relative size of a DeLoRA change.
+        oft_block: size of OFT's rotation blocks; it must divide the input size of every module.
+        lr: peak learning rate, linear decay to zero after the warm-up; the family's own unless given.
+        weight_decay: of AdamW.
+        warmup: steps, never more than a tenth of all steps.
+        batch: examples per optimiser step, all processes together.
+        micro_batch: examples per forward pass of a process; times the number of processes it must divide `batch`.
+        epochs: passes over the training examples.
+        max_steps: optimiser steps; overrides `epochs`.
+        max_length: tokens of an example; longer ones are left out, never cut.
+        validation: share of the questions held out to watch the loss.
+        keep: the checkpoint with the `best` validation loss, or the `last`.
+    """
+
+    rank: int = 32
+    lora_alpha: float = 64.0
+    layers: str = "0.3:0.8"
+    kinds: tuple[str, ...] | None = None
+    delora_lambda: float = 15.0
+    oft_block: int = 32
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: int = 5
+    batch: int = 16
+    micro_batch: int = 4
+    epochs: float = 1.0
+    max_steps: int | None = None
+    max_length: int = 1024
+    validation: float = 0.1
+    keep: str = "last"
+
+    def check(self) -> None:
+        """Raise `WsError` for settings that cannot be trained with."""
+        positive = {"--batch": self.batch, "--micro-batch": self.micro_batch, "--epochs": self.epochs}
+        positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length}
+        positive |= {"--max-steps": 1 if self.max_steps is None else self.max_steps}
+        for flag, value in positive.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise WsError(f"{flag} must be positive, not {value}.")
+        if self.batch % self.micro_batch:
+            raise WsError(f"--micro-batch {self.micro_batch} must divide --batch {self.batch}.")
+        if not 0 <= self.validation < 1:
+            raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
+        choose("--keep", self.keep, ("best", "last"))
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of each process per optimiser step: `batch / (micro_batch * processes)`.
+
+        Raises:
+            WsError: that is not a whole number; the message names the largest `micro_batch` for which it is.
+        """
+        if self.batch % (self.micro_batch * processes) == 0:
+            return self.batch // (self.micro_batch * processes)
+        share, rest = divmod(self.batch, processes)
+        what = f"--batch {self.batch} is not a multiple of {processes} processes x --micro-batch {self.micro_batch}"
+        if rest:
+            raise WsError(f"{what}; use a number of processes that divides {self.batch}, or another --batch.")
+        fits = max(m for m in range(1, min(self.micro_batch, share) + 1) if share % m == 0)
+        raise WsError(f"{what}; use --micro-batch {fits}.")
+
+
+# Chosen on the pocket model's dev claims: every family is monotone in alpha over [-2, 2] with these.
+_POCKET = TrainConfig(
+    rank=8, lora_alpha=16.0, layers="all", delora_lambda=1.0, batch=32, micro_batch=32, epochs=2.0, lr=5e-4
+)
+_POCKET_RATES = {"pissa": 3e-4, "oft": 2e-4, "ia3": 7e-3, "delora": 1e-3}
+# Twelve steps are what a laptop has time for. Rates were chosen on dev questions (`just bench smollm2_rates`).
+_SMOLLM2 = TrainConfig(batch=8, micro_batch=8, max_steps=12, delora_lambda=0.15)
+_SMOLLM2_RATES = {"ia3": 2.5e-2, "oft": 1.25e-4, "dora": 4e-4, "lora": 4e-4, "pissa": 1e-4}
+_SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=6, lr=5e-3, oft_block=16)
+
+
+def train_preset(model: str, adapter: str) -> TrainConfig:
+    """The defaults for a model: the bundled ones are far smaller than real models and have presets of their own."""
+    if model == "tiny-random":
+        return replace(_SMOKE, lr=2e-2) if adapter == "ia3" else _SMOKE
+    if model == "pocket":
+        return replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
+    if model == "smollm2":
+        return replace(_SMOLLM2, lr=_SMOLLM2_RATES.get(adapter))
+    return TrainConfig()
+
+
+@dataclass(frozen=True)
+class TrainCommand(_OfBehavior):
+    """Train the arms of a contrast on pairs made by `ws data`, into `<out>/<behavior>/<adapter>/{pos,neg}`.
+
+    Attributes:
+        model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
+        signs: which arms: `pos`, `neg` or both.
+        out: the folder of all runs and results.
+        seed: of initialisation, order and validation split; the same for both arms.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        fresh: start over, forgetting what is on disk.
+        train: how an arm is trained.
+    """
+
+    several_processes: ClassVar[bool] = True
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    signs: tuple[str, ...] = SIGNS
+    out: Path = DEFAULT_OUT
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TrainCommand:
+        """The defaults for a model and an adapter."""
+        return cls(model=model, adapter=adapter, train=train_preset(model, adapter))
+
+
+@dataclass(frozen=True)
+class ReplicateConfig(_OfBehavior):
+    """One behaviour and one adapter, from data to a first reading.
+
+    Attributes:
+        model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        pairs: bring the pairs: a JSONL, CSV or Parquet file, or a hub id, with a question and an answer of either side.
+        columns: what the columns of `--pairs` are called, as `question=prompt positive=good negative=bad`.
+        adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
+        out: the folder of all runs and results.
+        seed: of both arms' initialisation and order.
+        alphas: steering strengths of the first reading; 0 is always included.
+        split: which held-out claims and questions: `report`, or `dev` for making choices on.
+        n_bootstrap: resamples per interval.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        fresh: start over, forgetting what is on disk.
+        fresh_data: whether `--fresh` also samples the pairs again.
+        control: `shuffled` or `same-side` makes a null vector instead, in the folder of an adapter `<adapter>-shuffled`
+            or `<adapter>-same-side`, which every evaluation takes by that name.
+        data: how many pairs, and how.
+        train: how an arm is trained.
+    """
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    pairs: str | None = None
+    columns: tuple[str, ...] = ()
+    adapter: str = "lora"
+    out: Path = DEFAULT_OUT
+    seed: int = 0
+    alphas: tuple[float, ...] = ALPHAS
+    split: str = "report"
+    n_bootstrap: int = 2000
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    fresh_data: bool = True
+    control: str = "none"
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> ReplicateConfig:
+        """The defaults for a model and an adapter."""
+        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
+
+    @property
+    def run_name(self) -> str:
+        """The name of the adapter's folder, and of the adapter in every table."""
+        return self.adapter if self.control == "none" else f"{self.adapter}-{self.control}"
+
+
+@dataclass(frozen=True)
+class SweepConfig(_OfBehavior):
+    """Adapters x seeds x evaluations on one set of pairs; with `--backend local`, `pueue` or `ray` as a graph of jobs,
+    which has options of its own (`ws sweep --backend local --help`).
+
+    Attributes:
+        model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        adapters: adapter families.
+        seeds: of initialisation and order; the pairs are shared by all.
+        evals: evaluations of every run: `sycophancy`, `airisk`, `tinymfv_airisk`, `preference`, `statements`.
+        traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        controls: nulls to train beside every vector, `shuffled` and `same-side`; they are read on what is held out and
+            stay out of the tables.
+        out: the folder of all runs and results.
+        alphas: steering strengths; 0, the base, is always included.
+        split: which held-out claims and questions: `report`, or `dev` for making choices on.
+        dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
+            unless given.
+        n_think: tokens of chain of thought before a dilemma's answer.
+        limit: at most so many dilemmas and vignettes, a draw by a fixed seed, even over groups; all unless given.
+        batch_size: prompts per forward pass; as many as fit unless given.
+        n_bootstrap: resamples per interval.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        fresh: start over, forgetting what is on disk.
+        data: how many pairs, and how.
+        train: settings for every family; each takes its own learning rate unless one is given.
+    """
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapters: tuple[str, ...] = ADAPTERS
+    seeds: tuple[int, ...] = (0,)
+    evals: tuple[str, ...] = DEFAULT_EVALS
+    traits: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    out: Path = DEFAULT_OUT
+    alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    split: str = "report"
+    dataset: str | None = None
+    n_think: int = N_THINK
+    limit: int | None = None
+    batch_size: int | None = None
+    n_bootstrap: int = 10_000
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL) -> SweepConfig:
+        """The defaults for a model."""
+        return cls(model=model, data=data_preset(model), train=replace(train_preset(model, "lora"), lr=None))
+
+
+@dataclass(frozen=True)
+class QueueConfig(_OfBehavior):
+    """A sweep as a graph of jobs: here, in pueue or on a ray cluster.
+
+    Attributes:
+        backend: `local` worker threads, a `ray` cluster, or `pueue`, which runs the jobs after this command has ended.
+        model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        adapters: adapter families.
+        seeds: of initialisation and order; the pairs are shared by all.
+        evals: evaluations of every run; `sycophancy` is part of a training job, and a job of its own only without one.
+        traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        out: the folder of all runs and results.
+        alphas: steering strengths; 0, the base, is always included.
+        dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
+            unless given.
+        n_bootstrap: resamples per interval.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        train_args: further options of `ws replicate`, in one string: `--train-args="--n-samples 50 --rank 16"`.
+        eval_args: further options of the evaluations, in one string: `--eval-args="--limit 50"`.
+        eval_only: only evaluate runs that are finished.
+        dry_run: only print the jobs; for pueue a bash script.
+        fresh: carry out finished jobs again; what they have on disk they still skip, unless `--train-args=--fresh`.
+        workers: local: jobs at a time; one per GPU of `--gpus` unless given, or one.
+        gpus: local: GPU numbers that the workers take turns in.
+        group: pueue: the group, made if it is missing.
+        address: ray: a cluster's address, or `auto`; one is started on this machine unless given.
+        cpus_per_job: ray: CPU cores that a job reserves.
+        gpus_per_job: ray: GPUs that a job reserves; parts of one are possible.
+        retries: ray: how often a job whose worker or node is lost runs again.
+    """
+
+    backend: str = "local"
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapters: tuple[str, ...] = ADAPTERS
+    seeds: tuple[int, ...] = (0,)
+    evals: tuple[str, ...] = ("airisk", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
+    out: Path = DEFAULT_OUT
+    alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    dataset: str | None = None
+    n_bootstrap: int = 10_000
+    device: str = "auto"
+    dtype: str = "auto"
+    train_args: str = ""
+    eval_args: str = ""
+    eval_only: bool = False
+    dry_run: bool = False
+    fresh: bool = False
+    workers: int | None = None
+    gpus: tuple[int, ...] = ()
+    group: str = "ws"
+    address: str | None = None
+    cpus_per_job: float = 1.0
+    gpus_per_job: float = 0.0
+    retries: int = 3
+
+    def check(self) -> None:
+        """`WsError` for a back end that does not exist and numbers out of range."""
+        choose("back end", self.backend, BACKENDS)
+        least = {"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)}
+        least |= {"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)}
+        for flag, (value, low) in least.items():
+            if value is not None and value < low:
+                raise WsError(f"{flag} must be at least {low}, not {value}.")
+
+
+@dataclass(frozen=True)
+class DemoConfig(_OfBehavior):
+    """Steer a model that is at hand offline, end to end, in a few minutes.
+
+    Attributes:
+        model: `pocket`, made for this project (a minute); or `smollm2`, a small real one (ten minutes).
+        adapter: an adapter family, or `all` for the six.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        n_topics: questions to train on; the default of `ws data` unless given.
+        out: the folder of all runs and results.
+        seed: of both arms.
+        fresh: start over, forgetting what is on disk.
+    """
+
+    model: str = "pocket"
+    adapter: str = "lora"
+    behavior: str = "honesty"
+    n_topics: int | None = None
+    out: Path = Path("out")
+    seed: int = 0
+    fresh: bool = False
+
+    @classmethod
+    def preset(cls, model: str = "pocket") -> DemoConfig:
+        """The defaults for a model."""
+        return cls(model=model, behavior="truthfulness") if model == "smollm2" else cls(model=model)
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """Write a commented file for your own behaviour.
+
+    Attributes:
+        name: of the behaviour: lower-case letters, digits, - and _.
+        to: the file; `NAME.toml` here unless given.
+    """
+
+    name: tyro.conf.Positional[str]
+    to: Path | None = None
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """Write the vector between any two full fine-tunes of one base.
+
+    Attributes:
+        pos: the fine-tune that shows the behaviour, a folder or hub id.
+        neg: the fine-tune that shows its opposite; with the base itself the vector is `theta_pos - base`.
+        to: the vector's folder.
+        base: what both were fine-tuned from, so that the vector refuses other models.
+        rank: keep so many singular directions of every matrix, and store the errors; whole matrices unless given.
+        kinds: only modules with these last names, such as `q_proj`; all unless given.
+        behavior: what the vector is about, for tables and cards.
+    """
+
+    pos: str
+    neg: str
+    to: Path
+    base: str | None = None
+    rank: int | None = None
+    kinds: tuple[str, ...] | None = None
+    behavior: str | None = None
+
+
+@dataclass(frozen=True)
+class ComposeOptions:
+    """Add vectors up, and measure what they do to each other: `ws compose "honesty*1.0 + sycophancy*-0.5"`.
+
+    Attributes:
+        expression: terms `name*number` joined by + and -, where a name is a behaviour, `behavior/adapter/seed-1` or the
+            path of a vector's folder, and `1u` counts the vector's calibrated units. One that begins with - comes last,
+            after `--`.
+        adapter: of the terms that name a behaviour alone.
+        seed: of the terms that name a behaviour alone, and of the new run.
+        out: the folder of all runs and results.
+        to: the new run's name, for `--adapter` of every evaluation; made from the terms unless given.
+        behavior: the behaviour that the new run is filed under, whose claims measure it; the first term's unless given.
+        report: also measure the interference of the terms, on the claims of every term's behaviour.
+        behaviors: with `--report`, the behaviours to measure instead, as names or TOML files.
+        model: with `--report`, the model to steer; by default the base that the vectors were made for.
+        split: with `--report`, which held-out claims and questions: `report`, or `dev` for making choices on.
+        n_prompts: with `--report`, questions per behaviour that divergence is measured on, at most.
+        n_tokens: with `--report`, tokens of each answer that divergence is measured over, at most.
+        batch_size: prompts per forward pass; as many as fit unless given.
+        limit: at most so many claims of either kind, a draw by a fixed seed; all unless given.
+        n_bootstrap: resamples per interval.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        fresh: replace a run that `ws compose` made under this name with other settings.
+    """
+
+    expression: tyro.conf.Positional[str]
+    adapter: str = "lora"
+    seed: int = 0
+    out: Path = DEFAULT_OUT
+    to: str | None = None
+    behavior: str | None = None
+    report: bool = False
+    behaviors: tuple[str, ...] = ()
+    model: str | None = None
+    split: str = "report"
+    n_prompts: int = N_PROMPTS
+    n_tokens: int = N_TOKENS
+    batch_size: int | None = None
+    limit: int | None = None
+    n_bootstrap: int = 10_000
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+
+    def eval_options(self, behavior: str, name: str) -> EvalOptions:
+        """The new run for an evaluation at strength 1."""
+        return shared_with(EvalOptions, self, behavior=behavior, adapter=name, alphas=(1.0,))
+
+
+@dataclass(frozen=True)
+class TrimOptions:
+    """Fewer layers, modules or columns of a vector, or a depth profile: `ws trim --rank 4`.
+
+    Attributes:
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        adapter: the run to take: an adapter family, or the name that another command has given it.
+        seed: the seed that the run was trained with.
+        out: the folder of all runs and results.
+        model: the model to steer; by default the base that the vector was made for.
+        layers: only these decoder layers: `0.3:0.8` (of the depth), `4:12` or `3,4,5`.
+        modules: only modules with these last names, such as `q_proj v_proj`.
+        depth_scale: factors of the first and of the last decoder layer, linear in between.
+        rank: so many columns per module, in the low-rank part.
+        energy: share of the low-rank part's squared norm to keep per module, with as few columns as possible.
+        to: the new run's name, for `--adapter` of every evaluation; made from the settings unless given.
+        fresh: replace a run that `ws trim` made under this name with other settings.
+    """
+
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    seed: int = 0
+    out: Path = DEFAULT_OUT
+    model: str | None = None
+    layers: str | None = None
+    modules: tuple[str, ...] = ()
+    depth_scale: tuple[float, float] | None = None
+    rank: int | None = None
+    energy: float | None = None
+    to: str | None = None
+    fresh: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, without what was not."""
+        asked = {name: getattr(self, name) for name in ("layers", "modules", "depth_scale", "rank", "energy")}
+        return {name: value for name, value in asked.items() if value not in (None, ())}
+
+    @property
+    def name(self) -> str:
+        """The new run's name, such as `lora_layers-0.3-0.8_rank-4` when none is given."""
+        parts = [self.adapter]
+        for name, value in self.settings.items():
+            values = value if isinstance(value, tuple) else (value,)
+            parts.append(
+                "-".join([name.split("_")[0], *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
+            )
+        return self.to or re.sub(r"[^\w.+-]+", "-", "_".join(parts))
+
+    def check(self) -> None:
+        """`WsError` for options that make no sense, before anything is loaded."""
+        if not self.settings:
+            raise WsError("There is nothing to trim: give --layers, --modules, --depth-scale, --rank or --energy.")
+        if self.rank is not None and self.energy is not None:
+            raise WsError("Give either --rank or --energy, not both.")

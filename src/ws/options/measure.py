@@ -1,0 +1,262 @@
+"""What the commands that measure a finished run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ws.behaviors import behavior_name
+from ws.errors import WsError, choose
+from ws.files.runs import DEFAULT_OUT
+from ws.options.shared import (
+    INTERVENTIONS,
+    N_PROMPTS,
+    N_TOKENS,
+    WEIGHT,
+    CalibrationConfig,
+    EvalOptions,
+    RunOptions,
+    shared_with,
+)
+
+# Configurations of the published sets.
+DILEMMAS, VIGNETTES = "model_eval", "airisk"
+# Capability: of each text, and of each answer to a neutral question.
+TEXT_TOKENS, ANSWER_TOKENS = 512, 128
+
+
+@dataclass(frozen=True)
+class SycophancyOptions(EvalOptions):
+    """Agreement with held-out false and true claims.
+
+    Attributes:
+        split: which of the behaviour's held-out claims: `report`, or `dev` for making choices on.
+    """
+
+    split: str = "report"
+
+
+@dataclass(frozen=True)
+class AiriskOptions(EvalOptions):
+    """AIRiskDilemmas: which action a model takes, by the values behind it.
+
+    Attributes:
+        value_class: which of the 16 classes of values labels the dilemmas.
+        protocol: `explicit`, or `alone`, the published arrangement, in our words unless `--prompts` gives others.
+        config: of the data set: `model_eval`, or another that has its columns, such as `full`.
+        revision: of the data set on the hub: a branch, tag or commit; the pinned one unless given.
+    """
+
+    value_class: str = "Truthfulness"
+    protocol: str = "explicit"
+    config: str = DILEMMAS
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TinymfvOptions(EvalOptions):
+    """tiny-mfv (airisk): how wrong a model finds what somebody does.
+
+    Attributes:
+        config: which vignettes: `airisk`, or what its successor publishes, `classic`, `scifi` and `ai-actor`.
+        revision: of the data set on the hub: a branch, tag or commit; the main branch unless given.
+    """
+
+    config: str = VIGNETTES
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceOptions(EvalOptions):
+    """Which of two given answers is likelier, on held-out questions.
+
+    Attributes:
+        split: which of the held-out questions: `report`, or `dev` for making choices on.
+    """
+
+    split: str = "report"
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, and for what a given answer has no place for."""
+        super().check()
+        if self.n_think:
+            raise WsError(f"--n-think {self.n_think}: nothing is thought before an answer that is given.")
+        if self.prompts:
+            raise WsError("--prompts: a preference is asked for in the question's own words; there are no others.")
+
+
+@dataclass(frozen=True)
+class StatementOptions(EvalOptions):
+    """Statements that somebody with a trait would say (model-written evals).
+
+    Attributes:
+        traits: whose statements, by the names of their files, such as `agreeableness`; those that the behaviour names
+            in `[statements]` unless given.
+        revision: of the data set on the hub: a branch, tag or commit; the main branch unless given.
+    """
+
+    traits: tuple[str, ...] = ()
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class CapabilityOptions(EvalOptions):
+    """What steering costs on neutral text and neutral questions.
+
+    Attributes:
+        questions: a file of neutral questions, one per line, or a table with the column `question`; ours unless given.
+        max_tokens: tokens of each text, at most.
+        n_tokens: tokens of each answer, at most.
+        config: of a hub data set given as `--dataset`.
+        split: of a hub data set given as `--dataset`.
+    """
+
+    questions: str | None = None
+    max_tokens: int = TEXT_TOKENS
+    n_tokens: int = ANSWER_TOKENS
+    config: str = "default"
+    split: str = "test"
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense and for options that have no meaning here."""
+        super().check()
+        for flag, value, least in (("--max-tokens", self.max_tokens, 2), ("--n-tokens", self.n_tokens, 1)):
+            if value < least:
+                raise WsError(f"{flag} must be at least {least}, not {value}.")
+        if self.n_think or self.prompts:
+            raise WsError("The capability evaluation takes neither --n-think nor --prompts; it asks plain questions.")
+
+
+@dataclass(frozen=True)
+class LmEvalOptions(EvalOptions):
+    """Tasks of lm-evaluation-harness at every strength.
+
+    Attributes:
+        tasks: names of tasks, groups or tags of the harness.
+        include_path: a folder with tasks of your own, which come before the harness's.
+        num_fewshot: examples in the prompt; each task's own number unless given.
+        chat: put the prompts into the model's chat template, as everywhere else: thinking off, and without a template a
+            plain transcript.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+
+    def check(self) -> None:
+        """`WsError` for options that make no sense, before anything is loaded."""
+        super().check()
+        if not self.tasks:
+            raise WsError("--tasks must name at least one task of the harness; `lm-eval ls tasks` lists them.")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise WsError(f"--tasks names a task twice: {' '.join(self.tasks)}.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise WsError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}.")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise WsError(f"--include-path: there is no folder {self.include_path}.")
+        if self.n_think or self.prompts or self.dataset:
+            raise WsError("A harness task brings its own data and prompts: leave --dataset, --prompts, --n-think out.")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(RunOptions):
+    """Find the strengths that cost a given divergence, and store them with the vector.
+
+    Attributes:
+        intervention: what is calibrated: `weight`, the vector, or a baseline such as `activation` (`ws compare --help`
+            names them); of those without a dial the divergence is reported.
+        n_prompts: questions that strengths are solved for on, at most; as many others check the result.
+        n_tokens: tokens of each answer that divergence is measured over, at most.
+        target: the divergence to reach, in nats.
+        batch_size: answers at a time; as many as fit unless given.
+        fresh: measure again and replace what is stored, also where it was made with other settings.
+    """
+
+    intervention: str = WEIGHT
+    n_prompts: int = N_PROMPTS
+    n_tokens: int = N_TOKENS
+    target: float = 1.0
+    batch_size: int | None = None
+    fresh: bool = False
+
+    @property
+    def config(self) -> CalibrationConfig:
+        """The settings of the calibration."""
+        return CalibrationConfig(self.n_prompts, self.n_tokens, self.target, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Every way of steering at the same cost, beside its nulls.
+
+    Attributes:
+        model: the model to steer; by default the base that the vector was made for.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        adapters: adapter families or other runs; all that have a finished run unless given.
+        seeds: of the runs; each adapter must have them all.
+        out: the folder of all runs and results.
+        interventions: what stands side by side: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
+            `prompt`, `activation`, `activation-everywhere`, `activation-layers`, `activation-layers-everywhere`.
+        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`.
+        traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        n_prompts: of calibrations that are not stored yet: questions that strengths are solved for on, at most; as many
+            others check the result.
+        target: of calibrations that are not stored yet: the divergence to reach, in nats.
+        n_draws: random vectors per run; 0 for none.
+        capability: also measure what it costs on neutral text.
+        split: which held-out claims and questions: `report`, or `dev` for making choices on.
+        batch_size: prompts per forward pass; as many as fit unless given.
+        limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
+        dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
+            unless given.
+        n_bootstrap: resamples per interval.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+    """
+
+    model: str | None = None
+    behavior: str = "honesty"
+    adapters: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    out: Path = DEFAULT_OUT
+    interventions: tuple[str, ...] = INTERVENTIONS
+    evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
+    n_prompts: int = N_PROMPTS
+    target: float = 1.0
+    n_draws: int = 20
+    capability: bool = True
+    split: str = "report"
+    batch_size: int | None = None
+    limit: int | None = None
+    dataset: str | None = None
+    n_bootstrap: int = 10_000
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def check(self) -> None:
+        """`WsError` for names and numbers that make no sense."""
+        for name in self.interventions:
+            choose("intervention", name, INTERVENTIONS)
+        if self.n_draws < 0:
+            raise WsError(f"--n-draws must be at least 0, not {self.n_draws}.")
+        if not (self.interventions and self.evals and self.seeds):
+            raise WsError("--interventions, --evals and --seeds must each name at least one.")
+        self.calibration.check()
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """How strengths are matched."""
+        return CalibrationConfig(n_prompts=self.n_prompts, target=self.target, batch_size=self.batch_size)
+
+    @property
+    def folder(self) -> Path:
+        """Where the tables go."""
+        return self.out / behavior_name(self.behavior)
+
+    def eval_options(self, adapter: str, seed: int) -> EvalOptions:
+        """One run, for an `EvalContext`."""
+        one = {"adapter": adapter, "seed": seed, "alphas": ("calibrated",), "interventions": (WEIGHT,)}
+        return shared_with(EvalOptions, self, **one)
