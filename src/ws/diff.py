@@ -18,13 +18,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ws import console
-from ws.adapters import read_adapter
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError
@@ -126,6 +124,8 @@ class SteeringVector:
         Raises:
             WsError: the adapter is unreadable, or does not fit the base.
         """
+        from ws.adapters import read_adapter  # peft takes seconds, and a vector of our own needs none of it
+
         model = load_model(base, device="cpu")[0] if isinstance(base, str) else base
         mark = fingerprint(model)
         family, deltas = read_adapter(folder, model)
@@ -569,6 +569,8 @@ class SteeringVector:
 
     @classmethod
     def _from_foreign_lora(cls, folder: Path) -> SteeringVector:
+        from ws.adapters import read_adapter
+
         family, deltas = read_adapter(folder, None)
         base = str(_read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "unknown")
         source = {"adapter": folder.name, "sha256": sha256_file(folder / PEFT_WEIGHTS)}
@@ -595,8 +597,10 @@ class SteeringVector:
                 tensors[f"base_model.model.{name}.lora_B.weight"] = d.u
         return tensors
 
-    def _peft_config(self) -> LoraConfig:
-        """A LoRA of scale 1: `lora_alpha == r` everywhere, with explicit patterns where ranks differ."""
+    def _peft_config(self) -> Any:
+        """PEFT's `LoraConfig` of scale 1: `lora_alpha == r` everywhere, with explicit patterns where ranks differ."""
+        from peft import LoraConfig
+
         ranks = {name: d.rank for name, d in self.deltas.items() if d.rank}
         return LoraConfig(
             r=self.max_rank,

@@ -1,0 +1,72 @@
+"""How much every command costs before it does anything, in CPU seconds of a fresh process and against `import torch`.
+
+`uv run python -m benchmarks.startup` takes, in turns and so many rounds (`--rounds`), the medians of
+
+- `import torch`, alone and with the model classes of transformers, which any tool of this kind pays for;
+- `ws --help`, `ws COMMAND --help` of every command, a mistyped option, and files and runs that are not there;
+- the commands that need no model, on an empty behaviour file and on a vector of the tests' size;
+- the modules that carry the other commands out, imported and no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import ws
+from benchmarks import harness
+from ws.cli import COMMANDS
+
+TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel, transformers.Trainer"
+MISTAKES = {
+    "mistyped option": ["replicate", "--adaptr", "lora"],
+    "mistyped command": ["replcate"],
+    "no behaviour file": ["replicate", "--behavior", "nowhere.toml"],
+    "no finished run": ["eval", "airisk"],
+    "no vector": ["inspect", "nowhere"],
+}
+
+
+def command(words: Sequence[str]) -> str:
+    """`ws ...` as Python that ends with code 0 also where the command does not."""
+    return (
+        f"import sys\nfrom ws.cli import main\nsys.argv = {['ws', *words]!r}\ntry:\n    main()\nexcept SystemExit: pass"
+    )
+
+
+def codes(folder: Path) -> dict[str, str]:
+    """What is measured, by the names of the record."""
+    delta = ws.LinearDelta(64, 64, u=torch.ones(64, 2), v=torch.ones(2, 64))
+    ws.SteeringVector({"model.layers.0.mlp.up_proj": delta}, "a-base", None).save(folder / "vector")
+    found = {"import torch": TORCH, "import torch, transformers": BOTH, "ws --help": command(["--help"])}
+    found |= {f"ws {name} --help": command([*name.split()[:2], "--help"]) for name in COMMANDS if "--" not in name}
+    found |= {name: command(words) for name, words in MISTAKES.items()}
+    found["ws inspect VECTOR"] = command(["inspect", str(folder / "vector")])
+    found["ws behavior check honesty"] = command(["behavior", "check", "honesty"])
+    modules = sorted({place.split(":")[0] for place, _ in COMMANDS.values()} - {"ws.cli"})
+    return found | {f"import {module}": f"import {module}" for module in modules}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    o = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        wanted, seconds = codes(Path(place)), dict[str, list[float]]()
+        for number in range(o.rounds + 1):
+            for name, code in wanted.items():
+                taken = harness.fresh_process(["-c", code], cwd=Path(place)).cpu_seconds
+                if number:  # the first round fills the file cache
+                    seconds.setdefault(name, []).append(taken)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    rows = {n: {"cpu_seconds": round(s, 2), "ratio": round(s / medians[TORCH], 3)} for n, s in medians.items()}
+    harness.record("startup", {"rounds": o.rounds, "commands": rows})
+
+
+if __name__ == "__main__":
+    main()
