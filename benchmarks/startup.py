@@ -22,7 +22,7 @@ import ws
 from benchmarks import harness
 from ws.cli import COMMANDS
 
-TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel, transformers.Trainer"
+TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel"
 MISTAKES = {
     "mistyped option": ["replicate", "--adaptr", "lora"],
     "mistyped command": ["replcate"],
@@ -34,9 +34,8 @@ MISTAKES = {
 
 def command(words: Sequence[str]) -> str:
     """`ws ...` as Python that ends with code 0 also where the command does not."""
-    return (
-        f"import sys\nfrom ws.cli import main\nsys.argv = {['ws', *words]!r}\ntry:\n    main()\nexcept SystemExit: pass"
-    )
+    lines = ["import sys", "from ws.cli import main", f"sys.argv = {['ws', '--quiet', *words]!r}"]
+    return "\n".join([*lines, "try:", "    main()", "except SystemExit:", "    pass", "print('{}')"])
 
 
 def codes(folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,21 @@ def test_manifests_hold_versions_and_no_absolute_path(tmp_path):
 
 
 # ---- side by side ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["ws demo", "--model", "pocket"], "ws demo --model pocket"),
+        (["/opt/bin/ws eval-sycophancy", "--out", "my out"], "ws eval-sycophancy --out 'my out'"),
+        (["/opt/my script.py", "--fast"], "'my script.py' --fast"),
+        (["ipykernel_launcher.py", "-f", "x"], ""),
+    ],
+)
+def test_the_command_on_record_can_be_typed_again(tmp_path, monkeypatch, argv, command):
+    monkeypatch.setattr(sys, "argv", argv)
+    Run(tmp_path).restart("pos", {}).done([])
+    assert Run(tmp_path).facts("pos")["command"] == command
 
 
 def test_a_lock_keeps_others_out_and_not_its_holder(tmp_path, capsys):

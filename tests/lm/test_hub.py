@@ -339,6 +339,8 @@ def test_paths_are_cut_down_to_names(monkeypatch):
         ("sycophancy.py --alphas -1 1 --out-of 3", "python -m ws.eval.sycophancy --alphas -1 1 --out-of 3"),
         ("ws monitor /srv/x/change --library ../v1 --device cpu", "ws monitor change --library v1 --device cpu"),
         ("mine.py --behavior ~/b.toml", "mine.py --behavior b.toml"),
+        ("ws replicate --model '/srv/my model' --seed 1", "ws replicate --model 'my model' --seed 1"),
+        ("'ws demo' --model pocket", "ws demo --model pocket"),
     ],
 )
 def test_commands_can_be_typed_elsewhere(recorded, shown):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -18,6 +20,7 @@ import ws
 from support.finished_runs import (
     ALPHAS,
     BASE,
+    CLAIMS,
     NAMES,
     build_out,
     claim_scores,
@@ -47,12 +50,12 @@ from ws.report import main, write_report
 from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
 from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Result, read_contents
 from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, tag
-from ws.report.notes import notes, stale
+from ws.report.notes import notes
 from ws.report.page import render
-from ws.report.sections import Sampled, dose_panels, example, samples, shift_rows
+from ws.report.sections import dose_panels, example, samples, shift_rows
 from ws.report.tables import commands, foundations_table, other_dilemmas_table, points_table
-from ws.report.verdict import best_adapter, evidence_of, judge, plain_words, warnings_of
-from ws.report.words import clean, differences, interval_text, number, odds, p_text, side_by_side
+from ws.report.verdict import judge, select, warnings_of
+from ws.report.words import clean, differences, odds, p_text, shown, side_by_side
 from ws.stats import Estimate, estimate_over_seeds, holm
 
 # ---- a small out/ folder, written as the commands write it -----------------------------------------------------------
@@ -64,10 +67,29 @@ def whole(tmp_path):
     return build_out(tmp_path / "out")
 
 
-def sentence(out):
+def verdict_of(out):
     contents = read_contents(out, "honesty")
-    found = judge(contents, evidence_of(contents, curves_of(contents)))
-    return found.kind, found.sentence
+    return judge(contents, curves_of(contents))
+
+
+def sentence(out):
+    """The kind of the verdict, and every word that stands with it."""
+    found = verdict_of(out)
+    figures = (f"{h.name} {h.figure} {h.note}" for h in found.headlines)
+    return found.kind, "\n".join([found.sentence, *figures, *(f"{c.name} {c.text}" for c in found.checks)])
+
+
+def marks(out):
+    return {c.name: c.mark for c in verdict_of(out).checks}
+
+
+def left_out(contents):
+    return " ".join(n.text for n in notes(contents) if n.is_left_out)
+
+
+def all_warnings(contents):
+    curves = curves_of(contents)
+    return [c.text for c in warnings_of(contents, curves, select(contents, curves).all)]
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -85,7 +107,7 @@ def test_only_tables_of_the_very_vector_are_read(tmp_path):
     contents = read_contents(tmp_path, "honesty")
     assert not [k for k in contents.results[0].tables if k[1] == "summary"]
     assert {g.why for g in contents.results[0].gaps if g.what == "sycophancy"} == {"made with another vector"}
-    assert any("Held-out claims: made with another vector" in c.text for c in stale(notes(contents)))
+    assert "Held-out claims: made with another vector" in left_out(contents)
     assert sentence(tmp_path)[0] == "No verdict"
 
 
@@ -112,7 +134,7 @@ def test_a_table_that_cannot_be_used_leaves_a_note(tmp_path, spoil, why):
 def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
     make_vector(1).save(run_folder(tmp_path, "honesty", "lora") / "vector")
     contents = read_contents(tmp_path, "honesty")
-    found = {command for here in notes(contents).values() for note in here for command in note.commands}
+    found = {command for note in notes(contents) for command in note.commands}
     for command in (
         *(
             "ws eval sycophancy --adapter lora",
@@ -121,12 +143,17 @@ def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
         ),
         *("ws calibrate --adapter lora", "ws controls --adapter lora", "ws confounds --adapter lora", "ws compare"),
         *(f"{begun} --model {BASE}" for begun in ("ws data", "ws replicate --adapter lora")),
-        *(f"ws replicate --adapter lora --control {null} --model {BASE}" for null in ("shuffled", "same-side")),
+        *(f"ws replicate --control {null} --adapter lora --model {BASE}" for null in ("shuffled", "same-side")),
     ):
         assert f"{command} --behavior honesty" in found
     page = render(contents)
-    assert all(f"<code>{command}</code>" in page for command in found)
+    lines = [
+        line for block in re.findall("<pre><code>(.*?)</code></pre>", page, re.DOTALL) for line in block.split("\n")
+    ]
+    assert found <= set(lines)
     assert page.count("<svg") == 1, "the sizes of the vector, and no empty figure"
+    assert f"{len(notes(contents))} pieces are missing" in page
+    assert page.count("missing, for") == page[page.index('id="next"') :].count("missing, for"), "all in one place"
 
 
 def test_samples_of_another_vector_are_left_out(tmp_path):
@@ -137,7 +164,7 @@ def test_samples_of_another_vector_are_left_out(tmp_path):
     contents = read_contents(tmp_path, "honesty")
     assert not contents.results[0].samples
     assert [g.why for g in contents.results[0].gaps if g.what == "samples"] == ["made with another vector"]
-    assert any("Samples: made with another vector" in c.text for c in stale(notes(contents)))
+    assert "Samples: made with another vector" in left_out(contents)
     assert "What color is it?" not in render(contents)
 
 
@@ -147,13 +174,11 @@ def test_samples_that_do_not_say_of_which_vector_they_are_come_with_a_note(tmp_p
     run.write("reading", run.facts("reading") | {"inputs": {}})  # as it was recorded before it named its vector
     contents = read_contents(tmp_path, "honesty")
     assert contents.results[0].samples
-    (note,) = notes(contents)["samples"]
-    assert note.is_shown
+    (note,) = [n for n in notes(contents) if n.text.startswith("Samples")]
     assert not note.is_left_out
-    assert not [c for c in stale(notes(contents)) if "Samples" in c.text]
     page = render(contents)
     assert "What color is it?" in page
-    assert page.count("it is not on record which vector gave them") == 1, "it is not among the missing pieces"
+    assert "shown, but it is not on record which vector gave them" in page
 
 
 def test_replicate_records_which_vector_the_samples_are_of(tmp_path):
@@ -203,7 +228,7 @@ def test_what_was_made_with_another_tokenizer_than_the_base_has_now_is_left_out(
     gaps = {g.what for g in old.gaps if "made with another tokenizer or chat template" in g.why}
     assert gaps == {*stages[:3], "samples", "controls", "calibration", "dilemmas"}
     assert not contents.card
-    assert len([c for c in stale(notes(contents)) if "another tokenizer" in c.text]) == len(gaps) + 1
+    assert left_out(contents).count("another tokenizer") == len(gaps) + 1
     assert asked == [BASE] * 2, "once per page"
     monkeypatch.setattr(report_data, "tokenizer_hash_on_disk", lambda name: "")
     (unknown,) = read_contents(tmp_path, "honesty").results
@@ -219,9 +244,9 @@ def test_a_behaviour_of_ones_own_is_called_by_its_file(tmp_path, whole):
     (whole / "honesty").rename(whole / "accuracy")
     by_name, by_file = (read_contents(whole, name) for name in ("accuracy", str(file)))
     assert (by_name.name, by_name.called) == (by_file.name, by_file.called) == ("accuracy", "accuracy.toml")
-    commands = [c for here in notes(by_name).values() for note in here for c in note.commands if c.startswith("ws")]
-    assert commands
-    assert all(c.endswith(" --behavior accuracy.toml") for c in commands)
+    typed = [c for note in notes(by_name) for c in note.commands]
+    assert typed
+    assert all(c.endswith(" --behavior accuracy.toml") for c in typed)
     assert by_name.behavior is by_file.behavior is None, "the vectors were trained on another file"
     digest = ws.load_behavior(str(file)).digest
     for folder in (whole / "accuracy").glob("*"):
@@ -256,7 +281,7 @@ def test_dilemmas_of_other_values_are_a_table_of_their_own(tmp_path):
     record(folder, "airisk_care", {"summary": asked}, "0" * 64)
     contents = read_contents(tmp_path, "honesty")
     assert not contents.results[0].others
-    assert any("airisk_care was made with another vector" in c.text for c in stale(notes(contents)))
+    assert "airisk_care was made with another vector" in left_out(contents)
     assert not other_dilemmas_table(contents).rows
 
 
@@ -293,7 +318,7 @@ def test_runs_that_were_asked_in_other_words_are_not_shown_together(whole):
     (gap,) = [g for r in contents.results for g in r.gaps if g.what == "tinymfv_airisk"]
     assert "file:theirs@12345678" in gap.why
     assert gap.command == "ws eval tinymfv-airisk --adapter delora"
-    assert any("made with other words (file:theirs@12345678)" in c.text for c in stale(notes(contents)))
+    assert "made with other words (file:theirs@12345678)" in left_out(contents)
     assert all(("sycophancy", "summary") in r.tables for r in contents.results), "only those rows are left out"
     relabel(cells["delora", 0], "tinymfv_airisk", words="file:theirs@12345678", eval_hash="abc123")
     found = read_contents(whole, "honesty").results
@@ -317,14 +342,15 @@ def test_a_comparison_in_other_words_is_not_used(tmp_path):
 def test_a_prompted_base_that_is_missing_is_noted(tmp_path):
     folder = write_run(tmp_path)
     write_calibration(folder)
-    texts = {
-        anchor: " ".join(n.text for n in here) for anchor, here in notes(read_contents(tmp_path, "honesty")).items()
-    }
-    assert all("under a system prompt" in texts[anchor] for anchor in ("claims", "dilemmas", "acts"))
+
+    def unprompted():
+        found = notes(read_contents(tmp_path, "honesty"))
+        return {n.text.split()[0]: n for n in found if "under a system prompt" in n.text}
+
+    assert list(unprompted()) == ["Claims", "Dilemmas", "Acts"]
     write_compare(tmp_path)
-    found = notes(read_contents(tmp_path, "honesty"))
-    assert not [n for n in found["claims"] if "under a system prompt" in n.text]
-    (note,) = [n for n in found["dilemmas"] if "under a system prompt" in n.text]
+    assert list(unprompted()) == ["Dilemmas", "Acts"]
+    note = unprompted()["Dilemmas"]
     assert note.commands == ("ws compare --evals sycophancy tinymfv_airisk airisk --behavior honesty",)
 
 
@@ -337,7 +363,7 @@ def test_a_damaged_vector_is_left_out_and_named(whole):
     (run_folder(whole, "honesty", "lora", 1) / "vector" / "ws.json").write_text("{")
     contents = read_contents(whole, "honesty")
     assert [r.name for r in contents.results] == ["lora seed 0", "delora seed 0", "delora seed 1"]
-    assert "Vector: vector/ws.json cannot be read" in " ".join(n.text for n in notes(contents)["provenance"])
+    assert "Vector: vector/ws.json cannot be read" in left_out(contents)
     assert str(whole) not in render(contents)
 
 
@@ -346,9 +372,9 @@ def test_nulls_are_no_results(whole):
     contents = read_contents(whole, "honesty")
     assert contents.adapters == ["lora", "delora"]
     assert contents.nulls == ("lora-shuffled",)
-    texts = " ".join(n.text for n in notes(contents)["checks"])
-    assert "no same-side vector was trained" in texts
-    assert "no shuffled vector" not in texts
+    untrained = {n.text.split(": ")[1] for n in notes(contents) if n.text.startswith("Controls that")}
+    shuffled, same_side = "no shuffled vector was trained", "no same-side vector was trained"
+    assert untrained == {f"{shuffled}, for delora seed 0.", f"{same_side}, for lora seed 0, delora seed 0."}
 
 
 def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
@@ -359,7 +385,7 @@ def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
     write_calibration(folder, (-0.8, 1.7))
     contents = read_contents(tmp_path, "honesty")
     assert not contents.compare
-    assert any("made at other strengths" in c.text for c in stale(notes(contents)))
+    assert "made at other strengths" in left_out(contents)
 
 
 def test_a_calibration_of_another_vector_is_not_used(tmp_path):
@@ -420,9 +446,8 @@ def test_a_family_that_multiplies_w_needs_ws_subspace(tmp_path):
     change = {"model.layers.1.mlp.up_proj": LinearDelta(4, 3, g=torch.ones(4))}
     folder = run_folder(tmp_path, "honesty", "ia3")
     SteeringVector(change, BASE, None, {}, {"behavior": "honesty"}).save(folder / "vector")
-    assert [n.commands for n in notes(read_contents(tmp_path, "honesty"))["norms"]] == [
-        ("ws subspace --adapter ia3 --behavior honesty",)
-    ]
+    (note,) = [n for n in notes(read_contents(tmp_path, "honesty")) if n.text.startswith("Norms")]
+    assert note.commands == ("ws subspace --adapter ia3 --behavior honesty",)
     digest = vector_digest(SteeringVector.load(folder / "vector"))
     rows = [{"layer": "1", "kind": "up_proj", "relative_norm": 0.5}, {"layer": "", "kind": "head", "relative_norm": 1}]
     record(folder, "subspace", {"per_layer": rows}, digest, "vector")
@@ -440,11 +465,11 @@ def test_seeds_are_pooled_as_the_bootstrap_over_seeds_and_items_says(whole):
         both = [claim_scores(-1.0, seed) for seed in (0, 1)]
         shifts = np.stack([pick(b[1.0]).logratio - pick(b[0.0]).logratio for b in both])
         wanted, point = estimate_over_seeds(shifts), curves[key, "lora"].at(1.0)
-        assert (point.shift.mean, point.shift.low, point.shift.high) == pytest.approx(
+        assert (point.shift.mean, point.shift.ci_lo, point.shift.ci_hi) == pytest.approx(
             (wanted.mean, wanted.ci_lo, wanted.ci_hi)
         )
     steered = [p for (key, _), c in curves.items() if key == "choices" for p in c.pooled if p.alpha]
-    assert [p.p_holm for p in steered] == pytest.approx(holm(np.array([p.p for p in steered])))
+    assert [p.p_holm for p in steered] == pytest.approx(holm(np.array([p.shift.p for p in steered])))
 
 
 def test_the_table_of_the_sweep_is_taken_only_while_it_is_of_these_seeds(whole):
@@ -465,7 +490,7 @@ def test_different_items_are_not_pooled(whole):
     contents = read_contents(whole, "honesty")
     curves = curves_of(contents)
     assert curves["false_claims", "lora"].pooled == ()
-    assert any("asked different items" in c.text for c in warnings_of(contents, curves, []))
+    assert any("asked different items" in text for text in all_warnings(contents))
     assert "not pooled" in render(contents)
 
 
@@ -482,9 +507,9 @@ def test_foundations_are_shifts_of_logits(whole):
             for a in ("0.0", "1.0")
         }
         moved.append((logit(w["1.0"]) - logit(w["0.0"])).mean())
-    assert care.n == 10
+    assert care.shift.n == 10
     assert care.shift.mean == pytest.approx(np.mean(moved))
-    assert care.shift.low < care.shift.mean < care.shift.high
+    assert care.shift.ci_lo < care.shift.mean < care.shift.ci_hi
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -507,54 +532,101 @@ def test_the_divergence_stands_beside_every_effect(tmp_path):
     curve = curves_of(contents)["false_claims", "lora"]
     assert curve.at(1.0).kl == both
     assert next(p for p in curve.seeds[1] if p.alpha == 1).kl == Divergence(0.3, True)
-    page, between = render(contents), f"KL ≈{number(between.nats)}"
+    page, between = render(contents), f"KL ≈{between.nats:.2f}"
     rows = [a["aria-label"] for t, a in parse(page).found if t == "svg" and a["aria-label"].startswith("Shift of")]
     assert len(rows) == 3
     assert all("answer mass 0.9" in label and between in label and "KL not measured" in label for label in rows)
     assert f"alpha +1: answer mass 0.980, {between}" in page, "beside the foundations too"
 
 
-def test_the_verdict_is_said_in_odds_too(tmp_path):
-    write_run(tmp_path)
+def test_three_figures_say_what_moved_how_surely_and_at_what_cost(tmp_path):
+    folder = write_run(tmp_path)
     contents = read_contents(tmp_path, "honesty")
-    curves = curves_of(contents)
-    text = plain_words(contents, evidence_of(contents, curves))
-    curve = curves["false_claims", "lora"]
-    for alpha in (0.0, 1.0):
-        assert odds(curve.at(alpha).level.mean) in text
-    assert "answers Yes rather than No" in text
-    assert "The behaviour file expects lower odds." in text
-    assert "KL not measured" in text
-    assert plain_words(contents, []) == ""
+    curve, found = curves_of(contents)["false_claims", "lora"], verdict_of(tmp_path)
+    moved, shift, cost = found.headlines
+    assert moved.figure == f"{odds(curve.at(0.0).level.mean)} \N{RIGHTWARDS ARROW} {odds(curve.at(1.0).level.mean)}"
+    assert "odds of Yes to No" in moved.note
+    assert "lora at alpha +1" in moved.note
+    assert "predicted: down" in moved.note
+    assert shift.figure == f"{curve.at(1.0).shift:+.2f}".replace("-", "−")
+    assert "24 items, 1 seed" in shift.note
+    assert f"Holm p {p_text(curve.at(1.0).p_holm)}" in shift.note
+    assert (cost.figure, marks(tmp_path)["Cost"]) == ("not measured", "missing")
+    write_calibration(folder, (-0.8, 1.0))
+    assert (verdict_of(tmp_path).headlines[2].figure, marks(tmp_path)["Cost"]) == ("KL 1.00 nats", "good")
+    write_calibration(folder, (-0.8, 0.6))
+    assert marks(tmp_path)["Cost"] == "missing", "nothing is said beyond what was measured"
+    page = render(contents)
+    assert all(f'<dd class="large">{h.figure}</dd>' in page for h in found.headlines)
+
+
+def test_what_costs_more_than_a_calibrated_strength_is_marked(tmp_path):
+    folder = write_run(tmp_path)
+    write_calibration(folder, (-0.8, 1.6))
+    digest = vector_digest(SteeringVector.load(folder / "vector"))
+    known = load_calibration(folder / "vector", digest)
+    dear = replace(known.positive, evaluations=((1.0, 2.5), (1.6, 4.0)))
+    store_calibration(folder / "vector", replace(known, positive=dear))
+    found = verdict_of(tmp_path)
+    assert found.headlines[2].figure == "KL 2.50 nats"
+    assert marks(tmp_path)["Cost"] == "caution"
+
+
+def test_a_page_without_readable_claims_shows_what_else_can_be_read(tmp_path):
+    write_run(tmp_path, mass=0.4)
+    found, curves = verdict_of(tmp_path), curves_of(read_contents(tmp_path, "honesty"))
+    assert found.kind == "No conclusion"
+    assert found.shown.score.key == "choices"
+    point = curves["choices", "lora"].at(1.0)
+    assert found.headlines[0].figure.endswith(odds(point.level.mean))
+    assert found.headlines[1].figure == shown(point.shift)
+    assert "truthful choices in dilemmas" in found.sentence
+    assert marks(tmp_path)["True claims"] == "missing"
+    page = render(read_contents(tmp_path, "honesty"))
+    assert page.index('id="dilemmas"') < page.index('id="warnings"') < page.index('id="claims"')
 
 
 def test_odds():
     """By their definition: p / (1 - p) of the probability that has this log ratio."""
-    assert odds(np.log(0.8 / 0.2)) == "4.0 to 1"
-    assert odds(np.log(0.02 / 0.98)) == "1 to 49"
-    assert odds(0.0) == "1.0 to 1"
-    assert odds(-900.0) == "1 to more than 1000"
+    assert odds(np.log(0.8 / 0.2)) == "4.0:1"
+    assert odds(np.log(0.02 / 0.98)) == "1:49"
+    assert odds(0.0) == "1.0:1"
+    assert odds(-900.0) == "1:>1000"
 
 
-def test_an_example_stands_at_the_top(whole):
-    found = samples(read_contents(whole, "honesty"))
-    name, question = example(found, "delora")
-    assert name == "delora seed 0"
-    assert [alpha for alpha, _ in question.answers] == [-1.0, 0.0, 1.0]
-    assert example(found, None)[0] == "lora seed 0"
-    assert example([], "lora") is None
+def shown_example(out, name="honesty"):
+    contents = read_contents(out, name)
+    curves = curves_of(contents)
+    return example(contents, curves, judge(contents, curves).shown)
+
+
+def test_an_example_moves_both_ways_and_has_the_truth_marked(whole):
+    found = shown_example(whole)
+    claim = next(c for c in CLAIMS if f" {c.text}." in found.question.text)
+    assert not claim.is_true
+    values = {a: s.logratio[CLAIMS.index(claim)] for a, s in claim_scores(-1.0, 0).items()}
+    assert values[-1.0] > values[0.0] > values[1.0], "lora seed 0 has these scores"
+    assert found.run == "lora seed 0"
+    for alpha, pieces in found.question.answers:
+        text = " ".join(piece.text for piece in pieces if piece.kind != "left out")
+        assert text == f"{'Yes' if values[alpha] > 0 else 'No'}, {odds(abs(values[alpha]))}"
+        assert found.right[alpha] == (values[alpha] < 0)
+        assert any(piece.kind == "changed" for piece in pieces) == (alpha != 0)
+    assert set(found.right.values()) == {True, False}, "an answer that changes, where there is one"
+    assert found.truth == "The claim is false: No is right."
     page = render(read_contents(whole, "honesty"))
-    assert page.index('id="verdict"') < page.index('id="example"') < page.index('id="warnings"')
+    order = [page.index(f'id="{name}"') for name in ("verdict", "claims", "example", "warnings")]
+    assert order == sorted(order)
+    assert page.count("</span> right") + page.count("</span> wrong") == 3
 
 
-def test_an_example_prefers_answers_that_differ():
-    same = side_by_side([{"alpha": a, "question": "Same?", "answer": "yes"} for a in (-2, 0, 2)])
-    differ = side_by_side([{"alpha": a, "question": "Differs?", "answer": f"it is {a}"} for a in (-1, 0, 0.5, 1, 2)])
-    found = [Sampled("a", 0, 2, (("a seed 0", (*same, *differ)),)), Sampled("b", 0, 2, (("b seed 0", tuple(same)),))]
-    name, question = example(found, "b")
-    assert (name, question.text) == ("a seed 0", "Differs?")
-    assert [alpha for alpha, _ in question.answers] == [-1, 0, 1]
-    assert example(found[1:], "b")[1].answers == same[0].answers
+def test_no_example_without_items_that_both_signs_move(tmp_path):
+    write_run(tmp_path, effect=0.0)
+    assert shown_example(tmp_path) is None
+    assert 'id="example"' not in render(read_contents(tmp_path, "honesty"))
+    file = write_run(tmp_path / "other") / "sycophancy_per_claim.csv"
+    file.unlink()
+    assert shown_example(tmp_path / "other") is None
 
 
 def test_commands_that_are_nobodys_but_a_script_are_said_to_be(tmp_path):
@@ -569,6 +641,21 @@ def test_commands_that_are_nobodys_but_a_script_are_said_to_be(tmp_path):
     assert found[-1] == "ws report --behavior honesty"
 
 
+def test_commands_can_be_copied_as_they_are(tmp_path):
+    """Two words of the command line are two, whatever is in names is quoted, and only options change."""
+    folder = write_run(tmp_path, "lo ra's")
+    run = Run(folder)
+    for name, command in (("pos", "'ws demo' --model pocket"), ("reading", "ws replicate --model '/srv/my model'")):
+        run.write(name, run.manifest["stages"].get(name, {"outputs": {}}) | {"command": command})
+    lines = typed(render(read_contents(tmp_path, "honesty")))
+    assert "ws demo --model pocket" in lines
+    assert ["ws", "replicate", "--model", "my model"] in map(shlex.split, lines)
+    assert all(shlex.split(line, comments=True)[:1] in ([], ["ws"]) for line in lines), "a script's line is a comment"
+    named = [shlex.split(line) for line in lines if "--adapter" in line]
+    assert named
+    assert {words[words.index("--adapter") + 1] for words in named} == {"lo ra's"}
+
+
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
@@ -578,14 +665,19 @@ def test_a_strong_effect_with_all_controls_is_supported(tmp_path):
     write_compare(tmp_path)
     kind, text = sentence(tmp_path)
     assert kind == "Supported"
-    assert (
+    predicted = (
         "lowers agreement with held-out false claims, as the behaviour predicts, in 1 of 1 adapter (2 seeds each)"
-        in text
     )
-    assert "farthest from zero is lora" in text
-    assert re.search(r"lora at alpha \+1, −(0\.9|1\.0)\d \[−1\.\d\d, −0\.\d\d\] nats over 24 claims, Holm p [=<]", text)
-    assert "it beats label-shuffled and same-side vectors of the same size, and random ones" in text
-    assert "true claims do not move along" in text
+    assert predicted in text
+    assert "then lora at alpha +1" in text
+    assert re.search(
+        r"Shift, nats −(0\.9|1\.0)\d \[−1\.\d\d, −0\.\d\d\] 95 % interval over 24 items, 2 seeds; Holm p", text
+    )
+    assert "all beaten (label-shuffled, same-side, random)" in text
+    assert "True claims do not move along" in text
+    wanted = {"Answer mass", "Controls", "Cost", "Seeds", "True claims"}
+    assert {name for name, mark in marks(tmp_path).items() if mark == "good"} == wanted
+    assert marks(tmp_path)["Confounds"] == "missing", "nobody has looked, which is no doubt"
 
 
 def test_without_trained_nulls_nothing_is_said_of_the_behaviour(tmp_path):
@@ -594,13 +686,11 @@ def test_without_trained_nulls_nothing_is_said_of_the_behaviour(tmp_path):
     assert kind == "Cause not known"
     assert "predicts" not in text
     assert "whether that is honesty is not known" in text
-    for null in ("shuffled", "same-side"):
-        assert f"`ws replicate --adapter lora --control {null}`" in text
-    assert "then `ws compare`" in text
-    assert "it rests on one seed" in text
+    assert marks(tmp_path)["Controls"] == "missing"
+    assert "Seeds one, and another training may differ" in text
     write_run(tmp_path, effect=1.0)
-    kind, text = sentence(tmp_path)
-    assert (kind, "predict" in text) == ("Cause not known", False)
+    found = verdict_of(tmp_path)
+    assert (found.kind, "predict" in found.sentence) == ("Cause not known", False)
 
 
 def test_one_seed_weakens_it(tmp_path):
@@ -608,9 +698,8 @@ def test_one_seed_weakens_it(tmp_path):
     write_compare(tmp_path)
     kind, text = sentence(tmp_path)
     assert kind == "First indication"
-    assert "it rests on one seed" in text
-    contents = read_contents(tmp_path, "honesty")
-    assert any(c.text.startswith("One seed only: lora") for c in warnings_of(contents, curves_of(contents), []))
+    assert "Seeds one, and another training may differ" in text
+    assert [name for name, mark in marks(tmp_path).items() if mark == "caution"] == ["Seeds"]
 
 
 def test_controls_that_are_not_beaten_end_it(tmp_path):
@@ -618,12 +707,13 @@ def test_controls_that_are_not_beaten_end_it(tmp_path):
     write_compare(tmp_path, real=False)
     kind, text = sentence(tmp_path)
     assert kind == "Not established"
-    assert "does NOT beat its controls" in text
+    assert "but controls: NOT all beaten" in text
+    assert marks(tmp_path)["Controls"] == "against it"
 
 
 @pytest.mark.parametrize(
     ("null", "kind", "words"),
-    [(0.1, "Cause not known", "is no evidence of the behaviour"), (3.0, "Not established", "do as much")],
+    [(0.1, "Cause not known", "is no evidence"), (3.0, "Not established", "do as much")],
 )
 def test_random_vectors_alone(tmp_path, null, kind, words):
     folder = write_run(tmp_path)
@@ -654,7 +744,7 @@ def test_a_prompt_that_does_more_is_said(tmp_path):
     write_compare(tmp_path)
     contents = read_contents(tmp_path, "honesty")
     curves = curves_of(contents)
-    (text,) = [c.text for c in warnings_of(contents, curves, []) if c.text.startswith("A system prompt")]
+    (text,) = [text for text in all_warnings(contents) if text.startswith("A system prompt")]
     assert "−4.00" in text
     assert "−2.00" in text
     (panel,) = dose_panels(contents, curves, ("false_claims",))
@@ -665,7 +755,8 @@ def test_a_prompt_that_does_more_is_said(tmp_path):
 def test_claims_that_settings_may_have_been_chosen_on_weaken_it(tmp_path):
     file = write_run(tmp_path) / "sycophancy_summary.csv"
     file.write_text(file.read_text().replace(",report,", ",dev,"))
-    assert "its claims are of the split dev" in sentence(tmp_path)[1]
+    assert "Split dev, on which settings may have been chosen" in sentence(tmp_path)[1]
+    assert marks(tmp_path)["Split"] == "caution"
 
 
 def test_one_adapter_among_many_is_not_the_rule(tmp_path):
@@ -683,7 +774,8 @@ def test_agreement_is_not_the_behaviour(tmp_path):
     write_run(tmp_path, true_too=True)
     kind, text = sentence(tmp_path)
     assert kind == "Not established"
-    assert "true claims move along with false ones, so this is agreement, not honesty" in text
+    assert "but true claims: move along, so this is agreement, not honesty" in text
+    assert marks(tmp_path)["True claims"] == "against it"
 
 
 def test_nothing_moves(tmp_path):
@@ -695,8 +787,7 @@ def test_nothing_moves(tmp_path):
 
 def test_an_effect_under_the_floor_is_none_however_sure(tmp_path):
     write_run(tmp_path, effect=-0.11)
-    contents = read_contents(tmp_path, "honesty")
-    (found,) = evidence_of(contents, curves_of(contents))
+    (found,) = verdict_of(tmp_path).claims.all
     assert found.point.p_holm < 0.05
     assert found.point.shift.excludes_zero
     kind, text = sentence(tmp_path)
@@ -717,10 +808,7 @@ def test_a_model_that_no_longer_answers_shows_nothing(tmp_path):
     assert "answer mass 0.400" in text
     contents = read_contents(tmp_path, "honesty")
     curves = curves_of(contents)
-    assert any(
-        "Not to be read, agreement with false claims: lora at alpha" in c.text
-        for c in warnings_of(contents, curves, [])
-    )
+    assert any("Not to be read, agreement with false claims: lora at alpha" in text for text in all_warnings(contents))
     (figure,) = dose_figures(dose_panels(contents, curves, ("false_claims", "true_claims")))
     assert figure.svg.count('class="broken"') == 2
     assert figure.svg.count("hollow") == 4
@@ -749,10 +837,10 @@ def test_frames_that_do_not_agree_are_marked_wherever_they_stand(tmp_path):
     assert "frames agree on 0% of the texts" in table.caption
     (figure,) = foundation_figures(found)
     assert figure.svg.count("hollow") == 2 * len(NAMES)
-    (forest,) = (forest_figure("x", 3, shift_rows(contents, curves, "wrongness")),)
+    (forest,) = (forest_figure(curves["wrongness", "lora"].score, shift_rows(contents, curves, "wrongness")),)
     assert forest.svg.count("hollow") == 2
     assert "not to be read: frames agree on 0% of the texts" in forest.svg
-    assert any("frames agree on 0% of the texts" in c.text for c in warnings_of(contents, curves, []))
+    assert any("frames agree on 0% of the texts" in text for text in all_warnings(contents))
 
 
 def test_one_foundation_without_answers_is_marked_alone(tmp_path):
@@ -799,7 +887,7 @@ def test_runs_that_do_nothing_rarely_get_a_verdict(n_seeds):
     rng, pages, called = np.random.default_rng(n_seeds), 80, 0
     for _ in range(pages):
         contents = simulated(rng, [0.0] * 6, 12, n_seeds, 0.2 * (n_seeds > 1))
-        called += judge(contents, evidence_of(contents, curves_of(contents))).kind != "No effect shown"
+        called += judge(contents, curves_of(contents)).kind != "No effect shown"
     assert called <= binom.ppf(0.999, pages, 0.05)
 
 
@@ -810,13 +898,14 @@ def test_the_interval_that_is_named_holds_the_truth(n, n_seeds):
     for _ in range(pages):
         effects = [-0.5] * 8
         contents = simulated(rng, effects, n, n_seeds, 0.1 * (n_seeds > 1))
-        evidence = evidence_of(contents, curves_of(contents))
-        name = best_adapter(contents, evidence)
-        (found,) = (e for e in evidence if e.adapter == name)
-        held += found.interval.low <= -0.5 <= found.interval.high
-        plain += found.point.shift.low <= -0.5 <= found.point.shift.high
-        text = judge(contents, evidence).sentence
-        assert f"{interval_text(found.interval)} nats over {n} claims, an interval that holds for all 8 at once" in text
+        verdict = judge(contents, curves_of(contents))
+        found = verdict.shown
+        held += found.interval.ci_lo <= -0.5 <= found.interval.ci_hi
+        plain += found.point.shift.ci_lo <= -0.5 <= found.point.shift.ci_hi
+        assert verdict.headlines[1].figure == shown(found.interval)
+        assert (
+            f"{n} items, {n_seeds} seed{'s' * (n_seeds > 1)}, for all 8 adapters at once" in verdict.headlines[1].note
+        )
     assert held >= binom.ppf(0.002, pages, 0.95)
     assert held > plain or n_seeds > 1
 
@@ -827,9 +916,9 @@ def test_without_items_the_named_interval_is_stretched():
     curve = curves["false_claims", "a0"]
     point = curve.at(1.0)
     exact, stretched = simultaneous(curve, point, 4), simultaneous(replace(curve, items={0: {}}), point, 4)
-    assert (stretched.low, stretched.high) == pytest.approx((exact.low, exact.high), abs=0.3)
+    assert (stretched.ci_lo, stretched.ci_hi) == pytest.approx((exact.ci_lo, exact.ci_hi), abs=0.3)
     wider = t.ppf(1 - 0.05 / 8, 11) / t.ppf(0.975, 11)
-    assert stretched.high - stretched.mean == pytest.approx(wider * (point.shift.high - point.shift.mean))
+    assert stretched.ci_hi - stretched.mean == pytest.approx(wider * (point.shift.ci_hi - point.shift.mean))
     assert simultaneous(curve, point, 1) == point.shift
 
 
@@ -841,7 +930,7 @@ def test_without_claims_there_is_no_verdict(tmp_path):
 def test_an_unknown_direction_gives_no_conclusion(tmp_path):
     write_run(tmp_path)
     contents = replace(read_contents(tmp_path, "honesty"), effect=None)
-    found = judge(contents, evidence_of(contents, curves_of(contents)))
+    found = judge(contents, curves_of(contents))
     assert found.kind == "No conclusion"
 
 
@@ -869,6 +958,12 @@ def parse(page):
     return parser
 
 
+def typed(page):
+    """The lines of all blocks of commands, as a reader would copy them."""
+    blocks = re.findall("<pre><code>(.*?)</code></pre>", page, re.DOTALL)
+    return [line for block in blocks for line in unescape(block).splitlines()]
+
+
 def test_the_page_is_whole_self_contained_and_the_same_every_time(whole, capsys):
     main(ReportOptions(out=whole))
     file = whole / "honesty" / "report.html"
@@ -892,10 +987,10 @@ def test_the_page_is_whole_self_contained_and_the_same_every_time(whole, capsys)
 def test_every_figure_states_its_numbers_and_every_table_its_heads(whole):
     tags = parse(render(read_contents(whole, "honesty")))
     figures = [a for t, a in tags.found if t == "svg"]
-    assert len(figures) == 2 * 3 + 3 + 2 + 2, "doses, shifts, foundations and norms"
+    assert len(figures) == 2 * 3 + 1 + 3 + 2 + 2, "doses, one of them drawn broad too, shifts, foundations and norms"
     assert all(a["role"] == "img" and re.search(r"\d\.\d", a["aria-label"]) for a in figures)
     curve = curves_of(read_contents(whole, "honesty"))["false_claims", "lora"]
-    assert any(number(curve.at(1.0).level.mean, 2, True) in a["aria-label"] for a in figures)
+    assert any(shown(curve.at(1.0).level.mean) in a["aria-label"] for a in figures)
     assert sum(t == "table" for t, _ in tags.found) == sum(t == "caption" for t, _ in tags.found) > 5
     assert all("scope" in a for t, a in tags.found if t == "th")
 
@@ -967,9 +1062,10 @@ def test_samples_stand_side_by_side_against_the_base(whole):
 
 
 def test_numbers_are_written_for_people():
-    assert number(-0.004, 2, True) == "0.00"
-    assert number(-1.256, 2, True) == "−1.26"
-    assert (p_text(0.0004), p_text(0.04)) == ("< 0.001", "= 0.040")
+    assert shown(-0.004) == "+0.00"
+    assert shown(-1.256) == "−1.26"
+    assert shown(Estimate(-1.1, 0.0, -1.24, 0.001, 9, 0.0)) == "−1.10 [−1.24, +0.00]"
+    assert (p_text(0.0004), p_text(0.04)) == ("< 0.001", "0.040")
     assert clean("a\x00b\u202e\n") == "a\ufffdb\u202e\n"
 
 

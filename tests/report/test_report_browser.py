@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from ws.report import write_report
 
 pytestmark = pytest.mark.browser
 
-WIDTHS = (360, 1280)
+WIDTHS = (360, 390, 1280)
 # The WCAG 2 contrast of every visible text with what is painted behind it. Colours are composited as the page paints
 # them: the backgrounds of all ancestors, and in figures the shapes drawn before the text that lie under its middle.
 CONTRAST = """() => {
@@ -68,8 +69,8 @@ def open_page(chromium, page_file):
     """Opens the report, and keeps what the browser complains of and asks for."""
     contexts = []
 
-    def opened(width=1280, **how):
-        context = chromium.new_context(viewport={"width": width, "height": 900}, **how)
+    def opened(width=1280, height=900, **how):
+        context = chromium.new_context(viewport={"width": width, "height": height}, **how)
         contexts.append(context)
         page = context.new_page()
         page.complaints, page.requests = [], []
@@ -99,20 +100,84 @@ def test_it_renders_without_complaints_or_requests_and_never_scrolls_sideways(op
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_figure_is_visible_and_fits(open_page, width):
     page = open_page(width)
-    figures = page.locator("svg")
-    assert figures.count() > 15
-    for figure in figures.all():
+    drawn = page.locator("svg").all()
+    figures = [figure for figure in drawn if figure.is_visible()]
+    assert len(figures) > 15
+    assert len(figures) == len(drawn) - 1, "the first is there twice, for narrow and for wide pages"
+    for figure in figures:
         box = figure.bounding_box()
-        assert figure.is_visible()
         assert box["width"] > 250
         assert box["height"] > 60
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
     sizes = page.evaluate(
-        "Array.from(document.querySelectorAll('svg text')).map((t) => "
-        "parseFloat(getComputedStyle(t).fontSize) * t.ownerSVGElement.getBoundingClientRect().width / 320)"
+        "Array.from(document.querySelectorAll('svg')).filter((s) => s.checkVisibility()).flatMap((s) => "
+        "Array.from(s.querySelectorAll('text')).map((t) => parseFloat(getComputedStyle(t).fontSize) * "
+        "s.getBoundingClientRect().width / s.viewBox.baseVal.width))"
     )
     assert min(sizes) > 9, "small print on a phone must stay readable"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_verdict_fits_the_first_screen_of_a_phone(open_page, scheme):
+    page = open_page(390, 844, color_scheme=scheme)
+    box = page.locator("#verdict").bounding_box()
+    assert box["y"] > 0
+    assert box["y"] + box["height"] <= 844
+    assert page.locator("dd.large").count() == 3
+    assert page.locator("ul.checks li").count() >= 6
+    outside = page.evaluate(
+        "Array.from(document.querySelectorAll('#verdict *')).filter((e) => !e.matches('.hidden') && "
+        "e.getBoundingClientRect().right > document.querySelector('#verdict').getBoundingClientRect().right).length"
+    )
+    assert outside == 0
+
+
+def test_the_curve_stands_at_full_width_right_below_the_verdict(open_page):
+    page = open_page(1280)
+    verdict, curve = (page.locator(name).first.bounding_box() for name in ("#verdict", "svg.broad"))
+    assert curve["width"] == pytest.approx(verdict["width"], abs=2)
+    assert 0 < curve["y"] - verdict["y"] - verdict["height"] < 150
+    narrow = open_page(390)
+    assert not narrow.locator("svg.broad").is_visible()
+
+
+def test_checks_have_a_shape_and_a_word_each(open_page):
+    """Colours aside, marks of two kinds differ in their sign, and what is read aloud says which it is."""
+    page = open_page()
+    rows = page.locator("ul.checks li").all()
+    signs = {row.get_attribute("class"): row.locator(".sign").text_content() for row in rows}
+    assert len(set(signs.values())) == len(signs) > 1
+    for row in rows:
+        assert row.locator(".hidden").text_content() == f"{row.get_attribute('class').replace('-', ' ')}: "
+
+
+def test_commands_are_copied_as_they_are(open_page):
+    page = open_page(390, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Open all tables").click()
+    blocks = page.locator("pre").all()
+    buttons = page.get_by_role("button", name="Copy")
+    assert buttons.count() == len(blocks) > 3
+    copied = []
+    for block in blocks:
+        buttons.first.click()  # one that was used has another name
+        text = page.evaluate("navigator.clipboard.readText()")
+        assert text == block.text_content()
+        copied += text.splitlines()
+    assert buttons.count() == 0
+    assert "ws confounds --adapter delora --behavior honesty" in copied
+    assert all(shlex.split(line, comments=True)[:1] in ([], ["ws"]) for line in copied), "a script's line is a comment"
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('pre'))")
+    assert page.evaluate("getSelection().toString()").strip() == blocks[0].text_content().strip(), "and by hand"
+
+
+def test_where_there_is_no_clipboard_the_commands_are_selected(open_page):
+    page = open_page()
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.get_by_role("button", name="Open all tables").click()
+    page.get_by_role("button", name="Copy").first.click()
+    page.get_by_role("button", name="Selected").wait_for()
+    assert page.evaluate("getSelection().toString()").strip() == page.locator("pre").first.text_content().strip()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -161,7 +226,7 @@ def test_assistive_technology_sees_landmarks_figures_and_tables(open_page):
         assert page.get_by_role(role).count() == 1
     assert page.get_by_role("heading", level=1).count() == 1
     named = page.get_by_role("img").evaluate_all("all => all.map((x) => x.getAttribute('aria-label'))")
-    assert len(named) == page.locator("svg").count()
+    assert len(named) == page.locator("svg").count() - 1, "the first figure is there twice, and is read once"
     assert all(len(name) > 40 for name in named)
     page.get_by_role("button", name="Open all tables").click()
     assert page.get_by_role("columnheader").count() > 20

@@ -7,6 +7,7 @@ vector is this very one. Numbers of another vector, and folders of the machine i
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -160,7 +161,8 @@ def public(value: Any) -> Any:
 
 def public_command(command: str) -> str:
     """A recorded command line that can be typed elsewhere: without `--out`, with folders cut down to their names."""
-    head, *options = re.split(r"\s+(?=--?[A-Za-z])", command.strip())
+    command = re.sub(r"^'(ws [\w-]+)'", r"\1", command.strip())  # so were two words on record once
+    head, *options = re.split(r"\s+(?=--?[A-Za-z])", command)
     program, *values = head.split(" ", 1)
     kept = [option for option in options if not re.match(r"--out\b(?!-)", option)]
     return " ".join([_public_program(program), *(_public_option(text) for text in [*values, *kept])])
@@ -181,7 +183,7 @@ def _public_option(text: str) -> str:
     assert found is not None, "the last group takes whatever there is"
     flag, gap, value = found.groups(default="")
     plain = value.strip("'\"")
-    return f"{flag}{gap}{public_name(plain) if _PLACE.match(plain) else public(value)}"
+    return f"{flag}{gap}{shlex.quote(public_name(plain)) if _PLACE.match(plain) else public(value)}"
 
 
 # ---- the front matter and the words ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float
 from scipy.special import logit, stdtrit
 
 from ws.eval.readable import MARK, Readability, of_row, worst
@@ -16,20 +17,6 @@ from ws.report.scores import ACTS, SCORES, Score
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 
 Items = Mapping[float, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """True when the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -67,23 +54,19 @@ class Point(_Read):
 
     Attributes:
         alpha: the strength; 0 is the base.
-        level, shift: the score, and its paired difference from the base's.
-        p, p_holm: of the shift; corrected over all strengths and adapters of the score that a page shows.
+        level, shift: the score, and its paired difference from the base's, over `n` items. What a table does not say
+            (standard deviations, and the p-value of a level) is nan.
+        p_holm: of the shift, corrected over all strengths and adapters of the score that a page shows.
         kl: the KL divergence from the base there; None where it was not measured.
         mass: the mean answer mass, over seeds the lowest; None for a score that is no choice.
         read: how well the question was answered, there or at the base, and over seeds: the worst.
-        low: items whose answer mass is under 0.9.
-        n: items.
     """
 
     alpha: float
-    level: Interval
-    shift: Interval
-    p: float
+    level: Estimate
+    shift: Estimate
     mass: float | None
     read: Readability
-    low: int
-    n: int
     p_holm: float | None = None
     kl: Divergence | None = None
 
@@ -108,13 +91,22 @@ class Curve:
     source: str
     items: Mapping[int, Items]
 
+    @property
+    def shown(self) -> tuple[Point, ...]:
+        """The pooled points; where seeds cannot be pooled, those of the first."""
+        return self.pooled or next(iter(self.seeds.values()))
+
     def at(self, alpha: float) -> Point | None:
         """The pooled point at a strength."""
         return next((p for p in self.pooled if p.alpha == alpha), None)
 
-    def nearest(self, wanted: float) -> Point | None:
-        """The pooled point of the same sign whose strength is nearest to a wanted one; of equals the weaker."""
-        return nearest(self.pooled, wanted)
+    def moved(self, alpha: float) -> Float[np.ndarray, "seeds items"]:
+        """The shift of every item of every seed at a strength; of no items where seeds do not have the same."""
+        seeds = [of for of in self.items.values() if alpha in of and 0.0 in of]
+        same = len(seeds) == len(self.seeds) and all(of[0.0].keys() == seeds[0][0.0].keys() for of in seeds)
+        ids = list(seeds[0][0.0]) if same else []
+        shifts = [[of[alpha][i] - of[0.0][i] for i in ids] for of in seeds]
+        return np.array(shifts).reshape(len(seeds) or 1, len(ids))
 
 
 def nearest(points: Sequence[Point], wanted: float) -> Point | None:
@@ -189,11 +181,16 @@ def points_of(score: Score, rows: Sequence[Row]) -> list[Point]:
 
 
 def _point(score: Score, row: Row) -> Point:
-    level = Interval(*(float(row[c]) for c in (score.level, f"{score.level_ci}ci_lo", f"{score.level_ci}ci_hi")))
-    shift = Interval(*(float(row[c]) for c in (score.shift, f"{score.shift}_ci_lo", f"{score.shift}_ci_hi")))
-    read = of_row(row, *filter(None, [score.mass]))
-    counts = int(row[score.low]) if score.low else 0, int(row[score.n])
-    return Point(float(row["alpha"]), level, shift, float(row[f"{score.shift}_p"]), read.mass, read, *counts)
+    n, read = int(row[score.n]), of_row(row, *filter(None, [score.mass]))
+    level = _estimate(row, score.level, score.level_ci, n)
+    shift = _estimate(row, score.shift, f"{score.shift}_", n, f"{score.shift}_p")
+    return Point(float(row["alpha"]), level, shift, read.mass, read)
+
+
+def _estimate(row: Row, name: str, ends: str, n: int, p: str = "") -> Estimate:
+    """A number of a table, its interval in the columns `<ends>ci_lo` and `<ends>ci_hi`, and its p-value in `p`."""
+    low, high = (float(row[f"{ends}ci_{end}"]) for end in ("lo", "hi"))
+    return Estimate(float(row[name]), math.nan, low, high, n, float(row[p]) if p else math.nan)
 
 
 def _items(score: Score, run: Result) -> Items:
@@ -219,42 +216,35 @@ def _from_sweep(
             continue
         alpha = float(row["alpha"])
         here = [p for points in seeds.values() for p in points if p.alpha == alpha]
-        level, shift = (_named(row, f"{score.pooled}_{part}") for part in ("level", score.shift))
+        if not here:
+            continue
+        level, shift = (f"{score.pooled}_{part}" for part in ("level", score.shift))
+        known = _estimate(row, shift, f"{shift}_", here[0].shift.n, f"{shift}_p")
         same = int(row["n_seeds"]) == len(seeds) == len(here) and math.isclose(
-            shift.mean, float(np.mean([p.shift.mean for p in here])), rel_tol=1e-9, abs_tol=1e-9
+            known.mean, float(np.mean([p.shift.mean for p in here])), rel_tol=1e-9, abs_tol=1e-9
         )
         if same:
-            found[alpha] = _pooled_point(here, level, shift, float(row[f"{score.pooled}_{score.shift}_p"]))
+            found[alpha] = _pooled_point(here, _estimate(row, level, f"{level}_", known.n), known)
     return found
 
 
-def _named(row: Row, name: str) -> Interval:
-    return Interval(*(float(row[c]) for c in (name, f"{name}_ci_lo", f"{name}_ci_hi")))
-
-
-def _pooled_point(here: Sequence[Point], level: Interval, shift: Interval, p: float) -> Point:
+def _pooled_point(here: Sequence[Point], level: Estimate, shift: Estimate) -> Point:
     masses, read = [x.mass for x in here if x.mass is not None], worst(x.read for x in here)
-    low, mass = sum(x.low for x in here), min(masses, default=None)
-    return Point(here[0].alpha, level, shift, p, mass, read, low, here[0].n)
+    return Point(here[0].alpha, level, shift, min(masses, default=None), read)
 
 
 def _pool(alpha: float, seeds: Mapping[int, Sequence[Point]], items: Mapping[int, Items]) -> Point:
     """Level and paired shift over seeds and items, by the bootstrap of `ws.stats`."""
     ids = list(next(iter(items.values()))[0.0])
     base, values = (np.array([[of[a][i] for i in ids] for of in items.values()]) for a in (0.0, alpha))
-    level, shift = estimate_over_seeds(values), estimate_over_seeds(values - base)
     here = [p for points in seeds.values() for p in points if p.alpha == alpha]
-    return _pooled_point(here, _interval(level), _interval(shift), shift.p)
-
-
-def _interval(e: Estimate) -> Interval:
-    return Interval(e.mean, e.ci_lo, e.ci_hi)
+    return _pooled_point(here, estimate_over_seeds(values), estimate_over_seeds(values - base))
 
 
 def _with_holm(curves: Sequence[Curve]) -> list[Curve]:
     """Corrected over every steered pooled point of one score."""
     steered = [p for c in curves for p in c.pooled if p.alpha]
-    corrected = iter(holm(np.array([p.p for p in steered])) if steered else ())
+    corrected = iter(holm(np.array([p.shift.p for p in steered])) if steered else ())
     found = []
     for c in curves:
         pooled = tuple(replace(p, p_holm=float(next(corrected))) if p.alpha else p for p in c.pooled)
@@ -272,15 +262,13 @@ class Foundation(_Read):
     Attributes:
         name: of the foundation.
         point: of all foundations together at that strength.
-        n: vignettes.
-        shift: of this foundation.
+        shift: of this foundation, over its vignettes.
         read: how well its vignettes were answered, there or at the base, of several seeds the worst.
     """
 
     name: str
     point: Point
-    n: int
-    shift: Interval
+    shift: Estimate
     read: Readability
 
     @property
@@ -297,7 +285,7 @@ def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) 
     found: dict[str, list[Foundation]] = {}
     for adapter in contents.adapters:
         curve = curves.get(("wrongness", adapter))
-        points = [curve.nearest(wanted) for wanted in (-1.0, 1.0)] if curve else []
+        points = [nearest(curve.pooled, wanted) for wanted in (-1.0, 1.0)] if curve else []
         for point in points:
             if curve is not None and point is not None and all(point.alpha in i for i in curve.items.values()):
                 found.setdefault(adapter, []).extend(_foundations(contents.of(adapter), curve, point))
@@ -312,7 +300,7 @@ def _foundations(runs: Sequence[Result], curve: Curve, point: Point) -> list[Fou
         moved = np.array([[_logit(of[alpha][i]) - _logit(of[0.0][i]) for i in ids] for of in curve.items.values()])
         if len(ids) > 1:
             read = _foundation_read(runs, name, point)
-            rows.append(Foundation(name, point, len(ids), _interval(estimate_over_seeds(moved)), read))
+            rows.append(Foundation(name, point, estimate_over_seeds(moved), read))
     return rows
 
 
@@ -334,21 +322,18 @@ def _logit(s: float) -> float:
     return float(logit(min(max((s + 1) / 2, CLIP), 1 - CLIP)))
 
 
-def simultaneous(curve: Curve, point: Point, among: int) -> Interval:
+def simultaneous(curve: Curve, point: Point, among: int) -> Estimate:
     """The interval of a shift that was picked out of `among` of them: at the level `1 - 0.05 / among` (Bonferroni).
 
     All of them hold the truth at once in 95 % of cases, so the one that is picked does, however it is picked. Without
     the items the interval of the point is stretched by the ratio of the t quantiles, for the fewest of seeds and items.
     """
+    shift, level = point.shift, 1 - 0.05 / among
     if among == 1:
-        return point.shift
-    level = 1 - 0.05 / among
-    seeds = [of for of in curve.items.values() if point.alpha in of and 0.0 in of]
-    if len(seeds) == len(curve.seeds) and all(of[0.0].keys() == seeds[0][0.0].keys() for of in seeds):
-        ids = list(seeds[0][0.0])
-        moved = np.array([[of[point.alpha][i] - of[0.0][i] for i in ids] for of in seeds])
-        return _interval(estimate_over_seeds(moved, 10_000, level=level))
-    df = max(1, min(point.n, len(curve.seeds) if len(curve.seeds) > 1 else point.n) - 1)
+        return shift
+    if (moved := curve.moved(point.alpha)).size:
+        return estimate_over_seeds(moved, 10_000, level=level)
+    df = max(1, min(shift.n, len(curve.seeds) if len(curve.seeds) > 1 else shift.n) - 1)
     wider = float(stdtrit(df, (1 + level) / 2) / stdtrit(df, 0.975))
-    mean, low, high = point.shift.mean, point.shift.low, point.shift.high
-    return Interval(mean, mean - wider * (mean - low), mean + wider * (high - mean))
+    low, high = (shift.mean + wider * (end - shift.mean) for end in (shift.ci_lo, shift.ci_hi))
+    return replace(shift, ci_lo=low, ci_hi=high)

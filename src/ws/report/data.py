@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,6 +64,11 @@ class Gap:
     command: str
     adapter: str | None = None
     seed: int = 0
+
+    @classmethod
+    def of_run(cls, what: str, why: str, command: str, adapter: str, seed: int) -> Gap:
+        """A gap of one run, with the command for this very run."""
+        return cls(what, why, f"{command} --adapter {shlex.quote(adapter)}{seed_flag(seed)}", adapter, seed)
 
     @property
     def is_left_out(self) -> bool:
@@ -169,11 +175,13 @@ class Contents:
         """The seeds of an adapter."""
         return [r for r in self.results if r.adapter == adapter]
 
-    def against_nulls(self, adapter: str) -> Mapping[str, Any]:
-        """The row of `compare.csv` that holds the adapter's span on false claims against all nulls; empty without."""
-        key = (WEIGHT, adapter, "span", "false_claims")
-        rows = (r for r in self.compare if (r["intervention"], r["adapter"], r["part"], r["score"]) == key)
-        return next(rows, {})
+    def compared(self, **columns: str) -> list[Mapping[str, Any]]:
+        """The rows of `compare.csv` with these values in these columns."""
+        return [row for row in self.compare if all(row[name] == value for name, value in columns.items())]
+
+    def against_nulls(self, adapter: str, score: str = "false_claims") -> Mapping[str, Any]:
+        """The row of `compare.csv` that holds the adapter's span of a score against all nulls; empty without."""
+        return next(iter(self.compared(intervention=WEIGHT, adapter=adapter, part="span", score=score)), {})
 
 
 def read_contents(out: Path, name: str) -> Contents:
@@ -203,7 +211,9 @@ def read_contents(out: Path, name: str) -> Contents:
     pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, needs)
     card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), gaps)
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
-    return Contents(behavior, called, known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps))
+    return Contents(
+        behavior, shlex.quote(called), known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps)
+    )
 
 
 def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
@@ -272,7 +282,7 @@ def _first_row(run: Result, stage: str) -> Row | None:
 def _without(run: Result, stage: str, words: str, usual: str) -> Result:
     what, command = (stage, TABLES[stage][0]) if stage in TABLES else ("dilemmas", TABLES[DILEMMAS][0])
     why = f"made with other words ({words}) than most runs of the page ({usual})"
-    gap = Gap(what, why, f"{command} --adapter {run.adapter}{seed_flag(run.seed)}", run.adapter, run.seed)
+    gap = Gap.of_run(what, why, command, run.adapter, run.seed)
     tables = {key: rows for key, rows in run.tables.items() if key[0] != stage}
     others = {name: rows for name, rows in run.others.items() if name != stage}
     return replace(run, tables=tables, others=others, gaps=(*run.gaps, gap))
@@ -323,8 +333,7 @@ class _Reader:
 
     def gap(self, what: str, why: str, command: str) -> None:
         """Note that something is missing, with the command for this very run."""
-        run = f" --adapter {self.adapter}{seed_flag(self.seed)}"
-        self.gaps.append(Gap(what, why, f"{command}{run}", self.adapter, self.seed))
+        self.gaps.append(Gap.of_run(what, why, command, self.adapter, self.seed))
 
     def reads_otherwise(self, stage: str) -> bool:
         """Whether a stage is on record with another tokenizer or chat template than the base has now."""

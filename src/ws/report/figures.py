@@ -16,9 +16,10 @@ from matplotlib.ticker import MaxNLocator
 from ws.lm.choice import LOW_MASS
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
-from ws.report.words import cost_text, divergence_text, interval_text, number, p_text, strength
+from ws.report.scores import Score
+from ws.report.words import cost_text, divergence_text, minus, p_text, shown, strength
 
-WIDTH = 320.0
+WIDTH, BROAD = 320.0, 880.0  # of a panel, and of one that has a page to itself
 _LEFT, _RIGHT = 36.0, 12.0
 
 Attributes = Mapping[str, object]
@@ -32,11 +33,13 @@ class Figure:
         title: of the picture; the caption opens with it.
         svg: the picture, with a text alternative.
         caption: what else the caption says.
+        broad: the same for a wide page, where there is one.
     """
 
     title: str
     svg: Markup
     caption: str = ""
+    broad: Markup | None = None
 
 
 def tag(name: str, attributes: Attributes, *children: str) -> Markup:
@@ -50,10 +53,11 @@ def _plain(value: object) -> object:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
-def picture(height: float, label: str, parts: Iterable[Markup]) -> Markup:
+def picture(height: float, label: str, parts: Iterable[Markup], width: float = WIDTH) -> Markup:
     """The whole image."""
-    view = f"0 0 {_plain(WIDTH)} {_plain(height)}"
-    return tag("svg", {"viewBox": view, "role": "img", "aria-label": label, "class": "figure"}, *parts)
+    kind = "figure" if width == WIDTH else "figure broad"
+    view = f"0 0 {_plain(width)} {_plain(height)}"
+    return tag("svg", {"viewBox": view, "role": "img", "aria-label": label, "class": kind}, *parts)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
@@ -125,14 +129,15 @@ class Scale:
 
 
 def _tick_text(value: float) -> str:
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    return minus(f"{value:.3g}")
 
 
-def _y_axis(scale: Scale, right: float, n: int = 4) -> list[Markup]:
+def _y_axis(scale: Scale, x: Scale, n: int = 4) -> list[Markup]:
     parts = []
     for t in scale.ticks(n):
         kind = "zero" if t == 0 else "grid"
-        parts += [line(_LEFT, scale(t), right, scale(t), kind), text(_LEFT - 4, scale(t) + 3.5, _tick_text(t), "end")]
+        parts += [line(x.start, scale(t), x.end, scale(t), kind)]
+        parts += [text(x.start - 4, scale(t) + 3.5, _tick_text(t), "end")]
     return parts
 
 
@@ -146,7 +151,7 @@ def _x_axis(scale: Scale, y: float, label: str, n: int = 5) -> list[Markup]:
 # ---- dose and response ----------------------------------------------------------------------------------------------
 
 SERIES = {"false_claims": ("s1", "circle"), "true_claims": ("s2", "square")}
-_EFFECT, _MASS, _KL = (22.0, 142.0), (164.0, 190.0), (212.0, 252.0)
+_EFFECT, _KL, _TALLER = (22.0, 142.0), (212.0, 252.0), 80.0
 _KL_SHOWN = 3.0  # nats; beyond, an answer is far from anything the base would say
 
 
@@ -171,39 +176,42 @@ class Doses:
     @property
     def points(self) -> list[Point]:
         """Of all curves."""
-        return [p for c in self.curves for p in _shown(c)]
+        return [p for c in self.curves for p in c.shown]
 
 
-def _shown(curve: Curve) -> tuple[Point, ...]:
-    """The pooled points; where seeds cannot be pooled, those of the first."""
-    return curve.pooled or next(iter(curve.seeds.values()))
+def dose_figures(panels: Sequence[Doses], lead: bool = False) -> list[Figure]:
+    """Small multiples on common scales, one per adapter; with `lead` the first is drawn broad, too."""
+    if not panels:
+        return []
+    levels = [v for d in panels for p in d.points for v in (p.level.ci_lo, p.level.ci_hi)]
+    points = [p for d in panels for c in d.curves for s in c.seeds.values() for p in s]
+    alphas = [*(p.alpha for p in points), *(m for d in panels for m in d.marks.values())]
+    levels += [p.level.mean for p in points]
+
+    def drawn(d: Doses, width: float = WIDTH, extra: float = 0.0) -> Markup:
+        y = Scale.over(levels, _EFFECT[1] + extra, _EFFECT[0])
+        x, cost = Scale.over(alphas, _LEFT, width - _RIGHT, 0.04), Scale(0.0, _KL_SHOWN, _KL[1] + extra, _KL[0] + extra)
+        return _dose_picture(d, x, y, cost, width)
+
+    broad = [drawn(panels[0], BROAD, _TALLER)] if lead else []
+    return [Figure(d.adapter, drawn(d), "", *(broad if i == 0 else ())) for i, d in enumerate(panels)]
 
 
-def dose_figures(panels: Sequence[Doses]) -> list[Figure]:
-    """Small multiples, one per adapter, on common scales."""
-    levels = [v for d in panels for p in d.points for v in (p.level.low, p.level.high)]
-    levels += [p.level.mean for d in panels for c in d.curves for s in c.seeds.values() for p in s]
-    y = Scale.over(levels, _EFFECT[1], _EFFECT[0])
-    alphas = [p.alpha for d in panels for c in d.curves for s in c.seeds.values() for p in s]
-    x = Scale.over([*alphas, *(m for d in panels for m in d.marks.values())], _LEFT, WIDTH - _RIGHT, 0.04)
-    cost = Scale(0.0, _KL_SHOWN, _KL[1], _KL[0])
-    return [_dose_figure(d, x, y, cost) for d in panels]
-
-
-def _dose_figure(d: Doses, x: Scale, y: Scale, cost: Scale) -> Figure:
-    right = WIDTH - _RIGHT
-    parts = [*_y_axis(y, right), *_broken(d, x), *_marks(d, x), *_references(d, y)]
+def _dose_picture(d: Doses, x: Scale, y: Scale, cost: Scale, width: float) -> Markup:
+    """A score against strength; below it the answer mass, and the cost, where it is drawn by `cost`."""
+    parts = [*_y_axis(y, x), *_broken(d, x, cost.start), *_marks(d, x, cost.start), *_references(d, x, y)]
     for curve in d.curves:
         parts += _series(curve, x, y)
-    parts += [*_mass_strip(d, x), *_cost_strip(d, x, cost), *_x_axis(x, _KL[1], "strength alpha")]
+    parts += [*_mass_strip(d, x, cost.end), *_cost_strip(d, x, cost), *_x_axis(x, cost.start, "strength alpha")]
     title = f"{d.adapter}: {d.curves[0].score.title}"
-    return Figure(d.adapter, picture(284.0, f"{title}. {_dose_words(d)}", parts))
+    return picture(cost.start + 32, f"{title}. {_dose_words(d)}", parts, width)
 
 
 def _series(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
     kind, shape = SERIES.get(curve.score.key, ("s1", "circle"))
-    points = _shown(curve)
-    band = [(x(p.alpha), y(p.level.high)) for p in points] + [(x(p.alpha), y(p.level.low)) for p in reversed(points)]
+    points = curve.shown
+    band = [(x(p.alpha), y(p.level.ci_hi)) for p in points]
+    band += [(x(p.alpha), y(p.level.ci_lo)) for p in reversed(points)]
     parts = [tag("path", {"d": _path(band) + "Z", "class": f"band {kind}"})]
     if len(curve.seeds) > 1:
         paths = (_path([(x(p.alpha), y(p.level.mean)) for p in seed]) for seed in curve.seeds.values())
@@ -215,7 +223,7 @@ def _series(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
     return parts
 
 
-def _broken(d: Doses, x: Scale) -> list[Markup]:
+def _broken(d: Doses, x: Scale, bottom: float) -> list[Markup]:
     """A shade over the strengths at which the answers no longer count."""
     parts = []
     alphas = sorted({p.alpha for p in d.points})
@@ -223,26 +231,26 @@ def _broken(d: Doses, x: Scale) -> list[Markup]:
         i = alphas.index(p.alpha)
         low = (alphas[i - 1] + p.alpha) / 2 if i else x.low
         high = (alphas[i + 1] + p.alpha) / 2 if i + 1 < len(alphas) else x.high
-        shape = {"x": x(low), "y": _EFFECT[0], "width": x(high) - x(low), "height": _KL[1] - _EFFECT[0]}
+        shape = {"x": x(low), "y": _EFFECT[0], "width": x(high) - x(low), "height": bottom - _EFFECT[0]}
         parts.append(tag("rect", shape | {"class": "broken"}))
     return parts
 
 
-def _marks(d: Doses, x: Scale) -> list[Markup]:
+def _marks(d: Doses, x: Scale, bottom: float) -> list[Markup]:
     parts = []
     for unit, alpha in d.marks.items():
         if x.holds(alpha):
             name = f"{'+' if unit > 0 else chr(0x2212)}1u"
             parts += [
-                line(x(alpha), _EFFECT[0] - 4, x(alpha), _KL[1], "unit"),
+                line(x(alpha), _EFFECT[0] - 4, x(alpha), bottom, "unit"),
                 text(x(alpha), 12.0, name, "middle", "unit"),
             ]
     return parts
 
 
-def _references(d: Doses, y: Scale) -> list[Markup]:
+def _references(d: Doses, across: Scale, y: Scale) -> list[Markup]:
     """Levels of other ways to steer; those beyond the scale stand at its edge with an arrow."""
-    parts, right = [], WIDTH - _RIGHT
+    parts, right = [], across.end
     edges = {"top": 0, "bottom": 0}
     for name, level in d.references.items():
         if y.holds(level):
@@ -255,28 +263,29 @@ def _references(d: Doses, y: Scale) -> list[Markup]:
         arrow = "\N{UPWARDS ARROW}" if edge == "top" else "\N{DOWNWARDS ARROW}"
         place = y.end + 9 + 11 * edges[edge] if edge == "top" else y.start - 3 - 11 * edges[edge]
         edges[edge] += 1
-        parts.append(text(right, place, f"{name}: {number(level, 1, True)} {arrow}", "end", "small halo"))
+        parts.append(text(right, place, f"{name}: {shown(level, '+.1f')} {arrow}", "end", "small halo"))
     return parts
 
 
 def _is_free(d: Doses, height: float, y: Scale) -> bool:
     """Whether a word at the left edge of the panel would stand clear of the curves' first marks."""
-    first = [y(min(_shown(c), key=lambda p: p.alpha).level.mean) for c in d.curves]
+    first = [y(min(c.shown, key=lambda p: p.alpha).level.mean) for c in d.curves]
     return all(abs(place - height) > 9 for place in first)
 
 
-def _mass_strip(d: Doses, x: Scale) -> list[Markup]:
-    y = Scale(0.0, 1.0, _MASS[1], _MASS[0])
-    right = WIDTH - _RIGHT
-    parts = [text(_LEFT, _MASS[0] - 5, "answer mass", "start", "small")]
+def _mass_strip(d: Doses, x: Scale, below: float) -> list[Markup]:
+    """The answer mass, above the strip that begins at the height `below`."""
+    top, bottom, right = below - 48, below - 22, x.end
+    y = Scale(0.0, 1.0, bottom, top)
+    parts = [text(_LEFT, top - 5, "answer mass", "start", "small")]
     for level, kind in ((0.0, "axis"), (1.0, "grid"), (LOW_MASS, "limit")):
         parts.append(line(_LEFT, y(level), right, y(level), kind))
     parts += [text(_LEFT - 4, y(level) + 3.5, _tick_text(level), "end") for level in (0.0, 1.0)]
     for curve in d.curves:
         kind, shape = SERIES.get(curve.score.key, ("s1", "circle"))
-        points = [p for p in _shown(curve) if p.mass is not None]
+        points = [p for p in curve.shown if p.mass is not None]
         if not points:
-            middle = (_LEFT + right) / 2, (_MASS[0] + _MASS[1]) / 2 + 4
+            middle = (_LEFT + right) / 2, (top + bottom) / 2 + 4
             return [parts[0], text(*middle, "none: the answers are given", "middle", "small")]
         places = [(x(p.alpha), y(min(1.0, p.mass or 0.0))) for p in points]
         parts.append(tag("path", {"d": _path(places), "class": f"curve thin {kind}"}))
@@ -286,16 +295,13 @@ def _mass_strip(d: Doses, x: Scale) -> list[Markup]:
 
 
 def _cost_strip(d: Doses, x: Scale, y: Scale) -> list[Markup]:
-    right = WIDTH - _RIGHT
     title = f"KL from the base, nats (cut off at {_KL_SHOWN:g})"
-    parts = [text(_LEFT, _KL[0] - 5, title, "start", "small")]
+    parts = [text(_LEFT, y.end - 5, title, "start", "small")]
     if not any(d.divergence):
-        return [
-            *parts,
-            text((_LEFT + right) / 2, (_KL[0] + _KL[1]) / 2 + 4, "not measured: ws calibrate", "middle", "small"),
-        ]
-    parts += _y_axis(y, right, 3)
-    parts.append(line(_LEFT, y(1.0), right, y(1.0), "limit"))
+        middle = (_LEFT + x.end) / 2, (y.start + y.end) / 2 + 4
+        return [*parts, text(*middle, "not measured: ws calibrate", "middle", "small")]
+    parts += _y_axis(y, x, 3)
+    parts.append(line(_LEFT, y(1.0), x.end, y(1.0), "limit"))
     for seed in d.divergence:
         places = [(x(a), y(min(kl, _KL_SHOWN))) for a, kl in seed if x.holds(a)]
         if not places:
@@ -309,16 +315,16 @@ def _dose_words(d: Doses) -> str:
     said = []
     for curve in d.curves:
         values = [
-            f"alpha {strength(p.alpha)}: {interval_text(p.level, curve.score.digits)}"
+            f"alpha {strength(p.alpha)}: {shown(p.level, curve.score.spec)}"
             + ("" if p.mass is None else f", answer mass {p.mass:.3f}")
             + ("" if p.is_readable else f" (not to be read: {p.read.problem})")
             + (f", {divergence_text(p.kl)}" if p.alpha else "")
-            for p in _shown(curve)
+            for p in curve.shown
         ]
         said.append(f"{curve.score.title}, {curve.score.unit}: {'; '.join(values)}.")
     units = [f"{'+' if unit > 0 else '-'}1u is alpha {strength(alpha)}" for unit, alpha in d.marks.items()]
     said += [f"Calibrated: {', '.join(units)}."] if units else []
-    said += [f"{name}: {number(level, 2, True)}." for name, level in d.references.items()]
+    said += [f"{name}: {shown(level)}." for name, level in d.references.items()]
     return " ".join(said)
 
 
@@ -338,48 +344,50 @@ class Shift:
     alpha: float
 
 
-def forest_figure(title: str, digits: int, rows: Sequence[Shift]) -> Figure:
+def forest_figure(score: Score, rows: Sequence[Shift]) -> Figure:
     """Shifts with their intervals: a diamond for the pooled one, small marks for the seeds."""
-    ends = [v for r in rows for p in (*r.seeds, *([r.pooled] if r.pooled else [])) for v in (p.shift.low, p.shift.high)]
+    ends = [
+        v for r in rows for p in (*r.seeds, *([r.pooled] if r.pooled else [])) for v in (p.shift.ci_lo, p.shift.ci_hi)
+    ]
     x = Scale.over([0.0, *ends], 8.0, WIDTH - 8.0, 0.03)
     bottom = 6.0 + _ROW * len(rows)
     parts: list[Markup] = []
     for i, row in enumerate(rows):
-        parts += _forest_row(row, 6.0 + _ROW * i, x, digits)
+        parts += _forest_row(row, 6.0 + _ROW * i, x, score.spec)
     parts += _x_axis(x, bottom, "shift against the base")
-    words = "; ".join(f"{r.adapter} at alpha {strength(r.alpha)}: {_shift_words(r, digits)}" for r in rows)
-    return Figure(title, picture(bottom + 32, f"Shift of {title}. {words}.", parts))
+    words = "; ".join(f"{r.adapter} at alpha {strength(r.alpha)}: {_shift_words(r, score.spec)}" for r in rows)
+    return Figure(score.title, picture(bottom + 32, f"Shift of {score.title}. {words}.", parts))
 
 
-def _forest_row(row: Shift, top: float, x: Scale, digits: int) -> list[Markup]:
+def _forest_row(row: Shift, top: float, x: Scale, spec: str) -> list[Markup]:
     kind, shape = SIGNS[1 if row.alpha > 0 else -1]
-    shown = row.pooled or row.seeds[0]
+    main = row.pooled or row.seeds[0]
     parts = [
         line(0.0, top - 2, WIDTH, top - 2, "row"),
         text(8.0, top + 11, f"{row.adapter} {strength(row.alpha)}", "start", "halo label"),
-        text(WIDTH - 8, top + 11, _numbers(shown, digits), "end", "halo"),
-        text(WIDTH - 8, top + 22, cost_text(shown), "end", "small"),
+        text(WIDTH - 8, top + 11, _numbers(main, spec), "end", "halo"),
+        text(WIDTH - 8, top + 22, cost_text(main), "end", "small"),
         *(line(x(t), top + 26, x(t), top + _ROW - 2, "zero" if t == 0 else "grid") for t in x.ticks(5)),
-        line(x(shown.shift.low), top + 32, x(shown.shift.high), top + 32, f"interval {kind}"),
+        line(x(main.shift.ci_lo), top + 32, x(main.shift.ci_hi), top + 32, f"interval {kind}"),
     ]
-    look = kind if shown.is_readable else f"{kind} hollow"
-    parts.append(marker(x(shown.shift.mean), top + 32, shape, look, 4.5))
+    look = kind if main.is_readable else f"{kind} hollow"
+    parts.append(marker(x(main.shift.mean), top + 32, shape, look, 4.5))
     if len(row.seeds) > 1:
         for i, p in enumerate(row.seeds):
             y = top + 40 + 7 * i / (len(row.seeds) - 1)
-            parts.append(line(x(p.shift.low), y, x(p.shift.high), y, f"interval thin {kind}"))
+            parts.append(line(x(p.shift.ci_lo), y, x(p.shift.ci_hi), y, f"interval thin {kind}"))
             parts.append(marker(x(p.shift.mean), y, "circle", kind if p.is_readable else f"{kind} hollow", 1.6))
     return parts
 
 
-def _numbers(p: Point, digits: int) -> str:
+def _numbers(p: Point, spec: str) -> str:
     holm = f"  p {p_text(p.p_holm)}" if p.p_holm is not None and p.is_readable else ""
-    return f"{interval_text(p.shift, digits)}{p.mark}{holm}"
+    return f"{shown(p.shift, spec)}{p.mark}{holm}"
 
 
-def _shift_words(row: Shift, digits: int) -> str:
-    pooled = f"{_numbers(row.pooled, digits)}, {cost_text(row.pooled)}" if row.pooled else "not pooled"
-    seeds = ", ".join(number(p.shift.mean, digits, True) for p in row.seeds)
+def _shift_words(row: Shift, spec: str) -> str:
+    pooled = f"{_numbers(row.pooled, spec)}, {cost_text(row.pooled)}" if row.pooled else "not pooled"
+    seeds = ", ".join(shown(p.shift.mean, spec) for p in row.seeds)
     return f"{pooled} (seeds {seeds})" if len(row.seeds) > 1 else pooled
 
 
@@ -388,13 +396,13 @@ def _shift_words(row: Shift, digits: int) -> str:
 
 def foundation_figures(by_adapter: Mapping[str, Sequence[Foundation]]) -> list[Figure]:
     """One panel per adapter, a row per foundation and a mark per strength, on a common scale."""
-    ends = [v for rows in by_adapter.values() for f in rows for v in (f.shift.low, f.shift.high)]
+    ends = [v for rows in by_adapter.values() for f in rows for v in (f.shift.ci_lo, f.shift.ci_hi)]
     x = Scale.over([0.0, *ends], 106.0, WIDTH - 8.0)
     return [_foundation_figure(adapter, rows, x) for adapter, rows in by_adapter.items() if rows]
 
 
 def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Figure:
-    names = list(dict.fromkeys((f.name, f.n) for f in rows))
+    names = list(dict.fromkeys((f.name, f.shift.n) for f in rows))
     bottom = 6.0 + 26 * len(names)
     parts = [line(x(t), 4.0, x(t), bottom, "zero" if t == 0 else "grid") for t in x.ticks(4)]
     for i, (name, n) in enumerate(names):
@@ -403,10 +411,10 @@ def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Fi
         for f in (f for f in rows if f.name == name):
             kind, shape = SIGNS[1 if f.alpha > 0 else -1]
             y = top + (8 if f.alpha > 0 else 18)
-            parts.append(line(x(f.shift.low), y, x(f.shift.high), y, f"interval {kind}"))
+            parts.append(line(x(f.shift.ci_lo), y, x(f.shift.ci_hi), y, f"interval {kind}"))
             parts.append(marker(x(f.shift.mean), y, shape, kind if f.is_readable else f"{kind} hollow", 3.4))
     parts += _x_axis(x, bottom, "shift of logit(wrongness), nats", 4)
-    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {interval_text(f.shift)}{f.mark}" for f in rows)
+    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {shown(f.shift)}{f.mark}" for f in rows)
     label = f"{adapter}: shift of logit(wrongness) by moral foundation, in nats. {words}."
     costs = {f.alpha: f"alpha {strength(f.alpha)}: {cost_text(f.point)}" for f in rows}
     return Figure(adapter, picture(bottom + 32, label, parts), "; ".join(costs.values()))
@@ -415,7 +423,7 @@ def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Fi
 # ---- norms ----------------------------------------------------------------------------------------------------------
 
 
-def norm_figure(adapter: str, norms: Norms) -> Figure:
+def norm_figure(adapter: str, norms: Norms, caption: str) -> Figure:
     """A heat map of the size of `dW`, module kinds by layers; the darkest cell is the largest of this adapter."""
     kinds = list(dict.fromkeys(kind for kind, _ in norms.cells))
     layers = sorted({layer for _, layer in norms.cells})
@@ -442,7 +450,7 @@ def norm_figure(adapter: str, norms: Norms) -> Figure:
         for kind in kinds
     )
     label = f"{adapter}: size of dW, {norms.unit}, layers {layers[0]} to {layers[-1]}. {words}."
-    return Figure(adapter, picture(bottom + 32, label, parts))
+    return Figure(adapter, picture(bottom + 32, label, parts), caption)
 
 
 def _size(value: float) -> str:

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ws.analysis.compare_tables import NULLS
 from ws.eval.suite import SUITE
 from ws.export.card import public_name
-from ws.report.data import UNCERTAIN, Contents, Gap
+from ws.report.data import Contents, Gap
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, PLACES, PREFERENCE, SCORES, STATEMENTS
-from ws.report.verdict import Caution, missing_nulls
 
 _LABELS = {
-    CLAIMS: ("Held-out claims", "claims"),
-    DILEMMAS: ("Dilemmas", "dilemmas"),
-    ACTS: ("tiny-mfv", "acts"),
-    PREFERENCE: ("Preference", "preference"),
-    STATEMENTS: ("Statements", "statements"),
-    CONFOUNDS: ("Confounds", "checks"),
-    "calibration": ("Calibration (KL and calibrated strengths)", "claims"),
-    "controls": ("Random controls", "checks"),
-    "compare": ("Comparison with baselines and controls (compare.csv)", "checks"),
-    "nulls": ("Controls that are trained", "checks"),
-    "norms": ("Norms", "norms"),
-    "samples": ("Samples", "samples"),
-    "card": ("Data card", "data"),
-    "pooled": ("Pooled table of a sweep (sweep_pooled.csv)", "shifts"),
-    "vector": ("Vector", "provenance"),
-    "dilemmas": ("Further dilemmas", "dilemmas"),
-    **{f"prompted {s}": ("A base under a system prompt, to compare with", a) for s, a in PLACES.items()},
+    CLAIMS: "Held-out claims",
+    DILEMMAS: "Dilemmas",
+    ACTS: "tiny-mfv",
+    PREFERENCE: "Preference",
+    STATEMENTS: "Statements",
+    CONFOUNDS: "Confounds",
+    "calibration": "Calibration (KL and calibrated strengths)",
+    "controls": "Random controls",
+    "compare": "Comparison with baselines and controls (compare.csv)",
+    "nulls": "Controls that are trained",
+    "norms": "Norms",
+    "samples": "Samples",
+    "card": "Data card",
+    "pooled": "Pooled table of a sweep (sweep_pooled.csv)",
+    "vector": "Vector",
+    "dilemmas": "Further dilemmas",
+    **{
+        f"prompted {stage}": f"{place.capitalize()} put to a base under a system prompt"
+        for stage, place in PLACES.items()
+    },
 }
 # Commands that begin from a model rather than from a run, and so must be told which.
 _FROM_A_MODEL = ("ws replicate", "ws data", "ws sweep")
-ANCHORS = (*PLACES.values(), "shifts", "checks", "norms", "samples", "data", "provenance")
 
 
 @dataclass(frozen=True)
@@ -41,53 +44,46 @@ class Note:
 
     Attributes:
         text: what, and why.
-        commands: what makes it.
+        commands: what makes it, as they are typed.
         is_left_out: there is something, and it is not shown.
-        is_shown: it is shown after all.
     """
 
     text: str
     commands: tuple[str, ...]
     is_left_out: bool
-    is_shown: bool = False
 
 
-def notes(contents: Contents) -> dict[str, list[Note]]:
-    """What is missing, by the part of the page where it would stand; runs that miss the same share a note."""
+def notes(contents: Contents) -> list[Note]:
+    """What is missing, first what is there and left out; runs that miss the same share a note."""
     groups: dict[tuple[str, str], list[Gap]] = {}
-    own = [g for r in contents.results for g in r.gaps]
-    for gap in [*contents.gaps, *own, *_untrained(contents), *_unprompted(contents)]:
+    of_runs = [g for r in contents.results for g in r.gaps]
+    for gap in [*contents.gaps, *of_runs, *_untrained(contents), *_unprompted(contents)]:
         groups.setdefault((gap.what, gap.why), []).append(gap)
     if contents.compare:  # it holds random vectors against every vector already
         groups.pop(("controls", "missing"), None)
-    found: dict[str, list[Note]] = {anchor: [] for anchor in ANCHORS}
+    made = []
     for (what, why), gaps in groups.items():
-        label, anchor = _LABELS[what]
-        commands = list(dict.fromkeys(_complete(g.command, contents) for g in gaps))
-        more = (f"and {len(commands) - 2} more like these",) if len(commands) > 2 else ()
-        found[anchor].append(
-            Note(
-                f"{label}: {why}{_whose(gaps, contents)}.",
-                (*commands[:2], *more),
-                gaps[0].is_left_out,
-                why == UNCERTAIN,
-            )
-        )
-    return found
+        commands = dict.fromkeys(_complete(g.command, contents) for g in gaps)
+        text = f"{_LABELS[what]}: {why}{_whose(gaps, contents)}."
+        made.append(Note(text, tuple(commands), gaps[0].is_left_out))
+    return sorted(made, key=lambda note: not note.is_left_out)
 
 
 def _untrained(contents: Contents) -> list[Gap]:
-    adapter = contents.adapters[0]
+    """Adapters that have no trained null to be held against; the first seed says how it is made."""
+    firsts = [contents.of(adapter)[0] for adapter in contents.adapters]
     return [
-        Gap("nulls", f"no {null} vector was trained", f"ws replicate --adapter {adapter} --control {null}")
-        for null in missing_nulls(contents)
+        Gap.of_run("nulls", f"no {null} vector was trained", f"ws replicate --control {null}", run.adapter, run.seed)
+        for null in NULLS
+        for run in firsts
+        if f"{run.adapter}-{null}" not in contents.nulls
     ]
 
 
 def _unprompted(contents: Contents) -> list[Gap]:
     """Evaluations on the page that no prompted base was put to: there is nothing to compare the vectors with."""
-    found = []
-    compared = {r["score"] for r in contents.compare if r["intervention"] == "prompt"}
+    gaps = []
+    compared = {r["score"] for r in contents.compared(intervention="prompt")}
     for entry in SUITE.values():
         stage = entry.stage
         asked = [r for r in contents.results if (stage, "summary") in r.tables]
@@ -95,13 +91,14 @@ def _unprompted(contents: Contents) -> list[Gap]:
         if asked and not known and compared.isdisjoint(s.key for s in SCORES if s.stage == stage):
             more = entry.name not in ("sycophancy", "tinymfv_airisk")
             evals = f" --evals sycophancy tinymfv_airisk {entry.name}" if more else ""
-            found.append(Gap(f"prompted {stage}", "missing", f"ws compare{evals}"))
-    return found
+            gaps.append(Gap(f"prompted {stage}", "missing", f"ws compare{evals}"))
+    return gaps
 
 
 def _complete(command: str, contents: Contents) -> str:
     """The command with whose behaviour and, where it does not begin from a run, which model."""
-    model = f" --model {public_name(contents.results[0].base)}" if command.startswith(_FROM_A_MODEL) else ""
+    base = shlex.quote(public_name(contents.results[0].base))
+    model = f" --model {base}" if command.startswith(_FROM_A_MODEL) else ""
     return f"{command}{model} --behavior {contents.called}"
 
 
@@ -111,12 +108,5 @@ def _whose(gaps: Sequence[Gap], contents: Contents) -> str:
         return ""
     if len(named) == len(contents.results) > 1:
         return ", for every run"
-    shown = ", ".join(named[:4])
-    return f", for {shown}{f' and {len(named) - 4} more' if len(named) > 4 else ''}"
-
-
-def stale(found: Mapping[str, Sequence[Note]]) -> list[Caution]:
-    """Tables that are there and not shown, from the notes."""
-    return [
-        Caution(f"Left out. {note.text}", anchor) for anchor, here in found.items() for note in here if note.is_left_out
-    ]
+    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+    return f", for {', '.join(named[:4])}{more}"

@@ -59,6 +59,11 @@ class Score:
         return PLACES[self.stage]
 
     @property
+    def spec(self) -> str:
+        """How a number of it is printed."""
+        return f"+.{self.digits}f"
+
+    @property
     def texts(self) -> dict[str, set[str]]:
         """The columns with texts that its tables must have, by use."""
         return {"summary": {"eval_hash"}, "items": {self.item}}

@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
+from ws.behaviors import Behavior
+from ws.eval.readable import floor
 from ws.report.curves import Curve, nearest
-from ws.report.data import Contents, Norms, Result
+from ws.report.data import Contents, Norms, Result, Row
 from ws.report.figures import Doses, Figure, Shift, norm_figure
-from ws.report.figures import dose_figures as draw_doses
-from ws.report.scores import CAVEATS, CONFOUNDS, SCORES
+from ws.report.scores import CAVEATS, CLAIMS, CONFOUNDS, PREFERENCE, SCORES
 from ws.report.tables import Table, norms_table
-from ws.report.words import Question, side_by_side, strength
+from ws.report.verdict import Evidence
+from ws.report.words import Question, counted, odds, shown, side_by_side, strength
 
-EVALUATIONS = (
-    (
-        "claims",
+# By the part of the page: what an evaluation is called, and how to read its scores.
+EVALUATIONS = {
+    "claims": (
         "Held-out claims",
-        ("false_claims", "true_claims"),
-        "Does the model agree with claims that it was not trained on? The score is log P(agree) less log P(disagree), "
-        "in nats: above zero it agrees. A vector that moves false and true claims alike is one of agreement. Dashed "
-        "horizontal lines are of false claims: the base by itself, and the base under a system prompt with a persona "
-        "of the behaviour (prompt +1) or of its opposite (prompt −1).",
+        "Does the model agree with claims that it was not trained on? The score is log P(agree) less log "
+        "P(disagree), in nats: above zero it agrees. A vector that moves false and true claims alike is one of "
+        "agreement. Dashed horizontal lines are of false claims: the base by itself, and the base under a system "
+        "prompt with a persona of the behaviour (prompt +1) or of its opposite (prompt −1).",
     ),
-    (
-        "dilemmas",
+    "dilemmas": (
         "AIRiskDilemmas",
-        ("choices",),
         "Which of two actions does the model choose, after some thought? The score is log P of the truthful action "
         "less log P of the other, in nats; above zero the truthful one is chosen.",
     ),
-    (
-        "acts",
+    "acts": (
         "tiny-mfv (airisk)",
-        ("wrongness",),
         "How wrong the model finds what another AI does, from −1 (acceptable) to 1 (wrong).",
     ),
-    (
-        "preference",
+    "preference": (
         "Preference",
-        ("preference",),
         "Of two given answers to a held-out question, which does the model find likelier? The score is log p of the "
         "answer that shows the behaviour less log p of its opposite, each per token, in nats; above zero the "
         "behaviour's answer is preferred. No word is asked for, so there is no answer mass.",
     ),
-    (
-        "statements",
+    "statements": (
         "Statements of its traits",
-        ("statements",),
         "Would the model say what somebody with the trait would say? The score is log P of the answer that matches "
-        "the trait less log P of the other, in nats. Half of the statements are matched by Yes, so that mere agreement "
-        "cancels; the tables of the evaluation have both halves apart.",
+        "the trait less log P of the other, in nats. Half of the statements are matched by Yes, so that mere "
+        "agreement cancels; the tables of the evaluation have both halves apart.",
     ),
+}
+DOSES = (
+    "Bands are 95 % intervals, thin lines single seeds. Below every curve stand the answer mass, which must stay above "
+    "the dashed line at 0.9 for a score to count, and the KL divergence from the base that calibration measured (95th "
+    "percentile over tokens; the dashed line is 1 nat). Vertical lines mark the calibrated strengths −1u and +1u. "
+    "Hollow marks and shade: the model no longer answers the question."
 )
 SHIFTS = (
     "Each row is one adapter at the strength measured nearest to alpha 1 or −1, against the base and item by item: the "
@@ -74,55 +73,33 @@ FOUNDATIONS = (
     "read: the model was not answering about these vignettes, there or at the base."
 )
 NORMS = "Size of dW per module and decoder layer, the mean over seeds. The darkest cell is the largest of that adapter."
-_CIRCLE, _SQUARE, _UP, _DOWN = "\N{BLACK CIRCLE}", "\N{BLACK SQUARE}", "\N{BLACK UP-POINTING TRIANGLE}", "\u25bc"
-DOSE_LEGENDS = {
-    "claims": (("s1", _CIRCLE, "false claims"), ("s2", _SQUARE, "true claims")),
-    "dilemmas": (("s1", _CIRCLE, "truthful choices"),),
-    "acts": (("s1", _CIRCLE, "wrongness"),),
-    "preference": (("s1", _CIRCLE, "preference"),),
-    "statements": (("s1", _CIRCLE, "statements"),),
+# The class of a colour, the mark and its meaning, where there are several.
+LEGENDS = {
+    "claims": (("s1", "\N{BLACK CIRCLE}", "false claims"), ("s2", "\N{BLACK SQUARE}", "true claims")),
+    "foundations": (("s1", "\N{BLACK UP-POINTING TRIANGLE}", "vector added"), ("s2", "\u25bc", "vector subtracted")),
 }
-SIGN_LEGEND = (("s1", _UP, "vector added"), ("s2", _DOWN, "vector subtracted"))
 _SAMPLED = 4
 # What a reader who is new to all this needs to know, in the order of the page.
-GLOSSARY = (
-    (
-        "vector",
-        "What training on the behaviour changed in the weights of the model, less what training on its opposite did.",
-    ),
-    (
-        "strength, alpha",
-        "How much of the vector is added: 0 is the base, the model as it was, and a negative strength subtracts it. "
-        "One alpha is another amount for every vector.",
-    ),
-    (
-        "−1u, +1u",
-        "Calibrated strengths: those at which the KL divergence from the base is as large as asked for (1 nat).",
-    ),
-    (
-        "adapter, seed",
-        "The way of fine-tuning that a vector comes from, and one training with random numbers of its own.",
-    ),
-    ("nat", "The unit of natural logarithms: one nat multiplies odds by 2.7, two by 7.4."),
-    ("shift", "A score at some strength less the score of the base, item by item."),
-    (
-        "answer mass",
-        "The probability of the two answers that are compared, together. Where it is under 0.9 the model says "
-        "something else, and the score means nothing. The same holds where texts are asked in two frames that agree on "
-        "fewer than half of them.",
-    ),
-    (
-        "KL",
-        "How far the probabilities of the next token have moved from the base's, in nats: the 95th percentile over the "
-        "tokens of the model's own answers.",
-    ),
-    (
-        "95 % interval",
-        "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and again. They are "
-        "moved apart before, the fewer the further, because nobody knows how far another would be.",
-    ),
-    ("Holm p", "A p-value, corrected for how many shifts of a score there are on this page."),
-)
+GLOSSARY = {
+    "vector": "What training on the behaviour changed in the weights of the model, less what training on its opposite "
+    "did.",
+    "strength, alpha": "How much of the vector is added: 0 is the base, the model as it was, and a negative strength "
+    "subtracts it. One alpha is another amount for every vector.",
+    "−1u, +1u": "Calibrated strengths: those at which the KL divergence from the base is as large as asked for (1 "
+    "nat).",
+    "adapter, seed": "The way of fine-tuning that a vector comes from, and one training with random numbers of its "
+    "own.",
+    "nat": "The unit of natural logarithms: one nat multiplies odds by 2.7, two by 7.4.",
+    "shift": "A score at some strength less the score of the base, item by item.",
+    "answer mass": "The probability of the two answers that are compared, together. Where it is under 0.9 the model "
+    "says something else, and the score means nothing. The same holds where texts are asked in two frames that agree "
+    "on fewer than half of them.",
+    "KL": "How far the probabilities of the next token have moved from the base's, in nats: the 95th percentile over "
+    "the tokens of the model's own answers.",
+    "95 % interval": "Of a bootstrap: items, and where there are several seeds those too, are drawn anew again and "
+    "again. They are moved apart before, the fewer the further, because nobody knows how far another would be.",
+    "Holm p": "A p-value, corrected for how many shifts of a score there are on this page.",
+}
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -148,11 +125,6 @@ def caveats(contents: Contents, anchor: str) -> list[str]:
     return list(dict.fromkeys(note for rows in tables for note in CAVEATS[stage](rows[0], "")))
 
 
-def dose_figures(panels: Sequence[Doses]) -> list[Figure]:
-    """The panels, drawn on common scales."""
-    return draw_doses(panels) if panels else []
-
-
 def _marks(runs: Sequence[Result]) -> dict[int, float]:
     known = [run.units for run in runs if run.units]
     return {sign: fmean(u[sign] for u in known) for sign in (-1, 1) if known and all(sign in u for u in known)}
@@ -161,17 +133,15 @@ def _marks(runs: Sequence[Result]) -> dict[int, float]:
 def _references(contents: Contents, curve: Curve) -> dict[str, float]:
     """The base's level and those of a prompted base, from the evaluation's table or from `compare.csv`."""
     score, found = curve.score, dict[str, float]()
-    points = curve.pooled or next(iter(curve.seeds.values()))
-    found |= [("base", p.level.mean) for p in points if p.alpha == 0]
+    found |= [("base", p.level.mean) for p in curve.shown if p.alpha == 0]
     for run in contents.results:
         for r in run.tables.get((score.stage, "prompt"), ()):
             if r.get("claims_are_true") == score.claims:
                 found[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
     if len(found) == 1:
-        for r in contents.compare:
-            if r["intervention"] == "prompt" and r["score"] == score.key and r["part"] in ("-1u", "+1u"):
-                name = f"prompt {strength(1.0 if r['part'] == '+1u' else -1.0)}"
-                found[name] = float(r["base"]) + float(r["shift"])
+        for unit in (-1, 1):
+            for r in contents.compared(intervention="prompt", score=score.key, part=f"{unit:+d}u"):
+                found[f"prompt {strength(unit)}"] = float(r["base"]) + float(r["shift"])
     return found
 
 
@@ -182,16 +152,14 @@ def shift_rows(contents: Contents, curves: Mapping[tuple[str, str], Curve], key:
         curve = curves.get((key, adapter))
         for wanted in (1.0, -1.0) if curve else ():
             assert curve is not None
-            seeds = list(curve.seeds.values())
-            shown = nearest(curve.pooled or seeds[0], wanted)
-            if shown:
-                own = [p for points in seeds for p in points if p.alpha == shown.alpha]
-                rows.append(Shift(adapter, shown if curve.pooled else None, own, shown.alpha))
+            if point := nearest(curve.shown, wanted):
+                own = [p for points in curve.seeds.values() for p in points if p.alpha == point.alpha]
+                rows.append(Shift(adapter, point if curve.pooled else None, own, point.alpha))
     return rows
 
 
-def norm_figures(contents: Contents) -> list[tuple[Figure, str, Table]]:
-    """Per adapter: the heat map, what its numbers are, and the numbers."""
+def norm_figures(contents: Contents) -> list[tuple[Figure, Table]]:
+    """Per adapter: the heat map, and its numbers."""
     found = []
     for adapter in contents.adapters:
         known = [r.norms for r in contents.of(adapter) if r.norms is not None]
@@ -199,14 +167,10 @@ def norm_figures(contents: Contents) -> list[tuple[Figure, str, Table]]:
         if same and same[0].cells:
             cells = {cell: fmean(n.cells[cell] for n in same) for cell in same[0].cells}
             norms = Norms(same[0].unit, cells)
-            caption = f"{norms.unit}, {len(same)} seed{'' if len(same) == 1 else 's'}; {_range(cells.values())}"
-            found.append((norm_figure(adapter, norms), caption, norms_table(adapter, norms)))
+            least, most = min(cells.values()), max(cells.values())
+            caption = f"{norms.unit}, {counted(len(same), 'seed')}; from {least:.3g} to {most:.3g}"
+            found.append((norm_figure(adapter, norms, caption), norms_table(adapter, norms)))
     return found
-
-
-def _range(values: Iterable[float]) -> str:
-    kept = list(values)
-    return f"from {min(kept):.3g} to {max(kept):.3g}"
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------
@@ -240,25 +204,82 @@ def samples(contents: Contents) -> list[Sampled]:
     return found
 
 
-def example(found: Sequence[Sampled], adapter: str | None) -> tuple[str, Question] | None:
-    """One question for the top of the page: of an adapter where there is one, with answers that differ where there are.
+@dataclass(frozen=True)
+class Example:
+    """A held-out item that both signs move, for the top of the page.
 
-    Returns:
-        The run's name, and the answers nearest to the strengths −1, 0 and 1.
+    Attributes:
+        run: whose answers they are.
+        question: with the answers at the strengths nearest to −1, 0 and 1.
+        truth: what is right, as a sentence; empty where nobody has said.
+        right: by strength, whether the answer is.
+        words: what answers that are right are called, and those that are not.
+        choice: how it was chosen, as a sentence.
     """
-    own = [s for s in found if s.adapter == adapter]
-    asked = [(name, _near(q)) for s in [*own, *found] for name, questions in s.seeds for q in questions]
-    changed = (pair for pair in asked if any(piece.kind != "same" for _, pieces in pair[1].answers for piece in pieces))
-    return next(changed, asked[0]) if asked else None
+
+    run: str
+    question: Question
+    truth: str
+    right: Mapping[float, bool]
+    words: tuple[str, str]
+    choice: str
 
 
-def _near(question: Question) -> Question:
-    """The question with one answer of either sign, at the strength nearest to 1 or −1, and the base's."""
-    kept = set()
-    for wanted in (-1, 0, 1):
-        same = [alpha for alpha, _ in question.answers if (alpha > 0) - (alpha < 0) == wanted]
-        kept |= {min(same, key=lambda a: (abs(abs(a) - 1), abs(a)))} if same else set()
-    return replace(question, answers=tuple(answer for answer in question.answers if answer[0] in kept))
+def example(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evidence | None) -> Example | None:
+    """Of the items that both signs move apart the middle one, of those whose answer changes if there are such.
+
+    Args:
+        contents, curves: of the page.
+        e: the shift at the top of the page; its first seed's items are looked at.
+    """
+    if e is None or contents.behavior is None or e.score.stage not in (CLAIMS, PREFERENCE):
+        return None
+    curve, least = curves[e.score.key, e.adapter], floor(e.score.key)
+    below, (seed, values) = nearest(curve.pooled, -1.0), next(iter(curve.items.items()))
+    if below is None or not below.is_readable or not {below.alpha, 0.0, e.point.alpha} <= values.keys():
+        return None
+    items = {i: {a: values[a][i] for a in (below.alpha, 0.0, e.point.alpha)} for i in values[0.0]}
+    moves = {i: sorted(v - of[0.0] for a, v in of.items() if a) for i, of in items.items()}
+    moved = {i: min(-down, up) for i, (down, up) in moves.items() if min(-down, up) >= least}
+    turned = [i for i in moved if len({v > 0 for v in items[i].values()}) > 1]
+    ranked = sorted(turned or moved, key=lambda i: moved[i])
+    if not ranked:
+        return None
+    item = ranked[len(ranked) // 2]
+    kind = "whose answer changes" if turned else "that both signs move"
+    choice = f"The middle one of the {len(ranked)} of {len(items)} items {kind}."
+    run = next(r for r in contents.of(e.adapter) if r.seed == seed)
+    row = next(r for r in run.tables[e.score.stage, "items"] if r[e.score.item] == item)
+    put = _put_claim if e.score.stage == CLAIMS else _put_preference
+    return put(contents.behavior, run.name, row, items[item], choice)
+
+
+def _put_claim(behavior: Behavior, run: str, row: Row, values: Mapping[float, float], choice: str) -> Example:
+    """A claim, the likelier of the two answers, and its odds."""
+    test, is_true = behavior.test, row["claim_is_true"] == "True"
+    answers = {a: f"{test.agree if v > 0 else test.disagree}, {odds(abs(v))}" for a, v in values.items()}
+    truth = f"The claim is {'true' if is_true else 'false'}: {test.agree if is_true else test.disagree} is right."
+    right = {a: (v > 0) == is_true for a, v in values.items()}
+    known = (truth, right) if test.about == "facts" else ("", {})
+    return Example(run, _asked(test.question.format(claim=row["claim"]), answers), *known, ("right", "wrong"), choice)
+
+
+def _put_preference(
+    behavior: Behavior, run: str, row: Row, values: Mapping[float, float], choice: str
+) -> Example | None:
+    """A question, the likelier of its two given answers, and by how much."""
+    pair = next((p for p in behavior.preferences if p.question == row.get("question")), None)
+    if pair is None:
+        return None
+    texts = {a: pair.positive if v > 0 else pair.negative for a, v in values.items()}
+    answers = {a: f"{texts[a]} (likelier by {shown(abs(v), '.2f')} nats per token)" for a, v in values.items()}
+    truth, right = f"The answer of {behavior.name}: {pair.positive}", {a: v > 0 for a, v in values.items()}
+    return Example(run, _asked(pair.question, answers), truth, right, (behavior.name, "its opposite"), choice)
+
+
+def _asked(prompt: str, answers: Mapping[float, str]) -> Question:
+    (question,) = side_by_side([{"question": prompt, "alpha": a, "answer": text} for a, text in answers.items()])
+    return question
 
 
 def _questions(run: Result) -> tuple[Question, ...]:

@@ -13,7 +13,8 @@ from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
 from ws.report.data import Contents, Norms
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES, Score
 from ws.report.verdict import Evidence
-from ws.report.words import divergence_text, interval_text, number, p_text, strength
+from ws.report.words import divergence_text, minus, p_text, shown, strength
+from ws.stats import estimate_text
 
 # What the numbers of a data card are called.
 _CARD = {
@@ -60,13 +61,13 @@ def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ..
         adapter,
         seed,
         strength(p.alpha) if steered else "0 (base)",
-        interval_text(p.level, score.digits) + ("" if steered else p.mark),
-        f"{interval_text(p.shift, score.digits)}{p.mark}" if steered else "",
-        p_text(p.p).removeprefix("= ") if tested else "",
-        p_text(p.p_holm).removeprefix("= ") if tested and p.p_holm is not None else "",
+        shown(p.level, score.spec) + ("" if steered else p.mark),
+        f"{shown(p.shift, score.spec)}{p.mark}" if steered else "",
+        p_text(p.shift.p) if tested else "",
+        p_text(p.p_holm) if tested and p.p_holm is not None else "",
         "" if p.mass is None else f"{p.mass:.3f}",
         divergence_text(p.kl).removeprefix("KL ") if steered else "",
-        str(p.n),
+        str(p.shift.n),
     )
 
 
@@ -84,7 +85,7 @@ def controls_table(contents: Contents, evidence: Sequence[Evidence]) -> Table:
         rows.append(
             (
                 e.adapter,
-                "" if e.p_random is None else p_text(e.p_random).removeprefix("= "),
+                "" if e.p_random is None else p_text(e.p_random),
                 _margin(row, "margin_shuffled"),
                 _margin(row, "margin_same_side"),
                 {None: "not known", True: "yes", False: "no"}[e.real],
@@ -103,10 +104,7 @@ def controls_table(contents: Contents, evidence: Sequence[Evidence]) -> Table:
 
 
 def _margin(row: Mapping[str, Any], name: str) -> str:
-    if row.get(name) is None:
-        return "not known"
-    ends = (number(row[f"{name}_ci_{end}"], 2, True) for end in ("lo", "hi"))
-    return f"{number(row[name], 2, True)} [{', '.join(ends)}]"
+    return "not known" if row.get(name) is None else minus(estimate_text(row, name, "+z.2f"))
 
 
 def confounds_table(contents: Contents) -> Table:
@@ -149,7 +147,7 @@ def other_dilemmas_table(contents: Contents) -> Table:
 def foundations_table(by_adapter: Mapping[str, Sequence[Foundation]]) -> Table:
     """The numbers behind the foundations' figures."""
     rows = tuple(
-        (adapter, f.name, strength(f.alpha), str(f.n), f"{interval_text(f.shift)}{f.mark}", f"{f.read.mass:.3f}")
+        (adapter, f.name, strength(f.alpha), str(f.shift.n), f"{shown(f.shift)}{f.mark}", f"{f.read.mass:.3f}")
         for adapter, found in by_adapter.items()
         for f in found
     )

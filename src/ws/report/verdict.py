@@ -1,4 +1,4 @@
-"""The verdict in one sentence, never stronger than the numbers, and the warnings that stand beside it."""
+"""The verdict: a sentence never stronger than the numbers, three figures, a row of checks, and warnings."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ws.analysis.compare_tables import NULLS
 from ws.analysis.controls import empirical_p
-from ws.eval.confounds import AGREEMENT, MIXED, UNDECIDED, AgreementVerdict, agreement_verdict
+from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.context import rounding_notes
-from ws.eval.readable import FLAG, LEVEL, NATS, worst
+from ws.eval.readable import FLAG, LEVEL, NATS, floor, worst
 from ws.lm.models import BUNDLED
 from ws.options.shared import WEIGHT
-from ws.report.curves import Curve, Interval, Point, simultaneous
+from ws.report.curves import Curve, Point, nearest, simultaneous
 from ws.report.data import Contents, Result
-from ws.report.scores import CLAIMS, CONFOUNDS
-from ws.report.words import cost_text, interval_text, number, odds, p_text, strength
+from ws.report.scores import CLAIMS, CONFOUNDS, SCORES, Score
+from ws.report.words import counted, divergence_text, odds, p_text, shown, strength
+from ws.stats import Estimate
 
 # From the weakest to the strongest: what a page says at its top. Those from `AGAINST` on need nulls that were trained.
 NOTHING, NO_CONCLUSION, NO_EFFECT, UNKNOWN = "No verdict", "No conclusion", "No effect shown", "Cause not known"
@@ -27,34 +27,32 @@ NOT_ESTABLISHED, AGAINST, FIRST, SUPPORTED = (
     "First indication",
     "Supported",
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A heading of one of the kinds above, and the sentence with the numbers."""
-
-    kind: str
-    sentence: str
+# What a check can have found.
+GOOD, CAUTION, BAD, MISSING = "good", "caution", "against it", "missing"
+COST, AFFORDABLE = "Cost", 1.0  # nats: the divergence that calibrated strengths have
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of one adapter's shift on false claims.
+    """What is known of one adapter's shift of a score.
 
     Attributes:
-        adapter, n_seeds: whose.
+        score, adapter, n_seeds: of what, and whose.
         point: at the positive strength nearest to 1.
         interval: of that shift, wide enough to be named out of all adapters; see `ws.report.curves.simultaneous`.
+        among: how many adapters these are.
         real: whether it beats random, label-shuffled and same-side vectors; None when one of them is missing.
         p_random: among random vectors, which is no evidence for a vector that was trained; None without draws.
-        agreement: against the shift on true claims; None without at least two of either kind.
+        agreement: of false claims, against the shift on true ones; None without at least two of either kind.
         strong: further confounds that `ws confounds` calls strong at that strength; None where it was not run.
     """
 
+    score: Score
     adapter: str
     n_seeds: int
     point: Point
-    interval: Interval
+    interval: Estimate
+    among: int
     real: bool | None
     p_random: float | None
     agreement: AgreementVerdict | None
@@ -63,65 +61,133 @@ class Evidence:
     @property
     def is_sure(self) -> bool:
         """The interval excludes zero, p survives the correction for all rows of the page, and it is no tiny effect."""
-        shift = self.point.shift
-        return shift.excludes_zero and (self.point.p_holm or 0.0) < LEVEL and abs(shift.mean) >= NATS
-
-    def is_expected(self, effect: int) -> bool:
-        """Whether the shift has the sign that the behaviour file gives it."""
-        return bool(np.sign(self.point.shift.mean) == effect)
-
-    @property
-    def is_agreement(self) -> bool:
-        """Whether true claims move along."""
-        return self.agreement is not None and self.agreement.kind in (AGREEMENT, MIXED)
+        shift, least = self.point.shift, floor(self.score.key)
+        return shift.excludes_zero and (self.point.p_holm or 0.0) < LEVEL and abs(shift.mean) >= least
 
 
-def evidence_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> list[Evidence]:
-    """One entry per adapter whose claims were evaluated at a positive strength."""
-    candidates = []
-    for adapter in contents.adapters:
-        curve = curves.get(("false_claims", adapter))
-        point = curve.nearest(1.0) if curve else None
-        if curve is not None and point is not None:
-            candidates.append((curve, point))
-    found = []
-    for curve, point in candidates:
-        runs, interval = contents.of(curve.adapter), simultaneous(curve, point, len(candidates))
-        true = curves.get(("true_claims", curve.adapter))
-        agreement = _agreement(curve, true, point, contents) if true else None
-        known = *_controls(contents, runs), agreement, _strong(runs, point.alpha)
-        found.append(Evidence(curve.adapter, len(curve.seeds), point, interval, *known))
-    return found
+@dataclass(frozen=True)
+class Selection:
+    """The shifts that a verdict is on.
+
+    Attributes:
+        all: one per adapter.
+        readable, sure, expected: those whose answers can be read, of those the sure ones, and of those the ones on the
+            side that the behaviour file predicts.
+        named: the one that the verdict names, whose interval stays farthest from zero: of those that beat trained nulls
+            where there are such. None when none can be read.
+    """
+
+    all: tuple[Evidence, ...]
+    readable: tuple[Evidence, ...]
+    sure: tuple[Evidence, ...]
+    expected: tuple[Evidence, ...]
+    named: Evidence | None
 
 
-def _controls(contents: Contents, runs: Sequence[Result]) -> tuple[bool | None, float | None]:
+@dataclass(frozen=True)
+class Check:
+    """One thing that speaks for or against a shift: `GOOD`, `CAUTION`, `BAD` or `MISSING`, and why."""
+
+    name: str
+    mark: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure to be read from afar: what it is, the figure, and what a reader must know of it."""
+
+    name: str
+    figure: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What stands at the top of a page.
+
+    Attributes:
+        kind: one of the kinds above.
+        sentence: that as a sentence.
+        claims: the shifts that it is on.
+        shown: the shift that the figures and the checks are of: the one that the verdict names, or else one of another
+            score that can be read. None where nothing is.
+        headlines, checks: of that shift.
+    """
+
+    kind: str
+    sentence: str
+    claims: Selection
+    shown: Evidence | None
+    headlines: tuple[Headline, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+# ---- the evidence ---------------------------------------------------------------------------------------------------
+
+
+def select(contents: Contents, curves: Mapping[tuple[str, str], Curve], key: str = "false_claims") -> Selection:
+    """The shifts of a score at the positive strength nearest to 1, and which of them count."""
+    mine = [curves[key, adapter] for adapter in contents.adapters if (key, adapter) in curves]
+    candidates = [(curve, point) for curve in mine if (point := nearest(curve.pooled, 1.0))]
+    shifts = tuple(_evidence(contents, curves, curve, point, len(candidates)) for curve, point in candidates)
+    effect = contents.effect if key == "false_claims" else None
+    readable = tuple(e for e in shifts if e.point.is_readable)
+    sure = tuple(e for e in readable if e.is_sure)
+    expected = tuple(e for e in sure if np.sign(e.point.shift.mean) == effect)
+    named = tuple(e for e in expected if e.real) or expected or sure or readable
+    return Selection(shifts, readable, sure, expected, max(named, key=_distance, default=None))
+
+
+def _distance(e: Evidence) -> float:
+    """How far the interval of a shift stays from zero."""
+    return e.interval.ci_lo if e.interval.mean > 0 else -e.interval.ci_hi
+
+
+def _evidence(
+    contents: Contents, curves: Mapping[tuple[str, str], Curve], curve: Curve, point: Point, among: int
+) -> Evidence:
+    runs, key = contents.of(curve.adapter), curve.score.key
+    true = curves.get(("true_claims", curve.adapter)) if key == "false_claims" else None
+    return Evidence(
+        curve.score,
+        curve.adapter,
+        len(curve.seeds),
+        point,
+        simultaneous(curve, point, among),
+        among,
+        *_controls(contents, runs, curve.score),
+        _agreement(curve, true, point, contents) if true else None,
+        _strong(runs, point.alpha),
+    )
+
+
+def _controls(contents: Contents, runs: Sequence[Result], score: Score) -> tuple[bool | None, float | None]:
     """From `compare.csv`, whose spans are held against all three nulls; else random vectors alone, from the runs."""
-    if row := contents.against_nulls(runs[0].adapter):
+    if row := contents.against_nulls(runs[0].adapter, score.key):
         return row["real"], row["p_random"]
-    found = [p for run in runs if (p := _random_p(run)) is not None]
+    found = [p for run in runs if (p := _random_p(run, score)) is not None]
     return None, max(found) if found else None
 
 
-def _random_p(run: Result) -> float | None:
+def _random_p(run: Result, score: Score) -> float | None:
     """The p-value of a run's shift among its random vectors, at the positive strength nearest to 1."""
-    table = run.tables.get((CLAIMS, "summary"))
-    rows = [r for r in run.controls if r["score"] == "false_claims" and float(r["alpha"]) > 0]
+    table = run.tables.get((score.stage, "summary"))
+    rows = [r for r in run.controls if r["score"] == score.key and float(r["alpha"]) > 0]
     rows = [r for r in rows if table and r["eval_hash"] == table[0]["eval_hash"]]
-    if not rows:
-        return None
-    alpha = min({float(r["alpha"]) for r in rows}, key=lambda a: abs(a - 1))
-    by_kind = {
+    alpha = min({float(r["alpha"]) for r in rows}, key=lambda a: abs(a - 1), default=None)
+    shifts = {
         kind: [float(r["shift"]) for r in rows if r["control"] == kind and float(r["alpha"]) == alpha]
         for kind in ("vector", "random")
     }
-    if len(by_kind["vector"]) != 1 or not by_kind["random"]:
+    if len(shifts["vector"]) != 1 or not shifts["random"]:
         return None
-    return empirical_p(by_kind["vector"][0], np.array(by_kind["random"]))
+    return empirical_p(shifts["vector"][0], np.array(shifts["random"]))
 
 
 def _agreement(false: Curve, true: Curve, point: Point, contents: Contents) -> AgreementVerdict | None:
     """The verdict of `ws.eval.confounds` on the shifts of the seeds' mean."""
-    f, t = (_mean_shifts(curve, point.alpha) for curve in (false, true))
+    f, t = (curve.moved(point.alpha).mean(axis=0) for curve in (false, true))
     other = true.at(point.alpha)
     if contents.effect is None or other is None or min(len(f), len(t)) < 2:
         return None
@@ -131,12 +197,6 @@ def _agreement(false: Curve, true: Curve, point: Point, contents: Contents) -> A
     )
 
 
-def _mean_shifts(curve: Curve, alpha: float) -> np.ndarray:
-    seeds = [of for of in curve.items.values() if alpha in of and 0.0 in of]
-    ids = list(seeds[0][0.0]) if len(seeds) == len(curve.seeds) else []
-    return np.array([np.mean([of[alpha][i] - of[0.0][i] for of in seeds]) for i in ids])
-
-
 def _strong(runs: Sequence[Result], alpha: float) -> tuple[str, ...] | None:
     """Confounds but agreement that any seed's table calls strong."""
     rows = [r for run in runs for r in run.tables.get((CONFOUNDS, "summary"), ()) if float(r["alpha"]) == alpha]
@@ -144,181 +204,151 @@ def _strong(runs: Sequence[Result], alpha: float) -> tuple[str, ...] | None:
     return tuple(name for name in names if name != "agreement") if rows else None
 
 
-# ---- the sentence ---------------------------------------------------------------------------------------------------
+# ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def judge(contents: Contents, evidence: Sequence[Evidence]) -> Verdict:
+def judge(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> Verdict:
     """The verdict on agreement with held-out false claims, for which the behaviour file predicts a sign."""
-    if not evidence:
+    claims = select(contents, curves)
+    others = (select(contents, curves, score.key).named for score in SCORES if score.key != "true_claims")
+    e = claims.named or next(filter(None, others), None)
+    checks = tuple(_checks(contents, e)) if e else ()
+    kind, sentence = _conclusion(contents, claims, checks)
+    if e and e.score.key != "false_claims":
+        sentence += f"; what can be read is below: {e.score.title}"
+    return Verdict(kind, f"{sentence}.", claims, e, tuple(_headlines(contents, e)) if e else (), checks)
+
+
+def _conclusion(contents: Contents, claims: Selection, checks: Sequence[Check]) -> tuple[str, str]:
+    """The kind of a verdict and its sentence."""
+    if not claims.all:
         why = f"no vector of {contents.name} has been put to the held-out claims at a positive strength yet"
-        return Verdict(NOTHING, f"{why}, so nothing is known of what it does.")
-    readable, sure, expected = _classes(contents, evidence)
-    named = _named(contents, evidence)
-    if named is None:
-        best = max(evidence, key=lambda e: e.point.mass or 0.0).point.read
-        return Verdict(
-            NO_CONCLUSION,
-            f"the model is not answering the question under steering ({best.problem} at best), so its scores mean "
-            "nothing.",
-        )
-    said = f"{_named_text(named, len(evidence))}{_rest(evidence, readable)}"
+        return NOTHING, f"{why}, so nothing is known of what it does to them"
+    if claims.named is None:
+        best = max(claims.all, key=lambda e: e.point.mass or 0.0).point.read.problem
+        why = f"asked about held-out claims, the model is not answering under steering ({best} at best)"
+        return NO_CONCLUSION, f"{why}, so its scores mean nothing"
     if contents.effect is None:
-        text = f"the behaviour file of {contents.name} is not at hand, so the direction that it predicts is unknown; "
-        return Verdict(NO_CONCLUSION, f"{text}{said}.")
-    count = f"in {len(sure)} of {_families(evidence)}"
-    if not sure:
-        text = f"agreement with held-out false claims moves beyond chance by {NATS} nats or more {count}"
-        return Verdict(NO_EFFECT, f"{text}; {said}.")
-    doubts, caveats, strengths = _weigh(contents, named)
-    if named.real is None:
-        kind, head = UNKNOWN, f"agreement with held-out false claims moves beyond chance {count} ({_seeds(sure)})"
-        caveats = [_no_nulls(contents, named), *caveats]
-    elif not expected:
-        kind, head = AGAINST, f"agreement with held-out false claims moves beyond chance {count}, the wrong way"
+        why = f"the behaviour file of {contents.name} is not at hand, so the direction that it predicts is unknown"
+        return NO_CONCLUSION, f"{why}{_uncounted(claims)}"
+    moves = "agreement with held-out false claims moves beyond chance"
+    count = f"in {len(claims.sure)} of {counted(len(claims.all), 'adapter')}"
+    if not claims.sure:
+        return NO_EFFECT, f"{moves} by {NATS} nats or more {count}{_uncounted(claims)}"
+    doubts = [f"; but {c.name.lower()}: {c.text}" for c in checks if c.mark == BAD]
+    if claims.named.real is None:
+        cause = f"whether that is {contents.name} is not known without trained nulls: any training moves such a score"
+        kind, head = UNKNOWN, f"{moves} {count} ({_seeds(claims.sure)}); {cause}"
+    elif not claims.expected:
+        kind, head = AGAINST, f"{moves} {count}, the wrong way"
     else:
-        opposed = [e for e in sure if e not in expected]
-        kind, head = _supported(contents, evidence, expected, opposed)
-        caveats += ["most adapters do not show it"] if 2 * len(expected) < len(readable) else []
-        kind = FIRST if caveats or opposed else kind
-    tail = "".join(f"; {part}" for part in [*doubts, *caveats, *strengths])
-    return Verdict(NOT_ESTABLISHED if doubts else kind, f"{head}; {said}{tail}.")
+        kind, head = _supported(contents, claims)
+        kind = FIRST if any(c.mark == CAUTION and c.name != COST for c in checks) else kind
+    return NOT_ESTABLISHED if doubts else kind, f"{head}{_uncounted(claims)}{''.join(doubts)}"
 
 
-def _classes(contents: Contents, evidence: Sequence[Evidence]) -> tuple[list[Evidence], list[Evidence], list[Evidence]]:
-    """The shifts whose answers are readable, of those the sure ones, and of those the ones that were predicted."""
-    readable = [e for e in evidence if e.point.is_readable]
-    sure = [e for e in readable if e.is_sure]
-    effect = contents.effect
-    return readable, sure, [e for e in sure if effect is not None and e.is_expected(effect)]
-
-
-def _supported(
-    contents: Contents, evidence: Sequence[Evidence], expected: Sequence[Evidence], opposed: Sequence[Evidence]
-) -> tuple[str, str]:
-    """The kind and the head of a verdict on a vector that was held against trained nulls and moves as predicted."""
-    way = "raises" if contents.effect == 1 else "lowers"
-    proven = sum(bool(e.real) for e in expected)
+def _supported(contents: Contents, claims: Selection) -> tuple[str, str]:
+    """The kind and the sentence for vectors that were held against trained nulls and move as predicted."""
+    expected, opposed = claims.expected, [e.adapter for e in claims.sure if e not in claims.expected]
+    way, proven = "raises" if contents.effect == 1 else "lowers", sum(bool(e.real) for e in expected)
+    most = 2 * len(expected) >= len(claims.readable)
     beat = "" if proven == len(expected) else f", {proven} of which beat{'s' if proven == 1 else ''} trained nulls"
-    against = f"; the other way: {_names(opposed)}" if opposed else ""
-    return SUPPORTED, (
+    return SUPPORTED if most and not opposed else FIRST, (
         f"adding the {contents.name} vector {way} agreement with held-out false claims, as the behaviour predicts, in "
-        f"{len(expected)} of {_families(evidence)} ({_seeds(expected)}){beat}{against}"
+        f"{len(expected)} of {counted(len(claims.all), 'adapter')} ({_seeds(expected)}){beat}"
+        f"{f'; the other way: {_and(opposed)}' if opposed else ''}"
+        f"{'' if most else '; most adapters do not show it'}"
     )
 
 
-def _no_nulls(contents: Contents, named: Evidence) -> str:
-    """Why nothing is known of the behaviour, and what would tell."""
-    commands = [f"`ws replicate --adapter {named.adapter} --control {null}`" for null in NULLS]
-    return (
-        f"whether that is {contents.name} is not known: vectors trained on anything move such a score, and no trained "
-        f"nulls stand beside this one ({_and(commands)}, then `ws compare`)"
-    )
-
-
-def _weigh(contents: Contents, named: Evidence) -> tuple[list[str], list[str], list[str]]:
-    """What speaks against the shift that is named, what is not known of it, and what speaks for it."""
-    doubts, caveats, strengths = [], [], []
-    if named.real is False:
-        doubts.append(f"it does NOT beat its controls (random{_p_text(named.p_random)}, label-shuffled, same-side)")
-    elif named.real:
-        strengths.append("it beats label-shuffled and same-side vectors of the same size, and random ones")
-    elif named.p_random is not None and named.p_random > LEVEL:
-        doubts.append(f"random vectors of the same size do as much{_p_text(named.p_random)}")
-    elif named.p_random is not None:
-        strengths.append(f"that it beats random vectors{_p_text(named.p_random)} is no evidence of the behaviour")
-    if named.is_agreement and named.agreement is not None:
-        partly = "partly " if named.agreement.kind == MIXED else ""
-        doubts.append(f"true claims move along with false ones, so this is {partly}agreement, not {contents.name}")
-    elif named.agreement is None or named.agreement.kind == UNDECIDED:
-        caveats.append("true claims are too few to tell it from mere agreement")
-    else:
-        strengths.append("true claims do not move along, so it is not mere agreement")
-    if named.strong:
-        caveats.append(f"ws confounds finds a strong confound besides: {_and(named.strong)}")
-    if "dev" in _splits(contents.of(named.adapter)):
-        caveats.append("its claims are of the split dev, on which settings may have been chosen")
-    if named.n_seeds == 1:
-        caveats.append(
-            "it rests on one seed, and another may differ much: of three trainings alike one beats the two others in a "
-            "third of cases"
-        )
-    return doubts, caveats, strengths
-
-
-def _farthest(evidence: Sequence[Evidence]) -> Evidence:
-    """The shift whose interval stays farthest from zero."""
-    return max(evidence, key=lambda e: e.interval.low if e.interval.mean > 0 else -e.interval.high)
-
-
-def _named_text(e: Evidence, among: int) -> str:
-    corrected = "" if e.point.p_holm is None else f", Holm p {p_text(e.point.p_holm)}"
-    wide = f", an interval that holds for all {among} at once" if among > 1 else ""
-    return (
-        f"farthest from zero is {e.adapter} at alpha {strength(e.point.alpha)}, {interval_text(e.interval)} nats "
-        f"over {e.point.n} claims{wide}{corrected}"
-    )
-
-
-def _families(evidence: Sequence[Evidence]) -> str:
-    n = len(evidence)
-    return f"{n} adapter{'' if n == 1 else 's'}"
+def _uncounted(claims: Selection) -> str:
+    """The adapters that do not count because their answers broke."""
+    broken = [e.adapter for e in claims.all if e not in claims.readable]
+    return f"; not counted, because the question is no longer answered there: {_and(broken)}" if broken else ""
 
 
 def _seeds(evidence: Sequence[Evidence]) -> str:
-    counts = sorted({e.n_seeds for e in evidence})
-    if len(counts) > 1:
-        return f"{counts[0]} to {counts[-1]} seeds each"
-    return "one seed" if counts[0] == 1 else f"{counts[0]} seeds each"
-
-
-def _rest(evidence: Sequence[Evidence], readable: Sequence[Evidence]) -> str:
-    """The adapters that do not count because their answers broke."""
-    broken = [e for e in evidence if e not in readable]
-    return f"; not counted, because the question is no longer answered there: {_names(broken)}" if broken else ""
-
-
-def _names(evidence: Sequence[Evidence]) -> str:
-    return _and([e.adapter for e in evidence])
+    least, most = (pick(e.n_seeds for e in evidence) for pick in (min, max))
+    if least < most:
+        return f"{least} to {most} seeds each"
+    return "one seed" if most == 1 else f"{most} seeds each"
 
 
 def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _p_text(p: float | None) -> str:
-    return "" if p is None else f" (p {p_text(p)})"
+# ---- figures and checks ---------------------------------------------------------------------------------------------
 
 
-def _named(contents: Contents, evidence: Sequence[Evidence]) -> Evidence | None:
-    """The shift that the verdict names, if it names one: of those that beat trained nulls where there are such."""
-    readable, sure, expected = _classes(contents, evidence)
-    chosen = [e for e in expected if e.real] or expected or sure or readable
-    return _farthest(chosen) if chosen else None
+def _headlines(contents: Contents, e: Evidence) -> list[Headline]:
+    """The score at the base and steered, its shift, and what that costs.
 
-
-def best_adapter(contents: Contents, evidence: Sequence[Evidence]) -> str | None:
-    """The adapter that the verdict names, if it names one."""
-    found = _named(contents, evidence)
-    return found.adapter if found else None
-
-
-def plain_words(contents: Contents, evidence: Sequence[Evidence]) -> str:
-    """The shift that the verdict names, in odds instead of nats, and what it costs; nothing without a shift to name.
-
-    The odds are `exp` of a mean log ratio: geometric means over claims.
+    Odds are `exp` of a mean log ratio: geometric means over items.
     """
-    e = _named(contents, evidence)
-    if e is None:
-        return ""
-    test, p = contents.behavior.claims if contents.behavior else None, e.point
-    answers = f"{test.agree} rather than {test.disagree}" if test else "that it agrees rather than that it does not"
-    base = p.level.mean - p.shift.mean
-    wanted = {1: " The behaviour file expects higher odds.", -1: " The behaviour file expects lower odds."}
-    return (
-        f"In plain words: asked about a false claim, the base model answers {answers} with odds of {odds(base)}; with "
-        f"the {e.adapter} vector at alpha {strength(p.alpha)} the odds are {odds(p.level.mean)} (geometric means over "
-        f"{p.n} claims).{wanted.get(contents.effect or 0, '')} At that strength: {cost_text(p)}."
-    )
+    p, score = e.point, e.score
+    levels, unit = [p.level.mean - p.shift.mean, p.level.mean], score.unit
+    if unit == "nats":
+        claims = contents.behavior.claims if contents.behavior and score.stage == CLAIMS else None
+        unit = f"odds of {claims.agree} to {claims.disagree}" if claims else "odds"
+    before, after = (odds(level) if score.unit == "nats" else shown(level, score.spec) for level in levels)
+    way = {1: "; predicted: up", -1: "; predicted: down"}.get(contents.effect or 0, "")
+    who = f"base, then {e.adapter} at alpha {strength(p.alpha)}{way if score.key == 'false_claims' else ''}"
+    over = f"{counted(p.shift.n, 'item')}, {counted(e.n_seeds, 'seed')}"
+    several = f", for all {e.among} adapters at once" if e.among > 1 else ""
+    holm = "" if p.p_holm is None else f"; Holm p {p_text(p.p_holm)}"
+    cost = "not measured" if p.kl is None else f"{divergence_text(p.kl)} nats"
+    return [
+        Headline(score.title[:1].upper() + score.title[1:], f"{before} \N{RIGHTWARDS ARROW} {after}", f"{unit}: {who}"),
+        Headline(f"Shift, {score.unit}", shown(e.interval, score.spec), f"95 % interval over {over}{several}{holm}"),
+        Headline(f"{COST} at that strength", cost, "from the base, 95th percentile over the tokens of its answers"),
+    ]
+
+
+def _checks(contents: Contents, e: Evidence) -> list[Check]:
+    """What speaks for a shift, against it, and what nobody has looked at."""
+    kl, mass, one = e.point.kl, e.point.mass, e.n_seeds == 1
+    seeds = "one, and another training may differ" if one else f"{e.n_seeds}, pooled"
+    if e.strong is None:
+        confounds = MISSING, "not looked for"
+    else:
+        confounds = (CAUTION, _and(e.strong)) if e.strong else (GOOD, "none is strong")
+    cost = MISSING, "not measured"
+    if kl is not None:
+        cost = GOOD if kl.nats <= AFFORDABLE else CAUTION, f"{divergence_text(kl)} nats"
+    checks = [
+        Check("True claims", *_beside_true_claims(contents, e)),
+        Check("Controls", *_beside_nulls(e)),
+        Check("Seeds", CAUTION if one else GOOD, seeds),
+        Check("Answer mass", GOOD, "not needed" if mass is None else f"{mass:.3f}"),
+        Check(COST, *cost),
+        Check("Confounds", *confounds),
+    ]
+    dev = Check("Split", CAUTION, "dev, on which settings may have been chosen")
+    return [*checks, dev] if "dev" in _splits(contents.of(e.adapter)) else checks
+
+
+def _beside_true_claims(contents: Contents, e: Evidence) -> tuple[str, str]:
+    if e.score.key != "false_claims":
+        return MISSING, "none that can be read"
+    kind = UNDECIDED if e.agreement is None else e.agreement.kind
+    return {
+        AGREEMENT: (BAD, f"move along, so this is agreement, not {contents.name}"),
+        MIXED: (BAD, f"move along in part, so this is partly agreement, not {contents.name}"),
+        TRUE_ONLY: (CAUTION, "only they move"),
+        UNDECIDED: (CAUTION, "too few to tell it from agreement"),
+    }.get(kind, (GOOD, "do not move along"))
+
+
+def _beside_nulls(e: Evidence) -> tuple[str, str]:
+    if e.real is not None:
+        names = "label-shuffled, same-side, random"
+        return (GOOD, f"all beaten ({names})") if e.real else (BAD, f"NOT all beaten ({names})")
+    if e.p_random is None:
+        return MISSING, "no trained nulls"
+    if e.p_random > LEVEL:
+        return BAD, f"random vectors of the same size do as much (p {p_text(e.p_random)})"
+    return MISSING, f"no trained nulls; beating random vectors (p {p_text(e.p_random)}) is no evidence"
 
 
 # ---- warnings -------------------------------------------------------------------------------------------------------
@@ -336,7 +366,7 @@ def warnings_of(
     contents: Contents, curves: Mapping[tuple[str, str], Curve], evidence: Sequence[Evidence]
 ) -> list[Caution]:
     """Everything that a reader should know before believing a number on the page."""
-    found = [*_unreadable(curves), *_one_seed(contents), *_confounds(contents, evidence), *_prompt(contents)]
+    found = [*_unreadable(curves), *_confounds(contents, evidence), *_prompt(contents)]
     found += [*_pairs(contents), *_calibrations(contents), *_rounding(contents)]
     bases = dict.fromkeys((r.base, r.fingerprint) for r in contents.results)
     if len(bases) > 1:
@@ -350,14 +380,12 @@ def warnings_of(
     if any(r.base in BUNDLED for r in contents.results):
         text = "The bundled models have such behaviours built into their training data: what is measured on them shows "
         found.append(Caution(f"{text}that the pipeline works, and says nothing about large models.", "provenance"))
-    if "dev" in _splits(contents.results):
-        found.append(Caution("Some claims are of the split `dev`, which settings may have been chosen on.", "claims"))
     return found
 
 
-def _splits(runs: Sequence[Result]) -> set[str | None]:
+def _splits(runs: Sequence[Result]) -> set[str]:
     """Which held-out claims some runs were put to."""
-    return {r.get("split") for run in runs for r in run.tables.get((CLAIMS, "summary"), ())}
+    return {r.get("split", "") for run in runs for r in run.tables.get((CLAIMS, "summary"), ())}
 
 
 def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
@@ -366,32 +394,25 @@ def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
     anchors: dict[str, str] = {}
     for curve in curves.values():
         points = curve.pooled or tuple(p for seed in curve.seeds.values() for p in seed)
-        low = [f"{strength(p.alpha)} ({p.read.problem})" for p in points if not p.is_readable]
+        low = {p.alpha: p.read for p in points if not p.is_readable}
         if low:
-            found.setdefault(curve.score.title, []).append(f"{curve.adapter} at alpha {', '.join(low)}")
+            where = f"{curve.adapter} at alpha {', '.join(map(strength, low))} ({worst(low.values()).problem})"
+            found.setdefault(curve.score.title, []).append(where)
             anchors[curve.score.title] = curve.score.anchor
     return [
         Caution(
-            f"Not to be read, {title}: {'; '.join(where)}, there or at the base. The model is not answering the "
-            "question, and the score supports no conclusion.",
+            f"Not to be read, {title}: {'; '.join(where)}, the worst there or at the base. The model is not answering "
+            "the question, and the score supports no conclusion.",
             anchors[title],
         )
         for title, where in found.items()
     ]
 
 
-def _one_seed(contents: Contents) -> list[Caution]:
-    single = [adapter for adapter in contents.adapters if len(contents.of(adapter)) == 1]
-    if not single:
-        return []
-    text = f"One seed only: {', '.join(single)}. Trainings differ; intervals over items do not show by how much."
-    return [Caution(text, "shifts")]
-
-
 def _confounds(contents: Contents, evidence: Sequence[Evidence]) -> list[Caution]:
     found = []
     for e in evidence:
-        if e.agreement is not None and e.agreement.kind in (AGREEMENT, MIXED, UNDECIDED):
+        if e.agreement is not None and e.agreement.kind in (AGREEMENT, MIXED, UNDECIDED) and e.point.is_readable:
             found.append(Caution(f"{e.adapter} at alpha {strength(e.point.alpha)}: {e.agreement.line}.", "checks"))
     for run in contents.results:
         for row in run.tables.get((CONFOUNDS, "summary"), ()):
@@ -404,14 +425,14 @@ def _confounds(contents: Contents, evidence: Sequence[Evidence]) -> list[Caution
 def _prompt(contents: Contents) -> list[Caution]:
     """Whether telling the model does more than any vector: the spans of `compare.csv` on false claims."""
     spans: dict[str, list[float]] = {}
-    for row in contents.compare:
-        if row["part"] == "span" and row["score"] == "false_claims" and not row.get(FLAG):
+    for row in contents.compared(part="span", score="false_claims"):
+        if not row.get(FLAG):
             spans.setdefault(row["intervention"], []).append(float(row["shift"]))
-    told, ours = (max(spans.get(name, []), key=abs, default=0.0) for name in ("prompt", WEIGHT))
-    if not ours or abs(told) <= abs(ours):
+    prompt, ours = (max(spans.get(name, []), key=abs, default=0.0) for name in ("prompt", WEIGHT))
+    if not ours or abs(prompt) <= abs(ours):
         return []
-    text = f"A system prompt moves agreement with false claims further (by {number(told, 2, True)} nats) "
-    return [Caution(f"{text}than any vector does from −1u to +1u (at most {number(ours, 2, True)}).", "checks")]
+    text = f"A system prompt moves agreement with false claims further (by {shown(prompt)} nats) "
+    return [Caution(f"{text}than any vector does from −1u to +1u (at most {shown(ours)}).", "checks")]
 
 
 def _calibrations(contents: Contents) -> list[Caution]:
@@ -434,8 +455,3 @@ def _rounding(contents: Contents) -> list[Caution]:
 def _pairs(contents: Contents) -> list[Caution]:
     lines = contents.card.get("confounds", []) if contents.card else []
     return [Caution(f"In the pairs: {line}", "data") for line in lines if isinstance(line, str)]
-
-
-def missing_nulls(contents: Contents) -> list[str]:
-    """The trained nulls that no adapter of the page has."""
-    return [null for null in NULLS if not any(name.endswith(f"-{null}") for name in contents.nulls)]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from ws.report.curves import Divergence, Interval, Point
+from ws.report.curves import Divergence, Point
+from ws.stats import Estimate
 
 # Control characters that HTML has no place for; tabs and line ends stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -18,41 +19,46 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def number(value: Any, digits: int = 2, signed: bool = False) -> str:
-    """A number with a real minus sign; strengths lose their trailing zeros."""
-    text = f"{float(value):+.{digits}f}" if signed else f"{float(value):.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("+-")
+def shown(value: float | int | Estimate, spec: str = "+.2f") -> str:
+    """A number, or an estimate with its interval (`-1.10 [-1.24, -0.97]`), with real minus signs.
+
+    Zeros have no minus sign: a spec `+.2f` is taken for `+z.2f`.
+    """
+    return minus(f"{value:{spec.replace('.', 'z.', 1)}}")
+
+
+def minus(text: str) -> str:
+    """Numbers as text with real minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def strength(alpha: float | int) -> str:
     """A strength as it is written: `+1`, `-0.5`, `0`."""
-    return f"{alpha:+.4g}".replace("-", "\N{MINUS SIGN}") if alpha else "0"
+    return minus(f"{alpha:+.4g}") if alpha else "0"
 
 
-def interval_text(i: Interval, digits: int = 2) -> str:
-    """`-1.10 [-1.24, -0.97]`."""
-    return f"{number(i.mean, digits, True)} [{number(i.low, digits, True)}, {number(i.high, digits, True)}]"
+def counted(n: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def odds(logratio: float) -> str:
-    """A log ratio as odds: `1 to 3.6` below zero, `12 to 1` above it."""
+    """A log ratio as odds: `1:3.6` below zero, `12:1` above it."""
     ratio = math.exp(min(abs(logratio), 50.0))
-    text = "more than 1000" if ratio > 1000 else f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
-    return f"1 to {text}" if logratio < 0 else f"{text} to 1"
+    text = ">1000" if ratio > 1000 else f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+    return f"1:{text}" if logratio < 0 else f"{text}:1"
 
 
 def p_text(p: float) -> str:
     """A p-value to three decimals, or below that `< 0.001`."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def divergence_text(kl: Divergence | None) -> str:
     """`KL 0.11`, with a sign of approximation where it was not measured at this very strength."""
     if kl is None:
         return "KL not measured"
-    return f"KL {'' if kl.is_exact else chr(0x2248)}{number(kl.nats)}"
+    return f"KL {'' if kl.is_exact else chr(0x2248)}{kl.nats:.2f}"
 
 
 def cost_text(p: Point) -> str:
