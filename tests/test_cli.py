@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,25 @@ def test_no_command_needs_torch_to_say_what_it_can_be_told():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("heavy: []\n")
     assert done.stdout.count("usage: ") == len(COMMANDS)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+def test_a_shell_completes_commands_members_and_options(tmp_path):
+    script = run_ws("--completion", "bash", cwd=tmp_path)
+    assert script.returncode == 0, script.stderr
+    (tmp_path / "completion.bash").write_text(script.stdout, encoding="utf-8")
+
+    def completed(*words: str) -> set[str]:
+        line = f"COMP_WORDS=({' '.join(words)}) COMP_CWORD={len(words) - 1}; _tyro_ws; echo ${{COMPREPLY[@]}}"
+        shell = ["bash", "-c", f"source {tmp_path}/completion.bash; {line}"]
+        return set(subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("ws", "comp") == {"compare", "compose"}
+    assert {"airisk", "lm-eval"} <= completed("ws", "eval", "''")
+    assert "--n-bootstrap" in completed("ws", "eval", "airisk", "--n-b")
+    unknown = run_ws("--completion", "fish", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "zsh" in unknown.stderr
 
 
 def test_flags_may_come_before_the_command(tmp_path, monkeypatch, capsys):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
 from itertools import takewhile
+from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from tabulate import tabulate
 
 from ws import console
@@ -78,6 +81,7 @@ FAMILIES = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 # A sweep as a graph of jobs, which `ws sweep --backend` is.
 QUEUE = "sweep --backend"
+SHELLS = ("bash", "zsh", "tcsh")
 COMMANDS[QUEUE] = ("ws.sweep.queue:main", make.QueueConfig)
 # What commands were called before they were members of families.
 FORMER = {
@@ -158,10 +162,31 @@ def main() -> None:
         print(_help(GROUPS))
     elif arguments[0] == "--version":
         print(version("weight-steering"))
+    elif arguments[0] == "--completion":
+        console.guard(lambda: _print_completion(arguments[1:]))
     elif members := _members(arguments):
         print(_help({"": members}))
     else:
         console.guard(lambda: _run(arguments, flags))
+
+
+def _print_completion(words: Sequence[str]) -> None:
+    """What a shell needs to complete commands and options, as tyro writes it."""
+    shell = choose("shell", words[0] if words else "", SHELLS)
+    tree: dict[str, Any] = {}
+    for name, (_, options) in COMMANDS.items():
+        family, _, member = name.partition(" ")
+        if name != QUEUE and member:
+            tree.setdefault(family, {})[member] = options
+        elif name != QUEUE:
+            tree[name] = options
+    families = {name: make_dataclass(name, [("member", _one_of(t))]) for name, t in tree.items() if isinstance(t, dict)}
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    tyro.cli(_one_of(tree | families), prog="ws", args=["--tyro-print-completion", shell], config=config)
+
+
+def _one_of(commands: Mapping[str, Any]) -> Any:
+    return reduce(or_, (Annotated[options, tyro.conf.subcommand(name)] for name, options in commands.items()))
 
 
 def _members(arguments: Sequence[str]) -> dict[str, tuple[str, type]]:
@@ -206,7 +231,8 @@ def _help(groups: Mapping[str, Mapping[str, tuple[str, type]]]) -> str:
             else:
                 rows[name] = console.about(options)
         lines += ["", *([title] if title else []), *(f"  {name:<19}  {text}" for name, text in rows.items())]
-    last = ["", "ws COMMAND --help lists a command's options.", console.COMMON_FLAGS]
+    more = "ws COMMAND --help lists a command's options; ws --completion bash (zsh, tcsh) completes them."
+    last = ["", more, console.COMMON_FLAGS]
     return "\n".join(["usage: ws COMMAND [options]", *lines, *last])
 
 

@@ -173,7 +173,8 @@ def _public_program(name: str) -> str:
     stem = name.removesuffix(".py")
     if stem == name or not stem.isidentifier():
         return name
-    modules = [m for m in (f"ws.{stem}", f"ws.eval.{stem}", f"ws.export.{stem}") if find_spec(m)]
+    rooms = ("ws", "ws.eval", "ws.export", "ws.intervene", "ws.analysis", "ws.chat", "ws.sweep")
+    modules = [f"{room}.{stem}" for room in rooms if find_spec(f"{room}.{stem}")]
     return f"python -m {modules[0]}" if modules else name
 
 

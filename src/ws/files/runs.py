@@ -411,7 +411,8 @@ class Run:
 
 def _command() -> str:
     """The command line that is running, without the folder of the interpreter or script; a notebook has none."""
-    program = Path(sys.argv[0]).name if sys.argv else ""
+    place = Path(sys.argv[0] if sys.argv else "")
+    program = f"{place.parent.name}.py" if place.name == "__main__.py" else place.name  # a package, run by `python -m`
     # The command line calls its commands by two words, `ws demo`; every other program is one, whatever its name holds.
     words = program.split() if program.startswith("ws ") else [program]
     return "" if program.startswith("ipykernel") else shlex.join([*words, *sys.argv[1:]])
