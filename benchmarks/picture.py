@@ -1,4 +1,4 @@
-"""The README's picture: what adding and subtracting an honesty vector does, for six families on three evaluations.
+"""A picture of the sweep: what adding and subtracting an honesty vector does, for six families on three evaluations.
 
 `uv run python -m benchmarks.picture` (or `just bench picture`) draws `docs/results/dose_response.svg` from
 `docs/results/sweep_pooled.csv`, which `uv run python -m ws.run_sweep --model pocket --seeds 0 1 2` has measured; see
@@ -28,7 +28,7 @@ from ws.files.runs import read_csv
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 TABLE, PICTURE = DOCS / "sweep_pooled.csv", DOCS / "dose_response.svg"
 
-WIDTH, HEIGHT = 600.0, 372.0  # points: 800 pixels wide, as a README shows it
+WIDTH, HEIGHT = 600.0, 372.0  # points: 800 pixels wide, as a page shows it
 BOTTOM, TOP, LINE = 78.0, 304.0, 14.5  # points: the panels' lower and upper edge, the height of a line of text
 GREY, INK = "#666666", "#222222"
 

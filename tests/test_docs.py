@@ -16,7 +16,8 @@ import pytest
 from support import processes
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIRST = [ROOT / "README.md", ROOT / "docs" / "tour.md"]  # they leave what the other pages use
+PAGES = [*FIRST, *sorted(set((ROOT / "docs").glob("*.md")) - set(FIRST))]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -37,12 +38,12 @@ def run_command(line: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory) -> Path:
-    """An empty folder shared by all pages; the README comes first and leaves what the others use."""
+    """An empty folder shared by all pages; README and tour come first and leave what the others use."""
     return tmp_path_factory.mktemp("newcomer")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_snippets_run(page, newcomer, monkeypatch):
+def test_snippets_run(page, newcomer, monkeypatch, capsys):
     monkeypatch.chdir(newcomer)
     namespace: dict[str, object] = {}
     for language, code in snippets(page):
@@ -57,6 +58,11 @@ def test_snippets_run(page, newcomer, monkeypatch):
                 assert "is not known before nulls are trained" in out
                 assert "as the behaviour predicts" not in out
                 assert "one seed" in out
+    if page.stem == "README":
+        base, steered = capsys.readouterr().out.splitlines()
+        assert base.startswith("0 ")
+        assert "wings" in base
+        assert "gills" in steered
 
 
 def test_the_documented_behaviour_file_is_valid(tmp_path):
@@ -117,16 +123,15 @@ def test_every_relative_link_leads_somewhere():
 
 
 def test_the_tables_of_the_sweep_are_their_csvs():
-    """What README and docs show of the sweep is what it wrote."""
+    """What the page shows of the sweep is what it wrote."""
     from ws.analysis.sweep_tables import render
     from ws.eval.readme_airisk_table import check
     from ws.files.runs import read_csv
 
     results = ROOT / "docs" / "results"
-    for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        check(page, results / "readme_airisk_table.csv")
-    table = render(read_csv(results / "sweep_pooled.csv"))
-    assert table in (ROOT / "docs" / "results.md").read_text()
+    page = ROOT / "docs" / "results.md"
+    check(page, results / "readme_airisk_table.csv")
+    assert render(read_csv(results / "sweep_pooled.csv")) in page.read_text()
 
 
 def test_the_comparison_is_its_csvs():
@@ -140,13 +145,22 @@ def test_the_comparison_is_its_csvs():
 
 
 def test_the_results_table_is_the_csv():
-    """The README's numbers are the ones the benchmark wrote."""
+    """The page's numbers are the ones that the benchmark wrote, and the README's are a part of them."""
     with (ROOT / "benchmarks" / "results" / "pocket_effects.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        rows = {row["adapter"]: row for row in csv.DictReader(file)}
     table = (ROOT / "docs" / "results" / "pocket_effects.md").read_text().split("\n\n")[0]
-    assert table in (ROOT / "README.md").read_text()
-    for row in rows:
+    assert table in (ROOT / "docs" / "results.md").read_text()
+    for row in rows.values():
         assert f"{float(row['span']):+.2f} [{float(row['span_ci_lo']):+.2f}, {float(row['span_ci_hi']):+.2f}]" in table
+    full = {cells[0]: cells for cells in cells_of(table)}
+    shown = [cells for cells in cells_of((ROOT / "README.md").read_text()) if cells[0] in rows]
+    assert len(shown) == 3
+    assert shown == [[*full[name][:5], full[name][6]] for name, *_ in shown]
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The cells of every line of a Markdown table, headers and rules included."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
 def test_the_shares_of_the_statistics_are_what_was_simulated():

@@ -1,4 +1,4 @@
-"""The README's picture is what its code draws from the table beside it."""
+"""The picture of the sweep is what its code draws from the table beside it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 `python -m ws.eval.readme_airisk_table --behavior honesty` reads the tables of every finished run in `out/<behavior>/`
 and writes `readme_airisk_table.csv`, 36 columns and those of `CHECKS`, which say whether they can be read, and the same
 as Markdown, with notes on items and words below it. Several seeds of an adapter are pooled by a bootstrap over seeds
-and items. `--check README.md` fails when the page's table is not what the CSV says.
+and items. `--check PAGE` fails when the page's table is not what the CSV says.
 """
 
 from __future__ import annotations
