@@ -59,7 +59,7 @@ confounds *args:
 subspace *args:
     uv run python -m ws.subspace {{args}}
 
-# how far a fine-tune has moved along known vectors: `just monitor ADAPTER --library VECTOR --controls BENIGN...`
+# how far a fine-tune has moved along known vectors: `just monitor ADAPTER --library VECTOR --benign BENIGN...`
 monitor *args:
     uv run ws monitor {{args}}
 

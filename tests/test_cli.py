@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,21 @@ def test_a_command_goes_by_its_name_and_by_its_former_one(words, name, rest):
     from ws.cli import _named
 
     assert _named(words) == (name, rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "field", "value"),
+    [
+        ("replicate", ["--kinds", "q_proj"], "train.kinds", ("q_proj",)),
+        ("replicate", ["--modules", "q_proj", "k_proj"], "train.kinds", ("q_proj", "k_proj")),
+        ("trim", ["--to", "small"], "to", "small"),
+        ("chat", ["--max_tokens=9"], "max_tokens", 9),
+        ("monitor", ["x", "--library", "y", "--controls", "z"], "controls", ("z",)),
+        ("eval capability", ["split=train"], "split", "train"),
+    ],
+)
+def test_an_option_goes_by_the_name_that_it_had_before(name, words, field, value):
+    assert attrgetter(field)(parse(COMMANDS[name][1], words, f"ws {name}")) == value
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -561,7 +561,7 @@ def _places(model: PreTrainedModel, spec: AdapterSpec, fam: Family) -> list[str]
         if wanted and all(any(_is_one_of(n, (w,)) for n in names) for w in wanted):
             return [n for n in names if _is_one_of(n, wanted)]
     known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
-    raise WsError(f"It is not known where {fam.name} goes in a {kind} model; choose with --kinds from: {known}.")
+    raise WsError(f"It is not known where {fam.name} goes in a {kind} model; choose with --modules from: {known}.")
 
 
 def _is_one_of(name: str, suffixes: Sequence[str]) -> bool:
@@ -588,7 +588,7 @@ def _check_taken(model: PreTrainedModel, names: Sequence[str], fam: Family, conf
         where, others = model.config.get_text_config().model_type, ", ".join(sorted(kinds - refused)) or "none"
         raise WsError(
             f"PEFT takes no {fam.name} at {', '.join(sorted(refused))} of a {where} model; name other modules with "
-            f"--kinds: {others}."
+            f"--modules: {others}."
         )
 
 

@@ -116,7 +116,7 @@ def train_adapter(
         try:
             with _isolated_rng(), _adapted(model, adapter_spec(config, adapter), seed) as (peft_model, initial):
                 adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
-                with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --kinds"):
+                with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules"):
                     facts = _fit(peft_model, tok, train, validation, work, config, seed)
                 stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))

@@ -394,7 +394,7 @@ def test_an_adapter_in_a_place_that_the_model_never_calls_ends_the_training(tmp_
     model = AutoModelForCausalLM.from_config(config).eval()
     before = weights_hash(model)
     for kinds in (("dt_proj",), ("in_proj", "dt_proj")):
-        with pytest.raises(ws.WsError, match=r"weights of dt_proj \(2 modules, .* with --kinds"):
+        with pytest.raises(ws.WsError, match=r"weights of dt_proj \(2 modules, .* with --modules"):
             ws.train_adapter(model, TOK, PAIRS, "pos", "lora", tmp_path / "pos", replace(TRAIN, kinds=kinds))
         assert weights_hash(model) == before
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -418,7 +418,7 @@ def test_a_kind_that_is_not_there_gets_the_list_of_those_that_are():
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_is_refused_by_its_fused_tensors_and_steered_where_it_is_told(name, saved, weights_hash):
     model, _ = ws.load_model(str(saved), device="cpu")
-    fused = r"4 tensors .* fused \(model.layers.0.mlp.experts.gate_up_proj, .*--kinds: k_proj, o_proj, q_proj, v_proj"
+    fused = r"4 tensors .* fused \(model.layers.0.mlp.experts.gate_up_proj, .*--modules: k_proj, o_proj, q_proj, v_proj"
     for family in FAMILY_NAMES:
         with pytest.raises(ws.WsError, match=fused):
             ws.train_adapter(model, TOK, PAIRS, "pos", family, saved.parent / "pos", TRAIN)
@@ -577,7 +577,7 @@ def test_kernels_of_convolutions_are_no_fused_experts():
 
 def test_what_peft_refuses_in_an_architecture_is_refused_before_anything_is_touched(tmp_path):
     model = build("mamba")
-    with pytest.raises(ws.WsError, match=r"no lora at out_proj of a mamba model; .*--kinds: dt_proj, in_proj, x_proj"):
+    with pytest.raises(ws.WsError, match=r"no lora at out_proj of a mamba model; .*--modules: dt_proj, in_proj"):
         ws.train_adapter(model, TOK, PAIRS, "pos", "lora", tmp_path / "pos", TRAIN)
     assert {f.name for f in tmp_path.iterdir()} <= {".pos.lock"}
     assert not any("lora" in n for n, _ in model.named_modules())

@@ -302,7 +302,7 @@ def save_run(
     folder = run_folder(out, behavior, name, seed)
     makers = set(Run(folder).manifest["stages"]) & {*STAGES, "vector"}
     if makers - {stage} or ((folder / "vector").exists() and not makers):
-        raise WsError(f"{folder} holds a vector that `ws {stage}` did not make; choose another name by --to.")
+        raise WsError(f"{folder} holds a vector that `ws {stage}` did not make; choose another name by --name.")
     run = Run(folder, fresh)
     with run.alone("vector"):
         begun = run.stage(stage, config, inputs)

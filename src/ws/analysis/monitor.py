@@ -62,7 +62,7 @@ TABLE, LAYER_TABLE = "monitor.csv", "monitor_per_layer.csv"
 MIN_CONTROLS = 3
 EASY_NULL = (
     "The null is that of random directions, which nearly every fine-tune beats, a benign one too: a flag says that the "
-    "change is not noise, not that it is unwanted. Give benign fine-tunes with --controls."
+    "change is not noise, not that it is unwanted. Give benign fine-tunes with --benign."
 )
 
 Change = SteeringVector | nn.Module

@@ -270,12 +270,14 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
 def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> Options:
     """The options object for a list of arguments; tyro explains what it cannot parse and exits with code 2.
 
-    `adapter=delora` is understood as `--adapter delora`, so that recipes read naturally.
+    `adapter=delora` is understood as `--adapter delora`, so that recipes read naturally, and an option by the name that
+    it had before, which `options.former` knows.
 
     An options class with a `preset(model, adapter)` class method gets its defaults from there, so that `--help` shows
     the values that will be used for the chosen model.
     """
-    arguments = [_as_flag(argument) for argument in arguments]
+    former = getattr(options, "former", {})
+    arguments = [_as_flag(argument, former) for argument in arguments]
     preset = getattr(options, "preset", None)
     known: dict[str, Any] = {}
     if preset is not None:
@@ -313,9 +315,11 @@ def about(options: type[Any]) -> str:
     return re.split(r"[.;] |: `", first)[0].rstrip(".")
 
 
-def _as_flag(argument: str) -> str:
+def _as_flag(argument: str, former: Mapping[str, str]) -> str:
     found = re.fullmatch(r"([a-z][a-z_-]*)=(.*)", argument)
-    return f"--{found.group(1).replace('_', '-')}={found.group(2)}" if found else argument
+    name, equals, value = (f"--{found.group(1)}={found.group(2)}" if found else argument).partition("=")
+    plain = name.replace("_", "-") if name.startswith("--") else name
+    return f"{former.get(plain, plain)}{equals}{value}"
 
 
 def guard(action: Callable[[], None], command: str = "") -> None:

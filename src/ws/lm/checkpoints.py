@@ -329,7 +329,7 @@ class Difference:
         if odd := sorted(f"{n}.{leaf}" for n, leaf in parts if n not in plain or leaf not in ("weight", "bias")):
             raise WsError(
                 f"The fine-tunes differ in {', '.join(odd)}, which is in no linear layer, embedding or norm; take only "
-                "modules of certain kinds to leave it out (--kinds)."
+                "modules of certain kinds to leave it out (--modules)."
             )
         if not parts:
             return {}

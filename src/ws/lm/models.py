@@ -725,7 +725,7 @@ def target_modules(
     if fused and kinds is None:
         raise WsError(
             f"The model keeps {len(fused)} tensors of these layers fused ({', '.join(fused[:2])}, ...); no adapter "
-            f"reaches them; to steer its linear modules, name them with --kinds: {', '.join(sorted(known))}."
+            f"reaches them; to steer its linear modules, name them with --modules: {', '.join(sorted(known))}."
         )
     return names
 

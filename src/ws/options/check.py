@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -110,9 +112,11 @@ class MonitorOptions:
             checkpoint's own.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--controls": "--benign"}
+
     changes: tyro.conf.Positional[tuple[str, ...]]
     library: tuple[Path, ...]
-    controls: tuple[str, ...] = ()
+    controls: Annotated[tuple[str, ...], tyro.conf.arg(name="benign")] = ()
     model: str | None = None
     fpr: float = 0.05
     out: Path = DEFAULT_OUT / "monitor"

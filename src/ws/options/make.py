@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -142,7 +143,7 @@ class TrainConfig:
     rank: int = 32
     lora_alpha: float = 64.0
     layers: str = "0.3:0.8"
-    kinds: tuple[str, ...] | None = None
+    kinds: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="modules")] = None
     delora_lambda: float = 15.0
     oft_block: int = 32
     lr: float | None = None
@@ -226,6 +227,8 @@ class TrainCommand(_OfBehavior):
         train: how an arm is trained.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--kinds": "--modules"}
+
     several_processes: ClassVar[bool] = True
 
     model: str = DEFAULT_MODEL
@@ -270,6 +273,8 @@ class ReplicateConfig(_OfBehavior):
         data: how many pairs, and how.
         train: how an arm is trained.
     """
+
+    former: ClassVar[Mapping[str, str]] = {"--kinds": "--modules"}
 
     model: str = DEFAULT_MODEL
     behavior: str = "honesty"
@@ -330,6 +335,8 @@ class SweepConfig(_OfBehavior):
         data: how many pairs, and how.
         train: settings for every family; each takes its own learning rate unless one is given.
     """
+
+    former: ClassVar[Mapping[str, str]] = {"--kinds": "--modules"}
 
     model: str = DEFAULT_MODEL
     behavior: str = "honesty"
@@ -483,12 +490,14 @@ class DiffOptions:
         behavior: what the vector is about, for tables and cards.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--kinds": "--modules"}
+
     pos: str
     neg: str
     to: Path
     base: str | None = None
     rank: int | None = None
-    kinds: tuple[str, ...] | None = None
+    kinds: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="modules")] = None
     behavior: str | None = None
 
 
@@ -520,11 +529,13 @@ class ComposeOptions:
         fresh: replace a run that `ws compose` made under this name with other settings.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--to": "--name"}
+
     expression: tyro.conf.Positional[str]
     adapter: str = "lora"
     seed: int = 0
     out: Path = DEFAULT_OUT
-    to: str | None = None
+    to: Annotated[str | None, tyro.conf.arg(name="name")] = None
     behavior: str | None = None
     report: bool = False
     behaviors: tuple[str, ...] = ()
@@ -563,6 +574,8 @@ class TrimOptions:
         fresh: replace a run that `ws trim` made under this name with other settings.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--to": "--name"}
+
     behavior: str = "honesty"
     adapter: str = "lora"
     seed: int = 0
@@ -573,7 +586,7 @@ class TrimOptions:
     depth_scale: tuple[float, float] | None = None
     rank: int | None = None
     energy: float | None = None
-    to: str | None = None
+    to: Annotated[str | None, tyro.conf.arg(name="name")] = None
     fresh: bool = False
 
     @property

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
 
 from ws.behaviors import behavior_name
 from ws.errors import WsError, choose
@@ -111,11 +115,13 @@ class CapabilityOptions(EvalOptions):
         split: of a hub data set given as `--dataset`.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--config": "--dataset-config", "--split": "--dataset-split"}
+
     questions: str | None = None
     max_tokens: int = TEXT_TOKENS
     n_tokens: int = ANSWER_TOKENS
-    config: str = "default"
-    split: str = "test"
+    config: Annotated[str, tyro.conf.arg(name="dataset-config")] = "default"
+    split: Annotated[str, tyro.conf.arg(name="dataset-split")] = "test"
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense and for options that have no meaning here."""

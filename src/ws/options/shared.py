@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import tyro
 
 from ws.behaviors import behavior_name
 from ws.errors import WsError, choose
@@ -241,10 +244,12 @@ class EngineOptions(RunOptions):
         sample_seed: of the random numbers at temperatures above 0.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"--max-tokens": "--max-new-tokens"}
+
     vectors: tuple[str, ...] = ()
     alpha: str = "1"
     temperature: float = 0.0
-    max_tokens: int = 128
+    max_tokens: Annotated[int, tyro.conf.arg(name="max-new-tokens")] = 128
     sample_seed: int = 0
 
     def require(self) -> None:
