@@ -210,6 +210,18 @@ def test_a_shell_completes_commands_members_and_options(tmp_path):
     assert "zsh" in unknown.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise there")
+@pytest.mark.parametrize("words", [["--help"], ["replicate", "--help"], ["--completion", "bash"]])
+def test_a_reader_that_has_had_enough_is_no_error(words, tmp_path):
+    command = [sys.executable, "-m", "ws.cli", *words]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 141
+
+
 def test_flags_may_come_before_the_command(tmp_path, monkeypatch, capsys):
     from ws.cli import main
 

@@ -158,16 +158,25 @@ def main() -> None:
     """Dispatch to a subcommand; without one, list them."""
     flags = list(takewhile(lambda argument: argument in console.FLAGS, sys.argv[1:]))
     arguments = sys.argv[1 + len(flags) :]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help(GROUPS))
-    elif arguments[0] == "--version":
-        print(version("weight-steering"))
+    if answer := _without_a_command(arguments):
+        console.guard(lambda: print(answer, flush=True))
     elif arguments[0] == "--completion":
         console.guard(lambda: _print_completion(arguments[1:]))
-    elif members := _members(arguments):
-        print(_help({"": members}))
     else:
         console.guard(lambda: _run(arguments, flags))
+
+
+def _without_a_command(arguments: Sequence[str]) -> str:
+    """What is answered where no command is named: the list of them, of the members of a family, or the version."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _help(GROUPS)
+    if arguments[0] == "--version":
+        return version("weight-steering")
+    if arguments[1:] and arguments[1] not in ("-h", "--help"):
+        return ""
+    members = {name: command for name, command in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
+    members.pop(QUEUE, None)
+    return _help({"": members}) if members else ""
 
 
 def _print_completion(words: Sequence[str]) -> None:
@@ -187,12 +196,6 @@ def _print_completion(words: Sequence[str]) -> None:
 
 def _one_of(commands: Mapping[str, Any]) -> Any:
     return reduce(or_, (Annotated[options, tyro.conf.subcommand(name)] for name, options in commands.items()))
-
-
-def _members(arguments: Sequence[str]) -> dict[str, tuple[str, type]]:
-    """The commands of a family that is named alone, or with `--help`; none otherwise."""
-    alone = not arguments[1:] or arguments[1] in ("-h", "--help")
-    return {n: c for n, c in COMMANDS.items() if alone and n.startswith(f"{arguments[0]} ")} if alone else {}
 
 
 def _run(arguments: Sequence[str], flags: Sequence[str]) -> None:

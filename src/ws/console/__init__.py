@@ -34,6 +34,7 @@ from ws.errors import WsError
 Options = TypeVar("Options")
 
 INTERRUPTED = 130
+NOBODY_READS = 141  # what a shell makes of SIGPIPE
 PATIENCE = 30.0  # seconds that the other processes give the main one to say what is wrong
 FLAGS = ("--quiet", "--json", "--debug")
 COMMON_FLAGS = "Everywhere: --quiet (no progress), --json (the result as one JSON object), --debug (tracebacks)."
@@ -345,6 +346,9 @@ def guard(action: Callable[[], None], command: str = "") -> None:
             time.sleep(PATIENCE)
         print(f"{paint('error:', 'red', sys.stderr)} {problem}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(NOBODY_READS) from None
     except KeyboardInterrupt:
         _report("interrupted")
         say("\nInterrupted; run the same command again to resume.")
