@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.lm.choice import Choice, choice_variants, left_pad
+from ws.lm.batches import left_pad
+from ws.lm.choice import Choice, choice_variants
 from ws.lm.models import chat_format, encode, end_ids
 from ws.lm.rollout import thinking_prompt
 

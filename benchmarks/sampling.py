@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 import ws
 from benchmarks import harness
-from ws.lm.choice import left_pad
+from ws.lm.batches import left_pad
 from ws.lm.models import encode, end_ids, render_prompt
 from ws.lm.sampling import SamplingSettings, sample_rows, sampling_settings
 from ws.options.make import DataConfig

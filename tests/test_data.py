@@ -18,8 +18,8 @@ from conftest import reworded
 from ws.data import Answer, Pair, _drop_reason, _jobs, data_card, generate_pairs, read_pairs, sample_answers
 from ws.files.runs import Run
 from ws.intervene.prompt import prompted
+from ws.lm.generation import PLAIN
 from ws.lm.models import end_ids, render_prompt
-from ws.lm.rollout import PLAIN
 from ws.lm.sampling import sample_rows
 from ws.options.make import DataConfig, data_preset
 

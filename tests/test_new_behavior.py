@@ -182,6 +182,17 @@ def test_a_table_that_is_missing_is_one_error(check):
     assert "Did you mean 'sycophancy'" in found.text
 
 
+def test_what_is_wrong_elsewhere_is_placed_too_and_loading_stops_at_the_first(check, tmp_path):
+    (tmp_path / "held.jsonl").write_text('{"question": "Q?", "positive": "", "negative": "b"}\n', encoding="utf-8")
+    text = planted("effect = -1", "effect = 0") + '[preferences]\nfile = "held.jsonl"\n[statements]\ntraits = []\n'
+    found = check(text)
+    assert [f.severity for f in found] == ["error"] * 3
+    assert {f.where for f in found} == {"[claims]", "[preferences]", "[statements]"}
+    assert any("row 1: positive must be an answer" in f.text for f in found)
+    with pytest.raises(WsError, match=r"mine\.toml: \[preferences\]: row 1"):
+        ws.load_behavior(str(tmp_path / "mine.toml"))
+
+
 def test_claims_of_one_kind_measure_agreement(check):
     (found,) = check(only_claims("true"))
     assert (found.severity, found.where) == ("warning", "[claims] items")

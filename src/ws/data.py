@@ -14,7 +14,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly, json_lines
 from ws.errors import WsError, did_you_mean
 from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
-from ws.lm.choice import LOW_MASS, ChoiceScores, in_groups, left_pad, score_choices
+from ws.lm.choice import LOW_MASS, ChoiceScores, score_choices
+from ws.lm.generation import PLAIN, generate, without_end
 from ws.lm.models import (
     decode_answer,
     encode,
@@ -44,7 +44,6 @@ from ws.lm.models import (
     render_prompt,
     tokenizer_hash,
 )
-from ws.lm.rollout import PLAIN
 from ws.lm.sampling import (
     SamplingSettings,
     check_settings,
@@ -460,40 +459,22 @@ def sample_answers(
     """Continue rendered prompts: sampled when `seed` is given, greedy otherwise.
 
     Sampled is with `sampling`, or else the model's own settings or the stated default. Greedy is plain argmax:
-    penalties, bans and least lengths that the model recommends are off (`rollout.PLAIN`).
+    penalties, bans and least lengths that the model recommends are off (`ws.lm.generation.PLAIN`).
 
     The caller's random state is left alone.
     """
-    rows = [encode(tok, prompt) for prompt in prompts]
-    options: dict[str, Any] = PLAIN
-    if seed is not None:
-        options = {"do_sample": True, **(sampling or sampling_settings(model)).values}
-    with torch.random.fork_rng(), torch.inference_mode():
+    rows, ends = [encode(tok, prompt) for prompt in prompts], end_ids(model, tok)
+    options = PLAIN if seed is None else {"do_sample": True, **(sampling or sampling_settings(model)).values}
+    with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
-        return in_groups(model, rows, partial(_continue, model, tok, max_new_tokens, options))
+        # The cache grows: with one of fixed size the same seed would give other pairs than it has given so far.
+        written = generate(model, tok.pad_token_id, rows, max_new_tokens, ends, options, fixed_cache=False)
+    return [_answer(tok, answer.tokens, ends) for answer in written]
 
 
-def _continue(
-    model: PreTrainedModel, tok: Tokenizer, max_new_tokens: int, options: Mapping[str, Any], rows: Sequence[list[int]]
-) -> list[Answer]:
-    """The answers behind rows of tokens, from one generation."""
-    ids, mask = left_pad(rows, tok.pad_token_id, model.device)
-    ends = end_ids(model, tok)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tok.pad_token_id,
-        **options,
-    )
-    return [_answer(tok, row, ends) for row in out[:, ids.shape[1] :].tolist()]
-
-
-def _answer(tok: Tokenizer, ids: list[int], ends: Sequence[int]) -> Answer:
-    stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    kept = ids if stop is None else ids[:stop]
-    return Answer(decode_answer(tok, kept), len(kept), stop is not None)
+def _answer(tok: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answer:
+    words = without_end(ids, ends)
+    return Answer(decode_answer(tok, words), len(words), len(words) < len(ids))
 
 
 @dataclass(frozen=True)

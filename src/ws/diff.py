@@ -50,7 +50,7 @@ from ws.options.make import DiffOptions as DiffOptions
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, CALIBRATION_FORMAT = 1, 1
 MANIFEST, CALIBRATION = VECTOR_MANIFEST, "calibration.json"
 NATIVE_WEIGHTS, PEFT_WEIGHTS = "vector.safetensors", "adapter_model.safetensors"
 VECTOR_FILES = (MANIFEST, CALIBRATION, NATIVE_WEIGHTS, PEFT_WEIGHTS, "adapter_config.json")
@@ -64,12 +64,24 @@ class Units:
         subject: digest of the vector they were measured for.
         negative, positive: -1u and +1u; None where the calibration did not converge.
         tokenizer: hash of the tokenizer whose prompts they were measured on; empty where that is not recorded.
+        model: fingerprint of the model; empty where that is not recorded.
     """
 
     subject: str
     negative: float | None
     positive: float | None
     tokenizer: str = ""
+    model: str = ""
+
+    def mismatch(self, subject: str, tokenizer: str = "", model: str = "") -> tuple[str, str, str] | None:
+        """`(what, then, now)` of the first thing that these strengths are not of; None when they can be used.
+
+        A tokenizer or a model that is not on record, or not given, is not compared.
+        """
+        if self.subject != subject:
+            return "vector", self.subject, subject
+        others = (("model", self.model, model), ("tokenizer or chat template", self.tokenizer, tokenizer))
+        return next(((what, was, now) for what, was, now in others if was and now and was != now), None)
 
 
 class ParameterChange(NamedTuple):
@@ -255,11 +267,11 @@ class SteeringVector:
         units = parse_units(text)
         if units is None:
             return parse_number(text)
-        known = self.units if self.units and self.units.subject == vector_digest(self) else None
-        if known is None:
-            raise WsError(f"{text} is in calibrated units and the vector has no calibration; run `ws calibrate` first.")
         now = tokenizer_hash_on_disk(self.base_id) if tokenizer is None else tokenizer
-        if now and known.tokenizer and now != known.tokenizer:
+        known, digest = self.units, vector_digest(self)
+        if known is None or known.subject != digest:
+            raise WsError(f"{text} is in calibrated units and the vector has no calibration; run `ws calibrate` first.")
+        if known.mismatch(digest, now):
             raise WsError(f"{text} was calibrated with another tokenizer or chat template; run `ws calibrate` again.")
         side = known.negative if units < 0 else known.positive
         if side is None:
@@ -564,7 +576,7 @@ class SteeringVector:
         deltas = deltas_from_tensors(manifest["modules"], tensors, folder, manifest.get("kinds", {}))
         deltas |= {name: deltas[first] for name, first in manifest.get("shared", {}).items()}
         base = manifest["base"]
-        units = _read_units(folder / CALIBRATION)
+        units = read_calibrated(folder / CALIBRATION, _units)
         return cls(deltas, base["id"], base["fingerprint"], manifest["recipe"], manifest["info"], units)
 
     @classmethod
@@ -700,17 +712,29 @@ def parse_number(text: str) -> float:
     return alpha
 
 
-def _read_units(file: Path) -> Units | None:
+def read_calibrated(file: Path, parse: Callable[[Any], T]) -> T | None:
+    """What `parse` makes of a file of calibrated strengths, None when there is no file.
+
+    Raises:
+        WsError: a file that cannot be read, of another format, or damaged.
+    """
     if not file.is_file():
         return None
-    values = _read_json(file)
     try:
-        sides = [
-            float(s["alpha"]) if s["converged"] is True else None for s in (values["negative"], values["positive"])
-        ]
-        return Units(str(values["subject"]), sides[0], sides[1], str(values.get("tokenizer") or ""))
-    except (KeyError, TypeError, ValueError) as problem:
-        raise WsError(f"{file} is damaged ({problem!r}); calibrate again.") from problem
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != CALIBRATION_FORMAT:
+            raise WsError(f"{file} has format {values['format']}; this version reads {CALIBRATION_FORMAT}.")
+        return parse(values)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise WsError(f"{file} cannot be read ({problem}); calibrate again, with --fresh.") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise WsError(f"{file} is damaged ({problem!r}); calibrate again, with --fresh.") from problem
+
+
+def _units(values: Any) -> Units:
+    sides = [float(s["alpha"]) if s["converged"] is True else None for s in (values["negative"], values["positive"])]
+    made_on = (str(values.get(name) or "") for name in ("tokenizer", "model"))
+    return Units(str(values["subject"]), sides[0], sides[1], *made_on)
 
 
 def _leaves(delta: LinearDelta, module: nn.Module) -> list[str]:

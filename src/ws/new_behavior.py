@@ -9,45 +9,20 @@ control, too few of anything, and texts that a model's chat template cannot carr
 from __future__ import annotations
 
 import re
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import SequenceMatcher, get_close_matches
-from functools import partial
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, TypeVar
 
 from scipy.stats import t as student
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors import (
-    BORROWING_KEYS,
-    CLAIM_KEYS,
-    FOLDER_NAME,
-    ITEM_KEYS,
-    PERSONA_KEYS,
-    QUESTION_KEYS,
-    SCHEMA,
-    SIDES,
-    SPLITS,
-    TOP_KEYS,
-    Behavior,
-    behavior_file,
-    bundled_behaviors,
-    bundled_file,
-    check_slots,
-    load_behavior,
-    read_strings,
-    read_table,
-    read_template,
-    read_text,
-)
+from ws.behaviors import SIDES, SPLITS, Draft, Finding, bundled_behaviors, plain_words, read_draft
 from ws.behaviors.acting import Acted, acted, base_problems, persona_margins
 from ws.behaviors.tables import evenly
 from ws.data import questions_asked, sample_answers
-from ws.errors import WsError, did_you_mean
+from ws.errors import WsError
 from ws.files.runs import write_text
 from ws.lm.models import chat_format, encode, load_model, load_tokenizer, render_prompt
 from ws.options.check import CheckOptions as CheckOptions
@@ -72,7 +47,6 @@ _FORM_WORDS = frozenset(
 """,
     )
 )
-Value = TypeVar("Value")
 
 
 # ---- the file to start from -----------------------------------------------------------------------------------------
@@ -221,74 +195,7 @@ def behavior_template(name: str) -> str:
     return _TEMPLATE.replace("@NAME@", name)
 
 
-# ---- reading on after a problem -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One problem of a behaviour file.
-
-    Attributes:
-        severity: `error` (it cannot be run, or would measure nothing) or `warning` (it runs, and this limits it).
-        where: the place in the file.
-        text: what is wrong and what to do, in a sentence.
-    """
-
-    severity: str
-    where: str
-    text: str
-
-
-@dataclass(frozen=True)
-class DraftClaim:
-    """A held-out claim as far as it could be read; `is_true` and `split` are None where they could not."""
-
-    place: str
-    text: str
-    is_true: bool | None
-    split: str | None
-
-
-@dataclass
-class Draft:
-    """What could be read of a behaviour file, and what is wrong with it so far.
-
-    Attributes:
-        positive, negative: complete system prompts; empty where they could not be read.
-        questions: complete user messages, each with its place.
-        n_templates: of the questions.
-        claim_question: the words around a claim, with `{claim}`.
-        claims: the held-out claims.
-        borrowed: the bundled behaviour that the claims are from.
-        findings: so far.
-        behavior: what `load_behavior` makes of the file; None where it is refused.
-    """
-
-    positive: tuple[str, ...] = ()
-    negative: tuple[str, ...] = ()
-    questions: tuple[str, ...] = ()
-    n_templates: int = 1
-    claim_question: str = "{claim}"
-    claims: tuple[DraftClaim, ...] = ()
-    borrowed: str = ""
-    findings: list[Finding] = field(default_factory=list)
-    behavior: Behavior | None = None
-
-    def error(self, where: str, text: str) -> None:
-        """Note what stops the file from being used."""
-        self.findings.append(Finding("error", where, text))
-
-    def warn(self, where: str, text: str) -> None:
-        """Note what limits the file's results."""
-        self.findings.append(Finding("warning", where, text))
-
-    def attempt(self, where: str, read: Callable[[], Value]) -> Value | None:
-        """What `read` gives, or None after noting why it gave nothing."""
-        try:
-            return read()
-        except WsError as problem:
-            self.error(where, str(problem).removeprefix(where).lstrip(": "))
-            return None
+# ---- what is wrong with it ------------------------------------------------------------------------------------------
 
 
 def check_behavior(path: str | Path, tok: Tokenizer | None = None, model: str | None = None) -> list[Finding]:
@@ -302,29 +209,16 @@ def check_behavior(path: str | Path, tok: Tokenizer | None = None, model: str | 
     Raises:
         WsError: there is no such file or behaviour.
     """
-    return _ordered(read_draft(str(path), tok, model).findings)
+    return _ordered(check_draft(read_draft(str(path), model), tok).findings)
 
 
-def read_draft(name: str, tok: Tokenizer | None = None, model: str | None = None) -> Draft:
-    """A behaviour file read to its end, with the findings of `check_behavior`."""
-    draft, raw = Draft(), _raw(name, model)
-    if isinstance(raw, Finding):
-        draft.findings.append(raw)
-        return draft
-    raw = _known(draft, raw, TOP_KEYS, "top level")
-    _read_top(draft, raw)
-    if "personas" in raw or "pairs" not in raw:
-        _read_personas(draft, raw)
-    if "pairs" not in raw:
-        _read_questions(draft, raw)
-    if "claims" in raw or not {"pairs", "preferences"} & raw.keys():
-        _read_claims(draft, raw, model)
-    _check_numbers(draft)
-    _check_held_out(draft)
-    _check_texts(draft, tok)
-    if not any(f.severity == "error" for f in draft.findings):  # nothing that does not load passes for valid
-        draft.behavior = draft.attempt("file", lambda: load_behavior(name, model))
-        _check_answered(draft)
+def check_draft(draft: Draft, tok: Tokenizer | None = None) -> Draft:
+    """The draft, with what does not keep it from being loaded and still spoils its results among its findings."""
+    if draft.behavior.digest:  # else it is no TOML, and there is nothing to look at
+        _check_words(draft)
+        _check_numbers(draft)
+        _check_near(draft)
+        _check_texts(draft, tok)
     return draft
 
 
@@ -332,159 +226,27 @@ def _ordered(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
 
 
-def _raw(name: str, model: str | None) -> dict[str, Any] | Finding:
-    content = behavior_file(name, model).read_bytes()
-    try:
-        return tomllib.loads(content.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as problem:
-        line = content[: problem.start].count(b"\n") + 1
-        return Finding("error", f"line {line}", "The text is not UTF-8; save the file in that encoding.")
-    except tomllib.TOMLDecodeError as problem:
-        found = re.search(r"line (\d+)", str(problem))
-        where = f"line {found.group(1)}" if found else "end of file"
-        return Finding("error", where, f"This is not valid TOML: {problem}.")
+def _asked(draft: Draft) -> tuple[str, ...]:
+    """The questions that are written in the file; none where pairs are brought."""
+    return () if draft.behavior.pairs else draft.behavior.questions
 
 
-def _read_top(draft: Draft, raw: Mapping[str, Any]) -> None:
-    if raw.get("schema") != SCHEMA:
-        draft.error("schema", f"It must be {SCHEMA}, not {raw.get('schema')!r}.")
-    if not isinstance(raw.get("keep_refusals", False), bool):
-        draft.error("keep_refusals", "It must be true or false.")
-    name = draft.attempt("name", partial(read_text, raw, "name", "name"))
-    if name is not None and not FOLDER_NAME.fullmatch(name):
-        draft.error("name", f"{name!r} names a folder; use letters, digits, dots, - and _ only.")
-    draft.attempt("summary", partial(read_text, raw, "summary", "summary"))
-
-
-def _read_personas(draft: Draft, raw: Mapping[str, Any]) -> None:
-    where = "[personas]"
-    table = draft.attempt(where, partial(read_table, raw, "personas", where))
-    if table is None:
-        return
-    table = _known(draft, table, PERSONA_KEYS, where)
-    template = draft.attempt(where, partial(read_template, table, "template", "persona", where, default="{persona}"))
-    sides = [_texts(draft, table, side, where) for side in SIDES]
-    if template is None:
-        return
-    draft.positive, draft.negative = (tuple(template.format(persona=p) for p in side) for side in sides)
-    counts = [len(table[side]) for side in SIDES] if all(sides) else [0, 0]
-    if counts[0] != counts[1]:
-        many = f"{counts[0]} positive and {counts[1]} negative personas"
-        draft.error(where, f"There are {many}; they are paired in order, so give as many of each.")
-    elsewhere = {_normal(p): i for i, p in enumerate(draft.negative, start=1)}
-    for number, persona in enumerate(draft.positive, start=1):
-        twin = elsewhere.get(_normal(persona))
-        if twin is not None:
-            places = f"positive {number} and negative {twin}"
-            draft.error(where, f"{places} are the same persona, {persona!r}; the sides must differ.")
-
-
-def _read_questions(draft: Draft, raw: Mapping[str, Any]) -> None:
-    where = "[questions]"
-    table = draft.attempt(where, partial(read_table, raw, "questions", where))
-    if table is None:
-        return
-    table = _known(draft, table, QUESTION_KEYS, where)
-    templates = _texts(draft, table, "templates", where) if "templates" in table else ("{topic}",)
-    usable = [t for t in templates if _has_slot(draft, t, where)]
-    topics = _texts(draft, table, "topics", where)
-    draft.n_templates = max(1, len(usable))
-    draft.questions = tuple(template.format(topic=topic) for template in usable for topic in topics)
-
-
-def _has_slot(draft: Draft, template: str, where: str) -> bool:
-    before = len(draft.findings)
-    draft.attempt(where, lambda: check_slots(template, ["topic"], where))
-    return len(draft.findings) == before
-
-
-def _read_claims(draft: Draft, raw: Mapping[str, Any], model: str | None) -> None:
-    where = "[claims]"
-    table = draft.attempt(where, partial(read_table, raw, "claims", where))
-    if table is None:
-        return
-    table = _known(draft, table, BORROWING_KEYS if "source" in table else CLAIM_KEYS, where)
-    if table.get("effect") not in (-1, 1):
-        draft.error(where, f"effect must be 1 or -1, not {table.get('effect')!r}.")
-    if "source" in table:
-        source = draft.attempt(where, partial(read_text, table, "source", where))
-        file = None if source is None else draft.attempt(where, partial(bundled_file, source, model))
-        if source is None or file is None:
-            return
-        draft.borrowed, table = source, tomllib.loads(file.read_text(encoding="utf-8"))["claims"]
-    question = draft.attempt(where, partial(read_template, table, "question", "claim", where))
-    draft.claim_question = question or "{claim}"
-    agree, disagree = (draft.attempt(where, partial(read_text, table, key, where)) for key in ("agree", "disagree"))
-    if agree is not None and disagree is not None and _normal(agree) == _normal(disagree):
-        draft.error(where, f"agree and disagree are the same answer, {agree!r}; the score would always be 0.")
-    _read_items(draft, table.get("items"), where)
-
-
-def _read_items(draft: Draft, items: Any, where: str) -> None:
-    if not isinstance(items, list) or not items:
-        draft.error(where, "items must be a non-empty list of claims; without them no effect can be measured.")
-        return
-    claims, ids = list[DraftClaim](), list[str]()
-    for number, item in enumerate(items, start=1):
-        place = f"{where} item {number}"
-        if not isinstance(item, dict):
-            draft.error(place, "It must be a table with id, claim, true and split.")
-            continue
-        item = _known(draft, item, ITEM_KEYS, place)
-        own, text = (draft.attempt(place, partial(read_text, item, key, place)) for key in ("id", "claim"))
-        ids += [] if own is None else [own]
-        if text is not None:
-            claims.append(_read_claim(draft, item, text, place))
-    for own, count in Counter(ids).items():
-        if count > 1:
-            draft.error(where, f"The id {own!r} is given to {count} claims; give each its own.")
-    _repeated(draft, [c.text for c in claims], f"{where} items")
-    draft.claims = tuple(claims)
-
-
-def _read_claim(draft: Draft, item: Mapping[str, Any], text: str, place: str) -> DraftClaim:
-    is_true, split = item.get("true"), item.get("split", "report")
-    if not isinstance(is_true, bool):
-        draft.error(place, f"The claim {text!r} has no known answer; set true = true or true = false.")
-    if split not in SPLITS:
-        draft.error(place, f"There is no split named {split!r}.{did_you_mean(str(split), SPLITS)}")
-    if text.rstrip().endswith((".", "!", "?")):
-        draft.warn(place, f"The claim {text!r} ends with a mark of its own; it stands inside a sentence, so remove it.")
-    return DraftClaim(place, text, is_true if isinstance(is_true, bool) else None, split if split in SPLITS else None)
-
-
-def _known(draft: Draft, table: Mapping[str, Any], known: frozenset[str], where: str) -> dict[str, Any]:
-    """The table with its known keys; a misspelt one is noted and read as what it is nearest to."""
-    kept = {key: value for key, value in table.items() if key in known}
-    for key in sorted(table.keys() - known):
-        missing = known - kept.keys()
-        draft.error(where, f"There is no key {key!r} here.{did_you_mean(key, missing) or ' Remove it.'}")
-        for meant in get_close_matches(key, missing, n=1, cutoff=0.5):
-            kept[meant] = table[key]
-    return kept
-
-
-def _texts(draft: Draft, table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """A list of texts without its repetitions, which are noted; empty where there is no usable list."""
-    value = table.get(key)
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        draft.attempt(where, partial(read_strings, table, key, where))
-        return ()
-    kept = list(dict.fromkeys(value))
-    _repeated(draft, value, f"{where} {key}")
-    return draft.attempt(where, partial(read_strings, {key: kept}, key, where)) or ()
-
-
-def _repeated(draft: Draft, texts: Sequence[str], where: str) -> None:
-    """Note texts that are the same but for case (an error) or also but for marks and spaces (a warning)."""
-    groups: dict[str, list[str]] = {}
-    for text in texts:
-        groups.setdefault(_normal(text), []).append(text)
-    for same in groups.values():
-        if len({text.lower() for text in same}) < len(same):
-            draft.error(where, f"{same[0]!r} occurs {len(same)} times; keep one.")
-        elif len(same) > 1:
-            draft.warn(where, f"{same[0]!r} and {same[1]!r} have the same words; keep one.")
+def _check_words(draft: Draft) -> None:
+    """Sides and answers that are the same but for case or marks, and claims that end a sentence."""
+    behavior, where = draft.behavior, "[personas]"
+    negatives = {plain_words(p): number for number, p in enumerate(behavior.negative, start=1)}
+    for number, persona in enumerate(behavior.positive, start=1):
+        twin = negatives.get(plain_words(persona))
+        if twin is not None and persona not in behavior.negative[number - 1 : number]:  # the parser has named that one
+            text = f"positive {number} and negative {twin} are the same persona, {persona!r}"
+            draft.error(where, f"{text}; the sides must differ.")
+    test = behavior.claims
+    if test is not None and test.agree and plain_words(test.agree) == plain_words(test.disagree):
+        draft.error("[claims]", f"agree and disagree are the same answer, {test.agree!r}; the score would always be 0.")
+    for place, claim in draft.claims:
+        if claim.text.rstrip().endswith((".", "!", "?")):
+            text = f"The claim {claim.text!r} ends with a mark of its own"
+            draft.warn(place, f"{text}; it stands inside a sentence, so remove it.")
 
 
 # ---- what limits the result -----------------------------------------------------------------------------------------
@@ -492,7 +254,8 @@ def _repeated(draft: Draft, texts: Sequence[str], where: str) -> None:
 
 def _check_numbers(draft: Draft) -> None:
     """Too few of something: how many there are, and what that limits."""
-    n, pairs = len(draft.questions), min(len(draft.positive), len(draft.negative))
+    n, behavior = len(_asked(draft)), draft.behavior
+    pairs = min(len(behavior.positive), len(behavior.negative))
     if 0 < n < FEW_QUESTIONS:
         held, share = validation_questions(n), TrainConfig().validation
         sampled = held * max(1, pairs) * DataConfig().n_samples
@@ -506,10 +269,11 @@ def _check_numbers(draft: Draft) -> None:
         )
         text += f"holds out {share:.0%} to watch the loss: {held}{few}."
         draft.warn("[questions]", f"{text} Give {FEW_QUESTIONS} or more.")
-    if len(draft.positive) == len(draft.negative) == 1:
+    if len(behavior.positive) == len(behavior.negative) == 1:
         draft.warn("[personas]", "There is one pair of personas, so the vector may be about its wording; give 2 to 6.")
-    if draft.claims and all(c.is_true is not None and c.split is not None for c in draft.claims):
+    if draft.claims and draft.claims_known:
         _check_claim_numbers(draft)
+    _check_answered(draft)
 
 
 def _check_claim_numbers(draft: Draft) -> None:
@@ -534,8 +298,6 @@ def _check_claim_numbers(draft: Draft) -> None:
 
 def _check_answered(draft: Draft) -> None:
     """Few brought pairs, and few held-out questions with both answers."""
-    if draft.behavior is None:
-        return
     pairs, held = draft.behavior.pairs, draft.behavior.preferences
     if 0 < len(pairs) < FEW_QUESTIONS:
         draft.warn("[pairs]", f"There are {len(pairs)} pairs to train on; give {FEW_QUESTIONS} or more.")
@@ -546,9 +308,9 @@ def _check_answered(draft: Draft) -> None:
         draft.warn(where, f"{text}; give {FEW_CLAIMS} or more.")
 
 
-def claim_counts(draft: Draft) -> Counter[tuple[str | None, bool | None]]:
+def claim_counts(draft: Draft) -> Counter[tuple[str, bool]]:
     """How many claims there are by `(split, is_true)`."""
-    return Counter((c.split, c.is_true) for c in draft.claims)
+    return Counter((claim.split, claim.is_true) for _, claim in draft.claims)
 
 
 def validation_questions(n: int) -> int:
@@ -561,22 +323,22 @@ def half_width(n: int) -> float:
     return float(student.ppf(0.975, n - 1)) / n**0.5
 
 
-def _check_held_out(draft: Draft) -> None:
-    """Note every claim that a training question holds, exactly or nearly; each with the question nearest to it."""
-    questions = [(q, _normal(q), _content(q)) for q in draft.questions]
-    for claim in draft.claims:
-        text, words = _normal(claim.text), _content(claim.text)
-        exact = next(
-            (q for q, normal, _ in questions if f" {text} " in f" {normal} " or claim.text.lower() in q.lower()), None
-        )
-        if exact is not None:
-            draft.error(claim.place, f"The held-out claim {claim.text!r} occurs in the question {exact!r}; remove one.")
+def _check_near(draft: Draft) -> None:
+    """Note every claim that a training question nearly holds, with the question nearest to it."""
+    questions = [(q, plain_words(q), _content(q)) for q in _asked(draft)]
+    for place, claim in draft.claims:
+        text, words = plain_words(claim.text), _content(claim.text)
+        if any(claim.text.lower() in q.lower() for q, _, _ in questions):  # the parser has refused it
             continue
-        scored = ((_nearness(text, words, normal, content), q) for q, normal, content in questions if words & content)
+        exact = next((q for q, plain, _ in questions if f" {text} " in f" {plain} "), None)
+        if exact is not None:
+            draft.error(place, f"The held-out claim {claim.text!r} occurs in the question {exact!r}; remove one.")
+            continue
+        scored = ((_nearness(text, words, plain, content), q) for q, plain, content in questions if words & content)
         nearness, question = max(scored, default=(0.0, ""))
         if nearness >= 1:
             text = f"The held-out claim {claim.text!r} is close to the question {question!r}"
-            draft.warn(claim.place, f"{text}; a shift on it may be recall, so replace one.")
+            draft.warn(place, f"{text}; a shift on it may be recall, so replace one.")
 
 
 def _nearness(claim: str, words: frozenset[str], question: str, content: frozenset[str]) -> float:
@@ -587,14 +349,9 @@ def _nearness(claim: str, words: frozenset[str], question: str, content: frozens
     return SequenceMatcher(None, claim, question, autojunk=False).ratio() / NEAR_RATIO
 
 
-def _normal(text: str) -> str:
-    """Lower case, words only, single spaces."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
 def _content(text: str) -> frozenset[str]:
     """The words that carry a text's subject, without a plural's or a verb's s."""
-    return frozenset(w.removesuffix("s") for w in _normal(text).split() if w not in _FORM_WORDS)
+    return frozenset(w.removesuffix("s") for w in plain_words(text).split() if w not in _FORM_WORDS)
 
 
 # ---- what a chat template can carry ---------------------------------------------------------------------------------
@@ -621,10 +378,12 @@ def _check_texts(draft: Draft, tok: Tokenizer | None) -> None:
 
 def _placed(draft: Draft) -> list[tuple[str, str]]:
     """Every text that goes into a prompt, with its place."""
-    sides = zip(SIDES, (draft.positive, draft.negative), strict=True)
+    behavior, claims = draft.behavior, draft.behavior.claims
+    sides = zip(SIDES, (behavior.positive, behavior.negative), strict=True)
     placed = [(f"[personas] {side} {n}", p) for side, texts in sides for n, p in enumerate(texts, start=1)]
-    placed += [(f"[questions] {n}", q) for n, q in enumerate(draft.questions, start=1)]
-    return [*placed, ("[claims] question", draft.claim_question), *((c.place, c.text) for c in draft.claims)]
+    placed += [(f"[questions] {n}", q) for n, q in enumerate(_asked(draft), start=1)]
+    placed += [] if claims is None else [("[claims] question", claims.question)]
+    return [*placed, *((place, claim.text) for place, claim in draft.claims)]
 
 
 def _check_carried(draft: Draft, tok: Tokenizer) -> None:
@@ -670,31 +429,31 @@ def main_init(options: InitOptions) -> None:
 def main_check(options: CheckOptions) -> None:
     """The command `ws check-behavior`."""
     tok = load_tokenizer(options.model) if options.model else None
-    draft = read_draft(options.file, tok, options.model)
-    played = _act(draft, options) if options.model and draft.behavior else None
+    draft = check_draft(read_draft(options.file, options.model), tok)
+    played = _act(draft, options) if options.model and draft.valid else None
     text = render_check(options.file, draft, options.model, played)
     known = {"file": options.file, "findings": draft.findings, "acted": played.as_data() if played else None}
     console.show(console.Result(text, known))
-    if any(f.severity == "error" for f in draft.findings):
+    if not draft.valid:
         raise SystemExit(2)
 
 
 def _holdings(draft: Draft) -> list[str]:
     """What a valid file holds, one line for each of its tables."""
-    lines, n = list[str](), len(draft.questions)
-    if draft.positive:
-        lines.append(f"  personas   {len(draft.positive)} on either side")
+    lines, behavior, n = list[str](), draft.behavior, len(_asked(draft))
+    if behavior.positive:
+        lines.append(f"  personas   {len(behavior.positive)} on either side")
         left = f"{n - questions_asked(n)} are left for calibration, {validation_questions(n)} held out from training"
         lines.append(f"  questions  {n}, of which {left}")
-    if draft.behavior is not None and draft.behavior.pairs:
-        questions = len({p.question for p in draft.behavior.pairs})
-        lines.append(f"  pairs      {len(draft.behavior.pairs)} to train on, of {questions} questions")
-    if draft.claims:
+    if behavior.pairs:
+        questions = len({p.question for p in behavior.pairs})
+        lines.append(f"  pairs      {len(behavior.pairs)} to train on, of {questions} questions")
+    if draft.places:
         kinds = claim_counts(draft)
         splits = (f"{s} {kinds[s, False]} false and {kinds[s, True]} true" for s in reversed(SPLITS))
         lines.append(f"  claims     {'; '.join(splits)}{f' (borrowed from {draft.borrowed})' * bool(draft.borrowed)}")
-    if draft.behavior is not None and draft.behavior.preferences:
-        held = Counter(p.split for p in draft.behavior.preferences)
+    if behavior.preferences:
+        held = Counter(p.split for p in behavior.preferences)
         lines.append(f"  preferences  {'; '.join(f'{s} {held[s]}' for s in reversed(SPLITS))}")
     return lines
 
@@ -702,7 +461,6 @@ def _holdings(draft: Draft) -> list[str]:
 def _act(draft: Draft, options: CheckOptions) -> Acted | None:
     """How far the model acts the personas, in `N_ACTED` questions; what it cannot do is a warning."""
     behavior = draft.behavior
-    assert behavior is not None
     model, tok = load_model(options.model or "", options.device, options.dtype)
     for problem in base_problems(model, tok, behavior):
         draft.warn("base", f"{problem[0].upper()}{problem[1:]}.")

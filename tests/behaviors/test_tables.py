@@ -121,7 +121,7 @@ def test_prompts_and_behaviours_in_another_encoding_stop(tmp_path):
     plain = Prompts("{claim}", "", "Yes", "No")
     with pytest.raises(ws.WsError, match=r"p.toml line 2 is not UTF-8: byte 0xef at position 13"):
         load_prompts(plain, prompts, {})
-    with pytest.raises(ws.WsError, match=r"b.toml line 3 is not UTF-8: byte 0xef at position 14"):
+    with pytest.raises(ws.WsError, match=r"b.toml: line 3: .* not UTF-8: byte 0xef at position 14"):
         ws.load_behavior(str(behavior))
     prompts.write_text('\ufeffagree = "Right"\n', encoding="utf-8")
     assert load_prompts(plain, prompts, {}).agree == "Right"

@@ -531,8 +531,8 @@ def test_foreign_and_damaged_calibrations_are_refused(tmp_path):
         file.write_text(json.dumps(good | change))
         with pytest.raises(ws.WsError, match="format 2|damaged"):
             load_calibration(tmp_path, "vector")
-    for text in ("{", "[]"):
-        file.write_text(text)
+    for text in ("{", "[]", "\xff"):
+        file.write_bytes(text.encode("latin-1"))
         with pytest.raises(ws.WsError, match="cannot be read|damaged"):
             load_calibration(tmp_path, "vector")
 

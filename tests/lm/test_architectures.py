@@ -64,7 +64,8 @@ from ws.eval.capability import answer_questions, read_texts
 from ws.export.lora import as_lora
 from ws.export.merged import export_merged
 from ws.intervene.activation import activation_vector
-from ws.lm.choice import choice_tokens, choice_variants, keeps_state, score_choices, takes_masks, takes_padding
+from ws.lm.batches import keeps_state, takes_masks, takes_padding
+from ws.lm.choice import choice_tokens, choice_variants, score_choices
 from ws.lm.divergence import divergence
 from ws.lm.models import chat_format, encode, fused_tensors, load_tokenizer, render_prompt
 from ws.lm.rollout import Rollouts, roll_out, thinking_prompt

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 from transformers import TopPLogitsWarper as TopP
 
 import ws
-from ws.lm.choice import in_groups, left_pad
+from ws.lm.batches import in_groups, left_pad
+from ws.lm.generation import PLAIN
 from ws.lm.models import encode, end_ids, render_prompt
-from ws.lm.rollout import PLAIN
 from ws.lm.sampling import SamplingSettings, _Batch, _candidates, describe_settings, sample_rows, sampling_settings
 
 GREEDY = SamplingSettings({"temperature": 1.0, "top_p": 1.0, "top_k": 1})

@@ -43,7 +43,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float
 from scipy.integrate import quad
 from scipy.stats import norm
@@ -65,6 +64,7 @@ from ws.eval.prompts import notes_by_score
 from ws.eval.suite import set_notes
 from ws.eval.tinymfv_airisk import Vignette
 from ws.files.runs import read_csv, read_values, write_csv
+from ws.lm.batches import with_batch_size
 from ws.lm.choice import Choice, _batches, _families, _score_batch, choice_variants
 from ws.lm.likelihood import answer_logp
 from ws.lm.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
@@ -290,7 +290,7 @@ def score_gradients(
     at that strength. Needs 4 bytes per weight of the named modules, and the activations of one batch.
 
     Args:
-        batch_size: prompts at a time; None starts at 32 and halves while memory does not suffice.
+        batch_size: prompts at a time; None starts at 32 and takes fewer while memory does not suffice.
 
     Raises:
         WsError: a module whose weight is quantised, or a score or gradient that is not finite.
@@ -309,7 +309,7 @@ def score_gradients(
                     tap.take([next(found) for _ in tap.probes])
         return ScoreGradients(value, {n: WeightGradient(t.weight, t.bias) for n, t in taps.items()})
 
-    found = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=START_BATCH)()
+    found = with_batch_size(run, batch_size, START_BATCH)
     if not np.isfinite(found.value) or not all(torch.isfinite(g.weight).all() for g in found.by_module.values()):
         raise WsError(f"The score {score.name} or its gradient is NaN or infinite; the model's weights are broken.")
     return found

@@ -11,12 +11,15 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, read_preferences
 from ws.behaviors.answered import Preference as Preference
@@ -40,6 +43,7 @@ STATEMENT_KEYS = frozenset({"traits"})
 ITEM_KEYS = frozenset({"id", "claim", "true", "split"})
 FOLDER_NAME = re.compile(r"[\w-][\w.-]*")  # a behaviour's name is that of a folder
 _POCKET_MODELS = ("pocket", "tiny-random")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,13 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
     Raises:
         WsError: unknown name, unreadable file, or content that breaks the schema; the message names the field.
     """
+    return read_draft(name, model, strict=True).behavior
+
+
+def read_draft(name: str, model: str | None = None, strict: bool = False) -> Draft:
+    """The same, with all that is wrong with the file instead of the first problem; see `parse_behavior`."""
     file = behavior_file(name, model)
-    return _build(file.read_bytes(), str(Path(name).expanduser()), file.parent, model)
+    return parse_behavior(file.read_bytes(), str(Path(name).expanduser()), file.parent, model, strict)
 
 
 def behavior_name(name: str) -> str:
@@ -207,7 +216,7 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
     file, content = out / "behaviors" / f"{name}.toml", "\n".join(lines) + "\n"
     if file.is_file() and file.read_text(encoding="utf-8") != content:
         raise WsError(f"{file} exists and says something else; use --behavior {file}, or move it away.")
-    _build(content.encode(), str(file), file.parent, None)  # what does not load is not written
+    parse_behavior(content.encode(), str(file), file.parent, strict=True)  # what does not load is not written
     write_text(file, content)
     return str(file)
 
@@ -231,235 +240,380 @@ def bundled_file(name: str, model: str | None) -> Path:
     return pocket if model in _POCKET_MODELS and pocket.is_file() else folder / f"{name}.toml"
 
 
-# ---- reading and checking -------------------------------------------------------------------------------------
+# ---- the parser -----------------------------------------------------------------------------------------------------
 
 
-def _build(content: bytes, where: str, folder: Path, model: str | None) -> Behavior:
-    raw = _parse(content, where)
-    if raw.get("schema") != SCHEMA:
-        raise WsError(f"{where}: schema must be {SCHEMA}, not {raw.get('schema')!r}.")
-    _only(raw, TOP_KEYS, where)
-    if not isinstance(raw.get("keep_refusals", False), bool):
-        raise WsError(f"{where}: keep_refusals must be true or false.")
-    summary, own_name = read_text(raw, "summary", where), read_text(raw, "name", where)
-    if not FOLDER_NAME.fullmatch(own_name):
-        raise WsError(f"{where}: the name {own_name!r} names a folder; use letters, digits, dots, - and _ only.")
-    pairs, preferences, read = _answered(raw, where, folder)
-    positive, negative, questions = _asked(raw, where, pairs, preferences)
-    claims, borrowed = _claims_of(raw, where, model)
-    if claims is not None:
-        _check_disjoint(questions, claims, where)
-    _check_unseen(questions if not pairs else [p.question for p in pairs], preferences, where)
-    return Behavior(
-        name=own_name,
+@dataclass(frozen=True)
+class Finding:
+    """One problem of a behaviour file.
+
+    Attributes:
+        severity: `error` (it cannot be run, or would measure nothing) or `warning` (it runs, and this limits it).
+        where: the place in the file.
+        text: what is wrong and what to do, in a sentence.
+    """
+
+    severity: str
+    where: str
+    text: str
+
+
+@dataclass
+class Draft:
+    """A behaviour file as far as it can be read, and what is wrong with it.
+
+    Attributes:
+        file: what the file is called.
+        strict: raise the first problem that keeps the file from being loaded, and look for no others.
+        findings: so far.
+        behavior: what could be read; what could not is empty.
+        places: of the claims in the file, one for each.
+        claims_known: whether the truth and the split of every claim could be read.
+        borrowed: the bundled behaviour that the claims are from; empty where they are its own.
+    """
+
+    file: str
+    strict: bool = False
+    findings: list[Finding] = field(default_factory=list)
+    behavior: Behavior = Behavior("", "", (), (), (), None, "", "")
+    places: list[str] = field(default_factory=list)
+    claims_known: bool = True
+    borrowed: str = ""
+
+    @property
+    def valid(self) -> bool:
+        """Whether no error was found."""
+        return all(f.severity != "error" for f in self.findings)
+
+    @property
+    def claims(self) -> list[tuple[str, Claim]]:
+        """The claims with their places."""
+        test = self.behavior.claims
+        return [] if test is None else list(zip(self.places, test.claims, strict=True))
+
+    def refuse(self, where: str, text: str) -> None:
+        """Note what keeps the file from being loaded; strict reading ends here with a `WsError`."""
+        if self.strict:
+            raise WsError(f"{self.file}: {where}: {text}")
+        self.error(where, text)
+
+    def error(self, where: str, text: str) -> None:
+        """Note what can be loaded and would measure nothing."""
+        self.findings.append(Finding("error", where, text))
+
+    def warn(self, where: str, text: str) -> None:
+        """Note what limits the file's results."""
+        self.findings.append(Finding("warning", where, text))
+
+    def attempt(self, where: str, read: Callable[[], Value]) -> Value | None:
+        """What `read` gives; None after noting why it gives nothing."""
+        try:
+            return read()
+        except WsError as problem:
+            self.refuse(where, str(problem).removeprefix(where).lstrip(": "))
+            return None
+
+
+def parse_behavior(content: bytes, file: str, folder: Path, model: str | None = None, strict: bool = False) -> Draft:
+    """The content of a behaviour file.
+
+    Args:
+        content: TOML.
+        file: what the file is called, for messages.
+        folder: that the files it names are beside.
+        model: which variant of a bundled behaviour claims are borrowed from; see `load_behavior`.
+        strict: raise the first problem instead of listing all. What is merely doubtful is listed.
+
+    Raises:
+        WsError: when strict, the first problem; it names the file, the place and the key.
+    """
+    draft = Draft(file, strict)
+    raw = _toml(draft, content)
+    if raw is None:
+        return draft
+    raw = _known(draft, raw, TOP_KEYS, "top level")
+    name, summary = _top(draft, raw)
+    pairs, preferences, read = _answered(draft, raw, folder)
+    positive, negative = _personas(draft, raw)
+    questions = _questions(draft, raw, pairs, preferences)
+    test, borrowed = _claim_test(draft, raw, model)
+    table = _table(draft, raw, "statements", STATEMENT_KEYS) if "statements" in raw else None
+    draft.behavior = Behavior(
+        name=name,
         summary=summary,
         positive=positive,
         negative=negative,
         questions=questions,
-        claims=claims,
+        claims=test,
         judge=str(raw.get("judge", f"Does the answer fit this description: {summary} Answer Yes or No.")),
         digest=hashlib.sha256(content + borrowed + read).hexdigest(),
-        keep_refusals=raw.get("keep_refusals", False),
+        keep_refusals=raw.get("keep_refusals") is True,
         pairs=pairs,
         preferences=preferences,
-        traits=_traits(raw, where),
+        traits=() if table is None else _texts(draft, table, "traits", "[statements]"),
     )
+    _check_held_out(draft)
+    return draft
 
 
-def _traits(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    if "statements" not in raw:
-        return ()
-    place, table = f"{where}: [statements]", read_table(raw, "statements", where)
-    _only(table, STATEMENT_KEYS, place)
-    return read_strings(table, "traits", place)
+def _toml(draft: Draft, content: bytes) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(decoded(content, "The text in"))
+    except (WsError, tomllib.TOMLDecodeError) as problem:
+        line = re.search(r"line \d+", str(problem))
+        text = str(problem) if isinstance(problem, WsError) else f"This is not valid TOML: {problem}."
+        draft.refuse(line.group() if line else "end of file", text)
+        return None
+
+
+def _top(draft: Draft, raw: Mapping[str, Any]) -> tuple[str, str]:
+    """The name and the summary, after a look at what else stands outside the tables."""
+    if raw.get("schema") != SCHEMA:
+        draft.refuse("schema", f"It must be {SCHEMA}, not {raw.get('schema')!r}.")
+    if not isinstance(raw.get("keep_refusals", False), bool):
+        draft.refuse("keep_refusals", "It must be true or false.")
+    name = _text(draft, raw, "name", "top level")
+    if name and not FOLDER_NAME.fullmatch(name):
+        draft.refuse("name", f"{name!r} names a folder; use letters, digits, dots, - and _ only.")
+    return name, _text(draft, raw, "summary", "top level")
 
 
 def _answered(
-    raw: Mapping[str, Any], where: str, folder: Path
+    draft: Draft, raw: Mapping[str, Any], folder: Path
 ) -> tuple[tuple[Preference, ...], tuple[Preference, ...], bytes]:
     """The pairs to train on, the held-out preferences, and the content of where both are from."""
     pairs, preferences, content = list[Preference](), list[Preference](), b""
     for key in ("pairs", "preferences"):
-        if key not in raw:
+        where = f"[{key}]"
+        table = _table(draft, raw, key, SOURCE_KEYS) if key in raw else None
+        if table is None:
             continue
-        place = f"{where}: [{key}]"
-        table = read_table(raw, key, where)
-        _only(table, SOURCE_KEYS, place)
-        rows, read = read_preferences(table, folder, place, train=key == "pairs")
-        pairs += [p for p in rows if p.split == TRAIN and key == "pairs"]
-        preferences += [p for p in rows if p.split in HELD_OUT]
-        content += read
+        source = draft.attempt(where, partial(read_preferences, table, folder, where, train=key == "pairs"))
+        if source is None:
+            continue
+        pairs += [p for p in source[0] if p.split == TRAIN and key == "pairs"]
+        preferences += [p for p in source[0] if p.split in HELD_OUT]
+        content += source[1]
         if key == "pairs" and not pairs:
-            raise WsError(f"{place} has no pair of the split {TRAIN}, so there is nothing to train on.")
-    _unique([p.id for p in preferences], f"{where}: held-out pair")
+            draft.refuse(where, f"There is no pair of the split {TRAIN}, so there is nothing to train on.")
+    for twice in _twice(p.id for p in preferences):
+        draft.refuse("[preferences]", f"The held-out pair {twice!r} occurs twice.")
     return tuple(pairs), tuple(preferences), content
 
 
-def _asked(
-    raw: Mapping[str, Any], where: str, pairs: Sequence[Preference], preferences: Sequence[Preference]
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The personas of either side and the questions; with brought pairs personas are for the prompt baseline alone."""
-    personas: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    if "personas" in raw or not pairs:
-        personas = _personas(read_table(raw, "personas", where), f"{where}: [personas]")
-    if not pairs:
-        return (*personas, _questions(read_table(raw, "questions", where), f"{where}: [questions]"))
-    if "questions" in raw:
-        raise WsError(f"{where}: [pairs] stands in the place of [questions]; remove one of them.")
-    questions = [*pairs, *(p for p in preferences if p.split == "dev")]
-    return (*personas, tuple(dict.fromkeys(p.question for p in questions)))
-
-
-def _parse(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(decoded(content, where))
-    except tomllib.TOMLDecodeError as problem:
-        raise WsError(f"{where} is not valid TOML: {problem}.") from problem
-
-
-def _personas(table: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    _only(table, PERSONA_KEYS, where)
-    template = read_template(table, "template", "persona", where, default="{persona}")
-    sides = [read_strings(table, side, where) for side in SIDES]
-    if len(sides[0]) != len(sides[1]):
-        raise WsError(f"{where} has {len(sides[0])} positive and {len(sides[1])} negative personas; pair them.")
-    positive, negative = (tuple(template.format(persona=p) for p in side) for side in sides)
-    for a, b in zip(positive, negative, strict=True):
+def _personas(draft: Draft, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The system prompts of either side; with brought pairs there need be none."""
+    table = _table(draft, raw, "personas", PERSONA_KEYS) if "personas" in raw or "pairs" not in raw else None
+    if table is None:
+        return (), ()
+    where = "[personas]"
+    template = _template(draft, table, "template", "persona", where) if "template" in table else "{persona}"
+    words = [_texts(draft, table, side, where) for side in SIDES]
+    if all(words) and len(words[0]) != len(words[1]):
+        many = f"{len(words[0])} positive and {len(words[1])} negative personas"
+        draft.refuse(where, f"There are {many}; pair them, the n-th with the n-th.")
+    positive, negative = (tuple(template.format(persona=p) for p in side) for side in words)
+    for number, (a, b) in enumerate(zip(positive, negative, strict=False), start=1):
         if a == b:
-            raise WsError(f"{where} has the same persona on both sides: {a!r}.")
+            text = f"positive {number} and negative {number} are the same persona on both sides, {a!r}"
+            draft.refuse(where, f"{text}; they must differ.")
     return positive, negative
 
 
-def _questions(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    _only(table, QUESTION_KEYS, where)
-    templates = read_strings(table, "templates", where) if "templates" in table else ("{topic}",)
-    for template in templates:
-        check_slots(template, ["topic"], where)
-    topics = read_strings(table, "topics", where)
-    return tuple(template.format(topic=topic) for template in templates for topic in topics)
+def _questions(
+    draft: Draft, raw: Mapping[str, Any], pairs: Sequence[Preference], preferences: Sequence[Preference]
+) -> tuple[str, ...]:
+    """What both sides are asked; of brought pairs, what they are about and what is held out for development."""
+    if "pairs" in raw:
+        if "questions" in raw:
+            draft.refuse("[pairs]", "They stand in the place of [questions]; remove one of them.")
+        return tuple(dict.fromkeys(p.question for p in (*pairs, *(p for p in preferences if p.split == "dev"))))
+    table = _table(draft, raw, "questions", QUESTION_KEYS)
+    if table is None:
+        return ()
+    where = "[questions]"
+    templates = _texts(draft, table, "templates", where) if "templates" in table else ("{topic}",)
+    usable = [t for t in templates if _has_slot(draft, t, "topic", where)]
+    topics = _texts(draft, table, "topics", where)
+    return tuple(template.format(topic=topic) for template in usable for topic in topics)
 
 
-def _claims_of(raw: Mapping[str, Any], where: str, model: str | None) -> tuple[ClaimTest | None, bytes]:
+def _claim_test(draft: Draft, raw: Mapping[str, Any], model: str | None) -> tuple[ClaimTest | None, bytes]:
     """The held-out claims, which only what has preferences may lack; and the file that they are borrowed from."""
     if "claims" not in raw and ("pairs" in raw or "preferences" in raw):
         return None, b""
-    return _claim_test(read_table(raw, "claims", where), f"{where}: [claims]", model)
-
-
-def _claim_test(table: Mapping[str, Any], where: str, model: str | None) -> tuple[ClaimTest, bytes]:
-    """The claim test, and the bytes of the file it was borrowed from."""
-    borrowed = b""
-    if "source" in table:
-        _only(table, BORROWING_KEYS, where)
-        borrowed = bundled_file(read_text(table, "source", where), model).read_bytes()
-        table = read_table(_parse(borrowed, str(table["source"])), "claims", where) | {"effect": table.get("effect")}
-    _only(table, CLAIM_KEYS, where)
+    where, borrowed = "[claims]", b""
+    lends = isinstance(raw.get("claims"), dict) and "source" in raw["claims"]
+    table = _table(draft, raw, "claims", BORROWING_KEYS if lends else CLAIM_KEYS)
+    if table is None:
+        return None, b""
     if table.get("effect") not in (-1, 1):
-        raise WsError(f"{where}: effect must be 1 or -1, not {table.get('effect')!r}.")
+        draft.refuse(where, f"effect must be 1 or -1, not {table.get('effect')!r}.")
+    if lends:
+        source = _text(draft, table, "source", where)
+        file = draft.attempt(where, partial(bundled_file, source, model)) if source else None
+        if file is None:
+            return None, b""
+        draft.borrowed, borrowed = source, file.read_bytes()
+        table = tomllib.loads(borrowed.decode("utf-8"))["claims"] | {"effect": table.get("effect")}
+    about = str(table.get("about", "facts"))
+    draft.attempt(where, partial(choose, "subject of claims", about, CLAIMS_ABOUT))
     test = ClaimTest(
-        question=read_template(table, "question", "claim", where),
+        question=_template(draft, table, "question", "claim", where),
         opener=str(table.get("opener", "")),
-        agree=read_text(table, "agree", where),
-        disagree=read_text(table, "disagree", where),
-        effect=table["effect"],
-        claims=_claims(table.get("items"), where),
-        about=choose(f"subject of {where}", str(table.get("about", "facts")), CLAIMS_ABOUT),
+        agree=_text(draft, table, "agree", where),
+        disagree=_text(draft, table, "disagree", where),
+        effect=table["effect"] if table.get("effect") in (-1, 1) else 1,
+        claims=_claims(draft, table.get("items")),
+        about=about,
     )
     return test, borrowed
 
 
-def _claims(items: Any, where: str) -> tuple[Claim, ...]:
+def _claims(draft: Draft, items: Any) -> tuple[Claim, ...]:
     if not isinstance(items, list) or not items:
-        raise WsError(f"{where}: items must be a non-empty list of claims.")
-    claims = []
+        draft.refuse("[claims]", "items must be a non-empty list of claims; without them no effect can be measured.")
+        return ()
+    claims = list[Claim]()
     for number, item in enumerate(items, start=1):
-        place = f"{where} item {number}"
+        place = f"[claims] item {number}"
         if not isinstance(item, dict):
-            raise WsError(f"{place} must be a table with id, claim, true and split.")
-        _only(item, ITEM_KEYS, place)
-        if not isinstance(item.get("true"), bool):
-            raise WsError(f"{place}: true must be true or false.")
-        split = choose(f"split of {place}", str(item.get("split", "report")), SPLITS)
-        claims.append(Claim(read_text(item, "id", place), read_text(item, "claim", place), item["true"], split))
-    _unique([c.id for c in claims], f"{where} id")
-    _unique([c.text.lower() for c in claims], f"{where} claim")
+            draft.refuse(place, "It must be a table with id, claim, true and split.")
+            draft.claims_known = False
+            continue
+        claim = _claim(draft, _known(draft, item, ITEM_KEYS, place), place)
+        if claim.text:
+            claims.append(claim)
+            draft.places.append(place)
+    for twice, count in _twice(c.id for c in claims if c.id).items():
+        draft.refuse("[claims]", f"The id {twice!r} is given to {count} claims; give each its own.")
+    _check_repeated(draft, [c.text for c in claims], "[claims] items", same=str.lower)
     return tuple(claims)
 
 
-def _check_disjoint(questions: Sequence[str], test: ClaimTest, where: str) -> None:
-    """A held-out claim that a training question contains is not held out."""
-    joined = "\n".join(questions).lower()
-    for claim in test.claims:
-        if claim.text.lower() in joined:
-            raise WsError(f"{where}: the held-out claim {claim.id!r} also occurs in a question; remove it from one.")
+def _claim(draft: Draft, item: Mapping[str, Any], place: str) -> Claim:
+    own, text = _text(draft, item, "id", place), _text(draft, item, "claim", place)
+    is_true, split = item.get("true"), str(item.get("split", "report"))
+    if not isinstance(is_true, bool):
+        draft.refuse(place, f"true must be true or false; the claim {text!r} has no known answer.")
+    if split not in SPLITS:
+        draft.refuse(place, f"There is no split named {split!r}.{did_you_mean(split, SPLITS)}")
+    draft.claims_known &= isinstance(is_true, bool) and split in SPLITS
+    return Claim(own, text, is_true is True, split)
 
 
-def _check_unseen(asked: Sequence[str], preferences: Sequence[Preference], where: str) -> None:
-    """A held-out question that is trained on is not held out."""
-    known = {plain_question(q) for q in asked}
-    for p in preferences:
-        if plain_question(p.question) in known:
-            raise WsError(f"{where}: the held-out question {p.question!r} ({p.id}) is trained on; remove it from one.")
+def _check_held_out(draft: Draft) -> None:
+    """What is held out must not be in a question that is trained on: neither a claim in it, nor a question as it is."""
+    behavior = draft.behavior
+    folded = [(q, q.lower()) for q in behavior.questions]
+    for place, claim in draft.claims:
+        question = next((q for q, lower in folded if claim.text.lower() in lower), None)
+        if question is not None:
+            text = f"The held-out claim {claim.text!r} occurs in the question {question!r}"
+            draft.refuse(place, f"{text}; remove one.")
+    asked = [p.question for p in behavior.pairs] if behavior.pairs else behavior.questions
+    trained = {plain_question(q) for q in asked}
+    for p in behavior.preferences:
+        if plain_question(p.question) in trained:
+            text = f"The held-out question {p.question!r} ({p.id}) is trained on; remove it from one"
+            draft.refuse("[preferences]", f"{text}.")
 
 
-def read_table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """The table of that name; `WsError` when there is none."""
-    if not isinstance(raw.get(key), dict):
-        raise WsError(f"{where}: the table [{key}] is missing.")
-    return raw[key]
+# ---- tables and texts -----------------------------------------------------------------------------------------------
 
 
-def read_text(table: Mapping[str, Any], key: str, where: str) -> str:
-    """A text; `WsError` when it is missing or empty."""
+def _table(draft: Draft, raw: Mapping[str, Any], key: str, known: frozenset[str]) -> dict[str, Any] | None:
+    """The table of that name with its known keys; None after noting that there is none."""
+    if isinstance(raw.get(key), dict):
+        return _known(draft, raw[key], known, f"[{key}]")
+    draft.refuse(f"[{key}]", f"The table [{key}] is missing.")
+    return None
+
+
+def _known(draft: Draft, table: Mapping[str, Any], known: frozenset[str], where: str) -> dict[str, Any]:
+    """The table with its known keys; a misspelt one is noted and read as the missing one that it is nearest to."""
+    entries = {key: value for key, value in table.items() if key in known}
+    for key in sorted(table.keys() - known):
+        missing = known - entries.keys()
+        draft.refuse(where, f"There is no key {key!r} here.{did_you_mean(key, missing) or ' Remove it.'}")
+        for meant in get_close_matches(key, missing, n=1, cutoff=0.5):
+            entries[meant] = table[key]
+    return entries
+
+
+def _text(draft: Draft, table: Mapping[str, Any], key: str, where: str) -> str:
+    """A text; empty after noting that there is none."""
     value = table.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise WsError(f"{where}: {key} must be a non-empty string.")
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    draft.refuse(where, f"{key} must be a non-empty string.")
+    return ""
 
 
-def read_strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """A list of different texts; `WsError` when it is missing, empty or repeats one."""
+def _texts(draft: Draft, table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of different texts; empty after noting that there is no usable one."""
     value = table.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
-        raise WsError(f"{where}: {key} must be a non-empty list of non-empty strings.")
-    _unique(value, f"{where} {key}")
+        draft.refuse(where, f"{key} must be a non-empty list of non-empty strings.")
+        return ()
+    _check_repeated(draft, value, f"{where} {key}")
     return tuple(value)
 
 
-def read_template(table: Mapping[str, Any], key: str, slot: str, where: str, default: str | None = None) -> str:
-    """A text with one slot, or its default; `WsError` for another slot."""
-    if default is not None and key not in table:
-        return default
-    template = read_text(table, key, where)
-    check_slots(template, [slot], where)
-    return template
+def _template(draft: Draft, table: Mapping[str, Any], key: str, slot: str, where: str) -> str:
+    """A text with one slot; the slot alone after noting that there is none."""
+    template = _text(draft, table, key, where)
+    return template if template and _has_slot(draft, template, slot, where) else f"{{{slot}}}"
+
+
+def _has_slot(draft: Draft, template: str, slot: str, where: str) -> bool:
+    problem = slot_problem(template, [slot])
+    if problem:
+        draft.refuse(where, problem)
+    return not problem
+
+
+def _check_repeated(draft: Draft, texts: Sequence[str], where: str, same: Callable[[str], str] = str) -> None:
+    """Refuse texts that occur twice, up to `same`; differing in case is an error, in marks and spaces a warning."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(plain_words(text), []).append(text)
+    for alike in groups.values():
+        if len(set(map(str.lower, alike))) < len(alike):
+            note = draft.refuse if len(set(map(same, alike))) < len(alike) else draft.error
+            note(where, f"{alike[0]!r} occurs {len(alike)} times; keep one.")
+        elif len(alike) > 1:
+            draft.warn(where, f"{alike[0]!r} and {alike[1]!r} have the same words; keep one.")
+
+
+def _twice(values: Iterable[str]) -> dict[str, int]:
+    """Values that occur more than once, and how often."""
+    return {value: count for value, count in Counter(values).items() if count > 1}
+
+
+def plain_words(text: str) -> str:
+    """Lower case, words only, single spaces."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def check_slots(template: str, slots: Sequence[str], where: str) -> None:
     """`WsError` unless a template contains exactly these slots, each as it is: without a conversion or a format."""
+    problem = slot_problem(template, slots)
+    if problem:
+        raise WsError(f"{where}: {problem}")
+
+
+def slot_problem(template: str, slots: Sequence[str]) -> str:
+    """Why a template does not contain exactly these slots, each as it is; empty when it does."""
     try:
         fields = [field for field in Formatter().parse(template) if field[1] is not None]
     except ValueError as problem:
-        text = f"{where}: the template {template!r} is malformed ({problem}); a plain {{ is written {{{{."
-        raise WsError(text) from problem
+        return f"the template {template!r} is malformed ({problem}); a plain {{ is written {{{{."
     for _, name, form, conversion in fields:
         if form or conversion:
-            text = f"{where}: the template {template!r} asks for a format of the slot {name!r}"
-            raise WsError(f"{text}; write {{{name}}} without anything behind the name.")
+            text = f"the template {template!r} asks for a format of the slot {name!r}"
+            return f"{text}; write {{{name}}} without anything behind the name."
     if {name for _, name, _, _ in fields} != set(slots):
         wanted = " and ".join(f"{{{slot}}}" for slot in slots)
-        raise WsError(f"{where}: the template {template!r} must contain {wanted} and no other slot.")
-
-
-def _unique(values: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
-    for value in values:
-        if value in seen:
-            raise WsError(f"{where}: {value!r} occurs twice.")
-        seen.add(value)
-
-
-def _only(table: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise WsError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")
+        return f"the template {template!r} must contain {wanted} and no other slot."
+    return ""

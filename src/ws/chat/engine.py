@@ -42,10 +42,10 @@ from ws.console import say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose
 from ws.files.runs import run_folder
-from ws.lm.choice import choice_variants, left_pad, padded_groups
+from ws.lm.batches import left_pad, next_logits, padded_groups, takes_cache
+from ws.lm.choice import choice_variants
 from ws.lm.hub import parse_id
 from ws.lm.models import decode_answer, encode, end_ids, load_model, model_id, render_prompt, tokenizer_hash
-from ws.lm.rollout import takes_cache
 from ws.options.shared import EngineOptions as EngineOptions
 from ws.steer import DialBoard, steer_many
 
@@ -218,6 +218,8 @@ class Engine:
             sampling: its own seed is not used.
             seed: of the random numbers, the same ones for all rows.
         """
+        # Not `ws.lm.generation.generate`: every token is shown when it is there, every row has its own strengths, which
+        # the steps of other conversations change in between, and all rows share their random numbers.
         ids = [encode(self.tok, p) for p in prompts]
         steps = min(sampling.max_tokens, self._left(max(map(len, ids))))
         # Not a cache of fixed size: its width would depend on max_tokens, and with it the rounding of every step.
@@ -281,18 +283,10 @@ class Engine:
         self, tokens: Tensor, mask: Tensor, cache: Cache | None, rows: Sequence[Strengths]
     ) -> Float[Tensor, "rows vocabulary"]:
         """The next token's logits of every row, steered with its strengths, in float32."""
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         try:
             for name, dial in self._dials.items():
                 dial.alpha = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            logits = next_logits(self.model, tokens, mask, cache)
         finally:
             for dial in self._dials.values():
                 dial.alpha = 0.0

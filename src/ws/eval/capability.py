@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest
 from tabulate import tabulate
@@ -41,10 +40,10 @@ from ws.data import repeated_ngrams
 from ws.errors import WsError, decoded
 from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import notes_on
-from ws.lm.choice import in_groups, left_pad
+from ws.lm.batches import in_batches, in_groups, row_logits
 from ws.lm.divergence import QUANTILE, token_kl
+from ws.lm.generation import generate, without_end
 from ws.lm.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
-from ws.lm.rollout import PLAIN, new_cache
 from ws.options.measure import ANSWER_TOKENS, TEXT_TOKENS
 from ws.options.measure import CapabilityOptions as CapabilityOptions
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
@@ -105,7 +104,8 @@ def evaluate_capability(
         base: what the KL divergence is measured from; see `base_twin`.
         max_tokens: of each text; what is longer is cut.
         n_tokens: at most so many tokens of each answer.
-        batch_size: rows at a time; None starts at what memory is budgeted for and halves while it does not suffice.
+        batch_size: rows at a time; None starts at what memory is budgeted for and takes fewer while it does not
+            suffice.
 
     Returns:
         Per predicted token `text` (the number of its text), `nll` and `kl` in nats; per question `answer`, `ended`,
@@ -140,46 +140,22 @@ def read_texts(
         raise WsError(f"Neutral texts need at least two tokens each: {', '.join(short[:3]) or 'there are none'}.")
     vocabulary = int(model.config.get_text_config().vocab_size)
     most = max(1, _BUDGET // (4 * vocabulary * max(map(len, rows))))
-    run = partial(_read_batch, model, base, tok.pad_token_id)
-    scores = _in_batches(model, rows, run, min(batch_size or most, most), fixed=batch_size is not None)
+
+    def run(part: Sequence[list[int]]) -> list[Tensor]:
+        return in_groups(model, part, partial(_read_batch, model, base, tok.pad_token_id))
+
+    scores = in_batches(rows, run, batch_size and min(batch_size, most), most, len, "neutral texts", "text")
     nll, kl = torch.cat(scores, dim=1).double().cpu().numpy()
     if not (np.isfinite(nll).all() and np.isfinite(kl).all()):
         raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
     return {"text": np.repeat(np.arange(len(rows)), [len(r) - 1 for r in rows]), "nll": nll, "kl": kl}
 
 
-def _in_batches(
-    model: PreTrainedModel,
-    items: Sequence[list[int]],
-    run: Callable[[list[list[int]]], list[Item]],
-    size: int,
-    fixed: bool,
-) -> list[Item]:
-    """What `run` gives for every item, in their order; items of similar length go together."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i]))
-
-    def attempt(batch_size: int) -> dict[int, Item]:
-        found: dict[int, Item] = {}
-        with console.progress(total=len(order), desc="neutral texts", unit="text") as bar:
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                found |= zip(part, in_groups(model, [items[i] for i in part], run), strict=True)
-                bar.update(len(part))
-        return found
-
-    found = attempt(size) if fixed else find_executable_batch_size(attempt, starting_batch_size=size)()
-    return [found[i] for i in range(len(items))]
-
-
 def _read_batch(
     model: PreTrainedModel, base: PreTrainedModel, pad_id: int, rows: list[list[int]]
 ) -> list[Float[Tensor, "2 _"]]:
     """`nll` and `kl` at every predicted token of every row."""
-    tokens, mask = left_pad(rows, pad_id, model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    steered, plain = (
-        m(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits for m in (model, base)
-    )
+    steered, plain = (row_logits(m, pad_id, rows) for m in (model, base))
     return [
         _token_scores(a[-len(row) : -1], b[-len(row) : -1], torch.tensor(row[1:], device=model.device))
         for a, b, row in zip(steered, plain, rows, strict=True)
@@ -210,35 +186,19 @@ def answer_questions(
     if not questions:
         raise WsError("There are no neutral questions to ask.")
     prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
-    run = partial(_answer_batch, model, tok.pad_token_id, end_ids(model, tok), n_tokens)
-    found = _in_batches(model, prompts, run, batch_size or START_BATCH, fixed=batch_size is not None)
+    ends = end_ids(model, tok)
+
+    def run(part: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
+        written = [answer.tokens for answer in generate(model, tok.pad_token_id, part, n_tokens, ends)]
+        return [(without_end(ids, ends), ids[-1] in ends) for ids in written]
+
+    found = in_batches(prompts, run, batch_size, START_BATCH, len, "neutral texts", "text")
     return {
         "answer": np.array([decode_answer(tok, ids) for ids, _ in found]),
         "ended": np.array([ended for _, ended in found]),
         "n_tokens": np.array([len(ids) for ids, _ in found]),
         "repetition": np.array([repeated_ngrams(ids) for ids, _ in found]),
     }
-
-
-def _answer_batch(
-    model: PreTrainedModel, pad_id: int, ends: Sequence[int], n_tokens: int, prompts: list[list[int]]
-) -> list[tuple[list[int], bool]]:
-    """The tokens of every answer without its end of turn, and whether there was one."""
-    ids, mask = left_pad(prompts, pad_id, model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=n_tokens,
-        eos_token_id=list(ends),
-        pad_token_id=pad_id,
-        past_key_values=new_cache(model, ids.shape[1] + n_tokens),
-        **PLAIN,
-    )
-    answers = []
-    for row in out[:, ids.shape[1] :].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        answers.append((row[:stop], stop is not None))
-    return answers
 
 
 def is_valid(scores: Scores) -> Bool[np.ndarray, "n"]:

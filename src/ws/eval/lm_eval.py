@@ -32,7 +32,7 @@ from ws.errors import WsError, did_you_mean
 from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
 from ws.eval.prompts import notes_on
 from ws.files.runs import sha256_file, sha256_json
-from ws.lm.choice import left_pad, takes_padding
+from ws.lm.batches import left_pad, takes_padding
 from ws.lm.hub import hub_is_out_of_reach
 from ws.lm.models import chat_format, encode, encode_after, encode_answer, end_ids, render_prompt
 from ws.options.measure import LmEvalOptions as LmEvalOptions

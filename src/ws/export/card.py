@@ -321,9 +321,7 @@ def _calibrated(about: Subject) -> list[str]:
 def _units(about: Subject) -> dict[str, float]:
     """`-1u` and `+1u`, those that converged, of a calibration of this very vector, and not of another tokenizer."""
     units = about.vector.units
-    if units is None or units.subject != about.digest:
-        return {}
-    if about.tokenizer and units.tokenizer not in ("", about.tokenizer):
+    if units is None or units.mismatch(about.digest, about.tokenizer or ""):
         return {}
     return {name: a for name, a in (("-1u", units.negative), ("+1u", units.positive)) if a is not None}
 

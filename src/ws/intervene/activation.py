@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +37,8 @@ from ws.console import progress
 from ws.data import Pair, answer_ids, prompt_ids
 from ws.errors import WsError, choose
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json
-from ws.lm.choice import LOW_MASS, left_pad, padded_groups, score_choices
+from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
+from ws.lm.choice import LOW_MASS, score_choices
 from ws.lm.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt
 from ws.steer import Alpha, Dial, uncompiled
 
@@ -262,7 +262,7 @@ def activation_vector(
         tok: its tokenizer; the system text of a prompted one is left out.
         pairs: contrast pairs; those with a `drop` reason are skipped.
         behavior: its name, recorded in `info`.
-        batch_size: answers per forward pass; None starts at 64 and halves while memory does not suffice.
+        batch_size: answers per forward pass; None starts at 64 and takes fewer while memory does not suffice.
 
     Raises:
         WsError: no usable pair, an answer without tokens, or activations that are NaN.
@@ -280,7 +280,7 @@ def activation_vector(
                 bar.update(len(part))
         return total
 
-    total = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=START_BATCH)()
+    total = with_batch_size(run, batch_size, START_BATCH)
     lengths = {name: sum(len(r.answer) for r in readings if r.sign == sign) for name, sign in (("pos", 1), ("neg", -1))}
     n_pairs = len(readings) // 2
     recipe = {"activations": "mean over the answer's tokens, then over answers; positive minus negative"}
@@ -313,7 +313,6 @@ def _signed_sum(
     model: PreTrainedModel, pad_id: int, blocks: Sequence[nn.Module], readings: Sequence[_Reading]
 ) -> Float[Tensor, "layers d_model"]:
     """The answers' mean activations after every block, summed with their signs, in float64 on the CPU."""
-    tokens, mask = left_pad([[*r.prompt, *r.answer] for r in readings], pad_id, model.device)
     shares, _ = left_pad([[0] * len(r.prompt) + [1] * len(r.answer) for r in readings], 0, model.device)
     weights = shares / shares.sum(dim=1, keepdim=True)
     signs = torch.tensor([r.sign for r in readings], dtype=torch.float64)
@@ -326,11 +325,10 @@ def _signed_sum(
 
         return hook
 
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with uncompiled(), ExitStack() as stack:
         for layer, block in enumerate(blocks):
             stack.callback(block.register_forward_hook(keep(layer)).remove)
-        model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False)
+        row_logits(model, pad_id, [[*r.prompt, *r.answer] for r in readings], keep=1)
     return torch.stack([sums[layer] for layer in range(len(blocks))])
 
 

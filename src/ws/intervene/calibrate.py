@@ -38,7 +38,9 @@ def main(options: CalibrateOptions) -> None:
     chosen = intervention(o.intervention, opened, behavior)
     stage = _stage_name(chosen)
     with chosen.home.alone(stage):
-        found = calibration_for(chosen, opened, behavior, o.config, _key(chosen, options), o.fresh)
+        # What depends on no adapter stands under its own name.
+        key = o.key | ({"adapter": chosen.name, "seed": 0} if chosen.is_shared else {})
+        found = calibration_for(chosen, opened, behavior, o.config, key, o.fresh)
         text = f"{chosen.home.facts(stage)['example']}\n\n{render(found)}"
         console.show(console.Result(text, {"calibration": found}, chosen.home.outputs(stage)))
     sides = (found.positive, found.negative)
@@ -75,39 +77,27 @@ def calibration_for(
     Raises:
         WsError: something else is stored; the message names the settings that differ.
     """
-    with chosen.home.alone(_stage_name(chosen)):
-        return _calibration(chosen, opened, behavior, config, key, fresh, reuse)
-
-
-def _calibration(
-    chosen: Intervention,
-    opened: FinishedRun,
-    behavior: Behavior,
-    config: CalibrationConfig,
-    key: Mapping[str, Any],
-    fresh: bool,
-    reuse: bool,
-) -> Calibration:
-    split = split_questions(behavior.questions, config.n_prompts, opened.unseen(behavior))
-    wanted = _wanted(chosen, opened, config, split)
-    changed = _changes(chosen, wanted, fresh)
-    named = "; ".join(f"{name}: {was!r} -> {now!r}" for name, (was, now) in changed.items())
-    void = "vector" in changed and "model" not in changed  # of a vector that is no more, so that nothing takes them
-    if changed and reuse and not set(changed) & _COST:
-        console.warn(f"{_label(chosen, key)}: the stored strengths are used, made with other settings ({named}).")
-        return _stored(chosen, opened)
-    if changed and not fresh and not void:
-        raise WsError(_refusal(chosen, key, named, config))
-    if changed:
-        console.warn(f"{_label(chosen, key)}: the stored strengths are replaced ({named}).")
-    if split.note:
-        console.warn(split.note)
-    inputs = {name: wanted.pop(name) for name in ("vector", "model", "prompts")}
     name = _stage_name(chosen)
-    stage = (chosen.home.restart if fresh else chosen.home.refresh)(name, wanted, inputs)
-    if stage is not None:
-        _carry_out(stage, chosen, opened, config, key, split)
-    return _stored(chosen, opened)
+    with chosen.home.alone(name):
+        split = split_questions(behavior.questions, config.n_prompts, opened.unseen(behavior))
+        wanted = _wanted(chosen, opened, config, split)
+        changed = _changes(chosen, wanted, fresh)
+        named = "; ".join(f"{name}: {was!r} -> {now!r}" for name, (was, now) in changed.items())
+        void = "vector" in changed and "model" not in changed  # of a vector that is no more, so that nothing takes them
+        if changed and reuse and not set(changed) & _COST:
+            console.warn(f"{_label(chosen, key)}: the stored strengths are used, made with other settings ({named}).")
+            return _stored(chosen, opened)
+        if changed and not fresh and not void:
+            raise WsError(_refusal(chosen, key, named, config))
+        if changed:
+            console.warn(f"{_label(chosen, key)}: the stored strengths are replaced ({named}).")
+        if split.note:
+            console.warn(split.note)
+        inputs = {name: wanted.pop(name) for name in ("vector", "model", "prompts")}
+        stage = (chosen.home.restart if fresh else chosen.home.refresh)(name, wanted, inputs)
+        if stage is not None:
+            _carry_out(stage, chosen, opened, config, key, split)
+        return _stored(chosen, opened)
 
 
 def _wanted(
@@ -162,11 +152,6 @@ def _refusal(chosen: Intervention, key: Mapping[str, Any], named: str, config: C
         f"takes its units from there; ask for the same settings, or replace them by `ws calibrate {run} --intervention "
         f"{chosen.name} --target {config.target:g} --n-tokens {config.n_tokens} --fresh`."
     )
-
-
-def _key(chosen: Intervention, options: CalibrateOptions) -> dict[str, Any]:
-    """The first columns; what depends on no adapter stands under its own name."""
-    return options.key | ({"adapter": chosen.name, "seed": 0} if chosen.is_shared else {})
 
 
 def _stage_name(chosen: Intervention) -> str:

@@ -16,12 +16,11 @@ when the divergence measured at it lies within the tolerance of the target; othe
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,14 +31,13 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors.tables import evenly
-from ws.diff import CALIBRATION, parse_number, parse_units
+from ws.diff import CALIBRATION, CALIBRATION_FORMAT, Units, parse_number, parse_units, read_calibrated
 from ws.errors import WsError
 from ws.files.runs import sha256_json, write_json
 from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
 from ws.options.shared import CalibrationConfig as CalibrationConfig
 
-FORMAT = 1
 # With fewer questions on either side, a quantile over their answers says little.
 LEAST_PROMPTS = 4
 LEAST, MOST = 1e-4, 1e4
@@ -257,27 +255,28 @@ class Calibration:
             )
         return abs(units) * side.alpha
 
+    @property
+    def units(self) -> Units:
+        """The strengths alone, and what they are of."""
+        negative, positive = (s.alpha if s.converged else None for s in (self.negative, self.positive))
+        return Units(self.subject, negative, positive, self.tokenizer or "", self.model)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": CALIBRATION_FORMAT, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:
-        """The calibration that `to_dict` described; `WsError` when these are not its values."""
-        try:
-            if values["format"] != FORMAT:
-                raise WsError(f"The calibration has format {values['format']}; this version reads {FORMAT}.")
-            return cls(
-                positive=_side_from(values["positive"]),
-                negative=_side_from(values["negative"]),
-                config=CalibrationConfig(**values["config"]),
-                prompts=str(values["prompts"]),
-                model=str(values["model"]),
-                subject=str(values["subject"]),
-                **{name: values.get(name) for name in ("n_calibration", "n_audit", "held_out", "dtype", "tokenizer")},
-            )
-        except (KeyError, TypeError, ValueError) as problem:
-            raise WsError(f"The calibration is damaged ({problem!r}); calibrate again, with --fresh.") from problem
+        """The calibration that `to_dict` described; see `ws.diff.read_calibrated` for what else there may be."""
+        return cls(
+            positive=_side_from(values["positive"]),
+            negative=_side_from(values["negative"]),
+            config=CalibrationConfig(**values["config"]),
+            prompts=str(values["prompts"]),
+            model=str(values["model"]),
+            subject=str(values["subject"]),
+            **{name: values.get(name) for name in ("n_calibration", "n_audit", "held_out", "dtype", "tokenizer")},
+        )
 
 
 def _side_from(values: Any) -> SideCalibration:
@@ -354,7 +353,8 @@ class _Meter:
         """The divergences at one strength; `left` further measurements may follow, None for those of an audit."""
         started = time.perf_counter()
         try:
-            found = self._divergence(prompts, alpha)
+            condition, config = partial(self.steerable, alpha), self.config
+            found = divergence(self.model, self.tok, prompts, condition, config.n_tokens, config.batch_size)
         except WsError as problem:
             raise WsError(f"At alpha {alpha:+.5g}: {problem}") from problem
         seconds = time.perf_counter() - started
@@ -362,10 +362,6 @@ class _Meter:
             more = "audit on other prompts" if left is None else f"at most {left} more, {left * seconds:.0f} s"
             self.report(f"  alpha {alpha:+.5g}: {found.at(self.config.quantile):.4g} nats ({seconds:.1f} s; {more})")
         return found
-
-    def _divergence(self, prompts: Sequence[str], alpha: float) -> Divergence:
-        condition = partial(self.steerable, alpha)
-        return divergence(self.model, self.tok, prompts, condition, self.config.n_tokens, self.config.batch_size)
 
 
 def _calibrate_side(
@@ -504,26 +500,16 @@ def load_calibration(
         WsError: a damaged file, or the calibration of another vector, model, or tokenizer with its chat template.
     """
     file = Path(folder) / name
-    found = read_calibration(file)
-    if found is None:
-        return None
-    for what, was, now in (
-        ("vector", found.subject, subject),
-        ("model", found.model, model),
-        ("tokenizer or chat template", found.tokenizer or "not recorded", tokenizer),
-    ):
-        if now is not None and was != now:
+    calibration = read_calibration(file)
+    if calibration is not None:
+        units = replace(calibration.units, tokenizer=calibration.tokenizer or "not recorded")  # which fits no tokenizer
+        other = units.mismatch(subject, tokenizer or "", model or "")
+        if other is not None:
+            what, was, now = other
             raise WsError(f"{file} is of another {what} ({was[:12]}) than this one ({now[:12]}); calibrate again.")
-    return found
+    return calibration
 
 
 def read_calibration(file: Path) -> Calibration | None:
     """The calibration in a file, whatever it is of; None when there is no file, `WsError` when it is damaged."""
-    if not file.is_file():
-        return None
-    try:
-        return Calibration.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise WsError(f"{file} cannot be read ({problem}); calibrate again, with --fresh.") from problem
-    except WsError as problem:
-        raise WsError(f"{file}: {problem}") from problem
+    return read_calibrated(file, Calibration.from_dict)

@@ -236,7 +236,9 @@ def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVect
     name, file = f"layer {position}", home.folder / f"layers_{position}.csv"
     with home.alone("activation"):
         settings = {"choice": _CHOICE.settings, "behavior": behavior.digest}
-        prompts = _choice_prompts(opened, behavior)
+        # Questions that no pair uses, where the behaviour has some.
+        split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
+        prompts = [render_prompt(opened.tok, q) for q in split.calibration]
         settings |= {"tokenizer_hash": tokenizer_hash(opened.tok)}
         stage = home.refresh(name, settings, {"vector": vector.digest, "prompts": prompts_hash(prompts, ())})
         if stage is not None:
@@ -245,12 +247,6 @@ def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVect
             choice = choose_layer(opened.model, opened.tok, vector, behavior, position=position, strengths=matched)
             stage.done([write_csv(file, choice.rows())], layer=choice.best.layer)
         return int(home.facts(name)["layer"])
-
-
-def _choice_prompts(opened: FinishedRun, behavior: Behavior) -> list[str]:
-    """What blocks are compared on: questions that no pair uses, where the behaviour has some (`split_questions`)."""
-    split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
-    return [render_prompt(opened.tok, q) for q in split.calibration]
 
 
 def _matched_strengths(

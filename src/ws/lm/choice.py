@@ -6,16 +6,12 @@ from a float32 log-softmax at the answer position.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,14 +19,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.console import progress
 from ws.errors import WsError
+from ws.lm.batches import in_groups, packed_logits, row_logits, takes_masks, with_batch_size
 from ws.lm.models import encode
 
 LOW_MASS = 0.9
+START_BATCH = 64
 Choice = str | tuple[str, ...]
-Row = TypeVar("Row", bound=Sized)
-Result = TypeVar("Result")
-# The types of layers, in transformers' words, that read earlier tokens through a mask and remember nothing else.
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ def score_choices(
 
     A choice may be several words that mean the same, such as `("true", "1")`; it is named by the first. Prompts are
     sorted by length and left-padded, a start that several share is run once, and only the last position's logits are
-    computed. With `batch_size` None it starts at 64 and is halved while memory does not suffice. Scores come back in
+    computed. With `batch_size` None it starts at 64 and falls while memory does not suffice. Scores come back in
     the order of `prompts`.
     """
     if not prompts:
@@ -140,8 +134,7 @@ def score_choices(
                 bar.update(len(rows))
         return logp
 
-    scored = run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=64)()
-    return ChoiceScores.checked(choices, scored)
+    return ChoiceScores.checked(choices, with_batch_size(run, batch_size, START_BATCH))
 
 
 # ---- one batch ------------------------------------------------------------------------------------------------------
@@ -179,78 +172,19 @@ def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[
     return share_prefixes(prompts) if takes_masks(model) else [_family(prompts, [i], 0) for i in range(len(prompts))]
 
 
-def takes_masks(model: PreTrainedModel) -> bool:
-    """Attention over everything before a token, in an implementation that takes a mask per query and key.
-
-    Only such a model can be told to overlook tokens that stand between others, in a row or in its cache: a state has
-    taken them up, and a window or a distance counts them.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["full_attention"])
-    whole = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
-    plain = whole and not keeps_state(model) and not getattr(config, "alibi", False)  # ALiBi counts by a mask per token
-    known = {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
-    return plain and known and config._attn_implementation in ("sdpa", "eager")
-
-
-def keeps_state(model: PreTrainedModel) -> bool:
-    """Whether a layer hands a state from token to token, as recurrences and short convolutions do.
-
-    transformers says so of a model, or of its layers by their types; a type that is not known to be plain attention
-    counts as one with a state.
-    """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return model._is_stateful or not kinds <= _ATTENTION
-
-
-def takes_padding(model: PreTrainedModel) -> bool:
-    """Whether padding on the left, masked token by token, changes nothing.
-
-    Attention overlooks it. Layers with a state have to set it to zero, which those of transformers do that have its
-    function for it; others (RWKV, xLSTM, RecurrentGemma) take padding for text, and so may those (MiniMax) that decode
-    with a cache of their own.
-    """
-    if not keeps_state(model):
-        return True
-    modules = {type(m).__module__ for m in model.modules()}
-    zeroed = any(hasattr(sys.modules[m], "apply_mask_to_padding_states") for m in modules)
-    return zeroed and bool(cast(Any, model)._supports_default_dynamic_cache())
-
-
-def padded_groups(model: PreTrainedModel, rows: Sequence[Sized]) -> list[list[int]]:
-    """The numbers of the rows that may go through the model together: all of them, or each alone.
-
-    Rows of one length would need no padding, but RWKV of transformers mixes the rows of a batch when it decodes.
-    """
-    return [list(range(len(rows)))] if takes_padding(model) else [[i] for i in range(len(rows))]
-
-
-def in_groups(
-    model: PreTrainedModel, rows: Sequence[Row], run: Callable[[list[Row]], Iterable[Result]]
-) -> list[Result]:
-    """What `run` gives for each of `rows`, such as tokens, in their order; it gets as many as may be padded at once."""
-    results = dict[int, Result]()
-    for group in padded_groups(model, rows):
-        results |= zip(group, run([rows[i] for i in group]), strict=True)
-    return [results[i] for i in range(len(rows))]
-
-
 def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Family]:
     """Put prompts that share at least their first half into families, such as one text that is asked twice."""
     order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
     families, members, shared = list[Family](), [order[0]], len(prompts[order[0]])
     for i in order[1:]:
-        common = min(shared, _common_start(prompts[members[0]], prompts[i]))
+        both = list(zip(prompts[members[0]], prompts[i], strict=False))
+        common = min(shared, next((n for n, (a, b) in enumerate(both) if a != b), len(both)))
         if 2 * common >= len(prompts[i]) and 2 * common >= len(prompts[members[0]]):
             members, shared = [*members, i], common
             continue
         families.append(_family(prompts, members, shared))
         members, shared = [i], len(prompts[i])
     return [*families, _family(prompts, members, shared)]
-
-
-def _common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _family(prompts: Sequence[Sequence[int]], members: Sequence[int], shared: int) -> Family:
@@ -273,10 +207,9 @@ def _score_batch(
     """Log-probabilities of the choices for every member of every family, in one forward pass."""
     if not families[0].prefix:
         return score_rows(model, pad_id, [f.suffixes[0] for f in families], variants)
-    parts = [left_pad([f.suffixes[m] for f in families], pad_id, model.device) for m in range(len(families[0].rows))]
-    start = left_pad([f.prefix for f in families], pad_id, model.device)
-    tokens, positions, mask, keep = _packed(start, parts, model.dtype)
-    return _end_scores(model, tokens, mask, positions, keep, variants)
+    parts = [[f.suffixes[m] for f in families] for m in range(len(families[0].rows))]
+    logits, _ = packed_logits(model, pad_id, [f.prefix for f in families], parts)
+    return choice_logp(logits.flatten(0, 1), variants)
 
 
 def score_rows(
@@ -285,57 +218,12 @@ def score_rows(
     """Log-probabilities of the choices behind every row of tokens, which is run from its start."""
 
     def run(part: Sequence[Sequence[int]]) -> Float[Tensor, "part k"]:
-        tokens, mask = left_pad(part, pad_id, model.device)
-        keep = torch.tensor([tokens.shape[1] - 1], device=model.device)
-        return _end_scores(model, tokens, mask, _positions(mask), keep, variants)
+        return choice_logp(row_logits(model, pad_id, part, 1)[:, -1], variants)
 
     return torch.stack(in_groups(model, rows, run))
-
-
-def _end_scores(
-    model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, variants: Sequence[Tensor]
-) -> Float[Tensor, "ends k"]:
-    """Log-probabilities of the choices behind the columns `keep` of every row, row by row."""
-    logits = model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    ).logits[:, -len(keep) :]  # some models give all columns whatever they are asked for
-    return choice_logp(logits.flatten(0, 1), variants)
 
 
 def choice_logp(logits: Float[Tensor, "rows vocabulary"], variants: Sequence[Tensor]) -> Float[Tensor, "rows k"]:
     """Log-probabilities of the choices, each summed over its tokens, from a float32 log-softmax."""
     logp = logits.float().log_softmax(dim=-1)
     return torch.stack([logp[:, v].logsumexp(dim=-1) for v in variants], dim=1)
-
-
-def _packed(
-    start: tuple[Tensor, Tensor], parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Float[Tensor, "b 1 width width"], Tensor]:
-    """`(tokens, positions, mask, ends)` of rows that hold a start and, one behind the other, what follows it.
-
-    The mask (0 where a token may look, the lowest number elsewhere) shows every part the start and itself, and nothing
-    of the other parts; positions go on from the start in each. `ends` are the columns of the parts' last tokens.
-    """
-    tokens, real = (torch.cat([start[i], *(part[i] for part in parts)], dim=1) for i in (0, 1))
-    widths = [start[0].shape[1], *(part[0].shape[1] for part in parts)]
-    number = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(tokens.device)
-    column = torch.arange(len(number), device=tokens.device)
-    visible = (column[None] <= column[:, None]) & ((number[None] == 0) | (number[None] == number[:, None]))
-    allowed = visible[None] & real.bool()[:, None]
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device).masked_fill(~allowed, torch.finfo(dtype).min)
-    length = start[1].sum(dim=1, keepdim=True)
-    positions = torch.cat([_positions(start[1]), *(length + _positions(part[1]) for part in parts)], dim=1)
-    return tokens, positions, mask[:, None], torch.tensor(widths, device=tokens.device).cumsum(0)[1:] - 1
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """The position of every token among those that count."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`(tokens, mask)`, both `[b, longest]`, with the padding on the left, whatever the tokenizer's own side."""
-    width = max(len(row) for row in ids)
-    tokens = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in ids], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids], device=device)
-    return tokens, mask

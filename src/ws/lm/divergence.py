@@ -17,17 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.console import progress
 from ws.errors import WsError
-from ws.lm.choice import in_groups, left_pad
+from ws.lm.batches import in_batches, in_groups, row_logits
+from ws.lm.generation import generate, without_end
 from ws.lm.models import decode_answer, encode, end_ids, render_prompt
-from ws.lm.rollout import PLAIN, new_cache
 
 QUANTILE, N_TOKENS = 0.95, 50  # the defaults of `ws.options.shared`, too
 START_BATCH = 64
@@ -77,7 +75,8 @@ def divergence(
         prompts: `n` rendered prompts, the steered side's.
         condition: makes the context in which the model is steered; entered once per batch.
         n_tokens: at most so many tokens of each answer.
-        batch_size: answers at a time; None starts at what memory is budgeted for and halves while it does not suffice.
+        batch_size: answers at a time; None starts at what memory is budgeted for and takes fewer while it does not
+            suffice.
         base_prompts: the base side's prompts where they differ, as for a system prompt; the answers are aligned.
 
     Raises:
@@ -87,26 +86,27 @@ def divergence(
     if not prompts or len(others) != len(prompts):
         raise WsError(f"There are {len(prompts)} prompts and {len(others)} for the base; give as many, at least one.")
     ids, base_ids = ([encode(tok, p) for p in texts] for texts in (prompts, others))
-    most, order = _rows_in_budget(model, n_tokens), sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    ends = end_ids(model, tok)
+    most, ends = _rows_in_budget(model, n_tokens), end_ids(model, tok)
 
-    def run(batch_size: int) -> dict[int, tuple[np.ndarray, str]]:
-        found: dict[int, tuple[np.ndarray, str]] = {}
-        for start in progress(range(0, len(order), batch_size), desc="answers", unit="batch"):
-            part = order[start : start + batch_size]
-            with condition():
-                answers = in_groups(model, [ids[i] for i in part], partial(_answer, model, tok, n_tokens))
-            base = _base_logits(model, tok, [base_ids[i] for i in part], [tokens for tokens, _ in answers], most)
-            for i, (answer, steps), seen in zip(part, answers, base, strict=True):
-                kl = token_kl(torch.stack(steps), seen).double().cpu().numpy()
-                found[i] = kl, decode_answer(tok, answer[:-1] if answer[-1] in ends else answer)
-        return found
+    def run(part: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[np.ndarray, str]]:
+        rows, base_rows = zip(*part, strict=True)
+        with condition():
+            answers = generate(model, tok.pad_token_id, rows, n_tokens, ends, with_logits=True)
+        base = _base_logits(model, tok, base_rows, [tokens for tokens, _ in answers], most)
+        for (tokens, steps), seen in zip(answers, base, strict=True):
+            kl = token_kl(torch.stack(list(steps)), seen).double().cpu().numpy()
+            yield kl, decode_answer(tok, without_end(tokens, ends))
 
-    if batch_size:
-        found = run(min(batch_size, most))
-    else:
-        found = find_executable_batch_size(run, starting_batch_size=min(START_BATCH, most))()
-    kl, answers = zip(*(found[i] for i in range(len(ids))), strict=True)
+    measured = in_batches(
+        list(zip(ids, base_ids, strict=True)),
+        run,
+        batch_size and min(batch_size, most),
+        min(START_BATCH, most),
+        length=lambda pair: len(pair[0]),
+        desc="answers",
+        unit="answer",
+    )
+    kl, answers = zip(*measured, strict=True)
     if not all(np.isfinite(row).all() for row in kl):
         raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
     return Divergence(kl, answers)
@@ -145,47 +145,16 @@ def _rows_in_budget(model: PreTrainedModel, n_tokens: int) -> int:
     return most // n_tokens
 
 
-def _answer(
-    model: PreTrainedModel, tok: Tokenizer, n_tokens: int, prompts: Sequence[list[int]]
-) -> list[tuple[list[int], list[Float[Tensor, "vocab"]]]]:
-    """Greedy answers up to and including their end of turn, each with the raw float32 logits of its steps."""
-    ids, mask = left_pad(prompts, tok.pad_token_id, model.device)
-    ends = end_ids(model, tok)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=n_tokens,
-        eos_token_id=ends,
-        pad_token_id=tok.pad_token_id,
-        past_key_values=new_cache(model, ids.shape[1] + n_tokens),
-        **PLAIN | {"return_dict_in_generate": True, "output_logits": True},
-    )
-    answers = [_until_end(row, ends) for row in out.sequences[:, ids.shape[1] :].tolist()]
-    return [(answer, [step[row] for step in out.logits[: len(answer)]]) for row, answer in enumerate(answers)]
-
-
-def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-    return row[: stop + 1]
-
-
 def _base_logits(
     model: PreTrainedModel, tok: Tokenizer, prompts: Sequence[list[int]], answers: Sequence[list[int]], most: int
 ) -> Iterator[Float[Tensor, "n vocab"]]:
     """The model's logits at the positions of every answer, row by row; a quarter of the budget at a time."""
     size = max(1, most // 4)
 
-    def read(keep: int, rows: Sequence[list[int]]) -> Float[Tensor, "rows keep vocab"]:
-        tokens, mask = left_pad(rows, tok.pad_token_id, model.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        logits: Tensor = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=keep
-        ).logits
-        return logits
-
     for start in range(0, len(prompts), size):
         part = answers[start : start + size]
         rows = [p + a[:-1] for p, a in zip(prompts[start : start + size], part, strict=True)]
-        seen = in_groups(model, rows, partial(read, max(map(len, part))))
+        read = partial(row_logits, model, tok.pad_token_id, keep=max(map(len, part)))
+        seen = in_groups(model, rows, read)
         for row, answer in zip(seen, part, strict=True):
             yield row[-len(answer) :]

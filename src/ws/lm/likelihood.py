@@ -4,7 +4,7 @@
 
 Several answers to one prompt go through the model in one row, which holds the prompt once: the last token of the prompt
 stands at the start of every answer, so that each answer's columns predict exactly its tokens, and a mask keeps the
-answers from each other. Models that take no such mask (`ws.lm.choice.takes_masks`) read every answer in a row of its
+answers from each other. Models that take no such mask (`ws.lm.batches.takes_masks`) read every answer in a row of its
 own.
 """
 
@@ -14,15 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.console import progress
 from ws.errors import WsError
-from ws.lm.choice import _packed, in_groups, left_pad, takes_masks
+from ws.lm.batches import in_batches, in_groups, packed_logits, row_logits, takes_masks
 
 Ids = Sequence[int]
 START_BATCH = 64
@@ -43,42 +41,33 @@ def score_answers(
     Args:
         prompts: `n` prompts as tokens.
         answers: per prompt its answers as tokens (`ws.data.answer_ids`), as many to each; none is empty.
-        batch_size: prompts per forward pass; None starts at what memory is budgeted for and halves while it does not
-            suffice.
+        batch_size: prompts per forward pass; None starts at what memory is budgeted for and takes fewer while it
+            does not suffice.
 
     Raises:
         WsError: nothing to score, an empty answer, or probabilities that are NaN or zero.
     """
     if not prompts or not all(answer for of in answers for answer in of):
         raise WsError("There are no answers to score, or one of them has no tokens.")
-    order = sorted(range(len(prompts)), key=lambda i: (max(map(len, answers[i])), len(prompts[i])))
-    most = _prompts_in_budget(model, answers)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    most = max(1, _BUDGET // (4 * vocabulary * max(len(of) * max(map(len, of)) for of in answers)))
 
-    def run(batch_size: int) -> dict[int, list[Tensor]]:
-        found: dict[int, list[Tensor]] = {}
-        with progress(total=len(order), desc="answers", unit="question") as bar:
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                scored = answer_logp(model, tok.pad_token_id, [prompts[i] for i in part], [answers[i] for i in part])
-                found |= {i: [x.double().cpu() for x in of] for i, of in zip(part, scored, strict=True)}
-                bar.update(len(part))
-        return found
+    def run(part: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[np.ndarray]]:
+        scored = answer_logp(model, tok.pad_token_id, *zip(*part, strict=True))
+        return [[x.double().cpu().numpy() for x in of] for of in scored]
 
-    if batch_size:
-        found = run(min(batch_size, most))
-    else:
-        found = find_executable_batch_size(run, starting_batch_size=min(START_BATCH, most))()
-    logp = [[x.numpy() for x in found[i]] for i in range(len(prompts))]
+    logp = in_batches(
+        list(zip(prompts, answers, strict=True)),
+        run,
+        batch_size and min(batch_size, most),
+        min(START_BATCH, most),
+        length=lambda asked: (max(map(len, asked[1])), len(asked[0])),
+        desc="answers",
+        unit="question",
+    )
     if not all(np.isfinite(x).all() for of in logp for x in of):
         raise WsError("The model gave NaN or zero probabilities; its weights or the steering strength are broken.")
     return logp
-
-
-def _prompts_in_budget(model: PreTrainedModel, answers: Sequence[Sequence[Ids]]) -> int:
-    """How many prompts' answers fit the budget of memory at once."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    widest = max(len(of) * max(map(len, of)) for of in answers)
-    return max(1, _BUDGET // (4 * vocabulary * widest))
 
 
 def answer_logp(
@@ -86,41 +75,21 @@ def answer_logp(
 ) -> list[list[Float[Tensor, "tokens"]]]:
     """The same for one batch, as float32 tensors on the model's device, with their graph where gradients are wanted."""
     if takes_masks(model) and min(map(len, prompts)) > 1:
-        return _packed_logp(model, pad_id, prompts, answers)
+        # The prompt's last token begins every part, so that a part's columns predict exactly its answer.
+        asked, n_answers = list(zip(prompts, answers, strict=True)), len(answers[0])
+        parts = [[[prompt[-1], *of[m][:-1]] for prompt, of in asked] for m in range(n_answers)]
+        logits, ends = packed_logits(model, pad_id, [prompt[:-1] for prompt in prompts], parts, every=True)
+        stops = [end + 1 for end in ends.tolist()]
+        return [
+            [_token_logp(row[stop - len(answer) : stop], answer) for stop, answer in zip(stops, of, strict=True)]
+            for row, of in zip(logits, answers, strict=True)
+        ]
     rows = [[*prompt, *answer] for prompt, of in zip(prompts, answers, strict=True) for answer in of]
     lengths = [len(answer) for of in answers for answer in of]
-
-    def run(part: Sequence[list[int]]) -> Tensor:
-        tokens, mask = left_pad([row[:-1] for row in part], pad_id, model.device)
-        positions, keep = (mask.cumsum(dim=1) - 1).clamp(min=0), min(max(lengths), tokens.shape[1])
-        logits: Tensor = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-        ).logits
-        return logits[:, -keep:]
-
-    seen = in_groups(model, rows, run)
+    keep = max(lengths)
+    seen = in_groups(model, [row[:-1] for row in rows], lambda part: row_logits(model, pad_id, part, keep))
     flat = iter(_token_logp(logits[-n:], row[-n:]) for logits, row, n in zip(seen, rows, lengths, strict=True))
     return [[next(flat) for _ in of] for of in answers]
-
-
-def _packed_logp(
-    model: PreTrainedModel, pad_id: int, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]
-) -> list[list[Tensor]]:
-    start = left_pad([prompt[:-1] for prompt in prompts], pad_id, model.device)
-    parts = [
-        left_pad([[prompt[-1], *of[m][:-1]] for prompt, of in zip(prompts, answers, strict=True)], pad_id, model.device)
-        for m in range(len(answers[0]))
-    ]
-    tokens, positions, mask, ends = _packed(start, parts, model.dtype)
-    keep = tokens.shape[1] - start[0].shape[1]
-    logits = model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    ).logits[:, -keep:]  # some models give all columns whatever they are asked for
-    last = (ends - start[0].shape[1] + 1).tolist()  # where each part ends among the columns that were kept
-    return [
-        [_token_logp(logits[i, end - len(answer) : end], answer) for end, answer in zip(last, of, strict=True)]
-        for i, of in enumerate(answers)
-    ]
 
 
 def _token_logp(logits: Float[Tensor, "tokens vocabulary"], answer: Ids) -> Float[Tensor, "tokens"]:

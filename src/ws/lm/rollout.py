@@ -9,74 +9,37 @@ the same keys and values. Models whose template has no think block think in plai
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, StoppingCriteria
+from transformers import Cache, PreTrainedModel, StoppingCriteria
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.console import progress
 from ws.errors import WsError
+from ws.lm.batches import in_batches, in_groups, left_pad, next_logits, positions_of, takes_masks
 from ws.lm.choice import (
     Choice,
     ChoiceScores,
     choice_logp,
     choice_variants,
-    in_groups,
-    keeps_state,
-    left_pad,
     score_choices,
     score_rows,
     share_prefixes,
-    takes_masks,
-    takes_padding,
     with_each_token,
 )
+from ws.lm.generation import PLAIN, continue_from, new_cache
 from ws.lm.models import chat_format, decode_answer, encode, encode_after, end_ids, render_prompt
 
 START_BATCH = 32
 # Put behind the question where there is no think block: a model that is asked for a choice alone writes nothing else.
 REASONS = "\n\nGive your reasons first, in two or three sentences. End with your answer."
-# The argmax at every step, for all greedy generation: whatever a model's generation_config advises besides (beams,
-# penalties, bans, least lengths, other stops and caches) is switched off by name, because `generate` takes from there
-# what it is not told. Hooks are not compiled.
-_OFF: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-            *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "constraints"),
-            *("forced_bos_token_id", "forced_eos_token_id", "force_words_ids", "exponential_decay_length_penalty"),
-            *("guidance_scale", "watermarking_config", "penalty_alpha", "dola_layers", "diversity_penalty"),
-            *("num_beam_groups", "stop_strings", "max_time", "prompt_lookup_num_tokens", "assistant_early_exit"),
-            *("min_new_tokens", "cache_implementation", "cache_config"),
-        )
-    ),
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "token_healing": False,
-    "use_mtp": False,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    "disable_compile": True,
-}
-PLAIN = {name: value for name, value in _OFF.items() if hasattr(GenerationConfig(), name)}  # versions differ in names
 
 
 @dataclass(frozen=True)
@@ -116,7 +79,7 @@ def roll_out(
         choices: see `score_choices`.
         anchors: the start of the answer that is put into the model's mouth, one per question.
         n_think: at most so many tokens of thought; 0 turns thinking off and needs no generation at all.
-        batch_size: rows at a time; None starts at 32 and halves while memory does not suffice.
+        batch_size: rows at a time; None starts at 32 and takes fewer while memory does not suffice.
         reasons: what is put behind the question of a model that has no think block and is to think.
 
     Raises:
@@ -136,21 +99,9 @@ def roll_out(
     asked = zip(questions, anchors, strict=True)
     rows = [_Row(encode(tok, thinking_prompt(tok, q, reasons)), _closing(tok, a, choices)) for q, a in asked]
     variants = with_each_token(choice_variants(tok, choices, model.device))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-
-    def run(batch_size: int) -> None:
-        with progress(total=len(order), desc="thoughts", unit="question") as bar:
-            for start in range(0, len(order), batch_size):
-                part = [rows[i] for i in order[start : start + batch_size]]
-                _think_and_answer(model, tok, part, variants, n_think)
-                bar.update(len(part))
-
-    if batch_size:
-        run(batch_size)
-    else:
-        find_executable_batch_size(run, starting_batch_size=START_BATCH)()
-    logp = torch.stack([row.logp for row in rows if row.logp is not None])
-    scores = ChoiceScores.checked(choices, logp)
+    answer = partial(_think_and_answer, model, tok, variants, n_think)
+    logp = in_batches(rows, answer, batch_size, START_BATCH, length=len, desc="thoughts", unit="question")
+    scores = ChoiceScores.checked(choices, torch.stack(logp))
     thoughts = tuple(row.text for row in rows)
     lengths = np.array([len(row.thought) for row in rows])
     return Rollouts(scores, thoughts, lengths, np.array([row.forced for row in rows]))
@@ -223,7 +174,7 @@ def _closing(tok: Tokenizer, anchor: str, choices: Sequence[Choice]) -> _Closing
 
 @dataclass
 class _Row:
-    """One question on its way: what was thought, and what there is to record."""
+    """One question on its way: what was thought, and how its thought ended."""
 
     prompt: list[int]
     closing: _Closing
@@ -231,7 +182,6 @@ class _Row:
     text: str = ""
     forced: bool = False
     at_anchor: bool = False
-    logp: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -246,8 +196,12 @@ class _Row:
         stated = self.closing.stated.search(text) if self.closing.stated else None
         self.at_anchor = False
         if stated:
-            self.thought = _tokens_within(tok, self.thought, stated.start())
-            before = tok.decode(self.thought, skip_special_tokens=True)
+            # As many tokens as make no more text than stands before it; a token may hold the end of one and the start
+            # of the other.
+            before = text
+            while len(before) > stated.start():
+                del self.thought[-1]
+                before = tok.decode(self.thought, skip_special_tokens=True)
             self.at_anchor = before[-1].isspace() if before else chat_format(tok).has_template
             self.forced, text = False, text[: stated.end()]
         self.text = text.strip() if stated else decode_answer(tok, self.thought)
@@ -258,12 +212,6 @@ class _Row:
         cut = close.cut if self.forced and close.close_id is not None else ()
         shut = () if close.close_id is None else (close.close_id,)
         return [*self.thought[kept:], *cut, *shut, *(close.alone if self.at_anchor else close.anchor)]
-
-
-def _tokens_within(tok: Tokenizer, ids: Sequence[int], length: int) -> list[int]:
-    """The first tokens, as many as make a text of at most `length` characters."""
-    n = next(i for i in range(len(ids), -1, -1) if len(tok.decode(ids[:i], skip_special_tokens=True)) <= length)
-    return list(ids[:n])
 
 
 class _Stated(StoppingCriteria):
@@ -282,21 +230,17 @@ class _Stated(StoppingCriteria):
 
 
 def _think_and_answer(
-    model: PreTrainedModel, tok: Tokenizer, rows: Sequence[_Row], variants: Sequence[Tensor], n_think: int
-) -> None:
-    """Let a batch think, and read its answers.
+    model: PreTrainedModel, tok: Tokenizer, variants: Sequence[Tensor], n_think: int, rows: Sequence[_Row]
+) -> Float[Tensor, "b k"]:
+    """Let a batch think, and read its answers: the choices' log-probabilities.
 
     Where the model takes masks the answers are read behind the same keys and values, and nothing is run twice. Layers
     with a state or a window cannot overlook what other rows generated meanwhile; there every row is run from its start.
     """
     if takes_masks(model):
-        answers = choice_logp(_answer_logits(model, tok, rows, *_think(model, tok, n_think, rows)), variants)
-    else:
-        in_groups(model, rows, lambda part: [_think(model, tok, n_think, part)] * len(part))
-        whole = [[*row.prompt, *row.rest(0)] for row in rows]
-        answers = score_rows(model, tok.pad_token_id, whole, variants)
-    for row, logp in zip(rows, answers, strict=True):
-        row.logp = logp
+        return choice_logp(_answer_logits(model, tok, rows, *_think(model, tok, n_think, rows)), variants)
+    in_groups(model, rows, lambda part: [_think(model, tok, n_think, part)] * len(part))
+    return score_rows(model, tok.pad_token_id, [[*row.prompt, *row.rest(0)] for row in rows], variants)
 
 
 def _think(
@@ -310,18 +254,12 @@ def _think(
     ends = frozenset(end_ids(model, tok))
     tail = max(len(r.closing.cut) + len(r.closing.anchor) for r in rows) + 3
     ids, mask, cache = _begin(model, tok.pad_token_id, rows, n_think + tail)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=n_think,
-        eos_token_id=sorted({*ends, *(r.closing.close_id for r in rows if r.closing.close_id is not None)}),
-        pad_token_id=tok.pad_token_id,
-        past_key_values=cache,
-        stopping_criteria=[_Stated(tok, rows, ids.shape[1])] if rows[0].closing.stated else None,
-        **PLAIN,
-    )
-    for row, new in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-        row.take(tok, new, ends)
+    stops = ends | {r.closing.close_id for r in rows if r.closing.close_id is not None}
+    stated = [_Stated(tok, rows, ids.shape[1])] if rows[0].closing.stated else None
+    options = {**PLAIN, "stopping_criteria": stated}
+    written = continue_from(model, tok.pad_token_id, ids, mask, cache, n_think, stops, options)
+    for row, new in zip(rows, written, strict=True):
+        row.take(tok, new.tokens, ends)
     return mask, cache
 
 
@@ -338,11 +276,7 @@ def _answer_logits(
     thoughts = torch.arange(run, device=mask.device)[None] < torch.tensor(kept, device=mask.device)[:, None]
     last, real = left_pad([r.rest(k) for r, k in zip(rows, kept, strict=True)], tok.pad_token_id, model.device)
     seen = torch.cat([mask, thoughts.to(mask.dtype), real], dim=1)
-    positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -last.shape[1] :]
-    logits: Tensor = model(
-        input_ids=last, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
-    ).logits
-    return logits[:, -1]
+    return next_logits(model, last, seen, cache)
 
 
 def _begin(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], room: int) -> tuple[Tensor, Tensor, Cache | None]:
@@ -357,10 +291,13 @@ def _begin(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], room: int)
         return ids, mask, new_cache(model, ids.shape[1] + room)
     cuts = [f.prefix or f.suffixes[0][: len(f.suffixes[0]) // 2] for f in families]
     start, start_mask = left_pad(cuts, pad_id, model.device)
-    positions = (start_mask.cumsum(dim=1) - 1).clamp(min=0)
     nothing = torch.empty(0, dtype=torch.long, device=model.device)  # no position of this pass is read for a next token
     known = model(
-        input_ids=start, attention_mask=start_mask, position_ids=positions, use_cache=True, logits_to_keep=nothing
+        input_ids=start,
+        attention_mask=start_mask,
+        position_ids=positions_of(start_mask),
+        use_cache=True,
+        logits_to_keep=nothing,
     ).past_key_values
     home = {row: number for number, family in enumerate(families) for row in family.rows}
     of = torch.tensor([home[i] for i in range(len(rows))], device=model.device)
@@ -370,23 +307,3 @@ def _begin(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], room: int)
     for number, layer in enumerate(known.layers):
         cache.update(layer.keys[of], layer.values[of], number)
     return torch.cat([start[of], rest], dim=1), torch.cat([start_mask[of], rest_mask], dim=1), cache
-
-
-def new_cache(model: PreTrainedModel, length: int) -> Cache | None:
-    """An empty cache for `generate`, with room for the whole length at once where the model takes it so.
-
-    A cache that grows is copied whole at every token, which costs more than the token itself on a CPU. None for models
-    with a state, several of which know a cache of their own only.
-    """
-    if keeps_state(model):
-        return None
-    fixed = getattr(model, "_can_compile_fullgraph", False) and not getattr(model.config, "alibi", False)
-    return StaticCache(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
-
-
-def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether a `DynamicCache` that is handed to forward passes carries all that the model remembers of a batch.
-
-    Mamba, RWKV and xLSTM know caches of their own only, and overlook one that they are handed.
-    """
-    return takes_padding(model) and "past_key_values" in inspect.signature(model.forward).parameters

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
@@ -42,8 +41,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from ws.errors import WsError
-from ws.lm.choice import in_groups, left_pad, takes_masks
-from ws.lm.rollout import PLAIN, takes_cache
+from ws.lm.batches import in_groups, left_pad, next_logits, takes_cache, takes_masks, with_batch_size
+from ws.lm.generation import PLAIN, continue_from
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.9
 # What a model may advise besides that makes some tokens more probable than others; `generate` would follow it, too.
@@ -262,11 +261,10 @@ def sample_rows(
                 _generated(model, pad_id, [rows[i] for i in order[start : start + batch_size]], warpers)
         return [row.written for row in rows]
 
-    if batch_size:
-        return run(batch_size)
-    longest = len(prompts[order[-1]]) + max_new_tokens
-    start = min(START_BATCH, _rows_in_budget(model, longest)) if refills else START_BATCH
-    return find_executable_batch_size(run, starting_batch_size=start)()
+    start = START_BATCH
+    if refills and not batch_size:
+        start = min(start, _rows_in_budget(model, len(prompts[order[-1]]) + max_new_tokens))
+    return with_batch_size(run, batch_size, start)
 
 
 def _rows_in_budget(model: PreTrainedModel, length: int) -> int:
@@ -298,15 +296,8 @@ def _generated(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], warper
 
     def run(part: Sequence[_Row]) -> Sequence[_Row]:
         ids, mask = left_pad([row.prompt for row in part], pad_id, model.device)
-        model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=part[0].most,
-            eos_token_id=sorted(part[0].ends),
-            pad_token_id=pad_id,
-            logits_processor=LogitsProcessorList([_Draws(part, warpers)]),
-            **PLAIN,
-        )
+        options = {**PLAIN, "logits_processor": LogitsProcessorList([_Draws(part, warpers)])}
+        continue_from(model, pad_id, ids, mask, None, part[0].most, part[0].ends, options)
         return part
 
     in_groups(model, rows, run)
@@ -385,15 +376,7 @@ class _Batch:
         self._write(model, warpers, tokens)
 
     def _write(self, model: PreTrainedModel, warpers: LogitsProcessorList, tokens: Tensor) -> None:
-        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        logits = model(
-            input_ids=tokens,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = next_logits(model, tokens, self.mask, self.cache)
         for row, token in zip(self.rows, _draw(self.rows, warpers, logits), strict=True):
             row.written += [] if row.done else [token]
 

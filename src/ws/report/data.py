@@ -20,10 +20,10 @@ from ws.analysis.compare_tables import NULLS
 from ws.analysis.sweep_tables import POOLED
 from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavior
 from ws.delta import LinearDelta
-from ws.diff import SteeringVector, vector_digest
+from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
 from ws.files.runs import RUN_MANIFEST, Run, data_folder, finished_runs, reads_otherwise, seed_flag, typed
-from ws.intervene.calibration import Calibration, load_calibration
+from ws.intervene.calibration import Calibration, read_calibration
 from ws.lm.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.lm.models import layer_of as decoder_layer
 from ws.options.shared import BASE, WEIGHT
@@ -364,18 +364,16 @@ class _Reader:
     def calibration(self) -> Calibration | None:
         """The calibration stored with the vector, when it is of this very one and of this tokenizer."""
         try:
-            found = load_calibration(self.folder / "vector", self.digest)
-        except WsError as problem:
-            self.gap(
-                "calibration", "of another vector" if "another vector" in str(problem) else "damaged", "ws calibrate"
-            )
+            calibration = read_calibration(self.folder / "vector" / CALIBRATION)
+        except WsError:
+            self.gap("calibration", "damaged", "ws calibrate")
             return None
-        if found is None:
+        other = calibration and calibration.units.mismatch(self.digest, self.tokenizer)
+        if calibration is None:
             self.gap("calibration", "missing", "ws calibrate")
-        elif found.tokenizer and self.tokenizer not in ("", found.tokenizer):
-            self.gap("calibration", OTHER_TEXT, "ws calibrate")
-            return None
-        return found
+        elif other:
+            self.gap("calibration", "of another vector" if other[0] == "vector" else OTHER_TEXT, "ws calibrate")
+        return None if other else calibration
 
     def controls(self) -> list[Row]:
         """The rows of `controls.csv` that are of this very vector."""
