@@ -54,6 +54,7 @@ from ws.lm.sampling import (
 )
 from ws.options.make import DataCommand as DataCommand
 from ws.options.make import DataConfig as DataConfig
+from ws.options.make import questions_asked
 from ws.stats import estimate_mean, estimate_text
 
 PAIRS_FILE = "pairs.jsonl"
@@ -67,8 +68,6 @@ _YES = re.compile(r"\W*yes\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+|[^\w\s]")
 # A difference between the sides of a pair set, or between steered and unsteered answers, is strong from here on.
 LENGTH_RATIO, SHARE_GAP, YES_GAP, IDENTICAL_SHARE = 1.25, 0.1, 0.2, 0.2
-# One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
-RESERVE = 5
 # Of so many pairs the card says how far they are acted and whether they are right; and from this share on it says that
 # answers talk about their persona, or are hardly more than a word.
 N_READ, NAMED_SHARE, SHORT, SHORT_SHARE = 64, 0.05, 5, 0.1
@@ -509,11 +508,6 @@ def _within(config: DataConfig, behavior: Behavior) -> DataConfig:
     if config.n_topics is None or config.n_topics > available:
         return replace(config, n_topics=questions_asked(available))
     return config
-
-
-def questions_asked(available: int) -> int:
-    """How many of a behaviour's questions are sampled by default: all but every fifth."""
-    return available - available // RESERVE
 
 
 def _count(flag: str, wanted: int | None, available: int) -> int:

@@ -13,22 +13,18 @@ from collections import Counter
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import t as student
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import SIDES, SPLITS, Draft, Finding, bundled_behaviors, plain_words, read_draft
-from ws.behaviors.acting import Acted, acted, base_problems, persona_margins
 from ws.behaviors.tables import evenly
-from ws.data import questions_asked, sample_answers
 from ws.errors import WsError
 from ws.files.runs import write_text
-from ws.lm.models import chat_format, encode, load_model, load_tokenizer, render_prompt
 from ws.options.check import CheckOptions as CheckOptions
-from ws.options.make import DataConfig, TrainConfig
+from ws.options.make import MIN_VALIDATION, DataConfig, TrainConfig, held_out, questions_asked
 from ws.options.make import InitOptions as InitOptions
-from ws.train import MIN_VALIDATION, held_out
 
 FEW_QUESTIONS = 40  # 8 are left for calibration and its audit, and a tenth of the others is held out: 3 questions
 FEW_CLAIMS = 12  # of a kind in the split `report`; as many as the bundled behaviours have at least
@@ -198,7 +194,7 @@ def behavior_template(name: str) -> str:
 # ---- what is wrong with it ------------------------------------------------------------------------------------------
 
 
-def check_behavior(path: str | Path, tok: Tokenizer | None = None, model: str | None = None) -> list[Finding]:
+def check_behavior(path: str | Path, tok: Any = None, model: str | None = None) -> list[Finding]:
     """Everything that is wrong with a behaviour file, errors first.
 
     Args:
@@ -212,7 +208,7 @@ def check_behavior(path: str | Path, tok: Tokenizer | None = None, model: str | 
     return _ordered(check_draft(read_draft(str(path), model), tok).findings)
 
 
-def check_draft(draft: Draft, tok: Tokenizer | None = None) -> Draft:
+def check_draft(draft: Draft, tok: Any = None) -> Draft:
     """The draft, with what does not keep it from being loaded and still spoils its results among its findings."""
     if draft.behavior.digest:  # else it is no TOML, and there is nothing to look at
         _check_words(draft)
@@ -357,7 +353,7 @@ def _content(text: str) -> frozenset[str]:
 # ---- what a chat template can carry ---------------------------------------------------------------------------------
 
 
-def _check_texts(draft: Draft, tok: Tokenizer | None) -> None:
+def _check_texts(draft: Draft, tok: Any) -> None:
     """Note marks of chat templates inside the texts and, with a tokenizer, what its template and length limit do."""
     special = set() if tok is None else {*tok.all_special_tokens, *tok.get_added_vocab()}
     placed = _placed(draft)
@@ -386,7 +382,9 @@ def _placed(draft: Draft) -> list[tuple[str, str]]:
     return [*placed, *((place, claim.text) for place, claim in draft.claims)]
 
 
-def _check_carried(draft: Draft, tok: Tokenizer) -> None:
+def _check_carried(draft: Draft, tok: Any) -> None:
+    from ws.lm.models import chat_format, render_prompt  # what a file is without a model is said without torch
+
     form = chat_format(tok)
     if not form.system_role:
         what = "no system role" if form.has_template else "no chat template"
@@ -398,8 +396,10 @@ def _check_carried(draft: Draft, tok: Tokenizer) -> None:
             )
 
 
-def _check_lengths(draft: Draft, tok: Tokenizer) -> None:
+def _check_lengths(draft: Draft, tok: Any) -> None:
     """Training leaves out what is longer than `--max-length`; a persona is stripped first, but fills the context."""
+    from ws.lm.models import encode, render_prompt
+
     most = TrainConfig().max_length
     for place, text in _placed(draft):
         if place.startswith("[claims]"):
@@ -428,7 +428,11 @@ def main_init(options: InitOptions) -> None:
 
 def main_check(options: CheckOptions) -> None:
     """The command `ws check-behavior`."""
-    tok = load_tokenizer(options.model) if options.model else None
+    tok = None
+    if options.model:
+        from ws.lm.models import load_tokenizer
+
+        tok = load_tokenizer(options.model)
     draft = check_draft(read_draft(options.file, options.model), tok)
     played = _act(draft, options) if options.model and draft.valid else None
     text = render_check(options.file, draft, options.model, played)
@@ -458,8 +462,12 @@ def _holdings(draft: Draft) -> list[str]:
     return lines
 
 
-def _act(draft: Draft, options: CheckOptions) -> Acted | None:
+def _act(draft: Draft, options: CheckOptions) -> Any:
     """How far the model acts the personas, in `N_ACTED` questions; what it cannot do is a warning."""
+    from ws.behaviors.acting import acted, base_problems, persona_margins
+    from ws.data import sample_answers
+    from ws.lm.models import load_model, render_prompt
+
     behavior = draft.behavior
     model, tok = load_model(options.model or "", options.device, options.dtype)
     for problem in base_problems(model, tok, behavior):
@@ -485,7 +493,7 @@ def _act(draft: Draft, options: CheckOptions) -> Acted | None:
     return played
 
 
-def render_check(name: str, draft: Draft, model: str | None = None, played: Acted | None = None) -> str:
+def render_check(name: str, draft: Draft, model: str | None = None, played: Any = None) -> str:
     """The findings as text; without an error also what the file holds, how it is acted, and what to run next."""
     lines = [f"[{f.severity}] {f.where}: {f.text}" for f in _ordered(draft.findings)]
     counts = Counter(f.severity for f in draft.findings)

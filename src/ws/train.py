@@ -52,13 +52,12 @@ from ws.files.runs import (
     write_text,
 )
 from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
-from ws.options.make import SIGNS
+from ws.options.make import MIN_VALIDATION, SIGNS, held_out
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
 
 TRAIN_FILE = "ws_train.json"
 T = TypeVar("T")
-MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 
 
 def adapter_spec(config: TrainConfig, adapter: str) -> AdapterSpec:
@@ -235,12 +234,6 @@ def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length:
     if len(short) < 2:
         raise WsError(f"Training needs at least 2 usable pairs of at most {max_length} tokens; there are {len(short)}.")
     return short
-
-
-def held_out(n: int, share: float) -> int:
-    """How many of `n` questions are held out for validation: a share of them, or none where that is all or nothing."""
-    held = round(share * n)
-    return 0 if held == n else held
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

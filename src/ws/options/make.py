@@ -22,6 +22,20 @@ BACKENDS = ("local", "pueue", "ray")
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # What sweeps do by themselves; the others need items that not every behaviour brings.
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
+MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
+# One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
+RESERVE = 5
+
+
+def questions_asked(available: int) -> int:
+    """How many of a behaviour's questions are sampled by default: all but every fifth."""
+    return available - available // RESERVE
+
+
+def held_out(n: int, share: float) -> int:
+    """How many of `n` questions are held out for validation: a share of them, or none where that is all or nothing."""
+    held = round(share * n)
+    return 0 if held == n else held
 
 
 class _OfBehavior:

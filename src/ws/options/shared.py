@@ -274,7 +274,8 @@ class CalibrationConfig:
         quantile: of the per-token divergences over all positions.
         tolerance: relative; the divergence at a calibrated strength is within it of the target.
         max_evaluations: measurements per sign; with the one of the audit ten by default.
-        batch_size: answers at a time; None starts at what memory is budgeted for and takes fewer where it is too little.
+        batch_size: answers at a time; None starts at what memory is budgeted for, and takes fewer where that is
+            too little.
     """
 
     n_prompts: int = N_PROMPTS
