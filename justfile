@@ -45,7 +45,7 @@ calibrate *args:
 
 # shifts beside those of random vectors: `just controls adapter=delora behavior=honesty`
 controls *args:
-    uv run ws controls {{args}}
+    uv run ws check controls {{args}}
 
 # every way of steering at the same cost: `just compare behavior=honesty`
 compare *args:
@@ -73,7 +73,7 @@ trim *args:
 
 # the slope at alpha 0, from gradients: `just slope adapter=delora behavior=honesty`
 slope *args:
-    uv run ws slope {{args}}
+    uv run ws check slope {{args}}
 
 # everything a behaviour's runs have shown, as one page: `just report behavior=honesty`
 report *args:

@@ -274,7 +274,7 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main_init(parse(InitOptions, ["mine"]))
     assert (tmp_path / "mine.toml").read_text() == GOOD
-    assert "ws check-behavior mine.toml" in capsys.readouterr().out
+    assert "ws behavior check mine.toml" in capsys.readouterr().out
     with pytest.raises(WsError, match="not overwritten"):
         main_init(InitOptions("mine"))
     with pytest.raises(WsError, match="ends in .toml"):

@@ -1,7 +1,7 @@
 """A behaviour of one's own: a file to start from, and a check that names everything that is wrong with it at once.
 
-`ws init-behavior NAME` writes a file that explains each of its keys and is valid as it stands; its example works on the
-bundled pocket model. `ws check-behavior FILE` reads a file as `load_behavior` does, but goes on after the first problem
+`ws behavior new NAME` writes a file that explains each of its keys and is valid as it stands; its example works on the
+bundled pocket model. `ws behavior check FILE` reads a file as `load_behavior` does, but goes on after the first problem
 and also looks at what loads and still spoils a result: questions that give a held-out claim away, claims without a
 control, too few of anything, and texts that a model's chat template cannot carry.
 """
@@ -50,7 +50,7 @@ _FORM_WORDS = frozenset(
 _TEMPLATE = """\
 # The behaviour @NAME@: who answers, what is asked, and what is held out to measure the effect.
 # The content is an example that works as it stands, also on the bundled pocket model. Replace it by yours, then run
-#     ws check-behavior @NAME@.toml
+#     ws behavior check @NAME@.toml
 # The pocket model knows only a small world and these kinds of persona (honest, lying, flattering, frank); another
 # kind of behaviour needs a real model, such as `--model Qwen/Qwen3-0.6B`.
 
@@ -416,18 +416,18 @@ def _check_lengths(draft: Draft, tok: Any) -> None:
 
 
 def main_init(options: InitOptions) -> None:
-    """The command `ws init-behavior`."""
+    """The command `ws behavior new`."""
     text, file = behavior_template(options.name), options.to or Path(f"{options.name}.toml")
     if file.suffix != ".toml":
         raise WsError(f"A behaviour file ends in .toml, and {file} does not; give --to {file}.toml.")
     if file.exists():
         raise WsError(f"{file} exists and is not overwritten; give another name, or another place with --to.")
     write_text(file, text)
-    console.show(console.Result("", {}, [file], f"fill it in, then ws check-behavior {file}"))
+    console.show(console.Result("", {}, [file], f"fill it in, then ws behavior check {file}"))
 
 
 def main_check(options: CheckOptions) -> None:
-    """The command `ws check-behavior`."""
+    """The command `ws behavior check`."""
     tok = None
     if options.model:
         from ws.lm.models import load_tokenizer

@@ -107,7 +107,7 @@ def test_manifests_hold_versions_and_no_absolute_path(tmp_path):
     ("argv", "command"),
     [
         (["ws demo", "--model", "pocket"], "ws demo --model pocket"),
-        (["/opt/bin/ws eval-sycophancy", "--out", "my out"], "ws eval-sycophancy --out 'my out'"),
+        (["/opt/bin/ws eval sycophancy", "--out", "my out"], "ws eval sycophancy --out 'my out'"),
         (["/opt/my script.py", "--fast"], "'my script.py' --fast"),
         (["ipykernel_launcher.py", "-f", "x"], ""),
     ],

@@ -141,7 +141,12 @@ def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
             "ws eval airisk --adapter lora",
             "ws eval tinymfv-airisk --adapter lora",
         ),
-        *("ws calibrate --adapter lora", "ws controls --adapter lora", "ws confounds --adapter lora", "ws compare"),
+        *(
+            "ws calibrate --adapter lora",
+            "ws check controls --adapter lora",
+            "ws check confounds --adapter lora",
+            "ws compare",
+        ),
         *(f"{begun} --model {BASE}" for begun in ("ws data", "ws replicate --adapter lora")),
         *(f"ws replicate --control {null} --adapter lora --model {BASE}" for null in ("shuffled", "same-side")),
     ):
@@ -634,9 +639,9 @@ def test_commands_that_are_nobodys_but_a_script_are_said_to_be(tmp_path):
     run = Run(folder)
     for name, command in (("pos", "run_sweep.py --model pocket"), ("reading", "mine.py --fast")):
         run.write(name, run.manifest["stages"].get(name, {"outputs": {}}) | {"command": command})
-    run.write("sycophancy", run.facts("sycophancy") | {"command": "ws eval-sycophancy --adapter lora"})
+    run.write("sycophancy", run.facts("sycophancy") | {"command": "ws eval sycophancy --adapter lora"})
     found = commands(read_contents(tmp_path, "honesty"))
-    assert found[:2] == ["python -m ws.run_sweep --model pocket", "ws eval-sycophancy --adapter lora"]
+    assert found[:2] == ["python -m ws.run_sweep --model pocket", "ws eval sycophancy --adapter lora"]
     assert found[2].startswith("# a script: mine.py")
     assert found[-1] == "ws report --behavior honesty"
 

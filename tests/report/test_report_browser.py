@@ -165,7 +165,7 @@ def test_commands_are_copied_as_they_are(open_page):
         assert text == block.text_content()
         copied += text.splitlines()
     assert buttons.count() == 0
-    assert "ws confounds --adapter delora --behavior honesty" in copied
+    assert "ws check confounds --adapter delora --behavior honesty" in copied
     assert all(shlex.split(line, comments=True)[:1] in ([], ["ws"]) for line in copied), "a script's line is a comment"
     page.evaluate("getSelection().selectAllChildren(document.querySelector('pre'))")
     assert page.evaluate("getSelection().toString()").strip() == blocks[0].text_content().strip(), "and by hand"

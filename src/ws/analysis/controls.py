@@ -3,7 +3,7 @@
 Three nulls of rising difficulty, and a shift is called real only against all three:
 
 - `random_like`: a random vector with the coordinates and the per-module norms of `dW`. It costs one evaluation a draw,
-  and `ws controls` does it for a finished run. Easy to beat: hardly any random direction points anywhere, and
+  and `ws check controls` does it for a finished run. Easy to beat: hardly any random direction points anywhere, and
   a vector trained on anything does, label-shuffled ones included. To beat it is no evidence of the behaviour.
 - label-shuffled (`exchange_half`): half of the pairs change sides before the training, so that what is left of the
   contrast is what the procedure itself produces: same questions, answers, arms and sizes, but no behaviour to learn.
@@ -334,7 +334,7 @@ def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(options: ControlOptions) -> None:
-    """The command `ws controls`."""
+    """The command `ws check controls`."""
     options.check()
     context = open_context(options.eval_options(options.alphas))
     found = summarize_controls(measure_controls(context, options))
@@ -343,4 +343,4 @@ def main(options: ControlOptions) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, ControlOptions, "ws controls")
+    console.run(main, ControlOptions, "ws check controls")

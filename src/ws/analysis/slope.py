@@ -596,9 +596,9 @@ def _layer_sum(parts: Sequence[Mapping[str, str]], score: str, layer: str) -> st
 
 
 def main(options: SlopeOptions) -> None:
-    """The command `ws slope`."""
+    """The command `ws check slope`."""
     console.show(carry_out(open_context(options.eval_options()), options))
 
 
 if __name__ == "__main__":
-    console.run(main, SlopeOptions, "ws slope")
+    console.run(main, SlopeOptions, "ws check slope")

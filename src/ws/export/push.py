@@ -1,7 +1,7 @@
 """Publishing: a vector and its card as a repository on the hub, which `SteeringVector.load("user/name")` reads back.
 
-`ws push user/name` sends the saved vector's own files, weights bit for bit, with a model card; `--dry-run` shows what
-would be sent. What names a folder of this machine is cut down to the folder's name first.
+`ws export push user/name` sends the saved vector's own files, weights bit for bit, with a model card; `--dry-run` shows
+what would be sent. What names a folder of this machine is cut down to the folder's name first.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _clean(file: Path) -> None:
 
 
 def main(options: PushOptions) -> None:
-    """The command `ws push`."""
+    """The command `ws export push`."""
     o = options
     hub.check_name(o.repo)
     source = _source(o)

@@ -37,7 +37,7 @@ TABLES = {
     ACTS: ("ws eval tinymfv-airisk", {"summary": "summary", "items": "per_vignette"}),
     PREFERENCE: ("ws eval preference", {"summary": "summary", "items": "per_question"}),
     STATEMENTS: ("ws eval statements", {"summary": "summary", "items": "per_statement"}),
-    CONFOUNDS: ("ws confounds", {"summary": "summary", "answers": "answers"}),
+    CONFOUNDS: ("ws check confounds", {"summary": "summary", "answers": "answers"}),
 }
 _CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
@@ -380,10 +380,10 @@ class _Reader:
         rows = read_rows(self.folder / "controls.csv") or []
         kept = [r for r in rows if r.get("vector") == self.digest[:12] and r.keys() >= _CONTROL]
         if self.reads_otherwise("controls"):
-            self.gap("controls", OTHER_TEXT, "ws controls")
+            self.gap("controls", OTHER_TEXT, "ws check controls")
             return []
         if not kept:
-            self.gap("controls", "made with another vector" if rows else "missing", "ws controls")
+            self.gap("controls", "made with another vector" if rows else "missing", "ws check controls")
         return kept
 
     def samples(self) -> list[Mapping[str, Any]]:

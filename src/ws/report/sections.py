@@ -193,7 +193,7 @@ class Sampled:
 
 
 def samples(contents: Contents) -> list[Sampled]:
-    """What `samples.json` holds and a few of the free answers that `ws confounds` keeps, answers side by side."""
+    """What `samples.json` holds and a few of the free answers that `ws check confounds` keeps, answers side by side."""
     found = []
     for adapter in contents.adapters:
         seeds = tuple((run.name, questions) for run in contents.of(adapter) if (questions := _questions(run)))

@@ -108,7 +108,7 @@ def _margin(row: Mapping[str, Any], name: str) -> str:
 
 
 def confounds_table(contents: Contents) -> Table:
-    """What `ws confounds` found, sentence by sentence."""
+    """What `ws check confounds` found, sentence by sentence."""
     rows = []
     for run in contents.results:
         for row in run.tables.get((CONFOUNDS, "summary"), ()):
@@ -118,7 +118,7 @@ def confounds_table(contents: Contents) -> Table:
                     mark = "strong" if name in strong else ""
                     rows.append((run.name, strength(float(row["alpha"])), name, mark, row[f"verdict_{name}"]))
     header = ("run", "alpha", "confound", "strong", "verdict")
-    return Table("Confounds, as ws confounds judges them", header, tuple(rows))
+    return Table("Confounds, as ws check confounds judges them", header, tuple(rows))
 
 
 def other_dilemmas_table(contents: Contents) -> Table:

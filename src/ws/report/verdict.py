@@ -44,7 +44,7 @@ class Evidence:
         real: whether it beats random, label-shuffled and same-side vectors; None when one of them is missing.
         p_random: among random vectors, which is no evidence for a vector that was trained; None without draws.
         agreement: of false claims, against the shift on true ones; None without at least two of either kind.
-        strong: further confounds that `ws confounds` calls strong at that strength; None where it was not run.
+        strong: further confounds that `ws check confounds` calls strong at that strength; None where it was not run.
     """
 
     score: Score

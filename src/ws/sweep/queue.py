@@ -1,6 +1,6 @@
 """A sweep as a graph of commands, on this machine, on a ray cluster or in pueue.
 
-`ws queue --workers 2` samples the pairs, trains every adapter and seed, evaluates each as soon as it is
+`ws sweep --backend local --workers 2` samples the pairs, trains every adapter and seed, evaluates each as soon as it is
 trained and sums up; `--eval-only` evaluates what is trained already; `--dry-run` shows the commands. A job that fails
 stops only what needs it; running again does what is missing. Logs and state are in `out/<behavior>/queue/`.
 """
@@ -168,7 +168,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 
 def main(config: QueueConfig) -> None:
-    """The command `ws queue`."""
+    """The command `ws sweep --backend`."""
     jobs = sweep_jobs(config)
     if config.dry_run:
         console.show(console.Result(preview(config, jobs), {"jobs": jobs}))
@@ -186,4 +186,4 @@ def main(config: QueueConfig) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, QueueConfig, "ws queue")
+    console.run(main, QueueConfig, "ws sweep --backend")
