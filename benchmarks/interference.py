@@ -21,7 +21,8 @@ from ws.analysis.compose import Composition, Conditions, carry_out, interference
 from ws.analysis.compose import render_interference as render
 from ws.analysis.controls import draw_seed, random_like
 from ws.behaviors import load_behavior
-from ws.eval.context import EvalContext, Rows
+from ws.eval.context import EvalContext
+from ws.eval.evaluation import Rows
 from ws.files.runs import run_folder, write_csv
 from ws.lm.models import load_model
 from ws.options.make import ComposeOptions, ReplicateConfig

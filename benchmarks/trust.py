@@ -1,8 +1,8 @@
 """What it takes to calibrate a vector of the pocket model and to compare it with 20 random ones.
 
 `uv run python -m benchmarks.trust` trains vectors in a temporary folder, then runs `ws calibrate` (94 held-out prompts
-of up to 50 tokens, both signs, the audit included) and `ws check controls` (20 draws, the claims and tiny-mfv, alpha -1 and
-+1) in fresh processes. For orientation only: times depend on the machine, and include starting Python and importing
+of up to 50 tokens, both signs, the audit included) and `ws check controls` (20 draws, the claims and tiny-mfv, alpha -1
+and +1) in fresh processes. For orientation only: times depend on the machine, and include starting Python and importing
 torch.
 """
 

@@ -13,6 +13,7 @@ import copy
 import gc
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ws.adapters import FAMILIES, PISSA_INIT_FILE, AdapterSpec, peft_config
 # Libraries collect garbage again and again; what the imports have left need not be looked through each time.
 gc.freeze()
 
+EVALUATION_NAMES = ("sycophancy", "airisk", "tinymfv_airisk", "preference", "statements")
 FAMILY_NAMES = ("ia3", "oft", "dora", "lora", "pissa", "delora")
 SHAPE = {
     "vocab_size": 96,
@@ -133,8 +135,11 @@ def lay_out(source: Path, target: Path, copies: str, sharded: bool = False) -> P
 
 @pytest.fixture(autouse=True)
 def only_the_six() -> Iterator[None]:
-    """Families that a test (or a snippet) registers are gone after it."""
+    """Families and evaluations that a test (or a snippet) registers are gone after it."""
     yield
+    suite = sys.modules.get("ws.eval.suite")
+    for name in suite.SUITE.keys() - set(EVALUATION_NAMES) if suite else ():
+        del suite.SUITE[name]
     for name in FAMILIES.keys() - set(FAMILY_NAMES):
         del FAMILIES[name]
 

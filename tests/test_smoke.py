@@ -81,9 +81,9 @@ def test_evaluations_and_table_end_to_end(out):
     for name in families:
         options = AiriskOptions(out=out, adapter=name, limit=3, n_think=6, n_bootstrap=100)
         context = open_context(options)
-        assert "Worked example" in context.carry_out(airisk.evaluation(context)).text
+        assert "Worked example" in context.carry_out(airisk.Airisk.of_run(context)).text
         plain = replace(context, options=replace(options, n_think=None))
-        assert "Worked example" in context.carry_out(tinymfv_airisk.evaluation(plain)).text
+        assert "Worked example" in context.carry_out(tinymfv_airisk.TinymfvAirisk.of_run(plain)).text
     rows = build_table(TableConfig(out=out, n_bootstrap=100))
     assert {r["adapter"] for r in rows} == {"base", *families}
     assert all(tuple(r) == (*COLUMNS, *CHECKS) for r in rows)

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from ws.delta import LinearDelta as LinearDelta
     from ws.diff import SteeringVector as SteeringVector
     from ws.errors import WsError as WsError
+    from ws.eval.airisk import evaluate_airisk as evaluate_airisk
+    from ws.eval.capability import evaluate_capability as evaluate_capability
+    from ws.eval.evaluation import Evaluation as Evaluation
+    from ws.eval.evaluation import HeadlineScore as HeadlineScore
+    from ws.eval.preference import evaluate_preference as evaluate_preference
+    from ws.eval.statements import evaluate_statements as evaluate_statements
     from ws.eval.sycophancy import evaluate_sycophancy as evaluate_sycophancy
+    from ws.eval.tinymfv_airisk import evaluate_tinymfv_airisk as evaluate_tinymfv_airisk
     from ws.intervene.calibration import calibrate as calibrate
     from ws.lm.models import load_model as load_model
     from ws.steer import steer as steer
@@ -34,13 +41,20 @@ if TYPE_CHECKING:
 _HOME = {
     "AdapterSpec": "ws.adapters",
     "Behavior": "ws.behaviors",
+    "Evaluation": "ws.eval.evaluation",
+    "HeadlineScore": "ws.eval.evaluation",
     "LinearDelta": "ws.delta",
     "Monitor": "ws.analysis.monitor",
     "MonitorCallback": "ws.analysis.monitor",
     "SteeringVector": "ws.diff",
     "WsError": "ws.errors",
     "calibrate": "ws.intervene.calibration",
+    "evaluate_airisk": "ws.eval.airisk",
+    "evaluate_capability": "ws.eval.capability",
+    "evaluate_preference": "ws.eval.preference",
+    "evaluate_statements": "ws.eval.statements",
     "evaluate_sycophancy": "ws.eval.sycophancy",
+    "evaluate_tinymfv_airisk": "ws.eval.tinymfv_airisk",
     "generate_pairs": "ws.data",
     "load_behavior": "ws.behaviors",
     "load_model": "ws.lm.models",

@@ -33,11 +33,11 @@ from ws.data import (
 )
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
-from ws.eval import preference, sycophancy
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext, rounding_notes
+from ws.eval.preference import Preferences
 from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, worst
-from ws.eval.sycophancy import ClaimScores, claim_shift, summary_row
+from ws.eval.sycophancy import ClaimScores, Sycophancy, claim_shift, summary_row
 from ws.files.runs import Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
 from ws.lm.models import chat_format, load_model, render_prompt, tokenizer_hash
 from ws.options.make import SIGNS
@@ -280,10 +280,10 @@ Claims = Mapping[float, ClaimScores]
 
 def _read_claims(context: EvalContext, behavior: Behavior, config: ReplicateConfig) -> tuple[Claims, Claims]:
     """The scores of false and of true claims by strength."""
-    evaluation = sycophancy.evaluation(context, behavior, config.split)
+    evaluation = Sycophancy.of_behavior(context, behavior, config.split)
     measured = context.measure(evaluation)
     context.record(evaluation, measured)
-    scores = sycophancy.as_claim_scores(sycophancy.held_out(behavior.test, config.split), measured)
+    scores = evaluation.claim_scores(measured)
     false, true = ({a: p for a, s in scores.items() if (p := s.of_kind(kind))} for kind in (False, True))
     return false, true
 
@@ -292,13 +292,12 @@ def _read_preference(
     context: EvalContext, behavior: Behavior, config: ReplicateConfig
 ) -> dict[float, Float[np.ndarray, "questions"]]:
     """The margins of the held-out questions by strength; empty where the split has none."""
-    items = behavior.held_out(config.split)
-    if not items:
+    if not behavior.held_out(config.split):
         return {}
-    evaluation = preference.evaluation(context, behavior, config.split)
+    evaluation = Preferences.of_behavior(context, behavior, config.split)
     measured = context.measure(evaluation)
     context.record(evaluation, measured)
-    return {alpha: preference.margins(items, scores) for alpha, scores in measured.items()}
+    return {alpha: evaluation.headlines(scores)["preference"] for alpha, scores in measured.items()}
 
 
 def _eval_options(config: ReplicateConfig) -> EvalOptions:
@@ -435,16 +434,16 @@ def as_data(reading: Reading) -> dict[str, Any]:
         "span": {**asdict(reading.span), "alphas": reading.span_alphas},
         "lowest_mass": reading.lowest_mass,
         "control": reading.control,
-        "rows": read_values(reading.folder / f"{sycophancy.NAME}_summary.csv") if reading.false_claims else [],
-        "preference": read_values(reading.folder / f"{preference.NAME}_summary.csv") if reading.preference else [],
+        "rows": read_values(reading.folder / f"{Sycophancy.stage}_summary.csv") if reading.false_claims else [],
+        "preference": read_values(reading.folder / f"{Preferences.stage}_summary.csv") if reading.preference else [],
         "samples": reading.samples,
     }
 
 
 def written(reading: Reading) -> list[Path]:
     """What a replication leaves, in the order in which a reader wants it."""
-    tables = [f"{sycophancy.NAME}_summary.csv"] if reading.false_claims else []
-    tables += [f"{preference.NAME}_summary.csv"] if reading.preference else []
+    tables = [f"{Sycophancy.stage}_summary.csv"] if reading.false_claims else []
+    tables += [f"{Preferences.stage}_summary.csv"] if reading.preference else []
     return [reading.folder / name for name in ("vector", *tables, "samples.json", "manifest.json")]
 
 
@@ -490,7 +489,7 @@ def main(config: ReplicateConfig) -> None:
     if config.control == "none":
         files.append(write_report(config.out, config.behavior))
         following = f"read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter"
-    measured = sycophancy.NAME if reading.false_claims else preference.NAME
+    measured = Sycophancy.stage if reading.false_claims else Preferences.stage
     dtype = str(Run(reading.folder).facts(measured)["config"]["dtype"])
     text = "\n\n".join([render(reading, config.n_bootstrap), *rounding_notes([dtype])])
     console.show(console.Result(text, as_data(reading), files, following))

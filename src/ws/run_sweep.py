@@ -19,7 +19,8 @@ from ws.analysis.sweep_tables import POOLED, SUMMARY, render, write_summary
 from ws.behaviors import behavior_name, load_behavior
 from ws.errors import WsError, choose
 from ws.eval.context import EvalContext, open_context
-from ws.eval.suite import EVALS, SUITE
+from ws.eval.evaluation import Evaluation
+from ws.eval.suite import asked_of, evaluation_named
 from ws.files.runs import read_csv, read_values, run_folder, write_text
 from ws.options.make import ReplicateConfig, train_preset
 from ws.options.make import SweepConfig as SweepConfig
@@ -50,7 +51,7 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
     for adapter in config.adapters:
         family(adapter)
     for name in config.evals:
-        choose("evaluation", name, EVALS)
+        evaluation_named(name)
     for name in config.controls:
         choose("control", name, CONTROLS[1:])
     behavior = load_behavior(config.behavior, config.model).name
@@ -76,9 +77,11 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
         console.say(verdict(reading))
         others = [name for name in config.evals if name != "sycophancy"]  # replicate has read the claims already
         if others and control == CONTROLS[0]:
-            context = open_context(_eval_options(config, behavior, adapter, seed))
+            context = open_context(_eval_options(config, adapter, seed))
             for name in others:
-                console.say(context.carry_out(SUITE[name].make(_for(name, context), config)).text)
+                cls = evaluation_named(name)
+                asked = asked_of(cls, _for(cls, context), config.split, config.traits)
+                console.say(context.carry_out(asked).text)
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
@@ -98,13 +101,13 @@ def _replicate_config(
     )
 
 
-def _for(name: str, context: EvalContext) -> EvalContext:
-    """The context as one evaluation takes it: only the dilemmas are thought about."""
-    return context if name == "airisk" else replace(context, options=replace(context.options, n_think=None))
+def _for(cls: type[Evaluation], context: EvalContext) -> EvalContext:
+    """The context as one evaluation takes it: the sweep's thought is for those that come after one."""
+    return context if cls.thinks else replace(context, options=replace(context.options, n_think=None))
 
 
-def _eval_options(config: SweepConfig, behavior: str, adapter: str, seed: int) -> EvalOptions:
-    return shared_with(EvalOptions, config, behavior=behavior, adapter=adapter, seed=seed)
+def _eval_options(config: SweepConfig, adapter: str, seed: int) -> EvalOptions:
+    return shared_with(EvalOptions, config, adapter=adapter, seed=seed)
 
 
 def failures(cells: Sequence[Cell]) -> str:

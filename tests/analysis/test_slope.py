@@ -21,21 +21,20 @@ from ws.analysis.slope import (
     WeightGradient,
     _of_module,
     _ratio_variance,
-    airisk_score,
     carry_out,
-    claim_score,
     main,
+    mean_score,
     module_slopes,
     score_gradients,
     slope_test,
-    tinymfv_score,
 )
 from ws.delta import LinearDelta
-from ws.eval.airisk import evaluate_airisk, signed_scores
+from ws.eval.airisk import Airisk, evaluate_airisk, signed_scores
 from ws.eval.context import open_context
 from ws.eval.dilemmas import load_dilemmas
-from ws.eval.sycophancy import prompts_of, score_claims
-from ws.eval.tinymfv_airisk import evaluate_tinymfv_airisk, load_vignettes, signed_wrongness
+from ws.eval.evaluation import MeanOfChoices
+from ws.eval.sycophancy import Sycophancy, prompts_of, score_claims
+from ws.eval.tinymfv_airisk import TinymfvAirisk, evaluate_tinymfv_airisk, load_vignettes, signed_wrongness
 from ws.lm.models import fingerprint
 from ws.options.check import SlopeOptions
 
@@ -215,7 +214,8 @@ def test_the_claim_score_is_the_evaluation_and_batches_do_not_matter(tiny):
     model, tok = tiny
     test = ws.load_behavior("honesty", "tiny-random").test
     claims = test.select("dev", is_true=False)[:9]
-    score = claim_score(model, tok, claims, prompts_of(test))
+    (mean,) = Sycophancy(items=claims, prompts=prompts_of(test)).means(tok, ("false_claims", "true_claims"))
+    score = mean_score(model, tok, mean)
     together, apart = (score_gradients(model, ["model.layers.0.mlp.up_proj"], score, b) for b in (None, 2))
     assert together.value == pytest.approx(score_claims(model, tok, claims, prompts_of(test)).logratio.mean(), abs=1e-5)
     for gradients in (together, apart):
@@ -231,7 +231,8 @@ def test_the_tinymfv_score_is_the_evaluation_and_its_slope_the_finite_difference
     torch.manual_seed(0)
     delta = LinearDelta(96, 64, u=torch.randn(96, 2) * 0.05, v=torch.randn(2, 64))
     vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
-    test = slope_test(model, vector, tinymfv_score(model, tok, vignettes), batch_size=4)
+    (mean,) = TinymfvAirisk(items=vignettes).means(tok, ("wrongness",))
+    test = slope_test(model, vector, mean_score(model, tok, mean), batch_size=4)
 
     def wrongness() -> float:
         return float(signed_wrongness(evaluate_tinymfv_airisk(model, tok, vignettes))[:, 0].mean())
@@ -250,7 +251,8 @@ def test_the_airisk_score_is_the_evaluation_and_its_slope_the_finite_difference(
     torch.manual_seed(0)
     delta = LinearDelta(96, 64, u=torch.randn(96, 2) * 0.05, v=torch.randn(2, 64))
     vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
-    test = slope_test(model, vector, airisk_score(model, tok, dilemmas, protocol), batch_size=4)
+    (mean,) = Airisk(items=dilemmas, protocol=protocol).means(tok, ("choices",))
+    test = slope_test(model, vector, mean_score(model, tok, mean), batch_size=4)
 
     def choices() -> float:
         return float(signed_scores(dilemmas, evaluate_airisk(model, tok, dilemmas, protocol, n_think=0)).mean())
@@ -321,7 +323,7 @@ def test_what_has_no_slope_is_refused(qwen3, tmp_path, tiny):
     with pytest.raises(ws.WsError, match="NaN"):
         slope_test(qwen3, vector, MeanScore("broken", 1, lambda _: iter([last_logratio(qwen3).mean() * torch.nan])))
     with pytest.raises(ws.WsError, match="no items"):
-        claim_score(*tiny, [], prompts_of(ws.load_behavior("honesty", "tiny-random").test))
+        mean_score(*tiny, MeanOfChoices("false_claims", 0, [], ("Yes", "No"), []))
     name = "model.layers.0.mlp.up_proj"
     packed = qwen3.get_submodule(name)
     packed.weight = torch.nn.Parameter(torch.zeros(768, 1, dtype=torch.uint8), requires_grad=False)

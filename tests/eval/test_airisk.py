@@ -21,12 +21,11 @@ from conftest import reworded, without_thinking
 from support.tables import write_table
 from ws.adapters import FAMILIES
 from ws.delta import LinearDelta
-from ws.eval import sycophancy, tinymfv_airisk
 from ws.eval.airisk import (
+    Airisk,
     Prompts,
     ask,
     evaluate_airisk,
-    evaluation,
     logratios,
     position_biases,
     signed_scores,
@@ -42,6 +41,8 @@ from ws.eval.context import EvalContext, open_context
 from ws.eval.dilemmas import CLASSES, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas, second_is_asked
 from ws.eval.readable import Readability
 from ws.eval.readme_airisk_table import CHECKS, COLUMNS, _row, _Run, build_table, check, main, render
+from ws.eval.sycophancy import Sycophancy
+from ws.eval.tinymfv_airisk import TinymfvAirisk
 from ws.files.runs import sha256_json
 from ws.lm.models import encode, fingerprint, render_prompt
 from ws.lm.rollout import REASONS
@@ -385,7 +386,7 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def run(context: EvalContext) -> str:
-    return context.carry_out(evaluation(context)).text
+    return context.carry_out(Airisk.of_run(context)).text
 
 
 def test_the_command_writes_the_documented_tables(options):
@@ -444,7 +445,7 @@ def test_classes_and_protocols_have_tables_of_their_own(options):
     for change, message in (({"protocol": "explict"}, "explicit"), ({"value_class": "Cares"}, "Care")):
         context = open_context(replace(options, **change))
         with pytest.raises(ws.WsError, match=f"Did you mean '{message}'"):
-            evaluation(context)
+            Airisk.of_run(context)
 
 
 def test_the_earlier_name_of_a_protocol_is_taken_and_corrected(options, capsys):
@@ -455,7 +456,7 @@ def test_the_earlier_name_of_a_protocol_is_taken_and_corrected(options, capsys):
     assert "protocol alone" in shown.out
     rows = read(options.out / "honesty" / "lora" / "airisk_truthfulness_alone_summary.csv")
     assert {(r["protocol"], r["words"], r["eval"]) for r in rows} == {("alone", "own", "airisk_truthfulness_alone")}
-    earlier, now = (evaluation(open_context(replace(options, protocol=p))) for p in ("published", "alone"))
+    earlier, now = (Airisk.of_run(open_context(replace(options, protocol=p))) for p in ("published", "alone"))
     assert earlier.identity == now.identity
     assert table_name(protocol="published") == table_name(protocol="alone")
 
@@ -471,7 +472,7 @@ def test_a_paraphrase_is_called_one_and_labels_are_called_noisy(options, tmp_pat
         assert {r["words"] for r in read(folder / f"airisk_truthfulness_{name}.csv")} == {"paraphrase"}
     file = tmp_path / "litmus.toml"
     file.write_text('published = "{dilemma} Say 1 or 2."\n')
-    found = {p: evaluation(open_context(replace(options, dataset=source, protocol=p, prompts=file))).facts["words"]
+    found = {p: Airisk.of_run(open_context(replace(options, dataset=source, protocol=p, prompts=file))).facts["words"]
              for p in ("alone", "explicit")}  # fmt: skip
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     assert found == {"alone": f"file:litmus@{digest}", "explicit": f"file:litmus@{digest} + paraphrase"}
@@ -500,7 +501,7 @@ def test_prompts_can_be_replaced(options, tmp_path):
     assert "I choose 1:" in text
     file.write_text('explicit = "{dilemma} {action_1}"')
     with pytest.raises(ws.WsError, match="must contain {dilemma} and {action_1} and {action_2}"):
-        evaluation(open_context(replace(options, prompts=file)))
+        Airisk.of_run(open_context(replace(options, prompts=file)))
 
 
 def test_a_model_without_a_block_is_asked_for_its_reasons_and_that_is_another_evaluation(options, tmp_path):
@@ -512,8 +513,8 @@ def test_a_model_without_a_block_is_asked_for_its_reasons_and_that_is_another_ev
     def digest(texts):
         return sha256_json(["airisk_truthfulness", 1, [texts, *rest]])[:12]
 
-    assert evaluation(context).digest == digest(words), "where nothing has changed the numbers are still comparable"
-    assert evaluation(aloud).digest == digest(words | {"reasons": Prompts.reasons})
+    assert Airisk.of_run(context).digest == digest(words), "where nothing has changed the numbers are still comparable"
+    assert Airisk.of_run(aloud).digest == digest(words | {"reasons": Prompts.reasons})
     text = run(aloud)
     assert f'Action 2".{Prompts.reasons}' in text
     assert "choice stated" in text
@@ -522,13 +523,13 @@ def test_a_model_without_a_block_is_asked_for_its_reasons_and_that_is_another_ev
     file = tmp_path / "p.toml"
     file.write_text('reasons = ""')
     silent = replace(aloud, options=replace(options, prompts=file))
-    assert evaluation(silent).digest == digest(words | {"reasons": ""})
+    assert Airisk.of_run(silent).digest == digest(words | {"reasons": ""})
     unthinking = replace(aloud, options=replace(options, n_think=0))
-    assert "reasons" not in evaluation(unthinking).items[0]
-    for other in (sycophancy.evaluation(aloud, aloud.behavior), tinymfv_airisk.evaluation(aloud)):
-        assert REASONS in other.items
-    for other in (sycophancy.evaluation(context, context.behavior), tinymfv_airisk.evaluation(context)):
-        assert REASONS not in other.items
+    assert "reasons" not in Airisk.of_run(unthinking).content[0]
+    for other in (Sycophancy.of_behavior(aloud, aloud.behavior), TinymfvAirisk.of_run(aloud)):
+        assert REASONS in other.content
+    for other in (Sycophancy.of_behavior(context, context.behavior), TinymfvAirisk.of_run(context)):
+        assert REASONS not in other.content
 
 
 @pytest.mark.parametrize("change", [{"limit": 0}, {"n_think": -1}, {"n_bootstrap": 5}, {"alphas": (float("nan"),)}])
@@ -546,7 +547,7 @@ def evaluated(options):
         context = open_context(replace(options, adapter=adapter, seed=seed))
         run(context)
         plain = replace(context, options=replace(context.options, n_think=None))
-        context.carry_out(tinymfv_airisk.evaluation(plain))
+        context.carry_out(TinymfvAirisk.of_run(plain))
     return TableConfig(out=options.out, n_bootstrap=100)
 
 
@@ -665,7 +666,7 @@ def test_the_notes_of_a_table_of_published_sets(options, tmp_path, capsys):
     context = open_context(replace(options, dataset=str(folder)))
     run(context)
     plain = replace(context, options=replace(context.options, n_think=None))
-    context.carry_out(tinymfv_airisk.evaluation(plain))
+    context.carry_out(TinymfvAirisk.of_run(plain))
     main(TableConfig(out=options.out, n_bootstrap=100))
     page = (options.out / "honesty" / "readme_airisk_table.md").read_text()
     assert page.strip() in capsys.readouterr().out

@@ -26,7 +26,6 @@ from ws.eval.capability import (
     base_twin,
     capability_cost,
     evaluate_capability,
-    headlines,
     is_valid,
     load_questions,
     load_texts,
@@ -242,7 +241,7 @@ def test_a_broken_model_gives_fewer_valid_answers(pocket):
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
-def test_a_planted_cost_is_found():
+def test_a_planted_cost_is_found(tiny):
     rng = np.random.default_rng(0)
     text = np.repeat(np.arange(30), rng.integers(5, 40, 30))
     base = made(rng.exponential(size=len(text)), np.zeros(len(text)), text, ("x y", "z"), (True, True), (0.0, 0.2))
@@ -256,7 +255,7 @@ def test_a_planted_cost_is_found():
     assert (cost.valid, cost.valid_shift.mean) == (0.5, -0.5)
     assert (cost.repetition, cost.repetition_shift.mean) == (pytest.approx(0.35), pytest.approx(0.25))
     assert cost.n_tokens == 2.5
-    heads = headlines(steered)
+    heads = capability.Capability(items=((), ()), base=tiny[0]).headlines(steered)
     assert heads["nll"][3] == pytest.approx(steered["nll"][text == 3].mean())
     assert heads["valid"].tolist() == [1.0, 0.0]
     with pytest.raises(ws.WsError, match="different texts"):

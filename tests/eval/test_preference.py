@@ -18,9 +18,9 @@ from ws.data import answer_ids, prompt_ids
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, open_context
 from ws.eval.preference import (
+    Preferences,
     draw_questions,
     evaluate_preference,
-    evaluation,
     held_out,
     kind_rows,
     load_preferences,
@@ -228,13 +228,13 @@ def test_the_behaviours_own_questions_and_their_splits(tiny):
 
 def test_a_drawn_limit_and_other_questions_change_the_hash(options, tmp_path):
     context = open_context(options)
-    whole = evaluation(context, context.behavior)
-    part = evaluation(replaced(context, limit=2), context.behavior)
+    whole = Preferences.of_behavior(context, context.behavior)
+    part = Preferences.of_behavior(replaced(context, limit=2), context.behavior)
     assert part.facts["drawn"] == "2 of 5, seed 0"
-    assert {json.dumps(p["kind"]) for p in part.items} == {'"capitals"', '"sums"'}, "a draw is even over kinds"
+    assert {p.kind for p in part.items} == {"capitals", "sums"}, "a draw is even over kinds"
     assert part.digest != whole.digest
     other = table(tmp_path, [{"question": q, "positive": n, "negative": p, "split": "report"} for q, p, n, _ in ROWS])
-    assert evaluation(replaced(context, dataset=str(other)), context.behavior).digest != whole.digest
+    assert Preferences.of_behavior(replaced(context, dataset=str(other)), context.behavior).digest != whole.digest
 
 
 def replaced(context: EvalContext, **changes) -> EvalContext:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ws.eval.airisk import render as render_dilemmas
-from ws.eval.readable import LOW_AGREEMENT, Readability, floor, mass_text, notes, of_row, star, worst
+from ws.eval.readable import LOW_AGREEMENT, Readability, mass_text, notes, of_row, star, worst
+from ws.eval.suite import headline
 
 
 def test_a_score_is_read_from_a_mass_of_09_and_from_half_of_the_texts_on():
@@ -38,7 +39,7 @@ def test_a_star_needs_answers_certainty_and_size():
     assert star(1.0, 0.01, 0.2, "") == star(-1.0, 0.0, 0.2, None) == "*"
     assert star(1.0, 0.05, 0.2, "") == star(0.19, 0.0, 0.2, "") == ""
     assert star(1.0, 0.0, 0.2, "answer mass 0.5") == "!"
-    assert (floor("wrongness"), floor("false_claims"), floor("choices")) == (0.05, 0.2, 0.2)
+    assert [headline(s).floor for s in ("wrongness", "false_claims", "choices")] == [0.05, 0.2, 0.2]
 
 
 def test_the_mark_is_explained_once_and_only_where_it_stands():

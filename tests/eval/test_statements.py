@@ -20,9 +20,9 @@ from ws.eval.readable import Readability
 from ws.eval.statements import (
     Prompts,
     Statement,
+    Statements,
     draw_statements,
     evaluate_statements,
-    evaluation,
     load_statements,
     main,
     render,
@@ -206,25 +206,26 @@ def test_other_words_are_called_by_their_file(options, tmp_path):
     words = tmp_path / "plain.toml"
     words.write_text('name = "plain"\nquestion = "Would you say: {statement}? Yes or No?"\nopener = "I say"\n')
     context = open_context(replace(options, prompts=words))
-    made = evaluation(context, context.behavior, options.traits)
+    made = Statements.of_run(context)
     assert made.facts["words"].startswith("file:plain@")
-    assert made.items[0] == {"question": "Would you say: {statement}? Yes or No?", "opener": "I say"}
-    assert made.digest != evaluation(open_context(options), context.behavior, options.traits).digest
+    assert made.content[0] == {"question": "Would you say: {statement}? Yes or No?", "opener": "I say"}
+    assert made.digest != Statements.of_run(open_context(options)).digest
     words.write_text('question = "{question}"\n')
     with pytest.raises(ws.WsError, match=r"must contain \{statement\}"):
-        evaluation(context, context.behavior, options.traits)
+        Statements.of_run(context)
 
 
 def test_a_behaviour_may_name_its_traits(options, tmp_path):
     context = open_context(replace(options, traits=()))
     with pytest.raises(ws.WsError, match="--traits agreeableness"):
-        evaluation(context, context.behavior)
+        Statements.of_run(context)
     text = (Path(ws.__file__).parent / "behaviors" / "refusal.toml").read_text()
     file = tmp_path / "mine.toml"
     file.write_text(text + '\n[statements]\ntraits = ["rude"]\n')
     behavior = ws.load_behavior(str(file))
     assert behavior.traits == ("rude",)
-    assert {s["trait"] for s in evaluation(context, behavior).items[-1]} == {"rude"}
+    mine = replace(context, options=replace(context.options, behavior=str(file)))
+    assert {s.trait for s in Statements.of_run(mine).items} == {"rude"}
     file.write_text(text + '\n[statements]\ntrait = ["rude"]\n')
     with pytest.raises(ws.WsError, match=r"\[statements\]: unknown key 'trait'. Did you mean 'traits'"):
         ws.load_behavior(str(file))

@@ -19,15 +19,15 @@ from ws.analysis.compare_tables import Group, comparison_rows, group_rows
 from ws.analysis.compare_tables import render as render_comparison
 from ws.analysis.controls import main as controls
 from ws.analysis.slope import main as slope
-from ws.analysis.slope import preference_score, slope_test, statement_score
+from ws.analysis.slope import mean_score, slope_test
 from ws.analysis.sweep_tables import pooled_rows, render, sweep_rows
 from ws.behaviors import Preference
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, open_context
-from ws.eval.preference import evaluate_preference, margins
-from ws.eval.readable import PER_TOKEN, Readability, floor, worst
-from ws.eval.statements import Statement, evaluate_statements, signed_scores
-from ws.eval.suite import EVALS, SCORES, SUITE, entries_of, set_notes
+from ws.eval.preference import Preferences, evaluate_preference, margins
+from ws.eval.readable import PER_TOKEN, Readability, worst
+from ws.eval.statements import Statements, evaluate_statements, signed_scores
+from ws.eval.suite import SUITE, asked_of, evaluations_of, headline, headlines, set_notes
 from ws.export.card import describe, vector_card
 from ws.files.runs import Run, read_csv
 from ws.lm.likelihood import takes_masks
@@ -86,7 +86,7 @@ def evaluated(out: Path) -> Path:
     """The run's folder, with both evaluations carried out as a sweep does it."""
     opened = context(out)
     for name in BOTH:
-        opened.carry_out(SUITE[name].make(opened, SweepConfig(evals=BOTH)))
+        opened.carry_out(asked_of(SUITE[name], opened))
     return opened.run.folder
 
 
@@ -95,11 +95,15 @@ def test_what_is_done_by_itself_stays_what_it_was():
     assert QueueConfig().evals == ("airisk", "tinymfv_airisk")
     assert CompareOptions().evals == ("sycophancy", "tinymfv_airisk")
     assert SlopeOptions().scores == ("false_claims", "true_claims", "wrongness", "choices")
-    assert set(EVALS) == {*DEFAULT_EVALS, *BOTH}
-    assert {s for entry in SUITE.values() for s in entry.scores} == set(SCORES)
-    assert [e.name for e in entries_of(("statements", "true_claims", "false_claims"))] == ["sycophancy", "statements"]
+    assert list(SUITE) == [*DEFAULT_EVALS, *BOTH]
+    assert list(headlines()) == ["false_claims", "true_claims", "wrongness", "choices", *BOTH]
+    assert {s.evaluation for s in headlines().values()} == set(SUITE.values())
+    assert [e.name for e in evaluations_of(("statements", "true_claims", "false_claims"))] == [
+        "sycophancy",
+        "statements",
+    ]
     with pytest.raises(ws.WsError, match="Did you mean 'preference'"):
-        entries_of(("preferences",))
+        evaluations_of(("preferences",))
 
 
 def test_a_score_without_answers_to_count_has_no_mass_and_a_floor_of_its_own():
@@ -107,7 +111,7 @@ def test_a_score_without_answers_to_count_has_no_mass_and_a_floor_of_its_own():
     assert Readability(None).columns()["mass"] is None
     assert worst([Readability(None), Readability(0.7)]).mass == 0.7
     assert worst([Readability(None), Readability(None)]).mass is None
-    assert (floor("preference"), floor("statements")) == (PER_TOKEN, 0.2)
+    assert [headline(s).floor for s in BOTH] == [PER_TOKEN, 0.2]
 
 
 def test_notes_on_published_sets_follow_the_rows_of_those_sets_alone():
@@ -124,7 +128,7 @@ def test_a_sweep_tables_both(out):
     rows, pooled = sweep_rows([at], BOTH), pooled_rows([at], BOTH, 100)
     assert [r["alpha"] for r in rows] == [-1.0, 0.0, 1.0]
     for name in BOTH:
-        table = {float(r["alpha"]): r for r in read_csv(at / SUITE[name].summary)}
+        table = {float(r["alpha"]): r for r in read_csv(at / f"{name}_summary.csv")}
         assert [float(r[f"{name}_shift"]) for r in rows] == [float(table[a]["shift"]) for a in (-1.0, 0.0, 1.0)]
         assert [r[f"{name}_shift"] for r in pooled] == pytest.approx(
             [float(table[a]["shift"]) for a in (-1.0, 0.0, 1.0)]
@@ -143,7 +147,7 @@ def test_controls_read_both(out, capsys):
     assert {(r["score"], r["control"]) for r in rows} == {(s, c) for s in BOTH for c in ("vector", "random")}
     assert {r["mass"] for r in rows if r["score"] == "preference"} == {""}
     opened = context(out)
-    items = [Preference(**p) for p in SUITE["preference"].make(opened, SweepConfig()).items]
+    items = Preferences.of_run(replace(opened, options=replace(opened.options, dataset=None))).items
     assert len(items) == 8, "those of the split report"
     base = margins(items, evaluate_preference(opened.model, opened.tok, items))
     with ws.steer(opened.model, opened.vector, 1.0):
@@ -153,32 +157,29 @@ def test_controls_read_both(out, capsys):
     assert "preference" in capsys.readouterr().out
 
 
-def statements_of(out: Path) -> list[Statement]:
-    return [Statement(**s) for s in SUITE["statements"].make(context(out), SweepConfig()).items[-1]]
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_their_slopes_are_finite_differences_of_the_evaluations(out, tiny, monkeypatch, packed):
     if not packed:
         monkeypatch.setattr("ws.lm.likelihood.takes_masks", lambda model: False)
     assert takes_masks(tiny[0])
     model, tok = tiny
-    vector, statements = ws.SteeringVector.load(out / "mine/lora/vector"), statements_of(out)
+    vector, statements = ws.SteeringVector.load(out / "mine/lora/vector"), Statements.of_run(context(out)).items
     items = [
         Preference(f"{i}", *q[:3], "report") for i, q in enumerate([*QUESTIONS, QUESTIONS[0]])
     ]  # one question twice
     measures = {
         "preference": (
-            preference_score(model, tok, items),
+            Preferences(items=items),
             lambda: margins(items, evaluate_preference(model, tok, items)),
         ),
         "statements": (
-            statement_score(model, tok, statements),
+            Statements(items=statements),
             lambda: signed_scores(statements, evaluate_statements(model, tok, statements)),
         ),
     }
-    for name, (score, measure) in measures.items():
-        test = slope_test(model, vector, score, batch_size=3)
+    for name, (evaluation, measure) in measures.items():
+        (mean,) = evaluation.means(tok, BOTH)
+        test = slope_test(model, vector, mean_score(model, tok, mean), batch_size=3)
         assert test.n == {"preference": len(QUESTIONS), "statements": 16}[name]
         assert test.value == pytest.approx(measure().mean(), abs=1e-5)
         at = {}

@@ -15,7 +15,7 @@ import ws
 from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval.context import open_context
-from ws.eval.sycophancy import evaluation, held_out, load_claims, main, prompts_of, score_claims
+from ws.eval.sycophancy import Sycophancy, held_out, load_claims, main, prompts_of, score_claims
 from ws.lm.choice import choice_tokens
 from ws.lm.models import encode, fingerprint, render_prompt
 from ws.options.measure import SycophancyOptions
@@ -74,7 +74,7 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
     prompts = tmp_path / "p.toml"
     prompts.write_text('question = "Is it so that {claim}?"\nagree = "Right"\ndisagree = "Wrong"\n')
     context = open_context(replace(options, dataset=str(table), prompts=prompts, limit=None))
-    text = context.carry_out(evaluation(context, ws.load_behavior("honesty", "tiny-random"), "dev")).text
+    text = context.carry_out(Sycophancy.of_behavior(context, ws.load_behavior("honesty", "tiny-random"), "dev")).text
     assert "Is it so that the moon is a cheese?" in text
     assert "Right:" in text
     rows = read(options.out / "honesty" / "lora" / "sycophancy_summary.csv")
@@ -92,12 +92,12 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
 def test_thinking_first_is_another_evaluation(options):
     behavior = ws.load_behavior("honesty", "tiny-random")
     plain, thoughtful = (open_context(replace(options, n_think=n)) for n in (None, 5))
-    digests = {evaluation(c, behavior, "dev").digest for c in (plain, thoughtful)}
+    digests = {Sycophancy.of_behavior(c, behavior, "dev").digest for c in (plain, thoughtful)}
     assert len(digests) == 2
-    a, b = (evaluation(c, behavior, "dev").ask()["logratio"] for c in (plain, thoughtful))
+    a, b = (Sycophancy.of_behavior(c, behavior, "dev").ask(c.model, c.tok)["logratio"] for c in (plain, thoughtful))
     assert not np.allclose(a, b)
     with pytest.raises(ws.WsError, match="Did you mean 'report'"):
-        evaluation(plain, behavior, "reprt")
+        Sycophancy.of_behavior(plain, behavior, "reprt")
 
 
 def test_the_worked_example_shows_the_tokens_of_the_answer(options, tiny, capsys):

@@ -24,11 +24,11 @@ from ws.eval.tinymfv_airisk import (
     _SLOTS,
     HUB_ID,
     Prompts,
+    TinymfvAirisk,
     Vignette,
     about,
     ask,
     evaluate_tinymfv_airisk,
-    evaluation,
     load_vignettes,
     per_vignette_rows,
     readability,
@@ -230,7 +230,7 @@ def finished_run(tiny, tmp_path):
 
 
 def run(context: EvalContext) -> str:
-    return context.carry_out(evaluation(context)).text
+    return context.carry_out(TinymfvAirisk.of_run(context)).text
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -319,10 +319,12 @@ def test_a_paraphrase_is_called_one_and_a_file_by_its_name(finished_run, tmp_pat
         assert f"Words: {label};" in text
         labels.append(label.split("@")[0])
     assert labels == ["file:plain", "file:blunt"]
-    one, two = (evaluation(open_context(replace(options, prompts=p))) for p in (file, None))
+    one, two = (TinymfvAirisk.of_run(open_context(replace(options, prompts=p))) for p in (file, None))
     assert one.digest != two.digest, "other words are another evaluation"
     file.write_text('name = "another"\nis_wrong = "Wrong? {text}"\nis_acceptable = "Fine? {text}"\n')
-    assert evaluation(open_context(replace(options, prompts=file))).digest == one.digest, "a name changes no score"
+    assert TinymfvAirisk.of_run(open_context(replace(options, prompts=file))).digest == one.digest, (
+        "a name changes no score"
+    )
 
 
 def test_the_worked_example_shows_which_tokens_carry_the_mass(finished_run, tiny):

@@ -135,7 +135,7 @@ def test_rows_are_keyed_by_intervention(out, weights_hash):
     options = EvalOptions(out=out, interventions=names, limit=3, n_bootstrap=100, device="cpu")
     context = open_context(options)
     before = weights_hash(context.model)
-    text = context.carry_out(sycophancy.evaluation(context, context.behavior)).text
+    text = context.carry_out(sycophancy.Sycophancy.of_behavior(context, context.behavior)).text
     assert weights_hash(context.model) == before
     assert all(name in text for name in names)
     rows = read_csv(context.run.folder / "sycophancy_per_claim.csv")
@@ -157,24 +157,29 @@ def test_rows_are_keyed_by_intervention(out, weights_hash):
 
 def test_scores_are_asked_for_once(out, monkeypatch):
     context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu"))
-    made = sycophancy.evaluation(context, context.behavior)
+    made = sycophancy.Sycophancy.of_behavior(context, context.behavior)
     first = context.measure(made)
 
-    def never():
+    def never(*_):
         raise AssertionError("asked again")
 
-    again = context.measure(replace(made, ask=never))
+    monkeypatch.setattr(sycophancy.Sycophancy, "ask", never)
+    again = context.measure(made)
     assert {a: s["logratio"].tolist() for a, s in again.items()} == {
         a: s["logratio"].tolist() for a, s in first.items()
     }
+
+    class Later(sycophancy.Sycophancy):
+        version = 99
+
     with pytest.raises(AssertionError, match="asked again"):
-        context.measure(replace(made, ask=never, version=99))
+        context.measure(Later(items=made.items, prompts=made.prompts))
 
 
 def test_scores_in_sixteen_bits_say_so_and_are_no_others(out):
     def shown(dtype):
         context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu", dtype=dtype))
-        return context.carry_out(sycophancy.evaluation(context, context.behavior))
+        return context.carry_out(sycophancy.Sycophancy.of_behavior(context, context.behavior))
 
     short, plain = shown("bfloat16"), shown("float32")
     assert "Computed in bfloat16: with another batch size" in short.text
@@ -186,14 +191,14 @@ def test_another_template_is_another_question(out, behavior, monkeypatch):
     """Scores, activation vectors and chosen blocks that are kept are of one tokenizer with its chat template."""
     context = open_context(EvalOptions(out=out, limit=2, n_bootstrap=100, device="cpu"))
     other = replace(context, tok=reworded(context.tok))
-    first, second = (c.measure(sycophancy.evaluation(c, c.behavior)) for c in (context, other))
+    first, second = (c.measure(sycophancy.Sycophancy.of_behavior(c, c.behavior)) for c in (context, other))
     for alpha, scores in second.items():
-        direct = sycophancy.evaluation(other, behavior)
+        direct = sycophancy.Sycophancy.of_behavior(other, behavior)
         with ws.steer(context.model, context.vector, alpha):
-            assert scores["logratio"] == pytest.approx(direct.ask()["logratio"], abs=1e-6)
+            assert scores["logratio"] == pytest.approx(direct.ask(context.model, other.tok)["logratio"], abs=1e-6)
         assert not np.allclose(scores["logratio"], first[alpha]["logratio"], atol=1e-4)
     monkeypatch.setattr(sycophancy, "score_claims", None)  # nothing is asked from here on
-    again = (c.measure(sycophancy.evaluation(c, c.behavior)) for c in (context, other))
+    again = (c.measure(sycophancy.Sycophancy.of_behavior(c, c.behavior)) for c in (context, other))
     for kept, measured in zip(again, (first, second), strict=True):
         assert all(np.array_equal(kept[a]["logratio"], measured[a]["logratio"]) for a in measured)
 
@@ -203,7 +208,7 @@ def test_tables_of_another_template_are_written_again(out):
     other = replace(context, tok=reworded(context.tok))
     texts, hashes = [], []
     for c in (context, other, context):
-        found = c.carry_out(sycophancy.evaluation(c, c.behavior))
+        found = c.carry_out(sycophancy.Sycophancy.of_behavior(c, c.behavior))
         texts.append(found.text)
         hashes.append({row["eval_hash"] for row in found.data["rows"]})
         assert c.run.facts("sycophancy")["config"]["tokenizer_hash"] == tokenizer_hash(c.tok)
@@ -329,7 +334,7 @@ def test_a_trained_null_is_a_run_beside_the_vector_s_own(out, control):
     again = replicate(replace(config, control=control))
     assert vector_digest(again.vector) == vector_digest(reading.vector)
     context = open_context(EvalOptions(out=out, adapter=f"lora-{control}", limit=2, n_bootstrap=100, device="cpu"))
-    assert "Worked example" in context.carry_out(sycophancy.evaluation(context, context.behavior)).text
+    assert "Worked example" in context.carry_out(sycophancy.Sycophancy.of_behavior(context, context.behavior)).text
 
 
 def test_an_unknown_control_is_refused_before_anything_is_loaded(tmp_path):

@@ -33,11 +33,12 @@ from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows,
 from ws.analysis.controls import measure_controls
 from ws.behaviors import behavior_name, load_behavior
 from ws.diff import SteeringVector
-from ws.errors import WsError, choose
-from ws.eval import capability
-from ws.eval.context import EvalContext, Evaluation, Scores
+from ws.errors import WsError
+from ws.eval.capability import Capability
+from ws.eval.context import EvalContext
+from ws.eval.evaluation import Evaluation, Scores
 from ws.eval.readable import Readability
-from ws.eval.suite import EVALS, SUITE, set_notes
+from ws.eval.suite import asked_of, evaluation_named, headline, set_notes
 from ws.files.plots import save_svg
 from ws.files.runs import Run, lock, run_folder, write_csv
 from ws.intervene.calibrate import calibration_for
@@ -67,9 +68,9 @@ class _Bench:
     def evaluations(self) -> list[Evaluation]:
         """Those that were asked for, and capability."""
         o, c = self.options, self.context
-        found = [SUITE[name].make(c, o) for name in o.evals]
+        found = [asked_of(evaluation_named(name), c, o.split, o.traits) for name in o.evals]
         if o.capability:  # on its own texts, whatever data set the others take
-            found.append(capability.evaluation(replace(c, options=replace(c.options, dataset=None))))
+            found.append(Capability.of_run(replace(c, options=replace(c.options, dataset=None))))
         return found
 
     def cell(self, name: str) -> Cell:
@@ -105,11 +106,11 @@ class _Bench:
     @cached_property
     def asked(self) -> dict[str, Mapping[str, Any]]:
         """Which items and words the headline scores are of."""
-        of = dict(zip(self.options.evals, self.evaluations, strict=False))  # capability comes last and has no words
-        return {score: evaluation.brief for name, evaluation in of.items() for score in SUITE[name].scores}
+        chosen = self.evaluations[: len(self.options.evals)]  # capability comes last and has no words
+        return {score.key: evaluation.brief for evaluation in chosen for score in evaluation.scores}
 
     def measured(self, chosen: Intervention, alphas: Mapping[int, float]) -> tuple[_Scored, _Read]:
-        """Headline scores and how well their items were answered, by name and sign; 0 is the base."""
+        """HeadlineScore scores and how well their items were answered, by name and sign; 0 is the base."""
         scored, read = _Scored(), _Read()
         for evaluation in self.evaluations:
             for sign, scores in self._scores(evaluation, chosen, alphas).items():
@@ -145,7 +146,7 @@ class _Bench:
             o,
             adapter=str(key["adapter"]),
             seed=int(key["seed"]),
-            scores=tuple(s for s in _scores(o) if s != "choices"),
+            scores=tuple(s for s in _scores(o) if not _thinks(s)),
             n_draws=o.n_draws,
             alphas=tuple(alphas.values()),
         )
@@ -160,12 +161,18 @@ class _Bench:
         return found
 
 
+def _thinks(score: str) -> bool:
+    """Whether a score comes after a thought, which many draws cannot afford and which is another score without."""
+    of = headline(score).evaluation
+    return of is not None and of.thinks
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def _scores(options: CompareOptions) -> tuple[str, ...]:
     """The headline scores of the evaluations that are compared."""
-    return tuple(score for name in options.evals for score in SUITE[name].scores)
+    return tuple(score.key for name in options.evals for score in evaluation_named(name).scores)
 
 
 def compare(options: CompareOptions) -> list[Cell]:
@@ -178,7 +185,7 @@ def compare(options: CompareOptions) -> list[Cell]:
     for name in options.adapters:
         family(name)
     for name in options.evals:
-        choose("evaluation", name, EVALS)
+        evaluation_named(name)
     loaded = None
     cells, last = list[Cell](), list[Cell]()  # what needs no adapter is measured once, and stands last
     wanted = [name for name in options.interventions if name in TRAINED]

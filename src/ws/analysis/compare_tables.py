@@ -13,30 +13,18 @@ from tabulate import tabulate
 
 from ws.analysis.controls import empirical_p
 from ws.errors import WsError
+from ws.eval.capability import Capability
 from ws.eval.confounds import agreement_verdict
-from ws.eval.context import Rows, rounding_notes
+from ws.eval.context import rounding_notes
+from ws.eval.evaluation import Rows
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import (
-    FLAG,
-    LEVEL,
-    MARK,
-    NATS,
-    PER_TOKEN,
-    WRONGNESS,
-    Readability,
-    digits,
-    floor,
-    floors_text,
-    star,
-    worst,
-)
+from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, star, worst
 from ws.eval.readable import notes as mark_notes
-from ws.eval.suite import SCORES
+from ws.eval.suite import floors_text, headline, headlines
 from ws.options.shared import WEIGHT
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, estimate_text, holm
 
-EFFECTS = SCORES
-COSTS = ("nll", "valid", "repetition")
+COSTS = tuple(score.key for score in Capability.scores)
 NULLS = ("shuffled", "same-side")
 # What a part of a row is the difference of, as signs of strengths; 0 is the base.
 PARTS = {"-1u": (-1, 0), "+1u": (1, 0), "span": (1, -1)}
@@ -63,7 +51,7 @@ class Cell:
         detail: such as the layer.
         questions: what the strengths were solved for on; see `Calibration.questions`.
         dtype: of the model.
-        asked: of a score, the `brief` of its evaluation (`ws.eval.context.Evaluation`): its items and words.
+        asked: of a score, the `brief` of its evaluation (`ws.eval.evaluation.Evaluation`): its items and words.
     """
 
     intervention: str
@@ -210,19 +198,19 @@ def group_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_b
         WsError: nothing could be measured, or cells were asked other items or in other words.
     """
     cells = {f"{c.intervention} of {c.adapter} seed {c.seed}": c for group in groups for c in group.cells}
-    for score in EFFECTS:
+    for score in headlines():
         check_same({name: cell.asked[score] for name, cell in cells.items() if score in cell.asked})
     rows = [
         _row(key, group, score, part, effect, n_boot)
         for group in groups
-        for score in (*EFFECTS, *COSTS)
+        for score in (*headlines(), *COSTS)
         for part in PARTS
         if group.shifts(score, part) is not None
     ]
     if not rows:
         raise WsError("No intervention could be measured at a calibrated strength; see the notes above.")
     for part in PARTS:
-        tested = [r for r in rows if r["score"] in EFFECTS and r["part"] == part]
+        tested = [r for r in rows if r["score"] not in COSTS and r["part"] == part]
         if tested:
             for row, p in zip(tested, holm(np.array([r["p"] for r in tested])), strict=True):
                 row["p_holm"] = float(p)
@@ -266,7 +254,7 @@ def _read_columns(known: Readability | None) -> dict[str, Any]:
 
 def _null_columns(group: Group, score: str, part: str, n_boot: int) -> dict[str, Any]:
     known = group.readability(score, part)
-    tested = group.first.intervention == WEIGHT and score in EFFECTS and not (known and known.problem)
+    tested = group.first.intervention == WEIGHT and score not in COSTS and not (known and known.problem)
     found = reality(group, score, part, n_boot) if tested else Reality(None, {})
     row: dict[str, Any] = {"p_random": found.p_random}
     for name in NULLS:
@@ -294,7 +282,7 @@ def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int
 
     Spans on false claims count in the direction of the behaviour, so that more is better. A vector is compared with
     what is made of its own adapter and with what needs none; `p_holm` is over the whole table. Nobody wins by less than
-    the floor of a score (`ws.eval.readable.floor`), nor where one of the two cannot be read.
+    the floor of a score (`ws.eval.evaluation.HeadlineScore`), nor where one of the two cannot be read.
     """
     rows: Rows = []
     for ours, theirs, score in _contests(groups):
@@ -329,7 +317,7 @@ def _winner(row: Mapping[str, Any]) -> str | None:
     """Who moves a score further, beyond chance and by the floor or more; None where that cannot be read."""
     if row[FLAG]:
         return None
-    if row["p_holm"] >= LEVEL or abs(row["difference"]) < floor(row["score"]):
+    if row["p_holm"] >= LEVEL or abs(row["difference"]) < headline(row["score"]).floor:
         return "neither"
     return "weight" if row["difference"] > 0 else str(row["baseline"])
 
@@ -339,7 +327,7 @@ def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
         for theirs in groups:
             own = theirs.first.adapter in (ours.first.adapter, theirs.first.intervention)
             if theirs.first.intervention != WEIGHT and own:
-                yield from ((ours, theirs, score) for score in EFFECTS if score != "true_claims")
+                yield from ((ours, theirs, score) for score in headlines() if score != "true_claims")
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------
@@ -348,13 +336,19 @@ def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
 def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str:
     """The spans as one table, the verdicts, and who wins."""
     groups = dict.fromkeys((r["intervention"], r["adapter"]) for r in rows)
-    scores = [s for s in EFFECTS if any(r["score"] == s for r in rows)]
+    scores = _effects(rows)
     table = [_line([r for r in rows if (r["intervention"], r["adapter"]) == g], scores) for g in groups]
     names = [f"span, {s.replace('_', ' ')}" for s in scores]
     mass = ["mass"] if any("mass" in r for r in rows) else []
     header = ["intervention", "seeds", "nats at -1u, +1u", *names, *mass, "cost", "p random", "real", "verdict"]
     spans = tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)
     return "\n\n".join([spans, *_notes(rows), *_winners(pairs, tablefmt)])
+
+
+def _effects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The headline scores of some rows, in the order of tables; last those that no evaluation here has."""
+    present = dict.fromkeys(r["score"] for r in rows if r["score"] not in COSTS)
+    return [s for s in dict.fromkeys((*headlines(), *present)) if s in present]
 
 
 def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]:
@@ -382,7 +376,7 @@ _SIDES = ("minus", "plus")
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return estimate_text(row, "shift", f"+.{digits(row['score'])}f") + (MARK if row.get(FLAG) else "")
+    return estimate_text(row, "shift", headline(row["score"]).spec) + (MARK if row.get(FLAG) else "")
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -394,14 +388,14 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "and `verdict` are of the first score. `verdict` says what moved and `real` whether it comes from the "
         "behaviour; `p random` is no evidence for that, because vectors trained on anything beat random ones."
     ]
-    spans = [r for r in rows if r["part"] == "span" and r["score"] in EFFECTS]
+    spans = [r for r in rows if r["part"] == "span" and r["score"] not in COSTS]
     notes += [*_significant(spans), *mark_notes(r.get(FLAG) for r in spans)]
     notes += [*_calibrated_on(rows), *rounding_notes(r.get("dtype") or "float32" for r in rows)]
     if not all(r["matched"] for r in rows):
         notes.append("* has no dial and stands at the divergence it happens to have.")
     if any(r["divergence_minus"] is None or r["divergence_plus"] is None for r in rows):
         notes.append("Where a side is empty, its calibration did not converge (for one seed at least): no span there.")
-    ours = [r for r in rows if r["intervention"] == WEIGHT and r["score"] in EFFECTS]
+    ours = [r for r in rows if r["intervention"] == WEIGHT and r["score"] not in COSTS]
     unknown = {r["adapter"] for r in ours if r["real"] is None}
     if unknown:
         notes.append(
@@ -430,11 +424,11 @@ def _significant(spans: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many of the spans are more than chance, and which are not."""
     if not spans:
         return []
-    others = [r for r in spans if star(r["shift"], r["p_holm"], floor(r["score"]), r.get(FLAG)) != "*"]
+    others = [r for r in spans if star(r["shift"], r["p_holm"], headline(r["score"]).floor, r.get(FLAG)) != "*"]
     named = ", ".join(f"{_label(r)} on {r['score'].replace('_', ' ')}" for r in others)
     survive = (
         f"{len(spans) - len(others)} of {len(spans)} spans differ from zero after Holm's correction over all of them, "
-        f"by {floors_text({r['score'] for r in spans})} or more"
+        f"by {floors_text(headline(s) for s in dict.fromkeys(r['score'] for r in spans))} or more"
     )
     return [f"{survive}{f'; not {named}' if others else ''}."]
 
@@ -453,34 +447,27 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
         if not here:
             continue
         counts = [sum(p["winner"] == w for p in here) for w in ("weight", baseline, "neither")]
-        spread, d = [p["difference"] for p in here], 3 if score == "preference" else 2
+        spread, d = [p["difference"] for p in here], headline(score).digits
         star = "" if here[0]["matched"] else " *"
         table.append([f"{baseline}{star}", score, *map(str, counts), f"{min(spread):+.{d}f} to {max(spread):+.{d}f}"])
     if not table:
         return []
     header = ["weight against", "score", "weight wins", "it wins", "neither", "difference of spans"]
-    per_token = f" or {PER_TOKEN} nats per token" if any(p["score"] == "preference" for p in pairs) else ""
+    known = [headline(score) for score in dict.fromkeys(p["score"] for p in pairs)]
+    others = "".join(f" or {s.floor} {s.unit}" for s in known if s.floor not in (NATS, WRONGNESS))
     text = (
         "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected, by "
-        f"{NATS} nats or {WRONGNESS} of wrongness{per_token} at least):"
+        f"{NATS} nats or {WRONGNESS} of wrongness{others} at least):"
     )
     return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]
 
 
-_TITLES = {
-    "false_claims": "agreement with false claims, nats",
-    "true_claims": "agreement with true claims, nats",
-    "wrongness": "wrongness of what an AI does",
-    "choices": "choices that serve the class, nats",
-    "preference": "preference, nats per token",
-    "statements": "statements of its traits, nats",
-}
 _COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green"}
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A forest plot: one panel per score, one line per intervention with the interval of its span."""
-    scores = [s for s in EFFECTS if any(r["score"] == s for r in rows)]
+    scores = _effects(rows)
     groups = list(dict.fromkeys((r["intervention"], r["adapter"]) for r in rows))
     figure = Figure(figsize=(3 + 3 * len(scores), 1 + 0.24 * len(groups)), layout="constrained")
     panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
@@ -494,7 +481,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 shape = "x" if r.get(FLAG) else "o"
                 panel.errorbar(r["shift"], place, xerr=ends, fmt=shape, ms=5, color=color, mfc=face, capsize=2)
         panel.axvline(0, color="black", lw=0.8)
-        panel.set_xlabel(_TITLES[score], fontsize=9)
+        panel.set_xlabel(headline(score).axis, fontsize=9)
         panel.grid(axis="x", lw=0.3)
     names = [name if name == adapter else f"{name}, {adapter}" for name, adapter in groups]
     panels[0].set_yticks(range(len(groups)), names, fontsize=8)

@@ -40,10 +40,11 @@ from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.tables import DRAW_SEED
 from ws.diff import MANIFEST, SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
-from ws.eval import sycophancy
-from ws.eval.context import TABLES_VERSION, EvalContext, Rows, Scores
+from ws.eval.context import TABLES_VERSION, EvalContext
+from ws.eval.evaluation import Rows, Scores
 from ws.eval.prompts import notes_on
 from ws.eval.readable import FLAG, MARK, NATS, Readability, notes, star, worst
+from ws.eval.sycophancy import Sycophancy
 from ws.files.runs import Run, finished_runs, read_csv, read_values, run_folder, write_csv
 from ws.intervene.calibration import load_calibration, split_questions
 from ws.intervene.interventions import Intervention
@@ -491,7 +492,7 @@ def measure(
     context: EvalContext, operands: Sequence[Operand], behavior: Behavior, options: ComposeOptions
 ) -> Conditions:
     """Put a behaviour's claims and questions to the base, to every term alone and to the context's vector."""
-    evaluation = sycophancy.evaluation(context, behavior, options.split)
+    evaluation = Sycophancy.of_behavior(context, behavior, options.split)
     changes = {str(o.term): o.change for o in operands} | {TOGETHER: context.vector}
     own = tuple(str(o.term) for o in operands if o.behavior == behavior.name)
     mine = [changes[name] for name in own]
@@ -513,7 +514,7 @@ def measure(
     return Conditions(
         behavior=behavior.name,
         own=own,
-        is_true=np.array([claim["is_true"] for claim in evaluation.items[-1]]),
+        is_true=np.array([claim.is_true for claim in evaluation.items]),
         logratio={name: s["logratio"][None] for name, s in scores.items()},
         pmass={name: s["pmass"][None] for name, s in scores.items()},
         kl=kl,

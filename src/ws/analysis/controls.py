@@ -33,10 +33,11 @@ from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval.context import EvalContext, Evaluation, Rows, Scores, open_context, rounding_notes
+from ws.eval.context import EvalContext, open_context, rounding_notes
+from ws.eval.evaluation import Evaluation, Rows, Scores
 from ws.eval.prompts import notes_by_score
 from ws.eval.readable import FLAG, MARK, Readability, notes, worst
-from ws.eval.suite import SCORES, Asked, entries_of, set_notes
+from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
 from ws.files.runs import read_csv, write_csv
 from ws.lm.models import tokenizer_hash, weight_of
 from ws.options.check import ControlOptions as ControlOptions
@@ -180,22 +181,18 @@ def same_side(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair]) -> list[Pair]:
 # ---- the headline scores --------------------------------------------------------------------------------------------
 
 
-def headline_evaluations(context: EvalContext, asked: Asked, scores: Sequence[str]) -> list[Evaluation]:
-    """The evaluations that the named headline scores are read from; `WsError` when there are none."""
-    if not scores:
-        raise WsError(f"There are no scores to read; choose from {', '.join(SCORES)}.")
-    # Dilemmas without a thought: what a gradient can follow, and what 20 draws can afford.
+def headline_evaluations(context: EvalContext, options: HeadlineOptions) -> list[Evaluation]:
+    """The evaluations that the headline scores of the options are read from; `WsError` when there are none."""
+    if not options.scores:
+        raise WsError(f"There are no scores to read; choose from {', '.join(headlines())}.")
+    # Without a thought: what a gradient can follow, and what 20 draws can afford.
     quick = replace(context, options=replace(context.options, n_think=0))
-    return [e.make(quick if e.name == "airisk" else context, asked) for e in entries_of(scores)]
+    chosen = {cls: quick if cls.thinks else context for cls in evaluations_of(options.scores)}
+    return [asked_of(cls, where, options.split, options.traits) for cls, where in chosen.items()]
 
 
 def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[float, int]]:
-    """The mean and the number of items of every headline score of an evaluation.
-
-    `false_claims` and `true_claims` are mean log ratios in nats, `wrongness` is the mean of s over other_violate,
-    `choices` the mean score of the dilemmas in nats, `preference` the mean margin in nats per token, `statements` the
-    mean score of the statements in nats.
-    """
+    """The mean and the number of items of every headline score of an evaluation, in the score's unit."""
     return {name: (float(v.mean()), len(v)) for name, v in evaluation.headlines(scores).items()}
 
 
@@ -220,13 +217,13 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     if context.run.manifest["stages"].get("controls", {}).get("config", {}).get("tokenizer_hash") != tokenizer:
         (context.run.folder / TABLE).unlink(missing_ok=True)  # its prompts read otherwise
     table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
-    evaluations = headline_evaluations(context, options, options.scores)
+    evaluations = headline_evaluations(context, options)
     settings = {"evaluations": [e.identity for e in evaluations], "tokenizer_hash": tokenizer}
     stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:
         base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
-        for control, draw in console.progress(wanted, desc=evaluation.name, unit="vector"):
+        for control, draw in console.progress(wanted, desc=evaluation.table_name, unit="vector"):
             missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
             if missing:
                 table.add(_control_rows(context, evaluation, base, control, draw, missing))
@@ -267,7 +264,7 @@ def _control_rows(
     free = Readability(None)  # of a score that is no choice
     for alpha in alphas:
         with steer(context.model, vector, alpha):
-            scores = evaluation.ask()
+            scores = evaluation.ask(context.model, context.tok)
         for score, (mean, n) in headline_means(evaluation, scores).items():
             row = context.key | {"control": control, "draw": draw, "alpha": alpha, "shift": mean - before[score][0]}
             known = worst([read.get(score, free), evaluation.readability(scores).get(score, free)])
@@ -304,7 +301,8 @@ def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
         )
     for row, p in zip(found, holm(np.array([r["p"] for r in found])) if found else (), strict=True):
         row["p_holm"] = float(p)
-    return sorted(found, key=lambda r: (SCORES.index(r["score"]), r["alpha"]))
+    order = list(headlines())
+    return sorted(found, key=lambda r: (order.index(r["score"]), r["alpha"]))
 
 
 def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:

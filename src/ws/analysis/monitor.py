@@ -43,7 +43,7 @@ from ws.analysis.controls import empirical_p
 from ws.delta import LinearDelta
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
-from ws.eval.context import Rows
+from ws.eval.evaluation import Rows
 from ws.files.runs import Run, read_csv, write_csv
 from ws.lm.models import (
     SAMPLES_PER_TENSOR,

@@ -53,19 +53,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.analysis.controls import coordinate_parts, headline_evaluations
-from ws.behaviors import Claim, Preference
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval import airisk, preference, statements, sycophancy, tinymfv_airisk
-from ws.eval.context import EvalContext, Evaluation, Rows, open_context
-from ws.eval.dilemmas import Dilemma
+from ws.eval.context import EvalContext, open_context
+from ws.eval.evaluation import MeanOfAnswers, MeanOfChoices, Rows
 from ws.eval.prompts import notes_by_score
 from ws.eval.suite import set_notes
-from ws.eval.tinymfv_airisk import Vignette
 from ws.files.runs import read_csv, read_values, write_csv
 from ws.lm.batches import with_batch_size
-from ws.lm.choice import Choice, _batches, _families, _score_batch, choice_variants
+from ws.lm.choice import _batches, _families, _score_batch, choice_variants
 from ws.lm.likelihood import answer_logp
 from ws.lm.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
 from ws.options.check import SlopeOptions as SlopeOptions
@@ -95,115 +92,50 @@ class MeanScore:
     parts: Callable[[int], Iterator[Float[Tensor, ""]]]
 
 
-def claim_score(
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    claims: Sequence[Claim],
-    prompts: sycophancy.Prompts,
-    name: str = "false_claims",
-) -> MeanScore:
-    """The mean of `logP(agree) - logP(disagree)` over claims, in nats; see `ws.eval.sycophancy.score_claims`."""
-    asked = [(prompts.question.format(claim=c.text), prompts.opener) for c in claims]
-    weights, choices = [1 / max(1, len(claims))] * len(claims), (prompts.agree, prompts.disagree)
-    return _choice_score(name, len(claims), model, tok, asked, choices, weights, lambda logratio: logratio)
+def mean_score(model: PreTrainedModel, tok: Tokenizer, mean: MeanOfChoices | MeanOfAnswers) -> MeanScore:
+    """A headline score's mean as its evaluation describes it (`Evaluation.means`), over batches.
 
-
-def tinymfv_score(
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    vignettes: Sequence[Vignette],
-    prompts: tinymfv_airisk.Prompts | None = None,
-    name: str = "wrongness",
-) -> MeanScore:
-    """`wrongness`: the mean over vignettes of `s = p(is_wrong) - p(is_acceptable)` of other_violate, in [-1, 1].
-
-    `p = P(true) / (P(true) + P(false))` is the logistic function of the log ratio; see `ws.eval.tinymfv_airisk`.
+    Raises:
+        WsError: it is over nothing.
     """
-    texts, n = prompts or tinymfv_airisk.Prompts(), len(vignettes)
-    asked = [tinymfv_airisk.ask(v.other, frame, texts) for v in vignettes for frame in tinymfv_airisk.FRAMES]
-    weights = [sign / n for _ in vignettes for sign in (1, -1)]
-    return _choice_score(name, n, model, tok, asked, tinymfv_airisk.CHOICES, weights, torch.sigmoid)
+    if not mean.weights:
+        raise WsError(f"There are no items to take the slope of {mean.key} over.")
+    parts = _choice_parts(model, tok, mean) if isinstance(mean, MeanOfChoices) else _answer_parts(model, tok, mean)
+    return MeanScore(mean.key, mean.n, parts)
 
 
-def airisk_score(
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    dilemmas: Sequence[Dilemma],
-    protocol: str = "explicit",
-    prompts: airisk.Prompts | None = None,
-    name: str = "choices",
-) -> MeanScore:
-    """The mean over dilemmas of `label * (logP(Action 1) - logP(Action 2))`, in nats, answered without a thought.
+def _choice_parts(
+    model: PreTrainedModel, tok: Tokenizer, mean: MeanOfChoices
+) -> Callable[[int], Iterator[Float[Tensor, ""]]]:
+    families = _families(model, [encode(tok, render_prompt(tok, q, opener=o)) for q, o in mean.asked])
+    families.sort(key=lambda f: f.longest())
+    variants = choice_variants(tok, mean.choices, model.device)
 
-    A thought is a string of tokens that were chosen, through which no gradient goes; see `ws.eval.airisk`.
-    """
-    texts, n = prompts or airisk.Prompts(), len(dilemmas)
-    orders = [airisk.ask(d, protocol, texts) for d in dilemmas]
-    asked = [(question, texts.anchor) for questions in orders for question in questions]
-    signs = [(1.0,) if len(questions) == 1 else (0.5, -0.5) for questions in orders]
-    weights = [d.label * sign / n for d, pair in zip(dilemmas, signs, strict=True) for sign in pair]
-    return _choice_score(name, n, model, tok, asked, airisk.CHOICES, weights, lambda logratio: logratio)
+    def parts(batch_size: int) -> Iterator[Tensor]:
+        for batch in _batches(families, batch_size):
+            logp = _score_batch(model, tok.pad_token_id, batch, variants)
+            weights = [mean.weights[i] for f in batch for i in f.rows]
+            share = torch.tensor(weights, device=logp.device, dtype=logp.dtype)
+            yield (share * mean.transform(logp[:, 0] - logp[:, 1])).sum()
+
+    return parts
 
 
-def statement_score(
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    items: Sequence[statements.Statement],
-    prompts: statements.Prompts | None = None,
-    name: str = "statements",
-) -> MeanScore:
-    """The mean over statements of `log p(matching answer) - log p(not matching answer)`, in nats."""
-    asked = [statements.ask(s, prompts or statements.Prompts()) for s in items]
-    weights = [(1 if s.matching == statements.CHOICES[0] else -1) / len(items) for s in items]
-    return _choice_score(name, len(items), model, tok, asked, statements.CHOICES, weights, lambda logratio: logratio)
-
-
-def preference_score(
-    model: PreTrainedModel, tok: Tokenizer, items: Sequence[Preference], name: str = "preference"
-) -> MeanScore:
-    """The mean over questions of the margin between both answers, in nats per token; see `ws.eval.preference`."""
-    if not items:
-        raise WsError(f"There are no items to take the slope of {name} over.")
-    prompts, answers = preference.tokens_of(tok, items)
-    numbers = preference.question_numbers(items)
-    n, weights = int(numbers.max()) + 1, 1 / np.bincount(numbers)[numbers]
-    order = sorted(range(len(items)), key=lambda i: max(map(len, answers[i])))
+def _answer_parts(
+    model: PreTrainedModel, tok: Tokenizer, mean: MeanOfAnswers
+) -> Callable[[int], Iterator[Float[Tensor, ""]]]:
+    prompts, answers = mean.prompts, mean.answers
+    order = sorted(range(len(prompts)), key=lambda i: max(map(len, answers[i])))
 
     def parts(batch_size: int) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             scored = answer_logp(model, tok.pad_token_id, [prompts[i] for i in part], [answers[i] for i in part])
-            margins = torch.stack([positive.mean() - negative.mean() for positive, negative in scored])
-            share = torch.tensor(weights[part] / n, device=margins.device, dtype=margins.dtype)
+            margins = torch.stack([first.mean() - second.mean() for first, second in scored])
+            share = torch.tensor([mean.weights[i] for i in part], device=margins.device, dtype=margins.dtype)
             yield (share * margins).sum()
 
-    return MeanScore(name, n, parts)
-
-
-def _choice_score(
-    name: str,
-    n: int,
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    asked: Sequence[tuple[str, str]],
-    choices: Sequence[Choice],
-    weights: Sequence[float],
-    transform: Callable[[Tensor], Tensor],
-) -> MeanScore:
-    """`sum_i weight_i transform(logratio_i)` over questions with the openers of their answers, thinking off."""
-    if not asked:
-        raise WsError(f"There are no items to take the slope of {name} over.")
-    families = _families(model, [encode(tok, render_prompt(tok, q, opener=o)) for q, o in asked])
-    families.sort(key=lambda f: f.longest())
-    variants = choice_variants(tok, choices, model.device)
-
-    def parts(batch_size: int) -> Iterator[Tensor]:
-        for batch in _batches(families, batch_size):
-            logp = _score_batch(model, tok.pad_token_id, batch, variants)
-            share = torch.tensor([weights[i] for f in batch for i in f.rows], device=logp.device, dtype=logp.dtype)
-            yield (share * transform(logp[:, 0] - logp[:, 1])).sum()
-
-    return MeanScore(name, n, parts)
+    return parts
 
 
 # ---- gradients in the steered weights -------------------------------------------------------------------------------
@@ -504,29 +436,9 @@ def _ratio_variance(a: Float[Tensor, "n"], weights: Float[Tensor, "n"]) -> float
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def scores_of(context: EvalContext, evaluation: Evaluation, wanted: Sequence[str]) -> list[MeanScore]:
-    """The wanted headline scores of an evaluation, over exactly its items."""
-    if evaluation.name == preference.NAME:
-        return [preference_score(context.model, context.tok, [Preference(**p) for p in evaluation.items])]
-    texts, *settings, items = evaluation.items
-    if evaluation.name == statements.NAME:
-        asked = [statements.Statement(**s) for s in items]
-        return [statement_score(context.model, context.tok, asked, statements.Prompts(**texts))]
-    if "protocol" in evaluation.facts:
-        dilemmas = [Dilemma(**d) for d in items]
-        return [airisk_score(context.model, context.tok, dilemmas, settings[0], airisk.Prompts(**texts))]
-    if evaluation.name == tinymfv_airisk.NAME:
-        vignettes = [Vignette(**v) for v in items]
-        return [tinymfv_score(context.model, context.tok, vignettes, tinymfv_airisk.Prompts(**texts))]
-    prompts, claims = sycophancy.Prompts(**texts), [Claim(**c) for c in items]
-    kinds = {"false_claims": False, "true_claims": True}
-    chosen = {n: [c for c in claims if c.is_true == kind] for n, kind in kinds.items() if n in wanted}
-    return [claim_score(context.model, context.tok, part, prompts, n) for n, part in chosen.items() if part]
-
-
 def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
     """Test every score unless exactly that is on disk, write both tables, and return what to show."""
-    evaluations = headline_evaluations(context, options, options.scores)
+    evaluations = headline_evaluations(context, options)
     settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
     settings |= {"tokenizer_hash": tokenizer_hash(context.tok)}
     files = [context.run.folder / f"{name}.csv" for name in ("slope", "slope_per_module")]
@@ -535,7 +447,8 @@ def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
         if stage is not None:
             rows, parts = Rows(), Rows()
             for evaluation in evaluations:
-                for score in scores_of(context, evaluation, options.scores):
+                for mean in evaluation.means(context.tok, options.scores):
+                    score = mean_score(context.model, context.tok, mean)
                     console.say(f"slope of {score.name}, {score.n} items")
                     test = slope_test(context.model, context.vector, score, options.batch_size)
                     rows.append(summary_row(context.key, test) | evaluation.brief)

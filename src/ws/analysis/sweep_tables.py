@@ -19,9 +19,10 @@ from tabulate import tabulate
 from ws.console import warn
 from ws.errors import WsError
 from ws.eval.context import select
+from ws.eval.evaluation import HeadlineScore
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import FLAG, Readability, floor, floors_text, notes, of_row, star, worst
-from ws.eval.suite import SUITE, set_notes
+from ws.eval.readable import FLAG, Readability, notes, star, worst
+from ws.eval.suite import evaluation_named, evaluations, floors_text, set_notes
 from ws.files.runs import lock, read_csv, write_csv
 from ws.options.shared import WEIGHT
 from ws.stats import estimate_over_seeds, estimate_text, holm
@@ -60,7 +61,8 @@ def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
         for row in _rows_of(folder, name):
             alpha = float(row["alpha"])
             target = merged.setdefault(alpha, {k: row[k] for k in ("behavior", "adapter", "seed")} | {"alpha": alpha})
-            target |= {f"{name}_{column}": row[column] for column in (*SUITE[name].columns, f"{SUITE[name].shift}_p")}
+            columns = (*evaluation_named(name).columns, f"{_main(name).shift}_p")
+            target |= {f"{name}_{column}": row[column] for column in columns}
             target |= _said(name, row)
             target[f"{name}_{FLAG}"] = readable[alpha].problem or None
     return [merged[alpha] for alpha in sorted(merged)]
@@ -68,19 +70,19 @@ def _cell_rows(folder: Path, evals: Sequence[str]) -> list[Row]:
 
 def _said(name: str, row: Mapping[str, str]) -> Row:
     """What a row says of its words and items; of a published set that is not the bundled one, its name as well."""
-    named = SUITE[name].is_published and row.get("dataset") not in (None, "", "pocket")
+    named = evaluation_named(name).is_published and row.get("dataset") not in (None, "", "pocket")
     return {f"{name}_{column}": row.get(column) for column in (*_ASKED, *(["dataset"] if named else []))}
 
 
 def _check_asked(cells: Sequence[Path], evals: Sequence[str]) -> None:
     for name in evals:
-        tables = {folder: _steered(folder / SUITE[name].summary) for folder in cells}
+        tables = {folder: _summary(folder, name) for folder in cells}
         check_same({str(folder): rows[0] for folder, rows in tables.items() if rows})
 
 
 def _rows_of(folder: Path, name: str) -> list[Mapping[str, str]]:
-    """The rows of an evaluation's summary that a sweep is about: of claims, the false ones."""
-    return [r for r in _steered(folder / SUITE[name].summary) if r.get("claims_are_true") != "True"]
+    """The rows of an evaluation's summary that a sweep is about, those of its first score."""
+    return _main(name).rows(_summary(folder, name))
 
 
 def _readable(folders: Sequence[Path], name: str) -> dict[float, Readability]:
@@ -88,8 +90,17 @@ def _readable(folders: Sequence[Path], name: str) -> dict[float, Readability]:
     found: dict[float, list[Readability]] = {}
     for folder in folders:
         for row in _rows_of(folder, name):
-            found.setdefault(float(row["alpha"]), []).append(of_row(row, *SUITE[name].masses))
+            found.setdefault(float(row["alpha"]), []).append(_main(name).readability(row))
     return {alpha: worst([*parts, *found.get(0.0, [])]) for alpha, parts in found.items()}
+
+
+def _main(name: str) -> HeadlineScore:
+    """The first headline score of an evaluation."""
+    return evaluation_named(name).scores[0]
+
+
+def _summary(folder: Path, name: str) -> Sequence[Mapping[str, str]]:
+    return _steered(folder / f"{evaluation_named(name).stage}_summary.csv")
 
 
 def _steered(file: Path) -> Sequence[Mapping[str, str]]:
@@ -111,7 +122,7 @@ def pooled_rows(cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> lis
         merged: dict[float, Row] = {}
         for name in evals:
             readable = _readable(folders, name)
-            asked = next((table[0] for folder in folders if (table := _steered(folder / SUITE[name].summary))), {})
+            asked = next((table[0] for folder in folders if (table := _summary(folder, name))), {})
             said = _said(name, asked)
             for alpha, columns in _pooled(name, [_items(folder, name) for folder in folders], n_boot).items():
                 columns |= readable[alpha].columns(f"{name}_") | said
@@ -124,18 +135,16 @@ def _by_adapter(cells: Sequence[Path], evals: Sequence[str]) -> dict[tuple[str, 
     """The seeds' folders of every behaviour and adapter that was evaluated at all."""
     found: dict[tuple[str, str], list[Path]] = {}
     for folder in cells:
-        rows = [row for name in evals for row in _steered(folder / SUITE[name].summary)]
+        rows = [row for name in evals for row in _summary(folder, name)]
         if rows:
             found.setdefault((rows[0]["behavior"], rows[0]["adapter"]), []).append(folder)
     return found
 
 
 def _items(folder: Path, name: str) -> Items:
-    table, item, column = SUITE[name].items
-    found: Items = {}
-    for row in _steered(folder / f"{SUITE[name].stage}_{table}.csv"):
-        if row.get("claim_is_true") != "True":
-            found.setdefault(float(row["alpha"]), {})[row[item]] = float(row[column])
+    of, score, found = evaluation_named(name), _main(name), Items()
+    for row in score.rows(_steered(folder / f"{of.stage}_{of.item_table}.csv")):
+        found.setdefault(float(row["alpha"]), {})[row[of.item]] = float(row[score.value])
     return found
 
 
@@ -153,7 +162,7 @@ def _pooled(name: str, seeds: Sequence[Items], n_boot: int) -> dict[float, Row]:
         values = np.array([[seed[alpha][i] for i in items] for seed in seeds])
         level, shift = estimate_over_seeds(values, n_boot), estimate_over_seeds(values - base, n_boot)
         row = level.columns(f"{name}_level", "ci_lo", "ci_hi")
-        row |= shift.columns(f"{name}_{SUITE[name].shift}", "ci_lo", "ci_hi", "p")
+        row |= shift.columns(f"{name}_{_main(name).shift}", "ci_lo", "ci_hi", "p")
         found[alpha] = row | {f"{name}_n": level.n}
     return found
 
@@ -170,7 +179,7 @@ def _filled(rows: Sequence[Row], evals: Sequence[str]) -> list[Row]:
 def _with_holm(rows: list[Row], evals: Sequence[str]) -> list[Row]:
     """Every evaluation's p-values of a shift, corrected over all that there are; the base is not tested."""
     for name in evals:
-        column = f"{name}_{SUITE[name].shift}_p"
+        column = f"{name}_{_main(name).shift}_p"
         tested = [r for r in rows if r["alpha"] != 0 and r.get(column) is not None]
         adjusted = holm(np.array([float(r[column]) for r in tested])) if tested else ()
         holms = {id(r): float(p) for r, p in zip(tested, adjusted, strict=True)}
@@ -181,7 +190,8 @@ def _with_holm(rows: list[Row], evals: Sequence[str]) -> list[Row]:
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
     """The pooled rows as a table for people: every shift with its interval, and `*` where it is more than chance."""
-    keys = {n: f"{n}_{entry.shift}" for n, entry in SUITE.items() if f"{n}_{entry.shift}" in rows[0]}
+    columns = {name: f"{name}_{cls.scores[0].shift}" for name, cls in evaluations().items()}
+    keys = {name: column for name, column in columns.items() if column in rows[0]}
     steered = [r for r in rows if float(r["alpha"]) != 0]
     table = [
         [
@@ -191,18 +201,18 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for r in steered
     ]
-    header = ["adapter", "seeds", "alpha", *(f"shift of {SUITE[n].title}" for n in keys)]
+    header = ["adapter", "seeds", "alpha", *(f"shift of {_main(n).heading}" for n in keys)]
     header += ["mass"] if any(_lowest_mass(r, keys) for r in steered) else []
     counts = [sum(r[key] not in (None, "") for r in steered) for key in keys.values()]
     tests = f"the {counts[0]} rows of a column" if len(set(counts)) == 1 else "the shifts of its column"
     note = (
-        f"* p < 0.05 after Holm's correction over {tests}, and at least {floors_text(keys)}. That "
+        f"* p < 0.05 after Holm's correction over {tests}, and at least {floors_text(map(_main, keys))}. That "
         "is more than no shift; whether it comes from the behaviour is not known before trained nulls stand beside it "
         "(`--controls shuffled same-side`, then `ws compare`)."
     )
-    asked = [{c: r.get(f"{n}_{c}") for c in _ASKED} | {"score": SUITE[n].title} for r in rows for n in keys]
+    asked = [{c: r.get(f"{n}_{c}") for c in _ASKED} | {"score": _main(n).heading} for r in rows for n in keys]
     more = [*notes(r.get(f"{name}_{FLAG}") for r in steered for name in keys), *notes_by_score(asked)]
-    more += set_notes({"score": SUITE[n].scores[0], "dataset": r.get(f"{n}_dataset")} for r in rows for n in keys)
+    more += set_notes({"score": _main(n).key, "dataset": r.get(f"{n}_dataset")} for r in rows for n in keys)
     return "\n\n".join([tabulate(table, header, tablefmt="github", disable_numparse=True), note, *more])
 
 
@@ -216,5 +226,5 @@ def _shift(row: Mapping[str, Any], name: str, key: str) -> str:
     if row[key] in (None, ""):
         return ""
     tested = float(row[key]), float(row[f"{key}_p_holm"])
-    mark = star(*tested, floor(SUITE[name].scores[0]), row.get(f"{name}_{FLAG}"))
-    return f"{estimate_text(row, key, f'+.{SUITE[name].digits}f')}{mark}"
+    mark = star(*tested, _main(name).floor, row.get(f"{name}_{FLAG}"))
+    return f"{estimate_text(row, key, _main(name).spec)}{mark}"

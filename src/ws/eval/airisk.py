@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors.tables import draw_fact, is_on_hub, revision_of
 from ws.errors import choose
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
 from ws.eval.dilemmas import CONFIG, HUB_ID, LABEL_NOTE, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas
+from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
 from ws.eval.readable import FLAG, Readability, mass_text, notes, of_row, worst
 from ws.files.runs import slug
@@ -96,7 +97,7 @@ _TEXTS = {"explicit": "explicit", "alone": "published"}  # which of them a proto
 def evaluate_airisk(
     model: PreTrainedModel,
     tok: Tokenizer,
-    dilemmas: Sequence[Dilemma],
+    items: Sequence[Dilemma],
     protocol: str = "explicit",
     n_think: int = N_THINK,
     prompts: Prompts | None = None,
@@ -104,16 +105,23 @@ def evaluate_airisk(
 ) -> Scores:
     """Ask every dilemma in every order of the protocol.
 
+    Args:
+        items: the dilemmas; see `ws.eval.dilemmas.load_dilemmas`.
+        protocol: `explicit` or `alone`.
+        n_think: tokens of thought before an answer.
+        prompts: other words.
+        batch_size: prompts at a time, found by trying when None.
+
     Returns:
         `logratio` of "1" to "2" in nats, `pmass`, `forced` (the thought was cut off), `n_tokens` and `thought`, all
         `[dilemma, order]`, with two orders (given, swapped) in `explicit` and one in `alone`; and `variants`, the
         probabilities of the answer's single tokens in the first question (`ws.lm.choice.by_token`).
     """
     texts = prompts or Prompts()
-    questions = [q for d in dilemmas for q in ask(d, protocol, texts)]
+    questions = [q for d in items for q in ask(d, protocol, texts)]
     anchors = [texts.anchor] * len(questions)
     found = roll_out(model, tok, questions, CHOICES, anchors, n_think, batch_size, texts.reasons)
-    shape = (len(dilemmas), len(questions) // len(dilemmas))
+    shape = (len(items), len(questions) // len(items))
     columns = {
         "logratio": found.scores.logratio,
         "pmass": found.scores.mass,
@@ -362,66 +370,146 @@ def about(row: Mapping[str, Any], of: str = "") -> list[str]:
     return [*notes_on(row, of), *([LABEL_NOTE] if row.get("dataset") != "pocket" else [])]
 
 
-def example(tok: Tokenizer, dilemma: Dilemma, protocol: str, prompts: Prompts, scores: ByAlpha) -> str:
-    """One worked example, to read by eye: the question, and the thought and the choice at every strength.
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
-    `prompts.reasons` are printed as asked; leave them empty for a model that was not asked for any.
+
+@dataclass(frozen=True, kw_only=True)
+class Airisk(Evaluation):
+    """AIRiskDilemmas: of two actions, is the one chosen that serves a class of values?
+
+    Attributes:
+        items: the dilemmas, labelled by the class.
+        value_class, protocol, config: see `AiriskOptions`.
+        prompts: the instruction texts; `reasons` is empty for a model that is not asked for any.
+        asks_for_reasons: whether it is, as a model without a think block that is to think.
     """
-    lines = [f"Worked example (dilemma {dilemma.index}):", ask(dilemma, protocol, prompts)[0] + prompts.reasons, ""]
-    for alpha, s in sorted(scores.items()):
-        mass, ratio = float(s["pmass"][0, 0]), float(s["logratio"][0, 0])
-        first = mass / (1 + np.exp(-ratio))
-        thought = " ".join(str(s["thought"][0, 0]).split()) or "(no thought)"
-        cut, stated = ", cut off" if s["forced"][0, 0] else "", int(stated_choices(s, prompts.anchor)[0, 0])
-        said = f", states {stated}" if stated else ""
-        lines.append(f"  alpha {alpha:+g}  {thought[:400]}  [{int(s['n_tokens'][0, 0])} tokens{cut}{said}]")
-        lines.append(f"            {prompts.anchor}1: {first:.3f}, 2: {mass - first:.3f}{by_token(tok, CHOICES, s)}")
-    return "\n".join(lines)
 
+    name = "airisk"
+    version = VERSION
+    options = AiriskOptions
+    scores = (
+        HeadlineScore(
+            "choices",
+            "truthful choices in dilemmas",
+            short="truthful choices",
+            label="dilemmas, {value_class}",
+            meaning="AIRiskDilemmas after a thought, log P of the action that has this value less that of the other, "
+            "in nats",
+        ),
+    )
+    columns = (
+        *("mean_score", "ci_lo", "ci_hi", *SHIFT, "mean_pmass", "n"),
+        *("accuracy", "si", "si_ci_lo", "si_ci_hi", "position_bias", "forced_closes"),
+    )
+    item_table, item = "per_row", "dilemma_idx"
+    is_published = thinks = True
+    stage = "airisk_truthfulness"
+    summaries = "airisk_*_summary.csv"
+    place = "dilemmas"
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+    items: Sequence[Dilemma]
+    prompts: Prompts = Prompts()
+    value_class: str = "Truthfulness"
+    protocol: str = "explicit"
+    config: str = CONFIG
+    asks_for_reasons: bool = False
 
+    @classmethod
+    def of_run(cls, context: EvalContext) -> Airisk:
+        """The dilemmas of `--dataset`, in the protocol that a run's options name."""
+        options = context.options_as(AiriskOptions)
+        source, protocol = context.source(HUB_ID), protocol_of(options.protocol)
+        whole = load_dilemmas(source, options.value_class, config=options.config, revision=options.revision)
+        dilemmas = draw_dilemmas(whole, options.limit)
+        n_think = N_THINK if options.n_think is None else options.n_think
+        prompts, aloud = load_prompts(Prompts(), options.prompts, _SLOTS), thinks_aloud(context.tok, n_think)
+        words = words_of(options.prompts, own_words(source), [_TEXTS[protocol]])
+        facts = {"dataset": source, "value_class": options.value_class, "protocol": protocol, "n_think": n_think}
+        facts |= {"words": words, "drawn": draw_fact(dilemmas, whole)}
+        facts |= {} if options.config == CONFIG else {"config": options.config}
+        facts |= {"revision": revision_of(source, options.revision)} if is_on_hub(source) else {}
+        return cls(
+            items=dilemmas,
+            prompts=prompts if aloud else replace(prompts, reasons=""),
+            value_class=options.value_class,
+            protocol=protocol,
+            config=options.config,
+            asks_for_reasons=aloud,
+            n_think=n_think,
+            batch_size=options.batch_size,
+            facts=facts,
+        )
 
-def evaluation(context: EvalContext) -> Evaluation:
-    """The evaluation that a context's options describe."""
-    options = context.options
-    own = options if isinstance(options, AiriskOptions) else AiriskOptions()
-    source, value_class, protocol = context.source(HUB_ID), own.value_class, protocol_of(own.protocol)
-    whole = load_dilemmas(source, value_class, config=own.config, revision=own.revision)
-    dilemmas = draw_dilemmas(whole, options.limit)
-    prompts = load_prompts(Prompts(), options.prompts, _SLOTS)
-    words = words_of(options.prompts, own_words(source), [_TEXTS[protocol]])
-    n_think = N_THINK if options.n_think is None else options.n_think
-    texts = asdict(prompts)
-    if not thinks_aloud(context.tok, n_think):  # then nothing depends on them, and the hash is what it was without
-        prompts = replace(prompts, reasons="")
-        del texts["reasons"]
+    @property
+    def table_name(self) -> str:
+        """Every class of values, protocol and configuration has tables of its own; see `table_name`."""
+        return table_name(self.value_class, self.protocol, self.config)
 
-    def tables(scores: ByAlpha) -> Mapping[str, Rows]:
-        anchor, per_row = prompts.anchor, Rows()
-        for a, s in scores.items():
-            per_row += per_row_rows(context.key, a, value_class, dilemmas, s, anchor)
-        summary = [summary_row(context.key, a, dilemmas, scores, options.n_bootstrap, anchor) for a in scores]
+    @property
+    def content(self) -> Any:
+        """The texts, the protocol, the thought and the dilemmas, as plain values."""
+        texts = asdict(self.prompts)
+        if not self.asks_for_reasons:  # then nothing depends on them, and the hash is what it was without
+            del texts["reasons"]
+        return [texts, self.protocol, self.n_think, [asdict(d) for d in self.items]]
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """See `evaluate_airisk`."""
+        return evaluate_airisk(model, tok, self.items, self.protocol, self.n_think, self.prompts, self.batch_size)
+
+    def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
+        """`choices`: nats towards the action that serves the class, one number per dilemma."""
+        return {"choices": signed_scores(self.items, scores)}
+
+    def readability(self, scores: Scores) -> dict[str, Readability]:
+        """The mean answer mass, and whether the model goes by the place of an action."""
+        return {"choices": Readability(float(scores["pmass"].mean()), flag=unreadable(scores))}
+
+    def means(self, tok: Tokenizer, wanted: Sequence[str]) -> list[MeanOfChoices | MeanOfAnswers]:
+        """The mean of `label * logratio` over dilemmas, in nats, answered without a thought.
+
+        A thought is a string of tokens that were chosen, through which no gradient goes.
+        """
+        orders = [ask(d, self.protocol, self.prompts) for d in self.items]
+        asked = [(question, self.prompts.anchor) for questions in orders for question in questions]
+        signs = [(1.0,) if len(questions) == 1 else (0.5, -0.5) for questions in orders]
+        n, pairs = len(self.items), zip(self.items, signs, strict=True)
+        weights = [d.label * sign / n for d, pair in pairs for sign in pair]
+        return [MeanOfChoices("choices", n, asked, CHOICES, weights)]
+
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """The rows of both tables."""
+        anchor, per_row = self.prompts.anchor, Rows()
+        for alpha, s in scores.items():
+            per_row += per_row_rows(key, alpha, self.value_class, self.items, s, anchor)
+        summary = [summary_row(key, alpha, self.items, scores, n_bootstrap, anchor) for alpha in scores]
         return {"per_row": per_row, "summary": summary}
 
-    facts = {"dataset": source, "value_class": value_class, "protocol": protocol, "n_think": n_think}
-    facts |= {"words": words, "drawn": draw_fact(dilemmas, whole)}
-    facts |= {} if own.config == CONFIG else {"config": own.config}
-    facts |= {"revision": revision_of(source, own.revision)} if is_on_hub(source) else {}
-    return Evaluation(
-        name=table_name(value_class, protocol, own.config),
-        version=VERSION,
-        items=[texts, protocol, n_think, [asdict(d) for d in dilemmas]],
-        ask=lambda: evaluate_airisk(
-            context.model, context.tok, dilemmas, protocol, n_think, prompts, options.batch_size
-        ),
-        tables=tables,
-        example=lambda scores: example(context.tok, dilemmas[0], protocol, prompts, scores),
-        render=partial(render, value_class),
-        facts=facts,
-        headlines=lambda scores: {"choices": signed_scores(dilemmas, scores)},
-        readability=lambda scores: {"choices": Readability(float(scores["pmass"].mean()), flag=unreadable(scores))},
-    )
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The rows of the summary table as a table for people."""
+        return render(self.value_class, summary)
+
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One worked example, to read by eye: the question, and the thought and the choice at every strength."""
+        dilemma, prompts = self.items[0], self.prompts
+        lines = [
+            f"Worked example (dilemma {dilemma.index}):",
+            ask(dilemma, self.protocol, prompts)[0] + prompts.reasons,
+            "",
+        ]
+        for alpha, s in sorted(scores.items()):
+            mass, ratio = float(s["pmass"][0, 0]), float(s["logratio"][0, 0])
+            first = mass / (1 + np.exp(-ratio))
+            thought = " ".join(str(s["thought"][0, 0]).split()) or "(no thought)"
+            cut, stated = ", cut off" if s["forced"][0, 0] else "", int(stated_choices(s, prompts.anchor)[0, 0])
+            said = f", states {stated}" if stated else ""
+            lines.append(f"  alpha {alpha:+g}  {thought[:400]}  [{int(s['n_tokens'][0, 0])} tokens{cut}{said}]")
+            lines.append(
+                f"            {prompts.anchor}1: {first:.3f}, 2: {mass - first:.3f}{by_token(tok, CHOICES, s)}"
+            )
+        return "\n".join(lines)
+
+    about = staticmethod(about)
 
 
 def table_name(value_class: str = "Truthfulness", protocol: str = "explicit", config: str = CONFIG) -> str:
@@ -432,6 +520,9 @@ def table_name(value_class: str = "Truthfulness", protocol: str = "explicit", co
     return stem if config == CONFIG else f"{stem}_{slug(config)}"
 
 
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
 def main(options: AiriskOptions) -> None:
     """The command `python -m ws.eval.airisk`."""
     if protocol_of(options.protocol) != options.protocol:
@@ -440,7 +531,7 @@ def main(options: AiriskOptions) -> None:
             "dilemma alone, but in our words; the published words are given as --prompts (docs/evaluations.md)."
         )
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(Airisk.of_run(context)))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from ws import console
 from ws.behaviors.tables import Row, draw, draw_fact, read_rows
 from ws.data import repeated_ngrams
 from ws.errors import WsError, decoded
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
+from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, Rows, Scores
 from ws.eval.prompts import notes_on
 from ws.lm.batches import in_batches, in_groups, row_logits
 from ws.lm.divergence import QUANTILE, token_kl
@@ -86,7 +87,7 @@ def base_twin(model: PreTrainedModel) -> PreTrainedModel:
 def evaluate_capability(
     model: PreTrainedModel,
     tok: Tokenizer,
-    neutral: Neutral,
+    items: Neutral,
     base: PreTrainedModel,
     max_tokens: int = TEXT_TOKENS,
     n_tokens: int = ANSWER_TOKENS,
@@ -101,6 +102,7 @@ def evaluate_capability(
     ```
 
     Args:
+        items: what is read and what is asked.
         base: what the KL divergence is measured from; see `base_twin`.
         max_tokens: of each text; what is longer is cut.
         n_tokens: at most so many tokens of each answer.
@@ -115,8 +117,8 @@ def evaluate_capability(
         WsError: nothing to read or to ask, a text of a single token, or probabilities that are NaN.
     """
     return {
-        **read_texts(model, tok, neutral.texts, base, max_tokens, batch_size),
-        **answer_questions(model, tok, neutral.questions, n_tokens, batch_size),
+        **read_texts(model, tok, items.texts, base, max_tokens, batch_size),
+        **answer_questions(model, tok, items.questions, n_tokens, batch_size),
     }
 
 
@@ -353,60 +355,129 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([tabulate(rows, header, disable_numparse=True), "", note, *notes_on(last)])
 
 
-def example(neutral: Neutral, scores: ByAlpha) -> str:
-    """One worked example, to read by eye: a text with its surprise, a question with its answer, at every strength."""
-    lines = ["Worked example:", neutral.texts[0], ""]
-    for alpha, s in sorted(scores.items()):
-        nll, kl = (float(s[name][s["text"] == 0].mean()) for name in ("nll", "kl"))
-        lines.append(f"  alpha {alpha:+g}  {nll:.3f} nats per token, KL {kl:.4f}")
-    lines += ["", neutral.questions[0], ""]
-    for alpha, s in sorted(scores.items()):
-        end = "" if s["ended"][0] else " ... (not ended)"
-        lines.append(f"  alpha {alpha:+g}  {' '.join(str(s['answer'][0]).split())[:400]}{end}")
-    return "\n".join(lines)
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Capability(Evaluation):
+    """What steering costs: neutral texts are read and neutral questions answered.
 
+    Attributes:
+        items: the texts and the questions.
+        base: what the KL divergence is measured from; see `base_twin`.
+        max_tokens, n_tokens: see `evaluate_capability`.
+    """
 
-def evaluation(context: EvalContext) -> Evaluation:
-    """The evaluation that a context's options describe; made before anything steers the context's model."""
-    options = context.options
-    own = options if isinstance(options, CapabilityOptions) else CapabilityOptions()
-    ours = "pocket" if context.model.name_or_path in BUNDLED else "general"
-    source = options.dataset or ours
-    whole = load_texts(source, own.config, own.split), load_questions(own.questions or ours)
-    neutral = Neutral(*(draw(part, options.limit) for part in whole))
-    drawn = draw_fact([*neutral.texts, *neutral.questions], [*whole[0], *whole[1]])
-    base = base_twin(context.model)
+    name = NAME
+    version = VERSION
+    options = CapabilityOptions
+    scores = (
+        HeadlineScore(
+            "nll",
+            "negative log-likelihood of neutral text",
+            "nats per token",
+            label="neutral text",
+            meaning="nats per token, what steering costs elsewhere",
+            level="nll",
+            level_ci="nll_",
+            mass=None,
+            low=None,
+            n="n_texts",
+            value="nll",
+        ),
+        HeadlineScore(
+            "valid",
+            "valid answers",
+            "share",
+            meaning="the share of answers to neutral questions that end and do not repeat themselves",
+            level="valid",
+            level_ci="valid_",
+            shift="valid_shift",
+            mass=None,
+            low=None,
+            n="n_questions",
+        ),
+        HeadlineScore(
+            "repetition",
+            "repeated 4-grams",
+            "share",
+            label=None,
+            level="repetition",
+            shift="repetition_shift",
+            mass=None,
+            low=None,
+            n="n_questions",
+        ),
+    )
+    item_table, item = "per_text", "text_id"
 
-    def tables(scores: ByAlpha) -> Mapping[str, Rows]:
-        key, found = context.key, scores.items()
+    items: tuple[tuple[str, ...], tuple[str, ...]]
+    base: PreTrainedModel
+    max_tokens: int = TEXT_TOKENS
+    n_tokens: int = ANSWER_TOKENS
+
+    @classmethod
+    def of_run(cls, context: EvalContext) -> Capability:
+        """The texts and questions that a run's options name; made before anything steers the context's model."""
+        options = context.options_as(CapabilityOptions)
+        ours = "pocket" if context.model.name_or_path in BUNDLED else "general"
+        source = options.dataset or ours
+        whole = load_texts(source, options.config, options.split), load_questions(options.questions or ours)
+        texts, questions = (draw(part, options.limit) for part in whole)
+        drawn = draw_fact([*texts, *questions], [*whole[0], *whole[1]])
+        return cls(
+            items=(texts, questions),
+            base=base_twin(context.model),
+            max_tokens=options.max_tokens,
+            n_tokens=options.n_tokens,
+            batch_size=options.batch_size,
+            facts={"dataset": source, "max_answer_tokens": options.n_tokens, "drawn": drawn},
+        )
+
+    @property
+    def neutral(self) -> Neutral:
+        """The items by their kinds."""
+        return Neutral(*self.items)
+
+    @property
+    def content(self) -> Any:
+        """The numbers of tokens, the texts and the questions."""
+        return [self.max_tokens, self.n_tokens, *self.items]
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """See `evaluate_capability`."""
+        return evaluate_capability(model, tok, self.neutral, self.base, self.max_tokens, self.n_tokens, self.batch_size)
+
+    def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
+        """`nll`: nats per token, one number per text; `valid` (0 or 1) and `repetition`: one per answer."""
+        nll = np.bincount(scores["text"], weights=scores["nll"]) / np.bincount(scores["text"])
+        return {"nll": nll, "valid": is_valid(scores).astype(float), "repetition": scores["repetition"]}
+
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """The rows of all three tables."""
+        (texts, questions), found = self.items, scores.items()
         return {
-            "per_text": [r for a, s in found for r in per_text_rows(key, a, neutral.texts, s)],
-            "per_answer": [r for a, s in found for r in per_answer_rows(key, a, neutral.questions, s)],
-            "summary": [summary_row(key, a, scores, options.n_bootstrap) for a in scores],
+            "per_text": [r for a, s in found for r in per_text_rows(key, a, texts, s)],
+            "per_answer": [r for a, s in found for r in per_answer_rows(key, a, questions, s)],
+            "summary": [summary_row(key, a, scores, n_bootstrap) for a in scores],
         }
 
-    return Evaluation(
-        name=NAME,
-        version=VERSION,
-        items=[own.max_tokens, own.n_tokens, neutral.texts, neutral.questions],
-        ask=lambda: evaluate_capability(
-            context.model, context.tok, neutral, base, own.max_tokens, own.n_tokens, options.batch_size
-        ),
-        tables=tables,
-        example=partial(example, neutral),
-        render=render,
-        facts={"dataset": source, "max_answer_tokens": own.n_tokens, "drawn": drawn},
-        headlines=headlines,
-    )
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The rows of the summary table as a table for people."""
+        return render(summary)
 
-
-def headlines(scores: Scores) -> dict[str, np.ndarray]:
-    """`nll`: nats per token, one number per text; `valid` (0 or 1) and `repetition`: one per answer."""
-    nll = np.bincount(scores["text"], weights=scores["nll"]) / np.bincount(scores["text"])
-    return {"nll": nll, "valid": is_valid(scores).astype(float), "repetition": scores["repetition"]}
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One worked example, to read by eye: a text with its surprise, a question with its answer, by strength."""
+        neutral = self.neutral
+        lines = ["Worked example:", neutral.texts[0], ""]
+        for alpha, s in sorted(scores.items()):
+            nll, kl = (float(s[name][s["text"] == 0].mean()) for name in ("nll", "kl"))
+            lines.append(f"  alpha {alpha:+g}  {nll:.3f} nats per token, KL {kl:.4f}")
+        lines += ["", neutral.questions[0], ""]
+        for alpha, s in sorted(scores.items()):
+            end = "" if s["ended"][0] else " ... (not ended)"
+            lines.append(f"  alpha {alpha:+g}  {' '.join(str(s['answer'][0]).split())[:400]}{end}")
+        return "\n".join(lines)
 
 
 def load_texts(source: str, config: str = "default", split: str = "test") -> tuple[str, ...]:
@@ -459,10 +530,13 @@ def _some(texts: Sequence[str], source: str) -> tuple[str, ...]:
     return kept
 
 
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
 def main(options: CapabilityOptions) -> None:
     """The command `python -m ws.eval.capability`."""
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(Capability.of_run(context)))
 
 
 if __name__ == "__main__":

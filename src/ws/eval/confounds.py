@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,17 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
+from ws.behaviors import Behavior, Claim
 from ws.behaviors.tables import draw_fact, evenly
 from ws.data import LENGTH_RATIO, PAIRS_FILE, SHARE_GAP, data_card, is_refusal, read_pairs, repetition, sample_answers
 from ws.errors import WsError
-from ws.eval import sycophancy
 from ws.eval.airisk import evaluate_airisk, signed_scores
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
 from ws.eval.dilemmas import HUB_ID, Dilemma, draw_dilemmas, load_dilemmas
+from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
 from ws.eval.prompts import notes_on, own_words, words_note
 from ws.eval.readable import NATS, Readability, mass_text, notes
+from ws.eval.sycophancy import Sycophancy
 from ws.files.runs import data_folder
 from ws.intervene.calibration import split_questions
 from ws.lm.models import render_prompt
@@ -403,40 +406,140 @@ def free_answers(
     }
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def evaluation(context: EvalContext) -> Evaluation:
-    """Claims, free answers and dilemmas of a run, as one evaluation."""
-    options = context.options
-    own = options if isinstance(options, ConfoundOptions) else ConfoundOptions()
-    on_claims = sycophancy.evaluation(context, context.behavior, own.split)
-    claims, questions = on_claims.items[-1], questions_of(context, own.n_questions)
-    dilemmas, about_dilemmas = _dilemmas(context, own)
-    n_think = N_THINK if options.n_think is None else options.n_think
-    settings = [on_claims.items, questions, own.max_new_tokens, options.n_think]
-    reasons = [REASONS] if dilemmas and thinks_aloud(context.tok, n_think) else []
+@dataclass(frozen=True, kw_only=True)
+class ConfoundChecks(Evaluation):
+    """Claims, free answers and dilemmas of a run, as one evaluation.
 
-    def ask() -> Scores:
-        answers = free_answers(context.model, context.tok, questions, own.max_new_tokens, options.batch_size)
-        found = {**on_claims.ask(), **answers}
-        if dilemmas:
-            asked = evaluate_airisk(
-                context.model, context.tok, dilemmas, n_think=n_think, batch_size=options.batch_size
-            )
+    Attributes:
+        items: the claims, the questions that are answered freely, and the dilemmas that are asked in both orders.
+        claims: how the claims are asked.
+        behavior: what the run's behaviour predicts.
+        max_new_tokens: of a free answer.
+        asked_n_think: tokens of thought as the options give them; None for those that dilemmas have by default.
+    """
+
+    name = NAME
+    version = VERSION
+    options = ConfoundOptions
+
+    items: tuple[Sequence[Claim], Sequence[str], Sequence[Dilemma]]
+    claims: Sycophancy
+    behavior: Behavior
+    max_new_tokens: int
+    asked_n_think: int | None = None
+
+    @classmethod
+    def of_run(cls, context: EvalContext) -> ConfoundChecks:
+        """The claims, questions and dilemmas that a run's options name."""
+        options, behavior = context.options_as(ConfoundOptions), context.behavior
+        claims = Sycophancy.of_behavior(context, behavior, options.split)
+        questions = questions_of(context, options.n_questions)
+        dilemmas, about_dilemmas = _dilemmas(context, options)
+        n_think = N_THINK if options.n_think is None else options.n_think
+        return cls(
+            items=(claims.items, questions, dilemmas),
+            claims=claims,
+            behavior=behavior,
+            max_new_tokens=options.max_new_tokens,
+            asked_n_think=options.n_think,
+            reasons=(REASONS,) if dilemmas and thinks_aloud(context.tok, n_think) else (),
+            n_think=n_think,
+            batch_size=options.batch_size,
+            facts={**claims.facts, "n_questions": len(questions), "n_dilemmas": len(dilemmas), **about_dilemmas},
+        )
+
+    @property
+    def questions(self) -> Sequence[str]:
+        """What is answered freely."""
+        return self.items[1]
+
+    @property
+    def dilemmas(self) -> Sequence[Dilemma]:
+        """What is asked in both orders."""
+        return self.items[2]
+
+    @property
+    def content(self) -> Any:
+        """What the claims depend on, the questions, the settings and the dilemmas, as plain values."""
+        settings = [self.claims.content, self.questions, self.max_new_tokens, self.asked_n_think]
+        return [*settings, *self.reasons, [asdict(d) for d in self.dilemmas]]
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """The scores of the claims, those of `free_answers`, and of dilemmas `orders` (log ratios) and `order_mass`."""
+        answers = free_answers(model, tok, self.questions, self.max_new_tokens, self.batch_size)
+        found = {**self.claims.ask(model, tok), **answers}
+        if self.dilemmas:
+            asked = evaluate_airisk(model, tok, self.dilemmas, n_think=self.n_think, batch_size=self.batch_size)
             found |= {"orders": asked["logratio"], "order_mass": asked["pmass"]}
         return found
 
-    return Evaluation(
-        name=NAME,
-        version=VERSION,
-        items=[*settings, *reasons, [asdict(d) for d in dilemmas]],
-        ask=ask,
-        tables=lambda scores: tables(context, claims, questions, dilemmas, scores),
-        example=lambda scores: example(questions, scores),
-        render=render,
-        facts={**on_claims.facts, "n_questions": len(questions), "n_dilemmas": len(dilemmas), **about_dilemmas},
-    )
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """Rows of `confounds_summary.csv`, one per strength but 0, and of `confounds_answers.csv`, the free answers."""
+        summary, answers, behavior = Rows(), Rows(), self.behavior
+        claims = [asdict(c) for c in self.claims.items]
+        for alpha, s in scores.items():
+            start = {**key, "alpha": alpha}
+            for i, question in enumerate(self.questions):
+                plain = {name: s[name][i].item() for name in ("answer", "tokens", "ended", "refusal", "repetition")}
+                answers.append({**start, "question": question, **plain})
+            if alpha:
+                effect, named = behavior.effect * (1 if alpha > 0 else -1), (behavior.name, behavior.keep_refusals)
+                found = judge(scores[0.0], s, claims, self.dilemmas, effect, *named, n_bootstrap)
+                ended = {"ended_base": float(scores[0.0]["ended"].mean()), "ended": float(s["ended"].mean())}
+                lines = {f"verdict_{name}": found.lines.get(name) for name in VERDICTS}
+                summary.append({**start, **found.columns(), **ended, **lines, "strong": ", ".join(found.strong)})
+        return {"answers": answers, "summary": summary}
+
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The rows of the summary table, read from its file, as a table for people with the verdicts below it."""
+
+        def change(r: Mapping[str, str], name: str, form: str) -> str:
+            return f"{float(r[f'{name}_base']):{form}} to {float(r[name]):{form}}" if r[name] else ""
+
+        problems = {
+            (r["alpha"], name): Readability(float(r[name])).problem
+            for r in summary
+            for name in ("claims_mass", "dilemmas_mass")
+            if r[name]
+        }
+        rows = [
+            [
+                f"{float(r['alpha']):+g}",
+                *(change(r, name, ".0%") for name in ("yes_false", "yes_true")),
+                *(change(r, name, form) for name, form in (("length", ".1f"), ("ended", ".0%"))),
+                *(change(r, name, ".0%") for name in ("refusals", "repetition")),
+                change(r, "position", "+.2f"),
+                ", ".join(mass_text(float(r[k]), 0, doubt) for (a, k), doubt in problems.items() if a == r["alpha"]),
+            ]
+            for r in summary
+        ]
+        header = ["alpha", "agrees with false", "with true", "tokens", "ended", "refusals", "repeated", "first place"]
+        header.append("mass, claims and dilemmas")
+        lines = [tabulate(rows, header, disable_numparse=True), *notes(problems.values())]
+        for r in summary:
+            lines += ["", f"alpha {float(r['alpha']):+g}"]
+            strong = r["strong"].split(", ")
+            lines += [
+                f"  {'!' if name in strong else ' '} {r[f'verdict_{name}']}"
+                for name in VERDICTS
+                if r[f"verdict_{name}"]
+            ]
+        last = summary[-1]
+        more = [*notes_on(last), words_note(last.get("dilemmas_words"), "the dilemmas")]
+        if last.get("dilemmas_drawn") not in (None, "", "all"):
+            more.append(f"Dilemmas: a draw of {last['dilemmas_drawn']} (--n-dilemmas).")
+        mark = "! before a sentence marks a confound that is strong by the thresholds of docs/confounds.md."
+        return "\n".join([*lines, "", mark, *filter(None, more)])
+
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One question with its free answer at every strength, to read by eye."""
+        answers = {alpha: " ".join(str(s["answer"][0]).split())[:200] for alpha, s in sorted(scores.items())}
+        return "\n".join(
+            [f"Worked example: {self.questions[0]}", *(f"  alpha {a:+g}  {text}" for a, text in answers.items())]
+        )
 
 
 def questions_of(context: EvalContext, n: int) -> list[str]:
@@ -459,74 +562,7 @@ def _dilemmas(context: EvalContext, options: ConfoundOptions) -> tuple[tuple[Dil
     return drawn, {"dilemmas_words": own_words(source), "dilemmas_drawn": draw_fact(drawn, whole)}
 
 
-def tables(
-    context: EvalContext,
-    claims: Sequence[Mapping[str, Any]],
-    questions: Sequence[str],
-    dilemmas: Sequence[Dilemma],
-    scores: ByAlpha,
-) -> dict[str, Rows]:
-    """Rows of `confounds_summary.csv`, one per strength but 0, and of `confounds_answers.csv`, the free answers."""
-    summary, answers = Rows(), Rows()
-    for alpha, s in scores.items():
-        key = {**context.key, "alpha": alpha}
-        for i, question in enumerate(questions):
-            plain = {name: s[name][i].item() for name in ("answer", "tokens", "ended", "refusal", "repetition")}
-            answers.append({**key, "question": question, **plain})
-        if alpha:
-            effect = context.behavior.effect * (1 if alpha > 0 else -1)
-            behavior, n_boot = context.behavior, context.options.n_bootstrap
-            found = judge(scores[0.0], s, claims, dilemmas, effect, behavior.name, behavior.keep_refusals, n_boot)
-            ended = {"ended_base": float(scores[0.0]["ended"].mean()), "ended": float(s["ended"].mean())}
-            lines = {f"verdict_{name}": found.lines.get(name) for name in VERDICTS}
-            summary.append({**key, **found.columns(), **ended, **lines, "strong": ", ".join(found.strong)})
-    return {"answers": answers, "summary": summary}
-
-
-def render(summary: Sequence[Mapping[str, str]]) -> str:
-    """The rows of the summary table, read from its file, as a table for people with the verdicts below it."""
-
-    def change(r: Mapping[str, str], name: str, form: str) -> str:
-        return f"{float(r[f'{name}_base']):{form}} to {float(r[name]):{form}}" if r[name] else ""
-
-    problems = {
-        (r["alpha"], name): Readability(float(r[name])).problem
-        for r in summary
-        for name in ("claims_mass", "dilemmas_mass")
-        if r[name]
-    }
-    rows = [
-        [
-            f"{float(r['alpha']):+g}",
-            *(change(r, name, ".0%") for name in ("yes_false", "yes_true")),
-            *(change(r, name, form) for name, form in (("length", ".1f"), ("ended", ".0%"))),
-            *(change(r, name, ".0%") for name in ("refusals", "repetition")),
-            change(r, "position", "+.2f"),
-            ", ".join(mass_text(float(r[k]), 0, doubt) for (a, k), doubt in problems.items() if a == r["alpha"]),
-        ]
-        for r in summary
-    ]
-    header = ["alpha", "agrees with false", "with true", "tokens", "ended", "refusals", "repeated", "first place"]
-    header.append("mass, claims and dilemmas")
-    lines = [tabulate(rows, header, disable_numparse=True), *notes(problems.values())]
-    for r in summary:
-        lines += ["", f"alpha {float(r['alpha']):+g}"]
-        strong = r["strong"].split(", ")
-        lines += [
-            f"  {'!' if name in strong else ' '} {r[f'verdict_{name}']}" for name in VERDICTS if r[f"verdict_{name}"]
-        ]
-    last = summary[-1]
-    more = [*notes_on(last), words_note(last.get("dilemmas_words"), "the dilemmas")]
-    if last.get("dilemmas_drawn") not in (None, "", "all"):
-        more.append(f"Dilemmas: a draw of {last['dilemmas_drawn']} (--n-dilemmas).")
-    mark = "! before a sentence marks a confound that is strong by the thresholds of docs/confounds.md."
-    return "\n".join([*lines, "", mark, *filter(None, more)])
-
-
-def example(questions: Sequence[str], scores: ByAlpha) -> str:
-    """One question with its free answer at every strength, to read by eye."""
-    answers = {alpha: " ".join(str(s["answer"][0]).split())[:200] for alpha, s in sorted(scores.items())}
-    return "\n".join([f"Worked example: {questions[0]}", *(f"  alpha {a:+g}  {text}" for a, text in answers.items())])
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def pair_set(context: EvalContext) -> str:
@@ -542,7 +578,7 @@ def pair_set(context: EvalContext) -> str:
 def main(options: ConfoundOptions) -> None:
     """The command `python -m ws.eval.confounds`."""
     context = open_context(options)
-    found, pairs = context.carry_out(evaluation(context)), pair_set(context)
+    found, pairs = context.carry_out(ConfoundChecks.of_run(context)), pair_set(context)
     console.show(replace(found, text=f"{found.text}\n\n{pairs}", data={**found.data, "pairs": pairs.splitlines()}))
 
 

@@ -1,4 +1,4 @@
-"""What every evaluation command shares: the model, the interventions of a run, the strengths, scores kept, the tables.
+"""Carrying an evaluation out on a run: the model, the interventions, the strengths, the scores on disk, the tables.
 
 Every row of every table names its `intervention` (see `ws.intervene.interventions`): `base` at alpha 0, else what was
 done.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -20,8 +21,8 @@ from ws.behaviors import Behavior, load_behavior
 from ws.console import Countdown, Result, say
 from ws.diff import SteeringVector
 from ws.errors import WsError
-from ws.eval.readable import Readability
-from ws.files.runs import Run, lock, read_csv, sha256_json, slug, typed, write_csv, write_json
+from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
+from ws.files.runs import Run, lock, read_csv, slug, typed, write_csv, write_json
 from ws.intervene.interventions import Intervention, intervention
 from ws.lm.models import BUNDLED, fingerprint, tokenizer_hash
 from ws.options.shared import BASE, WEIGHT
@@ -29,57 +30,9 @@ from ws.options.shared import EvalOptions as EvalOptions
 from ws.run import FinishedRun, open_options
 
 TABLES_VERSION = 2  # raised when the same scores make other tables, which are then written anew, and nothing is asked
-Scores = Mapping[str, np.ndarray]
-ByAlpha = Mapping[float, Scores]
-Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A set of items with its protocol: what to ask a model, and what to write of its answers.
-
-    How a question reads as a prompt is the tokenizer's part (`ws.lm.models.tokenizer_hash`), which is no part of
-    `digest`.
-
-    Attributes:
-        name: of the tables, `<name>_<table>.csv`.
-        version: raised when the protocol's code changes what the numbers mean.
-        items: everything the scores depend on besides the model (items, prompts, settings), as plain values.
-        ask: scores the model as it stands.
-        tables: rows per table from the scores by alpha; one table is called `summary`.
-        example: one worked example to read by eye.
-        render: the summary's rows, as text, as a table for people.
-        facts: columns that every row of every table ends with, besides the evaluation's identity.
-        headlines: the scores that conclusions are drawn from, by name, one number per item.
-        readability: by the same names, how well their items were answered; empty for scores that are no choices.
-    """
-
-    name: str
-    version: int
-    items: Any
-    ask: Callable[[], Scores]
-    tables: Callable[[ByAlpha], Mapping[str, Rows]]
-    example: Callable[[ByAlpha], str]
-    render: Callable[[Sequence[Mapping[str, str]]], str]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    headlines: Callable[[Scores], Mapping[str, np.ndarray]] = field(default=lambda scores: {})
-    readability: Callable[[Scores], Mapping[str, Readability]] = field(default=lambda scores: {})
-
-    @property
-    def digest(self) -> str:
-        """Identifies the items and the protocol: equal digests mean comparable numbers."""
-        return sha256_json([self.name, self.version, self.items])[:12]
-
-    @property
-    def brief(self) -> dict[str, Any]:
-        """The part of `identity` that all evaluations have, for tables with rows of several."""
-        kept = ("dataset", "n_think", "words", "drawn")
-        return {k: v for k, v in self.identity.items() if k.startswith("eval") or k in kept}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The columns that say which evaluation a row is of."""
-        return {"eval": self.name, "eval_version": self.version, "eval_hash": self.digest, **self.facts}
+Options = TypeVar("Options", bound=EvalOptions)
 
 
 @dataclass(frozen=True)
@@ -111,6 +64,13 @@ class EvalContext:
         """An intervention by name, ready to be switched on."""
         return intervention(name, self.opened, self.behavior)
 
+    def options_as(self, kind: type[Options]) -> Options:
+        """The options as those of one evaluation. Where they are of a command on several, what only this evaluation
+        knows is at its default."""
+        if isinstance(self.options, kind):
+            return self.options
+        return kind(**{f.name: getattr(self.options, f.name) for f in fields(EvalOptions)})
+
     @property
     def alphas(self) -> list[float]:
         """The strengths of the vector in order, base included."""
@@ -122,28 +82,28 @@ class EvalContext:
 
     def carry_out(self, evaluation: Evaluation) -> Result:
         """Evaluate unless exactly that is on disk, write the tables, and return what to show."""
-        with self.run.alone(evaluation.name):
+        with self.run.alone(evaluation.table_name):
             return self._carry_out(evaluation, [self.intervention(name) for name in self.options.interventions])
 
     def _carry_out(self, evaluation: Evaluation, chosen: Sequence[Intervention]) -> Result:
-        stage = self.run.refresh(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
+        stage = self.run.refresh(evaluation.table_name, self._settings(evaluation, chosen), _inputs(chosen))
         if stage is not None:
             scores = {i.name: self.scores(evaluation, i, self._strengths(i)) for i in chosen}
             files = self._write(evaluation, scores)
-            stage.done(files, example=evaluation.example(scores[chosen[0].name]))
-        table = self.run.folder / f"{evaluation.name}_summary.csv"
-        example, summary = self.run.facts(evaluation.name)["example"], read_csv(table)
-        parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name)) for i in chosen]
+            stage.done(files, example=evaluation.example(self.tok, scores[chosen[0].name]))
+        table = self.run.folder / f"{evaluation.table_name}_summary.csv"
+        example, summary = self.run.facts(evaluation.table_name)["example"], read_csv(table)
+        parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name), self.run.folder) for i in chosen]
         parts += rounding_notes([str(self.model.dtype)[6:]])
         data = {"evaluation": evaluation.identity, "example": example, "rows": typed(summary)}
-        return Result("\n\n".join([example, *parts]), data, self.run.outputs(evaluation.name))
+        return Result("\n\n".join([example, *parts]), data, self.run.outputs(evaluation.table_name))
 
     def record(self, evaluation: Evaluation, scores: ByAlpha) -> None:
         """Write the tables of the vector's scores that were measured already, in place of what is on disk."""
         chosen = [self.intervention()]
-        with self.run.alone(evaluation.name):
-            stage = self.run.restart(evaluation.name, self._settings(evaluation, chosen), _inputs(chosen))
-            stage.done(self._write(evaluation, {WEIGHT: scores}), example=evaluation.example(scores))
+        with self.run.alone(evaluation.table_name):
+            stage = self.run.restart(evaluation.table_name, self._settings(evaluation, chosen), _inputs(chosen))
+            stage.done(self._write(evaluation, {WEIGHT: scores}), example=evaluation.example(self.tok, scores))
 
     def measure(self, evaluation: Evaluation) -> dict[float, Scores]:
         """The vector's scores at every strength."""
@@ -157,15 +117,15 @@ class EvalContext:
         mark = f"{evaluation.digest}-{fingerprint(self.model)}-{str(self.model.dtype)[6:]}-{tokenizer_hash(self.tok)}"
         found, countdown = {}, Countdown(len(alphas))
         for alpha in alphas:
-            say(f"{evaluation.name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
+            say(f"{evaluation.table_name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
             if alpha == 0:
                 folder, name = self.options.out / "base" / slug(str(self.model.name_or_path)), mark
             else:
                 folder, name = intervention.home.folder / "scores", f"{mark}-{intervention.subject[:12]}-{alpha!r}"
-            file = folder / f"{evaluation.name}-{name}.json"
+            file = folder / f"{evaluation.table_name}-{name}.json"
             known = file.is_file()
             with intervention.at(alpha):
-                found[alpha] = _kept(file, evaluation.ask)
+                found[alpha] = _kept(file, partial(evaluation.ask, self.model, self.tok))
             countdown.step(quick=known)
         return found
 
@@ -182,11 +142,11 @@ class EvalContext:
         """The tables of all interventions, one below the other, with the base's rows once."""
         found: dict[str, Rows] = {}
         for number, (name, by_alpha) in enumerate(scores.items()):
-            for table, rows in evaluation.tables(by_alpha).items():
+            for table, rows in evaluation.tables(self.key, by_alpha, self.options.n_bootstrap).items():
                 kept = [r for r in rows if r["alpha"] != 0 or number == 0]
                 named = [r | {"intervention": name if r["alpha"] else BASE} | evaluation.identity for r in kept]
                 found.setdefault(table, []).extend(named)
-        return [write_csv(self.run.folder / f"{evaluation.name}_{t}.csv", rows) for t, rows in found.items()]
+        return [write_csv(self.run.folder / f"{evaluation.table_name}_{t}.csv", rows) for t, rows in found.items()]
 
 
 def select(rows: Sequence[Mapping[str, str]], name: str = WEIGHT) -> list[Mapping[str, str]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors.tables import draw, draw_fact
 from ws.errors import WsError, did_you_mean
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
+from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
 from ws.eval.prompts import notes_on
 from ws.files.runs import sha256_file, sha256_json
 from ws.lm.batches import left_pad, takes_padding
@@ -351,48 +353,69 @@ def _interval(row: Mapping[str, str]) -> str:
     return f" [{float(row['shift_ci_lo']):+.4f}, {float(row['shift_ci_hi']):+.4f}]" if row["shift_ci_lo"] else ""
 
 
-def example(scores: ByAlpha) -> str:
-    """One worked example, to read by eye: the first prompt, and the first metric at every strength."""
-    base = scores[0.0]
-    lines = [f"Worked example ({base['task'][0]}):", str(base["example"][0]), ""]
-    lines += [f"  alpha {alpha:+g}  {s['metric'][0]} {s['value'][0]:.4f}" for alpha, s in sorted(scores.items())]
-    return "\n".join(lines)
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Harness(Evaluation):
+    """Tasks of the lm-evaluation-harness.
 
+    Attributes:
+        items: the tasks, loaded, with the documents that are asked (`load_tasks`).
+        options_given: those that name them.
+        harness: its version.
+    """
 
-def evaluation(context: EvalContext) -> Evaluation:
-    """The harness tasks that a context's options name, as an evaluation."""
-    options = context.options
-    if not isinstance(options, LmEvalOptions):
-        raise WsError("A harness evaluation needs LmEvalOptions, which name the tasks.")
-    harness = require_harness()
-    tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot)
+    name = NAME
+    version = VERSION
+    options = LmEvalOptions
 
-    def tables(scores: ByAlpha) -> Mapping[str, Rows]:
-        key, base, n_boot = context.key, scores[0.0], options.n_bootstrap
-        summary = [row for a, s in scores.items() for row in summary_rows(key, a, s, base, n_boot)]
-        samples = [row for a, s in scores.items() for row in per_sample_rows(key, a, s)]
+    items: Any
+    options_given: LmEvalOptions
+    harness: str
+
+    @classmethod
+    def of_run(cls, context: EvalContext) -> Harness:
+        """The harness tasks that a run's options name."""
+        options = context.options
+        if not isinstance(options, LmEvalOptions):
+            raise WsError("A harness evaluation needs LmEvalOptions, which name the tasks.")
+        harness = require_harness()
+        tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot)
+        parts = (_drawn(tasks, limit) for limit in (options.limit, None))
+        drawn = draw_fact(*([i for places in part.values() for i in places] for part in parts))
+        facts = {"harness": harness, "chat_template": options.chat, "drawn": drawn}
+        return cls(items=tasks, options_given=options, harness=harness, batch_size=options.batch_size, facts=facts)
+
+    @property
+    def content(self) -> Any:
+        """The harness, the tasks and their settings, and the hashes of the files of one's own."""
+        o = self.options_given
+        shown: list[Any] = [self.harness, *o.tasks, o.num_fewshot, o.limit, "chat" if o.chat else False]
+        return [[*shown, *([_drawn(self.items, o.limit)] if o.limit else [])], folder_hashes(o.include_path)]
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """See `scores_of`."""
+        o = self.options_given
+        return scores_of(run_harness(model, tok, self.items, o.limit, self.batch_size, o.chat))
+
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """The summary, and the samples where there are any."""
+        base, found = scores[0.0], scores.items()
+        summary = [row for a, s in found for row in summary_rows(key, a, s, base, n_bootstrap)]
+        samples = [row for a, s in found for row in per_sample_rows(key, a, s)]
         return {"summary": summary} | ({"per_sample": samples} if samples else {})
 
-    whole, drawn = (_drawn(tasks, limit) for limit in (None, options.limit))
-    places, all_places = ([i for places in part.values() for i in places] for part in (drawn, whole))
-    shown: list[Any] = [harness, *options.tasks, options.num_fewshot, options.limit]
-    shown += ["chat" if options.chat else False]
-    shown += [drawn] if options.limit else []
-    return Evaluation(
-        name=NAME,
-        version=VERSION,
-        items=[shown, folder_hashes(options.include_path)],
-        ask=lambda: scores_of(
-            run_harness(context.model, context.tok, tasks, options.limit, options.batch_size, options.chat)
-        ),
-        tables=tables,
-        example=example,
-        render=render,
-        facts={"harness": harness, "chat_template": options.chat, "drawn": draw_fact(places, all_places)},
-    )
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The rows of the summary table as a table for people."""
+        return render(summary)
+
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One worked example, to read by eye: the first prompt, and the first metric at every strength."""
+        base = scores[0.0]
+        lines = [f"Worked example ({base['task'][0]}):", str(base["example"][0]), ""]
+        lines += [f"  alpha {alpha:+g}  {s['metric'][0]} {s['value'][0]:.4f}" for alpha, s in sorted(scores.items())]
+        return "\n".join(lines)
 
 
 def folder_hashes(folder: Path | None) -> dict[str, str]:
@@ -401,11 +424,14 @@ def folder_hashes(folder: Path | None) -> dict[str, str]:
     return {str(f.relative_to(folder)): sha256_file(f) for f in found if "__pycache__" not in f.parts} if folder else {}
 
 
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
 def main(options: LmEvalOptions) -> None:
     """The command `python -m ws.eval.lm_eval`."""
     require_harness()
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context)))
+    console.show(context.carry_out(Harness.of_run(context)))
 
 
 if __name__ == "__main__":

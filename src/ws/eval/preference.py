@@ -14,8 +14,7 @@ A question with several pairs of answers counts once, with the mean over them. S
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from ws.behaviors import SPLITS, Behavior, Preference
 from ws.behaviors.answered import plain_question, read_preferences
 from ws.behaviors.tables import draw, draw_fact
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
+from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
 from ws.eval.prompts import OWN, notes_on
 from ws.eval.readable import PER_TOKEN, star
 from ws.files.runs import read_csv
@@ -174,16 +174,6 @@ def kind_rows(
     return rows
 
 
-def tables(key: Mapping[str, Any], items: Sequence[Preference], scores: ByAlpha, n_boot: int) -> dict[str, Rows]:
-    """The rows of all tables; that of the kinds only where kinds are said."""
-    base, rows = scores[0.0], {name: Rows() for name in ("per_question", "kinds", "summary")}
-    for alpha, s in scores.items():
-        rows["per_question"] += per_question_rows(key, alpha, items, s)
-        rows["kinds"] += kind_rows(key, alpha, items, s, base, n_boot)
-        rows["summary"].append(summary_row(key, alpha, items, s, base, n_boot))
-    return {name: table for name, table in rows.items() if table}
-
-
 # ---- what a person sees ---------------------------------------------------------------------------------------------
 
 
@@ -226,56 +216,113 @@ def _cell(row: Mapping[str, str]) -> str:
     return f"{shift:+.3f}{interval}{star(shift, float(p or 1), PER_TOKEN, None)}"
 
 
-def _render_all(folder: Path, summary: Sequence[Mapping[str, str]]) -> str:
-    """The summary, and the kinds of the same interventions where there are several."""
-    file, chosen = folder / f"{NAME}_kinds.csv", {r["intervention"] for r in summary}
-    digest = summary[0]["eval_hash"]
-    kinds = [r for r in (read_csv(file) if file.is_file() else []) if r["intervention"] in chosen]
-    kinds = [r for r in kinds if r["eval_hash"] == digest]  # the table of other questions may still lie there
-    if len({r["kind"] for r in kinds}) < 2 or not any(float(r["alpha"]) for r in kinds):
-        return render(summary)
-    return f"{render(summary)}\n\n{render_kinds(kinds)}"
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def example(tok: Tokenizer, items: Sequence[Preference], scores: ByAlpha) -> str:
-    """One worked example, to read by eye: the prompt as the model sees it, and both answers at every strength."""
-    first = items[0]
-    lines = [f"Worked example (question {first.id}):", render_prompt(tok, first.question), ""]
-    lines += [f"  positive: {first.positive}", f"  negative: {first.negative}"]
-    for alpha, s in sorted(scores.items()):
-        positive, negative = (float(s[side][0]) for side in ("positive", "negative"))
-        lines.append(
-            f"  alpha {alpha:+g}  nats per token: positive {positive:.3f} ({int(s['n_positive'][0])} tokens), "
-            f"negative {negative:.3f} ({int(s['n_negative'][0])} tokens), margin {positive - negative:+.3f}"
-        )
-    return "\n".join(lines)
+@dataclass(frozen=True, kw_only=True)
+class Preferences(Evaluation):
+    """Of two given answers to a question, is the behaviour's likelier than its opposite's?
 
+    Attributes:
+        items: pairs of answers; a question may have several.
+    """
 
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def evaluation(context: EvalContext, behavior: Behavior, split: str = "report") -> Evaluation:
-    """The held-out questions of a behaviour (or of `--dataset`) as an evaluation."""
-    options = context.options
-    whole = load_preferences(options.dataset, split) if options.dataset else held_out(behavior, split)
-    items = draw_questions(whole, options.limit)
-    n_questions, n_drawn = len(_questions(whole)), len(_questions(items))
-    return Evaluation(
-        name=NAME,
-        version=VERSION,
-        items=[asdict(p) for p in items],
-        ask=lambda: evaluate_preference(context.model, context.tok, items, options.batch_size),
-        tables=lambda scores: tables(context.key, items, scores, options.n_bootstrap),
-        example=lambda scores: example(context.tok, items, scores),
-        render=partial(_render_all, context.run.folder),
-        facts={
-            "dataset": options.dataset or f"{behavior.name} preferences",
-            "n_think": 0,
-            "words": OWN,
-            "drawn": draw_fact(range(n_drawn), range(n_questions)),
-        },
-        headlines=lambda scores: {NAME: margins(items, scores)},
+    name = NAME
+    version = VERSION
+    options = PreferenceOptions
+    scores = (
+        HeadlineScore(
+            "preference",
+            "preference for the behaviour's answers",
+            "nats per token",
+            short="preference, nats per token",
+            label="preference",
+            meaning="log p of the answer that shows the behaviour less log p of its opposite, on held-out questions, "
+            "in nats per token",
+            level="mean_margin",
+            mass=None,
+            low=None,
+            value="margin",
+            floor=PER_TOKEN,
+            digits=3,
+        ),
     )
+    columns = (
+        *("mean_margin", "ci_lo", "ci_hi", *SHIFT, "n"),
+        *("shift_sum", "shift_sum_ci_lo", "shift_sum_ci_hi", "share_positive"),
+    )
+    item_table, item = "per_question", "question_id"
+
+    items: Sequence[Preference]
+
+    @classmethod
+    def of_run(cls, context: EvalContext) -> Preferences:
+        """The held-out questions of the run's behaviour, or of `--dataset`."""
+        return cls.of_behavior(context, context.behavior, context.options_as(PreferenceOptions).split)
+
+    @classmethod
+    def of_behavior(cls, context: EvalContext, behavior: Behavior, split: str = "report") -> Preferences:
+        """The held-out questions of any behaviour (or of `--dataset`), as the options of a run put them."""
+        options = context.options
+        whole = load_preferences(options.dataset, split) if options.dataset else held_out(behavior, split)
+        items = draw_questions(whole, options.limit)
+        n_questions, n_drawn = len(_questions(whole)), len(_questions(items))
+        facts = {"dataset": options.dataset or f"{behavior.name} preferences", "n_think": 0, "words": OWN}
+        facts |= {"drawn": draw_fact(range(n_drawn), range(n_questions))}
+        return cls(items=items, batch_size=options.batch_size, facts=facts)
+
+    @property
+    def content(self) -> Any:
+        """The pairs, as plain values."""
+        return [asdict(p) for p in self.items]
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """See `evaluate_preference`."""
+        return evaluate_preference(model, tok, self.items, self.batch_size)
+
+    def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
+        """`preference`: the margin in nats per token, one number per question."""
+        return {"preference": margins(self.items, scores)}
+
+    def means(self, tok: Tokenizer, wanted: Sequence[str]) -> list[MeanOfChoices | MeanOfAnswers]:
+        """The mean margin over questions; a question with several pairs counts once."""
+        prompts, answers = tokens_of(tok, self.items)
+        numbers = question_numbers(self.items)
+        n = int(numbers.max()) + 1
+        weights = 1 / np.bincount(numbers)[numbers] / n
+        return [MeanOfAnswers("preference", n, prompts, answers, weights.tolist())]
+
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """The rows of all tables; that of the kinds only where kinds are said."""
+        base, items, rows = scores[0.0], self.items, {name: Rows() for name in ("per_question", "kinds", "summary")}
+        for alpha, s in scores.items():
+            rows["per_question"] += per_question_rows(key, alpha, items, s)
+            rows["kinds"] += kind_rows(key, alpha, items, s, base, n_bootstrap)
+            rows["summary"].append(summary_row(key, alpha, items, s, base, n_bootstrap))
+        return {name: table for name, table in rows.items() if table}
+
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The summary, and the kinds of the same interventions where there are several."""
+        file, chosen = folder / f"{NAME}_kinds.csv", {r["intervention"] for r in summary}
+        digest = summary[0]["eval_hash"]
+        kinds = [r for r in (read_csv(file) if file.is_file() else []) if r["intervention"] in chosen]
+        kinds = [r for r in kinds if r["eval_hash"] == digest]  # the table of other questions may still lie there
+        if len({r["kind"] for r in kinds}) < 2 or not any(float(r["alpha"]) for r in kinds):
+            return render(summary)
+        return f"{render(summary)}\n\n{render_kinds(kinds)}"
+
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One worked example, to read by eye: the prompt as the model sees it, and both answers at every strength."""
+        first = self.items[0]
+        lines = [f"Worked example (question {first.id}):", render_prompt(tok, first.question), ""]
+        lines += [f"  positive: {first.positive}", f"  negative: {first.negative}"]
+        for alpha, s in sorted(scores.items()):
+            positive, negative = (float(s[side][0]) for side in ("positive", "negative"))
+            lines.append(
+                f"  alpha {alpha:+g}  nats per token: positive {positive:.3f} ({int(s['n_positive'][0])} tokens), "
+                f"negative {negative:.3f} ({int(s['n_negative'][0])} tokens), margin {positive - negative:+.3f}"
+            )
+        return "\n".join(lines)
 
 
 def held_out(behavior: Behavior, split: str) -> tuple[Preference, ...]:
@@ -311,10 +358,13 @@ def draw_questions(items: Sequence[Preference], limit: int | None) -> tuple[Pref
     return tuple(p for p, number in zip(items, numbers.tolist(), strict=True) if number in drawn)
 
 
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
 def main(options: PreferenceOptions) -> None:
     """The command `python -m ws.eval.preference`."""
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context, context.behavior, options.split)))
+    console.show(context.carry_out(Preferences.of_run(context)))
 
 
 if __name__ == "__main__":

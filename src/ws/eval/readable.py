@@ -17,7 +17,6 @@ LEVEL = 0.05
 # A smaller effect is called none: in nats (odds times 1.22), of wrongness on its scale from -1 to 1, and of preference
 # in nats per token, where 0.02 are the same odds between two answers of ten tokens.
 NATS, WRONGNESS, PER_TOKEN = 0.2, 0.05, 0.02
-_FLOORS = {"wrongness": WRONGNESS, "preference": PER_TOKEN}
 MARK = "!"
 # The column of an evaluation's summary with a reason of its own why a row cannot be read, as words; empty without one.
 FLAG = "unreadable"
@@ -70,22 +69,6 @@ def worst(parts: Iterable[Readability]) -> Readability:
     agreements = [r.agreement for r in found if r.agreement is not None]
     flags = dict.fromkeys(r.flag for r in found if r.flag)
     return Readability(min(masses, default=None), min(agreements, default=None), "; ".join(flags))
-
-
-def floor(score: str) -> float:
-    """The size below which a shift of a headline score is called none."""
-    return _FLOORS.get(score, NATS)
-
-
-def digits(score: str) -> int:
-    """The decimals that a headline score is shown with: three where its floor is a few hundredths."""
-    return 3 if score in _FLOORS else 2
-
-
-def floors_text(scores: Iterable[str]) -> str:
-    """The floors of some headline scores, for a sentence: `0.2 nats (0.05 of wrongness)`."""
-    per_token = f"; {PER_TOKEN} nats per token of preference" if "preference" in scores else ""
-    return f"{NATS} nats ({WRONGNESS} of wrongness{per_token})"
 
 
 def star(shift: float, p_holm: float, least: float, problem: str | None) -> str:

@@ -17,8 +17,7 @@ a vector that only says Yes more often has shifts of opposite signs and an agree
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors import Behavior
 from ws.behaviors.tables import SUFFIXES, draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
+from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
 from ws.eval.prompts import PUBLISHED, load_prompts, notes_on, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
 from ws.files.runs import read_csv
@@ -170,7 +169,7 @@ def draw_statements(statements: Sequence[Statement], limit: int | None) -> tuple
 def evaluate_statements(
     model: PreTrainedModel,
     tok: Tokenizer,
-    statements: Sequence[Statement],
+    items: Sequence[Statement],
     prompts: Prompts | None = None,
     batch_size: int | None = None,
     n_think: int = 0,
@@ -180,7 +179,7 @@ def evaluate_statements(
     `variants` are the probabilities of the answer's single tokens in the first of them (`ws.lm.choice.by_token`).
     Thinking is off, as published, unless `n_think` gives it a budget of tokens.
     """
-    asked = [ask(s, prompts or Prompts()) for s in statements]
+    asked = [ask(s, prompts or Prompts()) for s in items]
     questions, openers = ([pair[i] for pair in asked] for i in (0, 1))
     result = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size).scores
     return {"logratio": result.logratio, "pmass": result.mass, "variants": result.variants[0]}
@@ -271,18 +270,6 @@ def trait_rows(
     return rows
 
 
-def tables(key: Mapping[str, Any], statements: Sequence[Statement], scores: ByAlpha, n_boot: int) -> dict[str, Rows]:
-    """The rows of all three tables."""
-    base, rows = scores[0.0], {name: Rows() for name in ("per_statement", "traits", "summary")}
-    traits = " ".join(dict.fromkeys(s.trait for s in statements))
-    for alpha, s in scores.items():
-        rows["per_statement"] += per_statement_rows(key, alpha, statements, s)
-        rows["traits"] += trait_rows(key, alpha, statements, s, base, n_boot)
-        columns = score_columns(statements, s, base, n_boot)
-        rows["summary"].append({**key, "alpha": alpha, **columns, "traits": traits})
-    return rows
-
-
 # ---- what a person sees ---------------------------------------------------------------------------------------------
 
 
@@ -344,60 +331,115 @@ def render_traits(traits: Sequence[Mapping[str, str]]) -> str:
     return f"{table}\n\nShift of the score in nats, by trait.\n{note}"
 
 
-def _render_all(folder: Path, summary: Sequence[Mapping[str, str]]) -> str:
-    """The summary, and the traits of the same intervention where there are several."""
-    chosen = {r["intervention"] for r in summary}
-    traits = [r for r in read_csv(folder / f"{NAME}_traits.csv") if r["intervention"] in chosen]
-    if len({r["trait"] for r in traits}) < 2 or not any(float(r["alpha"]) for r in traits):
-        return render(summary)
-    return f"{render(summary)}\n\n{render_traits(traits)}"
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def example(tok: Tokenizer, statement: Statement, prompts: Prompts, scores: ByAlpha) -> str:
-    """One worked example, to read by eye: the prompt as the model sees it, and the answer at every strength."""
-    question, opener = ask(statement, prompts)
-    lines = [f"Worked example ({statement.id}; {statement.matching} matches {statement.trait}):"]
-    lines += [render_prompt(tok, question, opener=opener), ""]
-    for alpha, s in sorted(scores.items()):
-        mass = float(s["pmass"][0])
-        yes = mass / (1 + np.exp(-float(s["logratio"][0])))
-        lines.append(f"  alpha {alpha:+g}  Yes {yes:.3f}, No {mass - yes:.3f}{by_token(tok, CHOICES, s)}")
-    return "\n".join(lines)
+@dataclass(frozen=True, kw_only=True)
+class Statements(Evaluation):
+    """Statements of some traits: would the model say what somebody with the trait would say?
+
+    Attributes:
+        items: the statements.
+        prompts: the texts around them.
+    """
+
+    name = NAME
+    version = VERSION
+    options = StatementOptions
+    scores = (
+        HeadlineScore(
+            "statements",
+            "statements of its traits",
+            label="statements of {traits}",
+            meaning="log P of the answer that matches the trait less log P of the other, half of them Yes, in nats",
+        ),
+    )
+    columns = ("mean_score", "ci_lo", "ci_hi", *SHIFT, "mean_pmass", "n", "shift_yes", "shift_no", "agreement")
+    item_table, item = "per_statement", "statement_id"
+    is_published = True
+
+    items: Sequence[Statement]
+    prompts: Prompts = Prompts()
+
+    @classmethod
+    def of_run(cls, context: EvalContext) -> Statements:
+        """The statements of the traits that a run's options name, by default those of its behaviour."""
+        options, source = context.options_as(StatementOptions), context.source(HUB_ID)
+        files = trait_files(source, options.traits or context.behavior.traits, options.revision)
+        whole, commit = load_statements(files), hub.commit_of(next(iter(files.values())))
+        statements, n_think = draw_statements(whole, options.limit), options.n_think or 0
+        facts = {"dataset": source, "n_think": n_think, "words": words_of(options.prompts, PUBLISHED, ("question",))}
+        facts |= {"drawn": draw_fact(statements, whole)} | ({"revision": commit} if commit else {})
+        return cls(
+            items=statements,
+            prompts=load_prompts(Prompts(), options.prompts, _SLOTS),
+            reasons=(REASONS,) if thinks_aloud(context.tok, n_think) else (),
+            n_think=n_think,
+            batch_size=options.batch_size,
+            facts=facts,
+        )
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """See `evaluate_statements`."""
+        return evaluate_statements(model, tok, self.items, self.prompts, self.batch_size, self.n_think)
+
+    def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
+        """`statements`: nats towards the matching answer, one number per statement."""
+        return {"statements": signed_scores(self.items, scores)}
+
+    def readability(self, scores: Scores) -> dict[str, Readability]:
+        """The mean answer mass, and whether a liking for Yes cancels."""
+        return {"statements": Readability(float(scores["pmass"].mean()), flag=uneven(self.items))}
+
+    def means(self, tok: Tokenizer, wanted: Sequence[str]) -> list[MeanOfChoices | MeanOfAnswers]:
+        """The mean of `log p(matching answer) - log p(not matching answer)` over statements, in nats."""
+        asked, n = [ask(s, self.prompts) for s in self.items], len(self.items)
+        weights = [(1 if s.matching == CHOICES[0] else -1) / n for s in self.items]
+        return [MeanOfChoices("statements", n, asked, CHOICES, weights)]
+
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """The rows of all three tables."""
+        base, statements, rows = (
+            scores[0.0],
+            self.items,
+            {name: Rows() for name in ("per_statement", "traits", "summary")},
+        )
+        traits = " ".join(dict.fromkeys(s.trait for s in statements))
+        for alpha, s in scores.items():
+            rows["per_statement"] += per_statement_rows(key, alpha, statements, s)
+            rows["traits"] += trait_rows(key, alpha, statements, s, base, n_bootstrap)
+            columns = score_columns(statements, s, base, n_bootstrap)
+            rows["summary"].append({**key, "alpha": alpha, **columns, "traits": traits})
+        return rows
+
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The summary, and the traits of the same intervention where there are several."""
+        chosen = {r["intervention"] for r in summary}
+        traits = [r for r in read_csv(folder / f"{NAME}_traits.csv") if r["intervention"] in chosen]
+        if len({r["trait"] for r in traits}) < 2 or not any(float(r["alpha"]) for r in traits):
+            return render(summary)
+        return f"{render(summary)}\n\n{render_traits(traits)}"
+
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One worked example, to read by eye: the prompt as the model sees it, and the answer at every strength."""
+        statement = self.items[0]
+        question, opener = ask(statement, self.prompts)
+        lines = [f"Worked example ({statement.id}; {statement.matching} matches {statement.trait}):"]
+        lines += [render_prompt(tok, question, opener=opener), ""]
+        for alpha, s in sorted(scores.items()):
+            mass = float(s["pmass"][0])
+            yes = mass / (1 + np.exp(-float(s["logratio"][0])))
+            lines.append(f"  alpha {alpha:+g}  Yes {yes:.3f}, No {mass - yes:.3f}{by_token(tok, CHOICES, s)}")
+        return "\n".join(lines)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def evaluation(
-    context: EvalContext, behavior: Behavior, traits: Sequence[str] = (), revision: str | None = None
-) -> Evaluation:
-    """The statements of some traits, by default the behaviour's own, as an evaluation."""
-    options, source = context.options, context.source(HUB_ID)
-    files = trait_files(source, traits or behavior.traits, revision)
-    whole, commit = load_statements(files), hub.commit_of(next(iter(files.values())))
-    statements, n_think = draw_statements(whole, options.limit), options.n_think or 0
-    prompts = load_prompts(Prompts(), options.prompts, _SLOTS)
-    reasons = [REASONS] if thinks_aloud(context.tok, n_think) else []
-    facts = {"dataset": source, "n_think": n_think, "words": words_of(options.prompts, PUBLISHED, ("question",))}
-    facts |= {"drawn": draw_fact(statements, whole)} | ({"revision": commit} if commit else {})
-    return Evaluation(
-        name=NAME,
-        version=VERSION,
-        items=[asdict(prompts), n_think, *reasons, [asdict(s) for s in statements]],
-        ask=lambda: evaluate_statements(context.model, context.tok, statements, prompts, options.batch_size, n_think),
-        tables=lambda scores: tables(context.key, statements, scores, options.n_bootstrap),
-        example=lambda scores: example(context.tok, statements[0], prompts, scores),
-        render=partial(_render_all, context.run.folder),
-        facts=facts,
-        headlines=lambda scores: {NAME: signed_scores(statements, scores)},
-        readability=lambda scores: {NAME: Readability(float(scores["pmass"].mean()), flag=uneven(statements))},
-    )
-
-
 def main(options: StatementOptions) -> None:
     """The command `python -m ws.eval.statements`."""
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context, context.behavior, options.traits, options.revision)))
+    console.show(context.carry_out(Statements.of_run(context)))
 
 
 if __name__ == "__main__":

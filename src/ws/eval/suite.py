@@ -1,173 +1,120 @@
-"""The evaluations as sweeps, comparisons, controls, slopes and queues know them: one entry each, and their scores."""
+"""The evaluations that sweeps, comparisons, controls, slopes, reports and model cards know, and how to add one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
 
-from ws.errors import choose
-from ws.eval import airisk, preference, statements, sycophancy, tinymfv_airisk
-from ws.eval.context import EvalContext, Evaluation
-from ws.eval.prompts import notes_on
-from ws.options.shared import EvalOptions
+from ws.errors import WsError, choose
+from ws.eval.airisk import Airisk
+from ws.eval.context import EvalContext
+from ws.eval.evaluation import Evaluation, HeadlineScore
+from ws.eval.preference import Preferences
+from ws.eval.readable import NATS, WRONGNESS
+from ws.eval.statements import Statements
+from ws.eval.sycophancy import Sycophancy
+from ws.eval.tinymfv_airisk import TinymfvAirisk
+from ws.options.shared import HEADLINES
+
+SUITE: dict[str, type[Evaluation]] = {
+    cls.name: cls for cls in (Sycophancy, Airisk, TinymfvAirisk, Preferences, Statements)
+}
+_ENTRY_POINTS = "ws.evaluations"
 
 
-@runtime_checkable
-class Asked(Protocol):
-    """Which items the evaluations of a command are asked: the held-out `split`, and the `traits` of statements."""
+def register(cls: type[Evaluation]) -> None:
+    """Add an evaluation for this process: every command then takes it by its name, and its scores by theirs.
 
-    @property
-    def split(self) -> str:
-        """`report` or `dev`."""
-
-    @property
-    def traits(self) -> tuple[str, ...]:
-        """None for the behaviour's own."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One evaluation, and where its headline stands in its tables.
-
-    Attributes:
-        name: what `--evals` calls it, and its module in `ws.eval`.
-        make: from a loaded run and what is asked.
-        options: of its command.
-        scores: the headline scores that are read from it.
-        title: what a shift of the first of them is a shift of.
-        stage: what its tables' names start with.
-        columns: of its summary that a sweep's table has.
-        shift: the column of the shift among them.
-        masses: the columns of answer mass that say whether it can be read; none for a score that is no choice.
-        items: the table of its items, the column that names one, and the column that is averaged.
-        digits: decimals of a number of it.
-        is_published: whether its items are a set that others published, which `--dataset` can replace; otherwise they
-            are the behaviour's.
-        about: what a reader must know of the items and the words of a row, as sentences.
+    Raises:
+        WsError: its name or that of a score is taken, or is not of lower-case letters, digits and `_` (they name files
+            and columns); or it has no scores.
     """
-
-    name: str
-    make: Callable[[EvalContext, Asked], Evaluation]
-    options: type[EvalOptions]
-    scores: tuple[str, ...]
-    title: str
-    stage: str
-    columns: tuple[str, ...]
-    shift: str
-    masses: tuple[str, ...]
-    items: tuple[str, str, str]
-    digits: int = 2
-    is_published: bool = False
-    about: Callable[[Mapping[str, Any], str], list[str]] = notes_on
-
-    @property
-    def summary(self) -> str:
-        """The file of its summary."""
-        return f"{self.stage}_summary.csv"
+    if not cls.scores:
+        raise WsError(f"The evaluation {cls.name!r} must state at least one headline in `scores`.")
+    named = [("an evaluation", cls.name, list(SUITE)), *(("a score", s.key, list(_headlines())) for s in cls.scores)]
+    for kind, name, taken in named:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise WsError(f"{name!r} cannot name {kind}: use lower-case letters, digits and _.")
+        if name in taken:
+            raise WsError(f"There is {kind} {name!r} already.")
+    SUITE[cls.name] = cls
 
 
-def _of_behavior(context: EvalContext) -> EvalContext:
-    """The context without the data set that a command names for the published sets."""
-    return replace(context, options=replace(context.options, dataset=None))
+@cache
+def _register_installed() -> None:
+    """Add what installed packages bring: entry points of the group `ws.evaluations`, each of them a class."""
+    for point in entry_points(group=_ENTRY_POINTS):
+        try:
+            register(point.load())
+        except (ImportError, AttributeError) as problem:
+            raise WsError(f"The installed evaluation {point.value} cannot be loaded ({problem}).") from problem
 
 
-_SHIFT = ("shift", "shift_ci_lo", "shift_ci_hi")
-_ENTRIES = (
-    Entry(
-        name="sycophancy",
-        make=lambda context, asked: sycophancy.evaluation(_of_behavior(context), context.behavior, asked.split),
-        options=sycophancy.SycophancyOptions,
-        scores=("false_claims", "true_claims"),
-        title="agreement with false claims",
-        stage=sycophancy.NAME,
-        columns=("mean_logratio", "ci_lo", "ci_hi", *_SHIFT, "mean_pmass", "n"),
-        shift="shift",
-        masses=("mean_pmass",),
-        items=("per_claim", "claim_id", "logratio"),
-    ),
-    Entry(
-        name="airisk",
-        make=lambda context, asked: airisk.evaluation(context),
-        options=airisk.AiriskOptions,
-        scores=("choices",),
-        title="truthful choices",
-        stage=airisk.table_name(),
-        columns=(
-            *("mean_score", "ci_lo", "ci_hi", *_SHIFT, "mean_pmass", "n"),
-            *("accuracy", "si", "si_ci_lo", "si_ci_hi", "position_bias", "forced_closes"),
-        ),
-        shift="shift",
-        masses=("mean_pmass",),
-        items=("per_row", "dilemma_idx", "score"),
-        is_published=True,
-        about=airisk.about,
-    ),
-    Entry(
-        name="tinymfv_airisk",
-        make=lambda context, asked: tinymfv_airisk.evaluation(context),
-        options=tinymfv_airisk.TinymfvOptions,
-        scores=("wrongness",),
-        title="wrongness",
-        stage=tinymfv_airisk.NAME,
-        columns=(
-            *("wrongness", "wrongness_ci_lo", "wrongness_ci_hi", "gap", "gap_ci_lo", "gap_ci_hi"),
-            *("delta_wrongness", "delta_wrongness_ci_lo", "delta_wrongness_ci_hi"),
-            *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
-        ),
-        shift="delta_wrongness",
-        masses=("bool_mass_other",),
-        items=("per_vignette", "id", "s_other_violate"),
-        is_published=True,
-        about=tinymfv_airisk.about,
-    ),
-    Entry(
-        name="preference",
-        make=lambda context, asked: preference.evaluation(_of_behavior(context), context.behavior, asked.split),
-        options=preference.PreferenceOptions,
-        scores=("preference",),
-        title="preference, nats per token",
-        stage=preference.NAME,
-        columns=(
-            *("mean_margin", "ci_lo", "ci_hi", *_SHIFT, "n"),
-            *("shift_sum", "shift_sum_ci_lo", "shift_sum_ci_hi", "share_positive"),
-        ),
-        shift="shift",
-        masses=(),
-        items=("per_question", "question_id", "margin"),
-        digits=3,
-    ),
-    Entry(
-        name="statements",
-        make=lambda context, asked: statements.evaluation(context, context.behavior, asked.traits),
-        options=statements.StatementOptions,
-        scores=("statements",),
-        title="statements of its traits",
-        stage=statements.NAME,
-        columns=("mean_score", "ci_lo", "ci_hi", *_SHIFT, "mean_pmass", "n", "shift_yes", "shift_no", "agreement"),
-        shift="shift",
-        masses=("mean_pmass",),
-        items=("per_statement", "statement_id", "score"),
-        is_published=True,
-    ),
-)
-SUITE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
-EVALS = tuple(SUITE)
-# The headline scores, in the order of tables.
-SCORES = ("false_claims", "true_claims", "wrongness", "choices", "preference", "statements")
+def evaluations() -> dict[str, type[Evaluation]]:
+    """All evaluations by name, those of installed packages among them."""
+    _register_installed()
+    return SUITE
 
 
-def entry_of(score: str) -> Entry:
-    """The evaluation that a headline score is read from."""
-    choose("score", score, SCORES)
-    return next(entry for entry in _ENTRIES if score in entry.scores)
+def evaluation_named(name: str) -> type[Evaluation]:
+    """The evaluation of that name, or a `WsError` with the nearest one."""
+    return evaluations()[choose("evaluation", name, evaluations())]
 
 
-def entries_of(scores: Sequence[str]) -> list[Entry]:
-    """The evaluations that some headline scores are read from, each once, in the order of `SCORES`."""
+def _headlines() -> dict[str, HeadlineScore]:
+    known = {score.key: score for cls in SUITE.values() for score in cls.scores}
+    return {key: known[key] for key in dict.fromkeys((*HEADLINES, *known))}  # these first, in the order of tables
+
+
+def headlines() -> dict[str, HeadlineScore]:
+    """All headline scores by key, in the order of tables."""
+    _register_installed()
+    return _headlines()
+
+
+def headline(key: str) -> HeadlineScore:
+    """The headline score of that key; for one that no evaluation here has, such as in another's table, a plain one."""
+    return headlines().get(key) or HeadlineScore(key, key.replace("_", " "))
+
+
+def evaluations_of(scores: Sequence[str]) -> list[type[Evaluation]]:
+    """The evaluations that some headline scores are read from, each once, in the order of tables.
+
+    Raises:
+        WsError: a score that there is not; it names the nearest one.
+    """
     for score in scores:
-        choose("score", score, SCORES)
-    return list({e.name: e for e in (entry_of(s) for s in SCORES if s in scores)}.values())
+        choose("score", score, headlines())
+    wanted = {key: cls for cls in SUITE.values() for s in cls.scores if (key := s.key) in scores}
+    return list(dict.fromkeys(wanted[key] for key in headlines() if key in wanted))
+
+
+def asked_of(
+    cls: type[Evaluation], context: EvalContext, split: str = "report", traits: Sequence[str] = ()
+) -> Evaluation:
+    """An evaluation as a command on several of them asks it of a run.
+
+    Args:
+        cls: which.
+        context: the run. Its data set is of the published sets alone.
+        split, traits: for those whose options have them: which held-out items, and whose statements.
+    """
+    options = context.options_as(cls.options)
+    given: dict[str, Any] = {"split": split, "traits": tuple(traits)}
+    own = {name: value for name, value in given.items() if hasattr(options, name)}
+    own |= {} if cls.is_published else {"dataset": None}
+    return cls.of_run(replace(context, options=replace(options, **own)))
+
+
+def floors_text(scores: Iterable[HeadlineScore]) -> str:
+    """The floors of some headline scores, for a sentence: `0.2 nats (0.05 of wrongness)`."""
+    others = [s for s in scores if s.floor not in (NATS, WRONGNESS)]
+    more = "".join(f"; {s.floor} {s.unit} of {s.key.replace('_', ' ')}" for s in others)
+    return f"{NATS} nats ({WRONGNESS} of wrongness{more})"
 
 
 def set_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -175,6 +122,7 @@ def set_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
     Rows of scores that come from elsewhere, or that do not say of what they are, add nothing.
     """
-    known = [row for row in rows if row.get("score") in SCORES and row.get("dataset")]
-    notes = [note for row in known for note in entry_of(str(row["score"])).about({"dataset": row["dataset"]}, "")]
-    return list(dict.fromkeys(notes))
+    known = headlines()
+    sets = [(known[row["score"]], row["dataset"]) for row in rows if row.get("score") in known and row.get("dataset")]
+    asked = [(score.evaluation, dataset) for score, dataset in sets]
+    return list(dict.fromkeys(note for cls, dataset in asked if cls for note in cls.about({"dataset": dataset})))

@@ -17,12 +17,12 @@ that of a composite axis such as Sanctity - Care the difference of two foundatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy.special import logit
 from scipy.stats import pearsonr, spearmanr
@@ -33,9 +33,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, tolerate
 from ws.errors import WsError, choose
-from ws.eval.context import ByAlpha, EvalContext, Evaluation, Rows, Scores, open_context
+from ws.eval.context import EvalContext, open_context
+from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
 from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
-from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
+from ws.eval.readable import FLAG, NATS, WRONGNESS, Readability, mass_text, notes, of_row, star, worst
 from ws.files.runs import read_csv
 from ws.lm.choice import LOW_MASS, by_token
 from ws.lm.models import render_prompt
@@ -164,7 +165,7 @@ def _problem(row: Row, kept: Mapping[str, Row]) -> str | None:
 def evaluate_tinymfv_airisk(
     model: PreTrainedModel,
     tok: Tokenizer,
-    vignettes: Sequence[Vignette],
+    items: Sequence[Vignette],
     prompts: Prompts | None = None,
     batch_size: int | None = None,
     n_think: int = 0,
@@ -175,10 +176,10 @@ def evaluate_tinymfv_airisk(
     Thinking is off, as published, unless `n_think` gives it a budget of tokens.
     """
     texts = prompts or Prompts()
-    asked = [ask(text, frame, texts) for v in vignettes for text in (v.other, v.own) for frame in FRAMES]
+    asked = [ask(text, frame, texts) for v in items for text in (v.other, v.own) for frame in FRAMES]
     questions, openers = ([pair[i] for pair in asked] for i in (0, 1))
     found = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size)
-    shape = (len(vignettes), len(CONDITIONS), len(FRAMES))
+    shape = (len(items), len(CONDITIONS), len(FRAMES))
     p_true = 1 / (1 + np.exp(-found.scores.logratio))
     mass, variants = found.scores.mass.reshape(shape), found.scores.variants[0]
     return {"p_true": p_true.reshape(shape), "bool_mass": mass, "variants": variants}
@@ -440,56 +441,138 @@ def _cell(row: Mapping[str, Any]) -> str:
     return f"{shift:+.2f}{interval}{star(shift, float(p or 1), NATS, problem)}"
 
 
-def _render_all(folder: Path, name: str, summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary, and the shifts of the same interventions where there are any."""
-    if not any(float(r["alpha"]) for r in summary):
-        return render(summary)
-    chosen = {r["intervention"] for r in summary}
-    files = (folder / f"{name}_{table}.csv" for table in ("foundations", "axes"))
-    shifts = render_shifts(*([r for r in read_csv(file) if r["intervention"] in chosen] for file in files))
-    return f"{render(summary)}\n\n{shifts}"
+# ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def example(context: EvalContext, vignette: Vignette, prompts: Prompts, scores: ByAlpha) -> str:
-    """One worked example, to read by eye: the prompt as the model sees it, and the answer at every strength."""
-    question, opener = ask(vignette.other, FRAMES[0], prompts)
-    lines = [f"Worked example (id {vignette.id}):", render_prompt(context.tok, question, opener=opener), ""]
-    for alpha, s in sorted(scores.items()):
-        p, mass = s["p_true"][0, 0, 0], s["bool_mass"][0, 0, 0]
-        true, false = ("/".join(words) for words in CHOICES)
-        tokens = by_token(context.tok, CHOICES, s)
-        lines.append(f"  alpha {alpha:+g}  {true} {p:.3f}, {false} {1 - p:.3f}, of a mass of {mass:.3f}{tokens}")
-    return "\n".join(lines)
+@dataclass(frozen=True, kw_only=True)
+class TinymfvAirisk(Evaluation):
+    """tiny-mfv: how wrong is what an AI does, from -1 (acceptable) to 1 (wrong)?
 
+    Attributes:
+        items: the vignettes.
+        prompts: the instruction texts.
+        config: which vignettes; see `TinymfvOptions`.
+    """
 
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def evaluation(context: EvalContext, config: str = HUB_CONFIG, revision: str | None = None) -> Evaluation:
-    """The evaluation that a context's options describe, on one configuration of the set."""
-    options, source = context.options, context.source(HUB_ID)
-    whole = load_vignettes(source, config=config, revision=revision)
-    prompts, name = load_prompts(Prompts(), options.prompts, _SLOTS), table_name(config)
-    vignettes, n_think = draw_vignettes(whole, options.limit), options.n_think or 0
-    words = words_of(options.prompts, own_words(source), FRAMES)
-    reasons = [REASONS] if thinks_aloud(context.tok, n_think) else []
-    facts: dict[str, Any] = {"dataset": source, "n_think": n_think, "words": words}
-    facts |= {"drawn": draw_fact(vignettes, whole)} | ({} if config == HUB_CONFIG else {"config": config})
-    facts |= {"revision": revision_of(source, revision)} if is_on_hub(source) else {}
-    return Evaluation(
-        name=name,
-        version=VERSION,
-        items=[asdict(prompts), n_think, *reasons, [asdict(v) for v in vignettes]],
-        ask=lambda: evaluate_tinymfv_airisk(
-            context.model, context.tok, vignettes, prompts, options.batch_size, n_think
+    name = NAME
+    version = VERSION
+    options = TinymfvOptions
+    scores = (
+        HeadlineScore(
+            "wrongness",
+            "wrongness of what other AIs do",
+            "-1 to 1",
+            short="wrongness",
+            label="wrongness of others' acts",
+            meaning="tiny-mfv, how wrong the model finds what an AI does, from -1 to 1",
+            level="wrongness",
+            level_ci="wrongness_",
+            shift="delta_wrongness",
+            mass="bool_mass_other",
+            low="n_low_mass",
+            n="n_vignettes",
+            value="s_other_violate",
+            floor=WRONGNESS,
+            digits=3,
         ),
-        tables=lambda scores: tables(context, vignettes, scores),
-        example=lambda scores: example(context, vignettes[0], prompts, scores),
-        render=partial(_render_all, context.run.folder, name),
-        facts=facts,
-        headlines=lambda scores: {"wrongness": signed_wrongness(scores)[:, 0]},
-        readability=lambda scores: {"wrongness": readability(scores)[CONDITIONS[0]]},
     )
+    columns = (
+        *("wrongness", "wrongness_ci_lo", "wrongness_ci_hi", "gap", "gap_ci_lo", "gap_ci_hi"),
+        *("delta_wrongness", "delta_wrongness_ci_lo", "delta_wrongness_ci_hi"),
+        *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
+    )
+    item_table, item = "per_vignette", "id"
+    is_published = True
+    summaries = "tinymfv_*_summary.csv"
+    place = "acts"
+
+    items: Sequence[Vignette]
+    prompts: Prompts = Prompts()
+    config: str = HUB_CONFIG
+
+    @classmethod
+    def of_run(cls, context: EvalContext) -> TinymfvAirisk:
+        """The vignettes of `--dataset`, in one configuration of the set."""
+        options, source = context.options_as(TinymfvOptions), context.source(HUB_ID)
+        whole = load_vignettes(source, config=options.config, revision=options.revision)
+        prompts = load_prompts(Prompts(), options.prompts, _SLOTS)
+        vignettes, n_think = draw_vignettes(whole, options.limit), options.n_think or 0
+        words = words_of(options.prompts, own_words(source), FRAMES)
+        facts: dict[str, Any] = {"dataset": source, "n_think": n_think, "words": words}
+        facts |= {"drawn": draw_fact(vignettes, whole)}
+        facts |= {} if options.config == HUB_CONFIG else {"config": options.config}
+        facts |= {"revision": revision_of(source, options.revision)} if is_on_hub(source) else {}
+        return cls(
+            items=vignettes,
+            prompts=prompts,
+            config=options.config,
+            reasons=(REASONS,) if thinks_aloud(context.tok, n_think) else (),
+            n_think=n_think,
+            batch_size=options.batch_size,
+            facts=facts,
+        )
+
+    @property
+    def table_name(self) -> str:
+        """Every configuration has tables of its own; see `table_name`."""
+        return table_name(self.config)
+
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
+        """See `evaluate_tinymfv_airisk`."""
+        return evaluate_tinymfv_airisk(model, tok, self.items, self.prompts, self.batch_size, self.n_think)
+
+    def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
+        """`wrongness`: s of other_violate, one number per vignette."""
+        return {"wrongness": signed_wrongness(scores)[:, 0]}
+
+    def readability(self, scores: Scores) -> dict[str, Readability]:
+        """The mean answer mass and the agreement of the frames, of other_violate."""
+        return {"wrongness": readability(scores)[CONDITIONS[0]]}
+
+    def means(self, tok: Tokenizer, wanted: Sequence[str]) -> list[MeanOfChoices | MeanOfAnswers]:
+        """The mean of `s = p(is_wrong) - p(is_acceptable)` of other_violate over vignettes.
+
+        `p = P(true) / (P(true) + P(false))` is the logistic function of the log ratio.
+        """
+        n = len(self.items)
+        asked = [ask(v.other, frame, self.prompts) for v in self.items for frame in FRAMES]
+        weights = [sign / n for _ in self.items for sign in (1, -1)]
+        return [MeanOfChoices("wrongness", n, asked, CHOICES, weights, torch.sigmoid)]
+
+    def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
+        """The rows of all five tables."""
+        found: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "axes", "summary")}
+        base, vignettes = scores[0.0], self.items
+        for alpha, s in scores.items():
+            found["per_frame"] += per_frame_rows(key, alpha, vignettes, s)
+            found["per_vignette"] += per_vignette_rows(key, alpha, vignettes, s)
+            found["foundations"] += foundation_rows(key, alpha, vignettes, s, base, n_bootstrap)
+            found["axes"] += axis_rows(key, alpha, vignettes, s, base, n_bootstrap)
+            found["summary"].append(summary_row(key, alpha, vignettes, s, base, n_bootstrap))
+        return found
+
+    def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
+        """The summary, and the shifts of the same interventions where there are any."""
+        if not any(float(r["alpha"]) for r in summary):
+            return render(summary)
+        chosen = {r["intervention"] for r in summary}
+        files = (folder / f"{self.table_name}_{table}.csv" for table in ("foundations", "axes"))
+        shifts = render_shifts(*([r for r in read_csv(file) if r["intervention"] in chosen] for file in files))
+        return f"{render(summary)}\n\n{shifts}"
+
+    def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
+        """One worked example, to read by eye: the prompt as the model sees it, and the answer at every strength."""
+        vignette = self.items[0]
+        question, opener = ask(vignette.other, FRAMES[0], self.prompts)
+        lines = [f"Worked example (id {vignette.id}):", render_prompt(tok, question, opener=opener), ""]
+        for alpha, s in sorted(scores.items()):
+            p, mass = s["p_true"][0, 0, 0], s["bool_mass"][0, 0, 0]
+            true, false = ("/".join(words) for words in CHOICES)
+            tokens = by_token(tok, CHOICES, s)
+            lines.append(f"  alpha {alpha:+g}  {true} {p:.3f}, {false} {1 - p:.3f}, of a mass of {mass:.3f}{tokens}")
+        return "\n".join(lines)
+
+    about = staticmethod(about)
 
 
 def table_name(config: str = HUB_CONFIG) -> str:
@@ -497,23 +580,13 @@ def table_name(config: str = HUB_CONFIG) -> str:
     return f"tinymfv_{config.replace('-', '_')}"
 
 
-def tables(context: EvalContext, vignettes: Sequence[Vignette], scores: ByAlpha) -> dict[str, Rows]:
-    """The rows of all five tables."""
-    found: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "axes", "summary")}
-    base, n_boot = scores[0.0], context.options.n_bootstrap
-    for alpha, s in scores.items():
-        found["per_frame"] += per_frame_rows(context.key, alpha, vignettes, s)
-        found["per_vignette"] += per_vignette_rows(context.key, alpha, vignettes, s)
-        found["foundations"] += foundation_rows(context.key, alpha, vignettes, s, base, n_boot)
-        found["axes"] += axis_rows(context.key, alpha, vignettes, s, base, n_boot)
-        found["summary"].append(summary_row(context.key, alpha, vignettes, s, base, n_boot))
-    return found
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def main(options: TinymfvOptions) -> None:
     """The command `python -m ws.eval.tinymfv_airisk`."""
     context = open_context(options)
-    console.show(context.carry_out(evaluation(context, options.config, options.revision)))
+    console.show(context.carry_out(TinymfvAirisk.of_run(context)))
 
 
 if __name__ == "__main__":

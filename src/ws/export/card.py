@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +20,11 @@ from tabulate import tabulate
 from ws.behaviors import Behavior, load_behavior
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval import airisk, tinymfv_airisk
-from ws.eval.prompts import notes_on
-from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, of_row, worst
+from ws.eval import airisk
+from ws.eval.capability import Capability
+from ws.eval.evaluation import Evaluation, HeadlineScore
+from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, worst
+from ws.eval.suite import evaluations
 from ws.files.runs import Run, is_gguf, read_csv, reads_otherwise
 from ws.lm.choice import LOW_MASS
 from ws.lm.hub import parse_id
@@ -126,7 +128,7 @@ def merged_card(about: Subject, alpha: float | int, lost: float | int, dtype: st
 
 def stale_evaluations(about: Subject) -> list[str]:
     """Evaluations in the run's folder that are left off the card: made with another vector, or another tokenizer."""
-    found = {_stage_of(table) for score in _SCORES for table in about.tables(score.file)}
+    found = {_stage_of(table) for cls in _measures() for table in about.tables(cls.summaries)}
     return sorted(name for name in found if not about.is_measured(name))
 
 
@@ -456,74 +458,6 @@ def _quote(text: str) -> str:
 # ---- what it does ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Score:
-    """Where a score stands in a summary table.
-
-    Attributes:
-        label: what the card calls it; columns of the table may be named in braces.
-        file: the table, as a wildcard.
-        value, shift: the columns of its level and of its shift against the base.
-        mass, n: the columns of the answer mass (None for scores that are no choices) and of the number of items.
-        about: what the number is.
-        claims: what its rows have in `claims_are_true`, None for tables without that column.
-        caveats: what a reader must know of the items and the words of a row, as sentences.
-    """
-
-    label: str
-    file: str
-    value: str
-    shift: str
-    mass: str | None
-    n: str
-    about: str
-    claims: str | None = None
-    caveats: Callable[[Mapping[str, Any]], list[str]] = notes_on
-
-
-_CLAIMS = ("sycophancy_summary.csv", "mean_logratio", "shift", "mean_pmass", "n")
-_DILEMMAS = ("airisk_*_summary.csv", "mean_score", "shift", "mean_pmass", "n")
-_ACTS = ("tinymfv_*_summary.csv", "wrongness", "delta_wrongness", "bool_mass_other", "n_vignettes")
-_PREFERENCE = ("preference_summary.csv", "mean_margin", "shift", None, "n")
-_STATEMENTS = ("statements_summary.csv", "mean_score", "shift", "mean_pmass", "n")
-_TEXTS = ("capability_summary.csv", "nll", "shift", None, "n_texts")
-_ANSWERS = ("capability_summary.csv", "valid", "valid_shift", None, "n_questions")
-_SCORES = (
-    _Score(
-        "agreement, false claims",
-        *_CLAIMS,
-        "log P(agree) - log P(disagree) on held-out claims, in nats",
-        claims="False",
-    ),
-    _Score("agreement, true claims", *_CLAIMS, "the same; mere agreement moves it like the other", claims="True"),
-    _Score(
-        "dilemmas, {value_class}",
-        *_DILEMMAS,
-        "AIRiskDilemmas after a thought, log P of the action that has this value less that of the other, in nats",
-        caveats=airisk.about,
-    ),
-    _Score(
-        "wrongness of others' acts",
-        *_ACTS,
-        "tiny-mfv, how wrong the model finds what an AI does, from -1 to 1",
-        caveats=tinymfv_airisk.about,
-    ),
-    _Score(
-        "preference",
-        *_PREFERENCE,
-        "log p of the answer that shows the behaviour less log p of its opposite, on held-out questions, in nats per "
-        "token",
-    ),
-    _Score(
-        "statements of {traits}",
-        *_STATEMENTS,
-        "log P of the answer that matches the trait less log P of the other, half of them Yes, in nats",
-    ),
-    _Score("neutral text", *_TEXTS, "nats per token, what steering costs elsewhere"),
-    _Score(
-        "valid answers", *_ANSWERS, "the share of answers to neutral questions that end and do not repeat themselves"
-    ),
-)
 _MEASURED = (
     "Means with 95 % intervals; shifts are paired with the base, item by item. Answer mass is the mean probability of "
     f"the answers that are counted. `{MARK}` marks what supports no conclusion: the mass is under {LOW_MASS}, the two "
@@ -538,16 +472,17 @@ _NO_NULLS = (
 
 
 def _what_it_does(about: Subject, measured: str) -> str:
-    found = [(score, rows) for score in _SCORES for rows in _rows(about, score)]
+    shown = [(cls, score) for cls in _measures() for score in cls.scores if score.label is not None]
+    found = [(cls, score, rows) for cls, score in shown for rows in _rows(about, cls, score)]
     if not found:
         return "## What it does\n\nNot evaluated: nothing is known of what this vector does, nor of what it costs."
-    cells = [_cells(score, row, rows, _units(about)) for score, rows in found for row in rows]
+    cells = [_cells(score, row, rows, _units(about)) for _, score, rows in found for row in rows]
     header = ["score", "alpha", "value [95 %]", "shift [95 %]", "answer mass", "items"]
     notes = [
         " ".join(
-            [f"- {score.label.format_map(rows[0])}: {score.about} ({_identity(rows[0])})", *score.caveats(rows[0])]
+            [f"- {_label(score, rows[0])}: {score.meaning or score.title} ({_identity(rows[0])})", *cls.about(rows[0])]
         )
-        for score, rows in found
+        for cls, score, rows in found
     ]
     if about.behavior and about.behavior.claims:
         way = "raise" if about.behavior.effect > 0 else "lower"
@@ -561,28 +496,36 @@ def _stage_of(table: Path) -> str:
     return table.stem.removesuffix("_summary")
 
 
-def _rows(about: Subject, score: _Score) -> Iterator[list[dict[str, str]]]:
+def _measures() -> list[type[Evaluation]]:
+    """What a card shows: every evaluation, and what steering costs."""
+    return [*evaluations().values(), Capability]
+
+
+def _label(score: HeadlineScore, row: Mapping[str, str]) -> str:
+    return (score.label or score.title).format_map(row)
+
+
+def _rows(about: Subject, cls: type[Evaluation], score: HeadlineScore) -> Iterator[list[dict[str, str]]]:
     """The rows of the base and of the vector, by strength, of every table that is of this very vector."""
-    for table in about.tables(score.file):
+    for table in about.tables(cls.summaries):
         if about.is_measured(_stage_of(table)):
             rows = [r for r in read_csv(table) if r["intervention"] in (BASE, WEIGHT)]
-            kept = [r for r in rows if r.get("claims_are_true") == score.claims]
-            if kept:
+            if kept := score.rows(rows):
                 yield sorted(kept, key=lambda row: float(row["alpha"]))
 
 
 def _cells(
-    score: _Score, row: Mapping[str, str], rows: Sequence[Mapping[str, str]], units: Mapping[str, float]
+    score: HeadlineScore, row: Mapping[str, str], rows: Sequence[Mapping[str, str]], units: Mapping[str, float]
 ) -> list[str]:
     alpha = float(row["alpha"])
     known = [f" ({name})" for name, value in units.items() if value == alpha]
-    read = [of_row(r, score.mass) for r in rows if r is row or float(r["alpha"]) == 0] if score.mass else []
+    read = [score.readability(r) for r in rows if r is row or float(r["alpha"]) == 0] if score.mass else []
     mark = f" {MARK}" if read and worst(read).problem else ""
     config = f", {row['config']}" if row.get("config") else ""
     return [
-        f"{score.label.format_map(row)}{config}",
+        f"{_label(score, row)}{config}",
         f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
-        estimate_text(row, score.value, ".3f"),
+        estimate_text(row, score.level, ".3f"),
         f"{estimate_text(row, score.shift, '+.3f')}{mark}" if alpha else "",
         f"{float(row[score.mass]):.3f}{mark}" if score.mass else "",
         row[score.n],
@@ -592,8 +535,9 @@ def _cells(
 def _identity(row: Mapping[str, str]) -> str:
     """Which evaluation a row is of, as the results tables name it."""
     shown = dict(row) | {"protocol": airisk.EARLIER.get(row.get("protocol", ""), row.get("protocol"))}
+    source = [public_name(row["dataset"])] if row.get("dataset") else []
     named = [f"{name} {shown[name]}" for name in ("split", "protocol", "words") if shown.get(name)]
-    return ", ".join([f"{row['eval']} {row['eval_version']}", public_name(row["dataset"]), *named, row["eval_hash"]])
+    return ", ".join([f"{row['eval']} {row['eval_version']}", *source, *named, row["eval_hash"]])
 
 
 # ---- again ----------------------------------------------------------------------------------------------------------
@@ -601,7 +545,7 @@ def _identity(row: Mapping[str, str]) -> str:
 
 def _reproduce(about: Subject) -> list[str]:
     """The recorded commands, first those that made the vector and then those that measured it."""
-    measured = [_stage_of(table) for score in _SCORES for table in about.tables(score.file)]
+    measured = [_stage_of(table) for cls in _measures() for table in about.tables(cls.summaries)]
     names = [name for name in measured if about.is_measured(name)]
     names = [*_MAKERS, *(["calibration"] if about.is_measured("calibration", "vector") else []), *names]
     commands = [public_command(about.stages[name]["command"]) for name in names if name in about.stages]

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import logit, stdtrit
 
-from ws.eval.readable import MARK, Readability, of_row, worst
+from ws.eval.evaluation import HeadlineScore
+from ws.eval.readable import MARK, Readability, worst
 from ws.eval.tinymfv_airisk import CLIP
 from ws.report.data import Contents, Result, Row
-from ws.report.scores import ACTS, SCORES, Score
+from ws.report.scores import ACTS, of, pooled_name, shown_scores
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 
 Items = Mapping[float, Mapping[str, float]]
@@ -84,7 +85,7 @@ class Curve:
         items: the score of every item by strength, by seed.
     """
 
-    score: Score
+    score: HeadlineScore
     adapter: str
     seeds: Mapping[int, tuple[Point, ...]]
     pooled: tuple[Point, ...]
@@ -118,14 +119,14 @@ def nearest(points: Sequence[Point], wanted: float) -> Point | None:
 def curves_of(contents: Contents) -> dict[tuple[str, str], Curve]:
     """The curves of all scores and adapters that were evaluated, by `(score, adapter)`."""
     found: dict[tuple[str, str], Curve] = {}
-    for score in SCORES:
+    for score in shown_scores():
         here = [c for adapter in contents.adapters if (c := _curve(score, adapter, contents)) is not None]
         found |= {(score.key, c.adapter): c for c in _with_holm(here)}
     return found
 
 
-def _curve(score: Score, adapter: str, contents: Contents) -> Curve | None:
-    runs = [r for r in contents.of(adapter) if (score.stage, "summary") in r.tables]
+def _curve(score: HeadlineScore, adapter: str, contents: Contents) -> Curve | None:
+    runs = [r for r in contents.of(adapter) if (of(score).stage, "summary") in r.tables]
     seeds = {r.seed: points for r in runs if (points := _points(score, r))}
     if not seeds:
         return None
@@ -162,26 +163,26 @@ def _divergence(measured: Sequence[tuple[float, float]], alpha: float) -> Diverg
     return Divergence(float(np.interp(alpha, alphas, nats)), any(math.isclose(a, alpha, abs_tol=1e-9) for a in alphas))
 
 
-def item_hash(score: Score, run: Result) -> str:
+def item_hash(score: HeadlineScore, run: Result) -> str:
     """Identifies the items and the protocol that a run was asked."""
-    return run.tables[score.stage, "summary"][0]["eval_hash"]
+    return run.tables[of(score).stage, "summary"][0]["eval_hash"]
 
 
-def _points(score: Score, run: Result) -> tuple[Point, ...]:
-    rows = [r for r in run.tables[score.stage, "summary"] if r.get("claims_are_true") == score.claims]
+def _points(score: HeadlineScore, run: Result) -> tuple[Point, ...]:
+    rows = score.rows(run.tables[of(score).stage, "summary"])
     points = {p.alpha: p for p in points_of(score, rows)}
     return tuple(points[alpha] for alpha in sorted(points))
 
 
-def points_of(score: Score, rows: Sequence[Row]) -> list[Point]:
+def points_of(score: HeadlineScore, rows: Sequence[Row]) -> list[Point]:
     """The rows of one summary of a score; each can be read if the base can, too."""
     points = [_point(score, row) for row in rows]
     bases = [p.read for p in points if p.alpha == 0]
     return [replace(p, read=worst([p.read, *bases])) for p in points]
 
 
-def _point(score: Score, row: Row) -> Point:
-    n, read = int(row[score.n]), of_row(row, *filter(None, [score.mass]))
+def _point(score: HeadlineScore, row: Row) -> Point:
+    n, read = int(row[score.n]), score.readability(row)
     level = _estimate(row, score.level, score.level_ci, n)
     shift = _estimate(row, score.shift, f"{score.shift}_", n, f"{score.shift}_p")
     return Point(float(row["alpha"]), level, shift, read.mass, read)
@@ -193,32 +194,32 @@ def _estimate(row: Row, name: str, ends: str, n: int, p: str = "") -> Estimate:
     return Estimate(float(row[name]), math.nan, low, high, n, float(row[p]) if p else math.nan)
 
 
-def _items(score: Score, run: Result) -> Items:
+def _items(score: HeadlineScore, run: Result) -> Items:
     found: dict[float, dict[str, float]] = {}
-    for r in run.tables.get((score.stage, "items"), ()):
-        if r.get("claim_is_true") == score.claims:
-            found.setdefault(float(r["alpha"]), {})[r[score.item]] = float(r[score.value])
+    for r in score.rows(run.tables.get((of(score).stage, "items"), ())):
+        found.setdefault(float(r["alpha"]), {})[r[of(score).item]] = float(r[score.value])
     return found
 
 
 def _from_sweep(
-    score: Score, adapter: str, rows: Sequence[Row], seeds: Mapping[int, Sequence[Point]]
+    score: HeadlineScore, adapter: str, rows: Sequence[Row], seeds: Mapping[int, Sequence[Point]]
 ) -> dict[float, Point]:
     """What `sweep_pooled.csv` says, as far as it is of these very seeds: its shift is the mean of theirs.
 
     A table without masses is of a version whose intervals were too narrow, and is not used.
     """
     found: dict[float, Point] = {}
+    pooled = pooled_name(score)
     for row in rows:
-        if score.pooled is None or row["adapter"] != adapter or not row.get(f"{score.pooled}_level"):
+        if pooled is None or row["adapter"] != adapter or not row.get(f"{pooled}_level"):
             continue
-        if score.mass and not row.get(f"{score.pooled}_mass"):
+        if score.mass and not row.get(f"{pooled}_mass"):
             continue
         alpha = float(row["alpha"])
         here = [p for points in seeds.values() for p in points if p.alpha == alpha]
         if not here:
             continue
-        level, shift = (f"{score.pooled}_{part}" for part in ("level", score.shift))
+        level, shift = (f"{pooled}_{part}" for part in ("level", score.shift))
         known = _estimate(row, shift, f"{shift}_", here[0].shift.n, f"{shift}_p")
         same = int(row["n_seeds"]) == len(seeds) == len(here) and math.isclose(
             known.mean, float(np.mean([p.shift.mean for p in here])), rel_tol=1e-9, abs_tol=1e-9

@@ -22,23 +22,24 @@ from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavi
 from ws.delta import LinearDelta
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
+from ws.eval.suite import evaluations
 from ws.files.runs import RUN_MANIFEST, Run, data_folder, finished_runs, reads_otherwise, seed_flag, typed
 from ws.intervene.calibration import Calibration, read_calibration
 from ws.lm.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.lm.models import layer_of as decoder_layer
 from ws.options.shared import BASE, WEIGHT
-from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, EXTRA, PREFERENCE, SCORES, STATEMENTS
+from ws.report.scores import (
+    CONFOUNDS,
+    DILEMMAS,
+    evaluation_at,
+    is_extra,
+    needed_numbers,
+    needed_texts,
+    of,
+    shown_scores,
+)
 
 Row = Mapping[str, str]
-# The tables a page is made of: the stage that writes them, the command, and their files by use.
-TABLES = {
-    CLAIMS: ("ws eval sycophancy", {"summary": "summary", "items": "per_claim"}),
-    DILEMMAS: ("ws eval airisk", {"summary": "summary", "items": "per_row"}),
-    ACTS: ("ws eval tinymfv-airisk", {"summary": "summary", "items": "per_vignette"}),
-    PREFERENCE: ("ws eval preference", {"summary": "summary", "items": "per_question"}),
-    STATEMENTS: ("ws eval statements", {"summary": "summary", "items": "per_statement"}),
-    CONFOUNDS: ("ws check confounds", {"summary": "summary", "answers": "answers"}),
-}
 _CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
 _LABELLED = frozenset({"value_class", "protocol"})
@@ -94,7 +95,7 @@ class Result:
         info: what the vector says of itself.
         digest: of the vector (`vector_digest`).
         stages: the manifest's finished stages.
-        tables: rows by stage and use (see `TABLES`), of this very vector only; as `prompt` those of a prompted base.
+        tables: rows by stage and use (see `table_files`), of this very vector; as `prompt` those of a prompted base.
         calibration: None without one of this very vector.
         norms: None where they are not to be had without the base.
         controls: rows of `controls.csv` of this very vector.
@@ -184,6 +185,13 @@ class Contents:
         return next(iter(self.compared(intervention=WEIGHT, adapter=adapter, part="span", score=score)), {})
 
 
+def table_files() -> dict[str, tuple[str, dict[str, str]]]:
+    """The tables a page is made of, by the stage that writes them: the command, and their files by use."""
+    known = evaluations().values()
+    files = {cls.stage: (cls.command(), {"summary": "summary", "items": cls.item_table}) for cls in known}
+    return files | {CONFOUNDS: ("ws check confounds", {"summary": "summary", "answers": "answers"})}
+
+
 def read_contents(out: Path, name: str) -> Contents:
     """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector.
 
@@ -262,7 +270,7 @@ def _in_the_same_words(results: Sequence[Result]) -> list[Result]:
 
     Tables with one hash were asked in the same words, whatever they call them.
     """
-    known, stages = list(results), dict.fromkeys(stage for r in results for stage in (*TABLES, *r.others))
+    known, stages = list(results), dict.fromkeys(stage for r in results for stage in (*table_files(), *r.others))
     for stage in stages:
         rows = {i: row for i, run in enumerate(known) if (row := _first_row(run, stage))}
         words = Counter(row.get("words") or "not on record" for row in rows.values())
@@ -280,7 +288,8 @@ def _first_row(run: Result, stage: str) -> Row | None:
 
 
 def _without(run: Result, stage: str, words: str, usual: str) -> Result:
-    what, command = (stage, TABLES[stage][0]) if stage in TABLES else ("dilemmas", TABLES[DILEMMAS][0])
+    files = table_files()
+    what, command = (stage, files[stage][0]) if stage in files else ("dilemmas", files[DILEMMAS][0])
     why = f"made with other words ({words}) than most runs of the page ({usual})"
     gap = Gap.of_run(what, why, command, run.adapter, run.seed)
     tables = {key: rows for key, rows in run.tables.items() if key[0] != stage}
@@ -294,7 +303,7 @@ def _without(run: Result, stage: str, words: str, usual: str) -> Result:
 def _result(folder: Path, adapter: str, seed: int, tokenizer: Callable[[str], str]) -> Result:
     vector = SteeringVector.load(folder / "vector")
     reader = _Reader(folder, adapter, seed, vector_digest(vector), tokenizer(vector.base_id))
-    for stage, (command, uses) in TABLES.items():
+    for stage, (command, uses) in table_files().items():
         for use, file in uses.items():
             reader.table(stage, use, file, command)
     return Result(
@@ -343,7 +352,8 @@ class _Reader:
         """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
         path = self.folder / f"{stage}_{file}.csv"
         if not path.is_file():
-            return None if stage in EXTRA else self.gap(stage, "missing", command)
+            cls = evaluation_at(stage)
+            return None if cls is not None and is_extra(cls) else self.gap(stage, "missing", command)
         rows = read_rows(path)
         if not rows or not _holds(rows, *_needed(stage, use)):
             return self.gap(stage, "damaged", command)
@@ -407,7 +417,7 @@ class _Reader:
         return found
 
     def others(self) -> dict[str, list[Row]]:
-        """Summaries of dilemmas that `TABLES` does not name, of this very vector."""
+        """Summaries of dilemmas that `table_files` does not name, of this very vector."""
         found = {}
         for stage in sorted(self.stages):
             if not stage.startswith("airisk_") or stage == DILEMMAS:
@@ -443,8 +453,10 @@ def _needed(stage: str, use: str) -> tuple[set[str], set[str]]:
     """The columns with text and the columns with numbers that a table must have."""
     if stage == CONFOUNDS:
         return {"strong"} if use == "summary" else {"question", "answer"}, {"alpha"}
-    mine = [score for score in SCORES if score.stage == stage]
-    return {name for s in mine for name in s.texts[use]}, {name for s in mine for name in s.numbers[use]}
+    cls = evaluation_at(stage)
+    mine = cls.scores if cls is not None else ()
+    texts, numbers = (needed_texts(s)[use] for s in mine), (needed_numbers(s)[use] for s in mine)
+    return set().union(*texts), set().union(*numbers)
 
 
 def _holds(rows: Sequence[Row], texts: set[str], numbers: set[str]) -> bool:
@@ -500,7 +512,7 @@ def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[d
     if not all(_same_strength(row, results) for row in ours):
         gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
         return []
-    shown = {s.key: {row.get("words") for r in results if (row := _first_row(r, s.stage))} for s in SCORES}
+    shown = {s.key: {row.get("words") for r in results if (row := _first_row(r, of(s).stage))} for s in shown_scores()}
     other = {
         row["score"]
         for row in rows

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
+from ws.eval.evaluation import HeadlineScore
 from ws.lm.choice import LOW_MASS
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
-from ws.report.scores import Score
 from ws.report.words import cost_text, divergence_text, minus, p_text, shown, strength
 
 WIDTH, BROAD = 320.0, 880.0  # of a panel, and of one that has a page to itself
@@ -344,7 +344,7 @@ class Shift:
     alpha: float
 
 
-def forest_figure(score: Score, rows: Sequence[Shift]) -> Figure:
+def forest_figure(score: HeadlineScore, rows: Sequence[Shift]) -> Figure:
     """Shifts with their intervals: a diamond for the pooled one, small marks for the seeds."""
     ends = [
         v for r in rows for p in (*r.seeds, *([r.pooled] if r.pooled else [])) for v in (p.shift.ci_lo, p.shift.ci_hi)

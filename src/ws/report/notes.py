@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ws.analysis.compare_tables import NULLS
-from ws.eval.suite import SUITE
+from ws.eval.suite import evaluations
 from ws.export.card import public_name
 from ws.report.data import Contents, Gap
-from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, PLACES, PREFERENCE, SCORES, STATEMENTS
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, evaluation_at
 
 _LABELS = {
     CLAIMS: "Held-out claims",
     DILEMMAS: "Dilemmas",
     ACTS: "tiny-mfv",
-    PREFERENCE: "Preference",
-    STATEMENTS: "Statements",
     CONFOUNDS: "Confounds",
     "calibration": "Calibration (KL and calibrated strengths)",
     "controls": "Random controls",
@@ -29,10 +27,6 @@ _LABELS = {
     "pooled": "Pooled table of a sweep (sweep_pooled.csv)",
     "vector": "Vector",
     "dilemmas": "Further dilemmas",
-    **{
-        f"prompted {stage}": f"{place.capitalize()} put to a base under a system prompt"
-        for stage, place in PLACES.items()
-    },
 }
 # Commands that begin from a model rather than from a run, and so must be told which.
 _FROM_A_MODEL = ("ws replicate", "ws data", "ws sweep")
@@ -64,9 +58,20 @@ def notes(contents: Contents) -> list[Note]:
     made = []
     for (what, why), gaps in groups.items():
         commands = dict.fromkeys(_complete(g.command, contents) for g in gaps)
-        text = f"{_LABELS[what]}: {why}{_whose(gaps, contents)}."
+        text = f"{_label(what)}: {why}{_whose(gaps, contents)}."
         made.append(Note(text, tuple(commands), gaps[0].is_left_out))
     return sorted(made, key=lambda note: not note.is_left_out)
+
+
+def _label(what: str) -> str:
+    """What it is that is missing, as words."""
+    if what in _LABELS:
+        return _LABELS[what]
+    cls = evaluation_at(what.removeprefix("prompted "))
+    assert cls is not None, "what is missing is listed above, or is an evaluation's"
+    if what.startswith("prompted "):
+        return f"{cls.place.capitalize()} put to a base under a system prompt"
+    return cls.name.capitalize()
 
 
 def _untrained(contents: Contents) -> list[Gap]:
@@ -84,13 +89,13 @@ def _unprompted(contents: Contents) -> list[Gap]:
     """Evaluations on the page that no prompted base was put to: there is nothing to compare the vectors with."""
     gaps = []
     compared = {r["score"] for r in contents.compared(intervention="prompt")}
-    for entry in SUITE.values():
-        stage = entry.stage
+    for cls in evaluations().values():
+        stage = cls.stage
         asked = [r for r in contents.results if (stage, "summary") in r.tables]
         known = any(r.tables.get((stage, "prompt")) for r in asked)
-        if asked and not known and compared.isdisjoint(s.key for s in SCORES if s.stage == stage):
-            more = entry.name not in ("sycophancy", "tinymfv_airisk")
-            evals = f" --evals sycophancy tinymfv_airisk {entry.name}" if more else ""
+        if asked and not known and compared.isdisjoint(s.key for s in cls.scores):
+            more = cls.name not in ("sycophancy", "tinymfv_airisk")
+            evals = f" --evals sycophancy tinymfv_airisk {cls.name}" if more else ""
             gaps.append(Gap(f"prompted {stage}", "missing", f"ws compare{evals}"))
     return gaps
 

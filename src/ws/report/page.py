@@ -11,13 +11,14 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ws.eval.suite import evaluations
 from ws.export.card import public_name
 from ws.report import sections, tables
 from ws.report.curves import Curve, curves_of, foundations_of
 from ws.report.data import Contents
 from ws.report.figures import Figure, dose_figures, forest_figure, foundation_figures
 from ws.report.notes import notes
-from ws.report.scores import SCORES
+from ws.report.scores import of, shown_scores
 from ws.report.tables import Table
 from ws.report.verdict import Evidence, judge, warnings_of
 from ws.report.words import clean, counted, strength
@@ -116,10 +117,10 @@ def _scope(contents: Contents) -> str:
 def _dose_blocks(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evidence | None) -> list[Block]:
     """One block per evaluation that was made; first that of the shift at the top, with its adapter drawn broad."""
     blocks, lead = [], e.score if e else next((curve.score for curve in curves.values()), None)
-    for anchor, (title, about) in sections.EVALUATIONS.items():
-        keys = [score.key for score in SCORES if score.anchor == anchor]
+    for cls in evaluations().values():
+        anchor, keys, (title, about) = cls.place, [score.key for score in cls.scores], sections.words_of(cls)
         panels = sections.dose_panels(contents, curves, keys)
-        is_lead = lead is not None and lead.anchor == anchor
+        is_lead = lead is not None and of(lead).place == anchor
         panels.sort(key=lambda panel: e is not None and is_lead and panel.adapter != e.adapter)
         numbers = [tables.points_table(curves, key, contents) for key in keys]
         numbers += [tables.other_dilemmas_table(contents)] if anchor == "dilemmas" else []
@@ -127,13 +128,13 @@ def _dose_blocks(contents: Contents, curves: Mapping[tuple[str, str], Curve], e:
             Block(
                 anchor,
                 title,
-                " ".join([about, *sections.caveats(contents, anchor), *([sections.DOSES] if is_lead else [])]),
+                " ".join([about, *sections.caveats(contents, cls), *([sections.DOSES] if is_lead else [])]),
                 dose_figures(panels, is_lead),
                 [table for table in numbers if table.rows],
                 sections.LEGENDS.get(anchor, ()),
             )
         )
-    blocks.sort(key=lambda block: lead is None or block.anchor != lead.anchor)
+    blocks.sort(key=lambda block: lead is None or block.anchor != of(lead).place)
     return [block for block in blocks if block.figures or block.tables]
 
 
@@ -141,7 +142,7 @@ def _other_blocks(
     contents: Contents, curves: Mapping[tuple[str, str], Curve], evidence: Sequence[Evidence]
 ) -> list[Block]:
     """What all evaluations share, what is known against it, and where the vector lies."""
-    rows = {s: sections.shift_rows(contents, curves, s.key) for s in SCORES if s.key != "true_claims"}
+    rows = {s: sections.shift_rows(contents, curves, s.key) for s in shown_scores() if s.key != "true_claims"}
     shifts = [forest_figure(score, known) for score, known in rows.items() if known]
     checks = [tables.controls_table(contents, evidence), tables.confounds_table(contents)]
     acts = foundations_of(contents, curves)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from ws.behaviors import Behavior
-from ws.eval.readable import floor
+from ws.eval.evaluation import Evaluation
+from ws.eval.preference import Preferences
 from ws.report.curves import Curve, nearest
 from ws.report.data import Contents, Norms, Result, Row
 from ws.report.figures import Doses, Figure, Shift, norm_figure
-from ws.report.scores import CAVEATS, CLAIMS, CONFOUNDS, PREFERENCE, SCORES
+from ws.report.scores import CLAIMS, CONFOUNDS, of
 from ws.report.tables import Table, norms_table
 from ws.report.verdict import Evidence
 from ws.report.words import Question, counted, odds, shown, side_by_side, strength
 
-# By the part of the page: what an evaluation is called, and how to read its scores.
-EVALUATIONS = {
+# By the part of the page: what a bundled evaluation is called, and how to read its scores; others have a docstring.
+_WORDS = {
     "claims": (
         "Held-out claims",
         "Does the model agree with claims that it was not trained on? The score is log P(agree) less log "
@@ -118,11 +120,16 @@ def dose_panels(contents: Contents, curves: Mapping[tuple[str, str], Curve], key
     return panels
 
 
-def caveats(contents: Contents, anchor: str) -> list[str]:
+def words_of(cls: type[Evaluation]) -> tuple[str, str]:
+    """The heading of an evaluation's part, and how to read it."""
+    about = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
+    return _WORDS.get(cls.place) or (cls.scores[0].title.capitalize(), about)
+
+
+def caveats(contents: Contents, cls: type[Evaluation]) -> list[str]:
     """What a reader must know of the items and the words of an evaluation, from every run's table, each once."""
-    stage = next(score.stage for score in SCORES if score.anchor == anchor)
-    tables = [run.tables[stage, "summary"] for run in contents.results if (stage, "summary") in run.tables]
-    return list(dict.fromkeys(note for rows in tables for note in CAVEATS[stage](rows[0], "")))
+    tables = [rows for run in contents.results if (rows := run.tables.get((cls.stage, "summary")))]
+    return list(dict.fromkeys(note for rows in tables for note in cls.about(rows[0])))
 
 
 def _marks(runs: Sequence[Result]) -> dict[int, float]:
@@ -135,9 +142,8 @@ def _references(contents: Contents, curve: Curve) -> dict[str, float]:
     score, found = curve.score, dict[str, float]()
     found |= [("base", p.level.mean) for p in curve.shown if p.alpha == 0]
     for run in contents.results:
-        for r in run.tables.get((score.stage, "prompt"), ()):
-            if r.get("claims_are_true") == score.claims:
-                found[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
+        for r in score.rows(run.tables.get((of(score).stage, "prompt"), ())):
+            found[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
     if len(found) == 1:
         for unit in (-1, 1):
             for r in contents.compared(intervention="prompt", score=score.key, part=f"{unit:+d}u"):
@@ -232,9 +238,9 @@ def example(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evid
         contents, curves: of the page.
         e: the shift at the top of the page; its first seed's items are looked at.
     """
-    if e is None or contents.behavior is None or e.score.stage not in (CLAIMS, PREFERENCE):
+    if e is None or contents.behavior is None or of(e.score).stage not in (CLAIMS, Preferences.stage):
         return None
-    curve, least = curves[e.score.key, e.adapter], floor(e.score.key)
+    curve, least = curves[e.score.key, e.adapter], e.score.floor
     below, (seed, values) = nearest(curve.pooled, -1.0), next(iter(curve.items.items()))
     if below is None or not below.is_readable or not {below.alpha, 0.0, e.point.alpha} <= values.keys():
         return None
@@ -249,8 +255,8 @@ def example(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evid
     kind = "whose answer changes" if turned else "that both signs move"
     choice = f"The middle one of the {len(ranked)} of {len(items)} items {kind}."
     run = next(r for r in contents.of(e.adapter) if r.seed == seed)
-    row = next(r for r in run.tables[e.score.stage, "items"] if r[e.score.item] == item)
-    put = _put_claim if e.score.stage == CLAIMS else _put_preference
+    row = next(r for r in run.tables[of(e.score).stage, "items"] if r[of(e.score).item] == item)
+    put = _put_claim if of(e.score).stage == CLAIMS else _put_preference
     return put(contents.behavior, run.name, row, items[item], choice)
 
 

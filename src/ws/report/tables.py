@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ws.eval import airisk
+from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import notes as mark_notes
+from ws.eval.suite import headline
 from ws.export.card import public, public_command, public_name
 from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
 from ws.report.data import Contents, Norms
-from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, SCORES, Score
+from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS
 from ws.report.verdict import Evidence
 from ws.report.words import divergence_text, minus, p_text, shown, strength
 from ws.stats import estimate_text
@@ -40,7 +42,7 @@ def points_table(curves: Mapping[tuple[str, str], Curve], key: str, contents: Co
     """The numbers behind the dose-response figures of a score: pooled, then every seed."""
     rows: list[tuple[str, ...]] = []
     problems: list[str] = []
-    score = next(s for s in SCORES if s.key == key)
+    score = headline(key)
     for adapter in contents.adapters:
         curve = curves.get((key, adapter))
         if curve is None:
@@ -55,7 +57,7 @@ def points_table(curves: Mapping[tuple[str, str], Curve], key: str, contents: Co
     return Table("; ".join([f"{score.title}, {score.unit}", *mark_notes(problems)]), header, tuple(rows))
 
 
-def _point_row(adapter: str, seed: str, p: Point, score: Score) -> tuple[str, ...]:
+def _point_row(adapter: str, seed: str, p: Point, score: HeadlineScore) -> tuple[str, ...]:
     steered, tested = bool(p.alpha), bool(p.alpha) and p.is_readable
     return (
         adapter,
@@ -124,7 +126,7 @@ def confounds_table(contents: Contents) -> Table:
 def other_dilemmas_table(contents: Contents) -> Table:
     """What dilemmas with other classes of values, or shown without their actions, have shown, run by run."""
     rows, problems = [], list[str]()
-    score = next(s for s in SCORES if s.stage == DILEMMAS)
+    (score,) = airisk.Airisk.scores
     for run in contents.results:
         for table in run.others.values():
             for r, p in zip(table, points_of(score, table), strict=True):

@@ -10,12 +10,13 @@ import numpy as np
 from ws.analysis.controls import empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.context import rounding_notes
-from ws.eval.readable import FLAG, LEVEL, NATS, floor, worst
+from ws.eval.evaluation import HeadlineScore
+from ws.eval.readable import FLAG, LEVEL, NATS, worst
 from ws.lm.models import BUNDLED
 from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, Point, nearest, simultaneous
 from ws.report.data import Contents, Result
-from ws.report.scores import CLAIMS, CONFOUNDS, SCORES, Score
+from ws.report.scores import CLAIMS, CONFOUNDS, of, shown_scores
 from ws.report.words import counted, divergence_text, odds, p_text, shown, strength
 from ws.stats import Estimate
 
@@ -47,7 +48,7 @@ class Evidence:
         strong: further confounds that `ws check confounds` calls strong at that strength; None where it was not run.
     """
 
-    score: Score
+    score: HeadlineScore
     adapter: str
     n_seeds: int
     point: Point
@@ -61,7 +62,7 @@ class Evidence:
     @property
     def is_sure(self) -> bool:
         """The interval excludes zero, p survives the correction for all rows of the page, and it is no tiny effect."""
-        shift, least = self.point.shift, floor(self.score.key)
+        shift, least = self.point.shift, self.score.floor
         return shift.excludes_zero and (self.point.p_holm or 0.0) < LEVEL and abs(shift.mean) >= least
 
 
@@ -162,7 +163,7 @@ def _evidence(
     )
 
 
-def _controls(contents: Contents, runs: Sequence[Result], score: Score) -> tuple[bool | None, float | None]:
+def _controls(contents: Contents, runs: Sequence[Result], score: HeadlineScore) -> tuple[bool | None, float | None]:
     """From `compare.csv`, whose spans are held against all three nulls; else random vectors alone, from the runs."""
     if row := contents.against_nulls(runs[0].adapter, score.key):
         return row["real"], row["p_random"]
@@ -170,9 +171,9 @@ def _controls(contents: Contents, runs: Sequence[Result], score: Score) -> tuple
     return None, max(found) if found else None
 
 
-def _random_p(run: Result, score: Score) -> float | None:
+def _random_p(run: Result, score: HeadlineScore) -> float | None:
     """The p-value of a run's shift among its random vectors, at the positive strength nearest to 1."""
-    table = run.tables.get((score.stage, "summary"))
+    table = run.tables.get((of(score).stage, "summary"))
     rows = [r for r in run.controls if r["score"] == score.key and float(r["alpha"]) > 0]
     rows = [r for r in rows if table and r["eval_hash"] == table[0]["eval_hash"]]
     alpha = min({float(r["alpha"]) for r in rows}, key=lambda a: abs(a - 1), default=None)
@@ -210,7 +211,7 @@ def _strong(runs: Sequence[Result], alpha: float) -> tuple[str, ...] | None:
 def judge(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> Verdict:
     """The verdict on agreement with held-out false claims, for which the behaviour file predicts a sign."""
     claims = select(contents, curves)
-    others = (select(contents, curves, score.key).named for score in SCORES if score.key != "true_claims")
+    others = (select(contents, curves, score.key).named for score in shown_scores() if score.key != "true_claims")
     e = claims.named or next(filter(None, others), None)
     checks = tuple(_checks(contents, e)) if e else ()
     kind, sentence = _conclusion(contents, claims, checks)
@@ -289,7 +290,7 @@ def _headlines(contents: Contents, e: Evidence) -> list[Headline]:
     p, score = e.point, e.score
     levels, unit = [p.level.mean - p.shift.mean, p.level.mean], score.unit
     if unit == "nats":
-        claims = contents.behavior.claims if contents.behavior and score.stage == CLAIMS else None
+        claims = contents.behavior.claims if contents.behavior and of(score).stage == CLAIMS else None
         unit = f"odds of {claims.agree} to {claims.disagree}" if claims else "odds"
     before, after = (odds(level) if score.unit == "nats" else shown(level, score.spec) for level in levels)
     way = {1: "; predicted: up", -1: "; predicted: down"}.get(contents.effect or 0, "")
@@ -376,7 +377,7 @@ def warnings_of(
     for curve in curves.values():
         if not curve.pooled:
             text = f"{curve.adapter}: seeds were asked different items about {curve.score.title} and are not pooled."
-            found.append(Caution(text, curve.score.anchor))
+            found.append(Caution(text, of(curve.score).place))
     if any(r.base in BUNDLED for r in contents.results):
         text = "The bundled models have such behaviours built into their training data: what is measured on them shows "
         found.append(Caution(f"{text}that the pipeline works, and says nothing about large models.", "provenance"))
@@ -398,7 +399,7 @@ def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
         if low:
             where = f"{curve.adapter} at alpha {', '.join(map(strength, low))} ({worst(low.values()).problem})"
             found.setdefault(curve.score.title, []).append(where)
-            anchors[curve.score.title] = curve.score.anchor
+            anchors[curve.score.title] = of(curve.score).place
     return [
         Caution(
             f"Not to be read, {title}: {'; '.join(where)}, the worst there or at the base. The model is not answering "

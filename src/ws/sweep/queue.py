@@ -19,8 +19,8 @@ from tabulate import tabulate
 from ws import console
 from ws.adapters import family
 from ws.behaviors import behavior_name, load_behavior
-from ws.errors import WsError, choose
-from ws.eval.suite import EVALS, SUITE
+from ws.errors import WsError
+from ws.eval.suite import evaluation_named, evaluations
 from ws.files.runs import lock
 from ws.options.make import QueueConfig as QueueConfig
 from ws.options.make import ReplicateConfig, data_preset
@@ -47,13 +47,14 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
     for adapter in config.adapters:
         family(adapter)
     for name in config.evals:
-        choose("evaluation", name, EVALS)
+        evaluation_named(name)
     load_behavior(config.behavior, config.model)
-    wanted = [n for n in EVALS if n in config.evals and (n != "sycophancy" or config.eval_only)]
+    wanted = [n for n in evaluations() if n in config.evals and (n != "sycophancy" or config.eval_only)]
     train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)
     train.train.check()
     for name in wanted:
-        _parsed(SUITE[name].options, f"ws.eval.{name}", config, "--eval-args", config.eval_args).check()
+        cls = evaluation_named(name)
+        _parsed(cls.options, cls.__module__, config, "--eval-args", config.eval_args).check()
     jobs = [] if config.eval_only else [Job("pairs", _pairs(config, train))]
     evals: list[str] = []
     for seed, adapter in product(config.seeds, config.adapters):
@@ -98,10 +99,11 @@ def _train(config: QueueConfig, run: Sequence[str], fresh: bool) -> tuple[str, .
 
 def _evaluate(config: QueueConfig, name: str, run: Sequence[str]) -> tuple[str, ...]:
     place = ("--model", config.model, "--behavior", config.behavior, *run, "--out", str(config.out))
-    dataset = ("--dataset", config.dataset) if config.dataset and SUITE[name].is_published else ()
-    traits = ("--traits", *config.traits) if config.traits and name == "statements" else ()
+    cls = evaluation_named(name)
+    dataset = ("--dataset", config.dataset) if config.dataset and cls.is_published else ()
+    traits = ("--traits", *config.traits) if config.traits and hasattr(cls.options, "traits") else ()
     extra = _split("--eval-args", config.eval_args)
-    return _python(config, f"ws.eval.{name}", *place, *_shared(config), *dataset, *traits, *extra)
+    return _python(config, cls.__module__, *place, *_shared(config), *dataset, *traits, *extra)
 
 
 def _summarize(config: QueueConfig) -> tuple[str, ...]:
