@@ -268,7 +268,7 @@ class Evaluation(ABC):
         return {score.key: Readability(float(scores["pmass"].mean())) for score in chosen}
 
     def means(self, tok: Tokenizer, wanted: Sequence[str]) -> list[MeanOfChoices | MeanOfAnswers]:
-        """The means of the wanted headline scores over these items as sums that have gradients, for `ws slope`.
+        """The means of the wanted headline scores over these items as sums that have gradients, for `ws check slope`.
 
         Raises:
             WsError: the evaluation has none.
