@@ -110,7 +110,7 @@ class _Bench:
         return {score.key: evaluation.brief for evaluation in chosen for score in evaluation.scores}
 
     def measured(self, chosen: Intervention, alphas: Mapping[int, float]) -> tuple[_Scored, _Read]:
-        """HeadlineScore scores and how well their items were answered, by name and sign; 0 is the base."""
+        """Headline scores and how well their items were answered, by name and sign; 0 is the base."""
         scored, read = _Scored(), _Read()
         for evaluation in self.evaluations:
             for sign, scores in self._scores(evaluation, chosen, alphas).items():

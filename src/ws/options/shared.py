@@ -22,7 +22,7 @@ INTERVENTIONS = (
     *(WEIGHT, "finetune", "positive-only", "negative-only", "prompt"),
     *("activation", "activation-everywhere", "activation-layers", "activation-layers-everywhere"),
 )
-# HeadlineScore scores that are looked at unless others are named.
+# Headline scores that are looked at unless others are named.
 HEADLINES = ("false_claims", "true_claims", "wrongness", "choices")
 # Of calibrations: questions that strengths are solved for on, where a behaviour has as many, the same number for every
 # command; tokens of an answer; and the quantile of their divergences.

@@ -1,0 +1,96 @@
+"""What commands can be told: fields of one meaning, names that agree with what is done, things that are there."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+import ws
+from ws.adapters import FAMILIES
+from ws.cli import COMMANDS
+from ws.eval.airisk import Airisk
+from ws.eval.suite import SUITE, headlines
+from ws.eval.tinymfv_airisk import CONFIGS
+from ws.intervene.interventions import ACTIVATIONS, TRAINED
+from ws.lm import divergence
+from ws.options import make, measure, shared, use
+from ws.options.check import CheckOptions, ControlOptions
+from ws.options.shared import EvalOptions, RunOptions, shared_with
+
+
+def test_names_that_stand_here_for_a_light_start_are_those_of_what_carries_them_out():
+    assert tuple(FAMILIES) == shared.ADAPTERS
+    assert set(shared.INTERVENTIONS) == {*TRAINED, "prompt", *ACTIVATIONS}
+    assert (divergence.N_TOKENS, divergence.QUANTILE) == (shared.N_TOKENS, shared.QUANTILE)
+    assert set(make.DEFAULT_EVALS) <= set(SUITE)
+    assert set(shared.HEADLINES) <= set(headlines())
+    assert measure.VIGNETTES in CONFIGS
+    assert Airisk.options is measure.AiriskOptions
+
+
+def test_what_two_commands_share_is_handed_on_whole_and_nothing_else_is():
+    controls = ControlOptions(adapter="oft", seed=2, limit=7, dtype="4bit", load_in_4bit=True, alphas=(0.5,), n_draws=3)
+    made = controls.eval_options((1.0,))
+    assert (made.adapter, made.seed, made.limit, made.alphas) == ("oft", 2, 7, (1.0,))
+    assert made.precision == "4bit", "packed weights stay packed"
+    assert made.n_bootstrap == EvalOptions().n_bootstrap
+    for field in fields(RunOptions):
+        assert getattr(made, field.name) == getattr(controls, field.name)
+
+
+def test_a_comparison_asks_one_run_at_a_time_of_its_vector_alone():
+    options = measure.CompareOptions(adapters=("lora", "oft"), interventions=("weight", "prompt"), dataset="pocket")
+    one = options.eval_options("oft", 1)
+    assert (one.adapter, one.seed, one.alphas, one.interventions) == ("oft", 1, ("calibrated",), ("weight",))
+    assert one.dataset == "pocket"
+
+
+def test_a_sweep_hands_its_settings_to_every_cell():
+    sweep = make.SweepConfig.preset("pocket")
+    cell = shared_with(make.ReplicateConfig, sweep, adapter="ia3", seed=4)
+    assert (cell.model, cell.adapter, cell.seed) == ("pocket", "ia3", 4)
+    assert cell.data == sweep.data
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (RunOptions(adapter="oft", seed=1), "ws replicate --behavior honesty --adapter oft --seed 1"),
+        (use.LoraOptions(), "or name one with --vector"),
+        (use.ChatOptions(), "Or name some with --vectors"),
+        (use.ReportOptions(behavior="honesty"), "No run below"),
+        (use.InspectConfig("nowhere"), "There is no folder nowhere"),
+        (make.ReplicateConfig(behavior="honsty"), "Did you mean 'honesty'"),
+        (CheckOptions("mine.toml"), "There is no behaviour file mine.toml"),
+    ],
+)
+def test_what_is_named_and_is_not_there_is_said_before_anything_is_loaded(options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ws.WsError) as problem:
+        options.require()
+    assert said in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        use.LoraOptions(vector="some/where"),
+        use.ChatOptions(vectors=("a",)),
+        use.SubspaceOptions(all=True),
+        make.ReplicateConfig(behavior="new", pairs="pairs.jsonl"),
+    ],
+)
+def test_what_is_named_otherwise_need_not_be_in_the_run(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options.require()
+
+
+def test_a_field_has_one_type_wherever_it_stands():
+    """A name that two commands share means the same in both, or `shared_with` would hand on something else."""
+    seen: dict[str, set[str]] = {}
+    for _, options in COMMANDS.values():
+        for field in fields(options):
+            seen.setdefault(field.name, set()).add(str(field.type).replace(" | None", "").removeprefix("Annotated["))
+    several = {name: types for name, types in seen.items() if len({t.split(",")[0] for t in types}) > 1}
+    assert set(several) <= {"alphas", "vectors", "to", "n_think", "adapters", "model", "seeds", "vector", "behavior"}
