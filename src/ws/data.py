@@ -54,6 +54,7 @@ from ws.lm.sampling import (
 )
 from ws.options.make import DataCommand as DataCommand
 from ws.options.make import DataConfig as DataConfig
+from ws.options.make import data_preset as data_preset
 from ws.options.make import questions_asked
 from ws.stats import estimate_mean, estimate_text
 

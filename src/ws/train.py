@@ -55,6 +55,7 @@ from ws.lm.models import fingerprint, load_model, model_id, require_calls, token
 from ws.options.make import MIN_VALIDATION, SIGNS, held_out
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
+from ws.options.make import train_preset as train_preset
 
 TRAIN_FILE = "ws_train.json"
 T = TypeVar("T")

@@ -262,7 +262,8 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
             raise WsError(f"{prog or 'This command'} runs on one process; only `ws.train` runs on several processes.")
         given = parse(options, arguments, prog)
         for before in ("check", "require"):  # what can be told wrong before anything heavy is imported
-            getattr(given, before, lambda: None)()
+            if callable(step := getattr(given, before, None)):
+                step()
         function(given)
 
     guard(action, prog)
