@@ -43,7 +43,7 @@ def codes(folder: Path) -> dict[str, str]:
     delta = ws.LinearDelta(64, 64, u=torch.ones(64, 2), v=torch.ones(2, 64))
     ws.SteeringVector({"model.layers.0.mlp.up_proj": delta}, "a-base", None).save(folder / "vector")
     found = {"import torch": TORCH, "import torch, transformers": BOTH, "ws --help": command(["--help"])}
-    found |= {f"ws {name} --help": command([*name.split()[:2], "--help"]) for name in COMMANDS if "--" not in name}
+    found |= {f"ws {name} --help": command([*name.split()[:2], "--help"]) for name in COMMANDS}
     found |= {name: command(words) for name, words in MISTAKES.items()}
     found["ws inspect VECTOR"] = command(["inspect", str(folder / "vector")])
     found["ws behavior check honesty"] = command(["behavior", "check", "honesty"])

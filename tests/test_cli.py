@@ -19,10 +19,12 @@ import torch
 
 import ws
 from support import processes
+from ws import cli
 from ws.cli import COMMANDS
 from ws.console import about, parse
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
+from ws.files import runs
 from ws.files.runs import DEFAULT_MODEL
 from ws.options.make import ReplicateConfig
 from ws.options.use import InspectConfig
@@ -100,7 +102,7 @@ def test_every_command_is_listed_once_and_is_there():
         assert about(options)
         family, _, member = name.partition(" ")
         assert name == QUEUE or (f"  {family} NAME " if member else f"  {name} ") in listed
-        assert not member or family in FAMILIES or name == QUEUE
+        assert not member or family in FAMILIES
     assert len([line for line in listed.splitlines() if line.startswith("  ")]) <= 21
 
 
@@ -113,15 +115,34 @@ def test_every_command_is_listed_once_and_is_there():
         (["check-behavior", "x.toml"], "behavior check", ["x.toml"]),
         (["push", "a/b"], "export push", ["a/b"]),
         (["sweep", "--seeds", "0"], "sweep", ["--seeds", "0"]),
-        (["sweep", "--seeds", "0", "--backend", "pueue"], "sweep --backend", ["--seeds", "0", "--backend", "pueue"]),
-        (["sweep", "--backend=ray"], "sweep --backend", ["--backend=ray"]),
-        (["queue"], "sweep --backend", []),
+        (["sweep", "--seeds", "0", "--backend", "pueue"], "queue", ["--seeds", "0", "--backend", "pueue"]),
+        (["sweep", "--backend=ray"], "queue", ["--backend=ray"]),
+        (["queue"], "queue", []),
     ],
 )
 def test_a_command_goes_by_its_name_and_by_its_former_one(words, name, rest):
     from ws.cli import _named
 
     assert _named(words) == (name, rest)
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        ("sweep --backend pueue --seeds 0", "ws sweep --backend pueue --seeds 0"),
+        ("queue --workers 2", "ws queue --workers 2"),
+        ("eval-airisk --limit 3", "ws eval airisk --limit 3"),
+        ("controls --n-draws 5", "ws check controls --n-draws 5"),
+    ],
+)
+def test_what_is_put_on_record_can_be_typed_again(words, recorded, monkeypatch):
+    commands = []
+    monkeypatch.setattr(sys, "argv", ["ws"])
+    monkeypatch.setattr(ws.console, "run", lambda *given: commands.append((runs._command(), given[1])))
+    cli._run(words.split(), [])
+    [(command, options)] = commands
+    assert command == recorded
+    assert COMMANDS[cli._named(command.split()[1:])[0]][1] is options
 
 
 @pytest.mark.parametrize(

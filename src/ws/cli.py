@@ -8,7 +8,7 @@ from dataclasses import make_dataclass, replace
 from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
-from itertools import takewhile
+from itertools import chain, takewhile
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,8 +79,8 @@ FAMILIES = {
     "export": "A vector for other programs",
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
-# A sweep as a graph of jobs, which `ws sweep --backend` is.
-QUEUE = "sweep --backend"
+# A sweep as a graph of jobs: what `ws sweep` is with `--backend`, so it is not listed.
+QUEUE = "queue"
 SHELLS = ("bash", "zsh", "tcsh")
 COMMANDS[QUEUE] = ("ws.sweep.queue:main", make.QueueConfig)
 # What commands were called before they were members of families.
@@ -90,7 +90,6 @@ FORMER = {
     "init-behavior": "behavior new",
     "check-behavior": "behavior check",
     "push": "export push",
-    "queue": QUEUE,
 }
 
 
@@ -175,7 +174,6 @@ def _without_a_command(arguments: Sequence[str]) -> str:
     if arguments[1:] and arguments[1] not in ("-h", "--help"):
         return ""
     members = {name: command for name, command in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
-    members.pop(QUEUE, None)
     return _help({"": members}) if members else ""
 
 
@@ -183,11 +181,11 @@ def _print_completion(words: Sequence[str]) -> None:
     """What a shell needs to complete commands and options, as tyro writes it."""
     shell = choose("shell", words[0] if words else "", SHELLS)
     tree: dict[str, Any] = {}
-    for name, (_, options) in COMMANDS.items():
+    for name, (_, options) in chain.from_iterable(group.items() for group in GROUPS.values()):
         family, _, member = name.partition(" ")
-        if name != QUEUE and member:
+        if member:
             tree.setdefault(family, {})[member] = options
-        elif name != QUEUE:
+        else:
             tree[name] = options
     families = {name: make_dataclass(name, [("member", _one_of(t))]) for name, t in tree.items() if isinstance(t, dict)}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -202,9 +200,10 @@ def _run(arguments: Sequence[str], flags: Sequence[str]) -> None:
     name, rest = _named(arguments)
     place, options = COMMANDS[name]
     module, function = place.split(":")
-    sys.argv = [f"ws {name}", *rest, *flags]
+    called = f"ws {arguments[0] if name == QUEUE else name}"  # what is on record can be typed again
+    sys.argv = [called, *rest, *flags]
     # The module is imported when the options are known to be right: it may take ten seconds.
-    console.run(lambda given: getattr(import_module(module), function)(given), options, f"ws {name}")
+    console.run(lambda given: getattr(import_module(module), function)(given), options, called)
 
 
 def _named(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -214,8 +213,7 @@ def _named(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         return FORMER[first], rest
     if first == "sweep" and any(word.split("=")[0] in ("--backend", "backend") for word in rest):
         return QUEUE, rest
-    if any(name.startswith(f"{first} ") for name in COMMANDS if name != QUEUE):
-        members = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+    if members := [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]:
         return f"{first} {choose(f'member of ws {first}', rest[0], members)}", rest[1:]
     known = dict.fromkeys(name.split()[0] for name in COMMANDS)
     return choose("command", first, [*known, *FORMER]), rest

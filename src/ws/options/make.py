@@ -105,7 +105,7 @@ class DataCommand(_OfBehavior):
         model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         pairs: bring the pairs: a JSONL, CSV or Parquet file, or a hub id, with a question and an answer of either side.
-        columns: what the columns of `--pairs` are called, as `question=prompt positive=good negative=bad`.
+        columns: what the columns of `--pairs` are called, as `question:prompt positive:good negative:bad`.
         out: the folder of all runs and results.
         device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
         dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
@@ -270,7 +270,7 @@ class ReplicateConfig(_OfBehavior):
         model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         pairs: bring the pairs: a JSONL, CSV or Parquet file, or a hub id, with a question and an answer of either side.
-        columns: what the columns of `--pairs` are called, as `question=prompt positive=good negative=bad`.
+        columns: what the columns of `--pairs` are called, as `question:prompt positive:good negative:bad`.
         adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
         out: the folder of all runs and results.
         seed: of both arms' initialisation and order.

@@ -188,4 +188,4 @@ def main(config: QueueConfig) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, QueueConfig, "ws sweep --backend")
+    console.run(main, QueueConfig, "ws queue")
