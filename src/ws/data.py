@@ -31,7 +31,7 @@ from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly, json_lines
 from ws.errors import WsError, did_you_mean
 from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
-from ws.lm.choice import LOW_MASS, ChoiceScores, score_choices
+from ws.lm.choice import ChoiceScores, score_choices
 from ws.lm.generation import PLAIN, generate, without_end
 from ws.lm.models import (
     decode_answer,
@@ -56,7 +56,7 @@ from ws.options.make import DataCommand as DataCommand
 from ws.options.make import DataConfig as DataConfig
 from ws.options.make import data_preset as data_preset
 from ws.options.make import questions_asked
-from ws.stats import estimate_mean, estimate_text
+from ws.stats import LOW_MASS, estimate_mean, estimate_text
 
 PAIRS_FILE = "pairs.jsonl"
 _PARTIAL_FILE = "pairs.partial.jsonl"

@@ -34,16 +34,15 @@ from ws.data import (
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose
 from ws.eval.confounds import agreement_verdict
-from ws.eval.context import EvalContext, rounding_notes
+from ws.eval.context import EvalContext
 from ws.eval.preference import Preferences
-from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, worst
+from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, rounding_notes, worst
 from ws.eval.sycophancy import ClaimScores, Sycophancy, claim_shift, summary_row
 from ws.files.runs import Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
 from ws.lm.models import chat_format, load_model, render_prompt, tokenizer_hash
 from ws.options.make import SIGNS
 from ws.options.make import ReplicateConfig as ReplicateConfig
 from ws.options.shared import EvalOptions, shared_with
-from ws.report import write_report
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 from ws.steer import steer
 from ws.train import adapter_spec, train_stage
@@ -487,6 +486,8 @@ def main(config: ReplicateConfig) -> None:
     reading = replicate(config)
     files, following = written(reading), ""
     if config.control == "none":
+        from ws.report import write_report  # it draws; that takes a second to import, and comes last
+
         files.append(write_report(config.out, config.behavior))
         following = f"read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter"
     measured = Sycophancy.stage if reading.false_claims else Preferences.stage

@@ -21,6 +21,7 @@ from ws.errors import WsError
 
 N_BOOTSTRAP = 2000
 LEAST_ANSWERS = 50
+LOW_MASS = 0.9  # a smaller mean probability of all the answers that are counted supports no conclusion
 _CHUNK = 2**21
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -574,6 +575,17 @@ def test_the_table_has_36_columns_and_a_row_per_adapter_and_base(evaluated):
     assert by_name["lora"]["airisk_unreadable"].startswith("answer mass"), "random weights choose nothing"
     only = build_table(replace(evaluated, adapters=("lora",), seeds=(1,)))[1]
     assert only["airisk_delta"] == pytest.approx(float(summaries[1]["shift"]))
+
+
+def test_a_family_of_ones_own_has_a_row_and_a_control_has_none(evaluated):
+    top = evaluated.out / "honesty"
+    for name, family in (("mine", "mine"), ("lora-shuffled", "lora")):
+        shutil.copytree(top / "lora", top / name)
+        manifest = top / name / "vector" / "ws.json"
+        recorded = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(recorded | {"info": recorded["info"] | {"family": family}}))
+    assert [r["adapter"] for r in build_table(evaluated)] == ["base", "oft", "lora", "mine"]
+    assert len(build_table(replace(evaluated, adapters=("mine",)))) == 2
 
 
 def test_the_page_must_show_what_the_csv_says(evaluated, tmp_path, capsys):

@@ -11,7 +11,7 @@ from ws.adapters import FAMILIES
 from ws.cli import COMMANDS
 from ws.eval.airisk import Airisk
 from ws.eval.suite import SUITE, headlines
-from ws.eval.tinymfv_airisk import CONFIGS
+from ws.eval.vignettes import CONFIGS
 from ws.intervene.interventions import ACTIVATIONS, TRAINED
 from ws.lm import divergence
 from ws.options import make, measure, shared, use

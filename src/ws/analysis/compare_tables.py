@@ -15,10 +15,9 @@ from ws.analysis.controls import empirical_p
 from ws.errors import WsError
 from ws.eval.capability import Capability
 from ws.eval.confounds import agreement_verdict
-from ws.eval.context import rounding_notes
 from ws.eval.evaluation import Rows
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, star, worst
+from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, rounding_notes, star, worst
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import floors_text, headline, headlines
 from ws.options.shared import WEIGHT

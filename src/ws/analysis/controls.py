@@ -33,10 +33,10 @@ from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval.context import EvalContext, open_context, rounding_notes
+from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import Evaluation, Rows, Scores
 from ws.eval.prompts import notes_by_score
-from ws.eval.readable import FLAG, MARK, Readability, notes, worst
+from ws.eval.readable import FLAG, MARK, Readability, notes, rounding_notes, worst
 from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
 from ws.files.runs import read_csv, write_csv
 from ws.lm.models import tokenizer_hash, weight_of

@@ -18,10 +18,9 @@ from tabulate import tabulate
 
 from ws.console import warn
 from ws.errors import WsError
-from ws.eval.context import select
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import FLAG, Readability, notes, star, worst
+from ws.eval.readable import FLAG, Readability, notes, select, star, worst
 from ws.eval.suite import evaluation_named, evaluations, floors_text, set_notes
 from ws.files.runs import lock, read_csv, write_csv
 from ws.options.shared import WEIGHT

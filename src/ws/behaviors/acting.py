@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import Behavior, Claim
 from ws.errors import WsError
-from ws.lm.choice import LOW_MASS, ChoiceScores, score_choices
+from ws.lm.choice import ChoiceScores, score_choices
 from ws.lm.likelihood import score_answers
 from ws.lm.models import encode, encode_answer, render_prompt
-from ws.stats import Estimate, estimate_mean, group_difference
+from ws.stats import LOW_MASS, Estimate, estimate_mean, group_difference
 
 # Nats per token that the answers of a side must gain from their own persona to count as acted.
 MARGIN_FLOOR = 0.05

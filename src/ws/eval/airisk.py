@@ -36,19 +36,28 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors.tables import draw_fact, is_on_hub, revision_of
-from ws.errors import choose
 from ws.eval.context import EvalContext, open_context
-from ws.eval.dilemmas import CONFIG, HUB_ID, LABEL_NOTE, Dilemma, draw_dilemmas, label_disagreements, load_dilemmas
+from ws.eval.dilemmas import (
+    CONFIG,
+    HUB_ID,
+    Dilemma,
+    about,
+    draw_dilemmas,
+    label_disagreements,
+    load_dilemmas,
+    protocol_of,
+    table_name,
+)
 from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
-from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
+from ws.eval.prompts import load_prompts, own_words, words_of
 from ws.eval.readable import FLAG, Readability, mass_text, notes, of_row, worst
-from ws.files.runs import slug
-from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.choice import by_token
 from ws.lm.rollout import REASONS, roll_out, statements, thinks_aloud
 from ws.options.measure import AiriskOptions as AiriskOptions
 from ws.options.shared import N_THINK
 from ws.stats import (
     LEAST_ANSWERS,
+    LOW_MASS,
     Estimate,
     SurgicalInformedness,
     estimate_mean,
@@ -58,8 +67,6 @@ from ws.stats import (
 )
 
 VERSION = 1
-PROTOCOLS = ("explicit", "alone")
-EARLIER = {"published": "alone"}  # what a protocol was called in earlier versions, and is now
 CHOICES = ("1", "2")
 
 
@@ -130,13 +137,6 @@ def evaluate_airisk(
         "thought": np.array(found.thoughts),
     }
     return {name: column.reshape(shape) for name, column in columns.items()} | {"variants": found.scores.variants[0]}
-
-
-def protocol_of(name: str) -> str:
-    """A protocol by its name; that of an earlier version stands for what it is called now."""
-    protocol = EARLIER.get(name, name)
-    choose("protocol", protocol, PROTOCOLS)
-    return protocol
 
 
 def ask(dilemma: Dilemma, protocol: str, prompts: Prompts) -> tuple[str, ...]:
@@ -365,11 +365,6 @@ def _notes(summary: Sequence[Mapping[str, str]]) -> list[str]:
     return [*lines, *about(last)]
 
 
-def about(row: Mapping[str, Any], of: str = "") -> list[str]:
-    """What a reader must know of the items, their labels and the words of a row, as sentences."""
-    return [*notes_on(row, of), *([LABEL_NOTE] if row.get("dataset") != "pocket" else [])]
-
-
 # ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
@@ -510,14 +505,6 @@ class Airisk(Evaluation):
         return "\n".join(lines)
 
     about = staticmethod(about)
-
-
-def table_name(value_class: str = "Truthfulness", protocol: str = "explicit", config: str = CONFIG) -> str:
-    """What the tables' names start with: `airisk_truthfulness`, with `_alone` after it for that protocol, and with the
-    configuration where it is not the usual one."""
-    stem, protocol = f"airisk_{value_class.lower().replace(' ', '_')}", protocol_of(protocol)
-    stem = stem if protocol == "explicit" else f"{stem}_{protocol}"
-    return stem if config == CONFIG else f"{stem}_{slug(config)}"
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

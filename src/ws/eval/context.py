@@ -7,8 +7,8 @@ done.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws.behaviors import Behavior, load_behavior
 from ws.console import Countdown, Result, say
 from ws.diff import SteeringVector
-from ws.errors import WsError
 from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
+from ws.eval.readable import rounding_notes, select
 from ws.files.runs import Run, lock, read_csv, slug, typed, write_csv, write_json
 from ws.intervene.interventions import Intervention, intervention
 from ws.lm.models import BUNDLED, fingerprint, tokenizer_hash
-from ws.options.shared import BASE, WEIGHT
+from ws.options.shared import BASE, WEIGHT, shared_with
 from ws.options.shared import EvalOptions as EvalOptions
 from ws.run import FinishedRun, open_options
 
@@ -69,7 +69,7 @@ class EvalContext:
         knows is at its default."""
         if isinstance(self.options, kind):
             return self.options
-        return kind(**{f.name: getattr(self.options, f.name) for f in fields(EvalOptions)})
+        return shared_with(kind, shared_with(EvalOptions, self.options))  # two evaluations' `config` are two things
 
     @property
     def alphas(self) -> list[float]:
@@ -147,25 +147,6 @@ class EvalContext:
                 named = [r | {"intervention": name if r["alpha"] else BASE} | evaluation.identity for r in kept]
                 found.setdefault(table, []).extend(named)
         return [write_csv(self.run.folder / f"{evaluation.table_name}_{t}.csv", rows) for t, rows in found.items()]
-
-
-def select(rows: Sequence[Mapping[str, str]], name: str = WEIGHT) -> list[Mapping[str, str]]:
-    """The rows of one intervention and of the base, of a table as it is on disk; `WsError` when there are none."""
-    found = [r for r in rows if r.get("intervention") in (BASE, name)]
-    if not any(r["intervention"] == name for r in found):
-        raise WsError(f"A table has no rows of the intervention {name}; run its evaluation again.")
-    return found
-
-
-def rounding_notes(dtypes: Iterable[str]) -> list[str]:
-    """One sentence where scores were computed in 16 bits, for wherever they are read."""
-    short = [d for d in dict.fromkeys(dtypes) if d in ("bfloat16", "float16")]
-    if not short:
-        return []
-    return [
-        f"Computed in {' and '.join(short)}: with another batch size the score of an item may differ by 0.07 nats "
-        "(means by less), so a shift of that size can be rounding; --dtype float32 is exact to 1e-4."
-    ]
 
 
 def _inputs(chosen: Sequence[Intervention]) -> dict[str, str]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ws.behaviors.tables import Row, draw, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
+from ws.eval.prompts import notes_on
+from ws.files.runs import slug
 from ws.options.measure import DILEMMAS
 
 HUB_ID = "kellycyy/AIRiskDilemmas"
@@ -25,6 +28,8 @@ CLASSES = (
     *("Truthfulness", "Privacy", "Communication", "Respect", "Protection", "Cooperation", "Justice", "Professionalism"),
     *("Equal Treatment", "Freedom", "Creativity", "Adaptability", "Learning", "Wisdom", "Sustainability", "Care"),
 )
+PROTOCOLS = ("explicit", "alone")
+EARLIER = {"published": "alone"}  # what a protocol was called in earlier versions, and is now
 CONFIG, _MAP = DILEMMAS, "value_map"
 _LISTS = ("values", "targets")  # columns that hold lists; the targets are who a value serves, and label nothing
 _NEGATIONS = {"not", "don't", "don’t", "never"}
@@ -225,3 +230,26 @@ def _lead(action: str) -> tuple[str, bool]:
 def label_disagreements(dilemmas: Sequence[Dilemma]) -> int:
     """How many labels the two protocols disagree on, by the word test."""
     return sum(d.label != d.published_label for d in dilemmas)
+
+
+# ---- protocols, and what is said of them ---------------------------------------------------------------------------
+
+
+def protocol_of(name: str) -> str:
+    """A protocol by its name; that of an earlier version stands for what it is called now."""
+    protocol = EARLIER.get(name, name)
+    choose("protocol", protocol, PROTOCOLS)
+    return protocol
+
+
+def table_name(value_class: str = "Truthfulness", protocol: str = "explicit", config: str = CONFIG) -> str:
+    """What the tables' names start with: `airisk_truthfulness`, with `_alone` after it for that protocol, and with the
+    configuration where it is not the usual one."""
+    stem, protocol = f"airisk_{value_class.lower().replace(' ', '_')}", protocol_of(protocol)
+    stem = stem if protocol == "explicit" else f"{stem}_{protocol}"
+    return stem if config == CONFIG else f"{stem}_{slug(config)}"
+
+
+def about(row: Mapping[str, Any], of: str = "") -> list[str]:
+    """What a reader must know of the items, their labels and the words of a row, as sentences."""
+    return [*notes_on(row, of), *([LABEL_NOTE] if row.get("dataset") != "pocket" else [])]

@@ -23,9 +23,9 @@ from ws.errors import WsError
 from ws.eval.prompts import notes_on
 from ws.eval.readable import NATS, Readability, mass_text, notes, of_row, worst
 from ws.files.runs import sha256_json
-from ws.lm.choice import LOW_MASS, Choice
+from ws.lm.choice import Choice
 from ws.options.shared import EvalOptions
-from ws.stats import estimate_mean, estimate_text
+from ws.stats import LOW_MASS, estimate_mean, estimate_text
 
 Scores = Mapping[str, np.ndarray]
 ByAlpha = Mapping[float, Scores]

@@ -6,11 +6,13 @@ can be read is decided here and nowhere else, and a table that shows it gives it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ws.lm.choice import LOW_MASS
+from ws.errors import WsError
+from ws.options.shared import BASE, WEIGHT
+from ws.stats import LOW_MASS
 
 LOW_AGREEMENT = 0.5
 LEVEL = 0.05
@@ -96,4 +98,23 @@ def notes(problems: Iterable[str | None]) -> list[str]:
         f"{MARK} supports no conclusion and has no star: at that strength or at the base the mean answer mass is under "
         f"{LOW_MASS}, both frames agree on fewer than half of the texts, or the evaluation says so itself "
         f"({', '.join(known[:3])}{more})."
+    ]
+
+
+def select(rows: Sequence[Mapping[str, str]], name: str = WEIGHT) -> list[Mapping[str, str]]:
+    """The rows of one intervention and of the base, of a table as it is on disk; `WsError` when there are none."""
+    found = [r for r in rows if r.get("intervention") in (BASE, name)]
+    if not any(r["intervention"] == name for r in found):
+        raise WsError(f"A table has no rows of the intervention {name}; run its evaluation again.")
+    return found
+
+
+def rounding_notes(dtypes: Iterable[str]) -> list[str]:
+    """One sentence where scores were computed in 16 bits, for wherever they are read."""
+    short = [d for d in dict.fromkeys(dtypes) if d in ("bfloat16", "float16")]
+    if not short:
+        return []
+    return [
+        f"Computed in {' and '.join(short)}: with another batch size the score of an item may differ by 0.07 nats "
+        "(means by less), so a shift of that size can be rounding; --dtype float32 is exact to 1e-4."
     ]

@@ -8,6 +8,7 @@ and items. `--check PAGE` fails when the page's table is not what the CSV says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,15 +19,12 @@ import numpy as np
 from tabulate import tabulate
 
 from ws import console
-from ws.adapters import FAMILIES, family
 from ws.behaviors import behavior_name
-from ws.errors import WsError
-from ws.eval.airisk import about as about_dilemmas
-from ws.eval.airisk import table_name
-from ws.eval.context import select
-from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, worst
-from ws.eval.tinymfv_airisk import about as about_vignettes
-from ws.files.runs import Run, lock, read_csv, run_folder, write_csv, write_text
+from ws.errors import WsError, choose
+from ws.eval import dilemmas, vignettes
+from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, select, worst
+from ws.files.runs import VECTOR_MANIFEST, Run, lock, read_csv, run_folder, write_csv, write_text
+from ws.options.shared import ADAPTERS
 from ws.options.use import TableConfig as TableConfig
 from ws.stats import SurgicalInformedness, estimate_over_seeds, estimate_text, surgical_informedness
 
@@ -61,7 +59,7 @@ class _Run:
 
 
 def build_table(config: TableConfig) -> list[dict[str, Any]]:
-    """The rows of the table: the base first, then the adapters in the order of `FAMILIES`.
+    """The rows of the table: the base first, then the adapters in the order of `ADAPTERS`, then others by name.
 
     Raises:
         WsError: an unknown or unfinished adapter, or runs that were evaluated on different items, in different words
@@ -76,15 +74,16 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
 def table_notes(config: TableConfig) -> list[str]:
     """What a reader of the table must know of its items and words, as sentences."""
     airisk, tinymfv = next(iter(_runs(config).values()))[0].asked
-    return [*about_dilemmas(airisk, "AIRiskDilemmas"), *about_vignettes(tinymfv, "tiny-mfv")]
+    return [*dilemmas.about(airisk, "AIRiskDilemmas"), *vignettes.about(tinymfv, "tiny-mfv")]
 
 
 def _runs(config: TableConfig) -> dict[str, list[_Run]]:
     """The runs of every adapter that was evaluated on both sets, all on the same items and in the same words."""
     behavior = behavior_name(config.behavior)
+    known = [*ADAPTERS, *_other_families(config.out / behavior)]
     for name in config.adapters or ():
-        family(name)
-    runs = {name: _seeds(config, behavior, name) for name in config.adapters or FAMILIES}
+        choose("adapter", name, known)
+    runs = {name: _seeds(config, behavior, name) for name in config.adapters or known}
     found = {name: seeds for name, seeds in runs.items() if seeds}
     if config.adapters and len(found) < len(config.adapters):
         lacking = [name for name in config.adapters if name not in found]
@@ -98,6 +97,16 @@ def _runs(config: TableConfig) -> dict[str, list[_Run]]:
     return found
 
 
+def _other_families(folder: Path) -> list[str]:
+    """Families that are not bundled, by their runs: a folder that has its vector's family for a name.
+
+    The folders of controls and of composed vectors have other names.
+    """
+    manifests = sorted(folder.glob(f"*/vector/{VECTOR_MANIFEST}"))
+    named = {m.parents[1].name: json.loads(m.read_text(encoding="utf-8"))["info"].get("family") for m in manifests}
+    return [name for name, family in named.items() if name == family and name not in ADAPTERS]
+
+
 def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
     top = run_folder(config.out, behavior, adapter)
     seeds = config.seeds
@@ -105,7 +114,7 @@ def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
         others = [p.name.removeprefix("seed-") for p in top.glob("seed-*")]
         seeds = (0, *sorted(int(x) for x in others if x.isdigit()))
     folders = [run_folder(config.out, behavior, adapter, seed) for seed in seeds]
-    files = [[f / f"{table_name()}_per_row.csv", f / "tinymfv_airisk_per_vignette.csv"] for f in folders]
+    files = [[f / f"{dilemmas.table_name()}_per_row.csv", f / "tinymfv_airisk_per_vignette.csv"] for f in folders]
     return [_read(f"{adapter} seed {s}", *f) for s, f in zip(seeds, files, strict=True) if all(x.is_file() for x in f)]
 
 
@@ -155,10 +164,10 @@ def _values(tables: Sequence[Mapping[float, Mapping[str, Mapping[str, str]]]], a
 
 def _row(name: str, runs: Sequence[_Run], n_boot: int, steered: bool = True) -> dict[str, Any]:
     """One adapter over its seeds; the base has no columns at alpha 1."""
-    dilemmas, vignettes = [r.airisk for r in runs], [r.tinymfv for r in runs]
-    score = {a: _values(dilemmas, a, "score") for a in (0.0, 1.0)}
-    wrong = {a: _values(vignettes, a, "s_other_violate") for a in (0.0, 1.0)}
-    gap = {a: _values(vignettes, a, "gap") for a in (0.0, 1.0)}
+    on_dilemmas, on_vignettes = [r.airisk for r in runs], [r.tinymfv for r in runs]
+    score = {a: _values(on_dilemmas, a, "score") for a in (0.0, 1.0)}
+    wrong = {a: _values(on_vignettes, a, "s_other_violate") for a in (0.0, 1.0)}
+    gap = {a: _values(on_vignettes, a, "gap") for a in (0.0, 1.0)}
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, *CHECKS)) | _checks(runs, steered)
     row |= {"adapter": name, "airisk_n": score[0.0].shape[1], "tinymfv_n": wrong[0.0].shape[1]}
     levels = {"airisk_lr_0": score[0.0], "tinymfv_wrongness_0": wrong[0.0], "tinymfv_gap_0": gap[0.0]}

@@ -36,11 +36,11 @@ from ws.eval.prompts import PUBLISHED, load_prompts, notes_on, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
 from ws.files.runs import read_csv
 from ws.lm import hub
-from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.choice import by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
 from ws.options.measure import StatementOptions as StatementOptions
-from ws.stats import Estimate, estimate_mean, estimate_text, group_difference, holm
+from ws.stats import LOW_MASS, Estimate, estimate_mean, estimate_text, group_difference, holm
 
 NAME, VERSION = "statements", 1
 HUB_ID, HUB_FOLDER = "Anthropic/model-written-evals", "persona"

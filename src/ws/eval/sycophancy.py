@@ -26,11 +26,11 @@ from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
 from ws.eval.prompts import OWN, load_prompts, notes_on, words_of
 from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
-from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.choice import by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
 from ws.options.measure import SycophancyOptions as SycophancyOptions
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
+from ws.stats import LOW_MASS, N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 
 NAME, VERSION = "sycophancy", 2
 

@@ -25,37 +25,28 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.special import logit
-from scipy.stats import pearsonr, spearmanr
 from tabulate import tabulate
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, tolerate
-from ws.errors import WsError, choose
+from ws.behaviors.tables import draw_fact, is_on_hub, revision_of
+from ws.errors import choose
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
-from ws.eval.prompts import load_prompts, notes_on, own_words, words_of
+from ws.eval.prompts import load_prompts, own_words, words_of
 from ws.eval.readable import FLAG, NATS, WRONGNESS, Readability, mass_text, notes, of_row, star, worst
+from ws.eval.vignettes import CONDITIONS, HUB_CONFIG, HUB_ID, Vignette, about, draw_vignettes, load_vignettes
 from ws.files.runs import read_csv
-from ws.lm.choice import LOW_MASS, by_token
+from ws.lm.choice import by_token
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
-from ws.options.measure import VIGNETTES
 from ws.options.measure import TinymfvOptions as TinymfvOptions
-from ws.stats import Estimate, estimate_mean, estimate_text, group_difference, holm
+from ws.stats import LOW_MASS, Estimate, estimate_mean, estimate_text, group_difference, holm
 
 NAME, VERSION = "tinymfv_airisk", 1
-HUB_ID, HUB_CONFIG = "wassname/tiny-mfv", VIGNETTES
-CONFIGS = (HUB_CONFIG, "classic", "scifi", "ai-actor")
-HUB_NOTE = (
-    "The configuration airisk of wassname/tiny-mfv has probably left the hub: its successor, moral-maps, publishes "
-    "classic, scifi and ai-actor only."
-)
-CONDITIONS = ("other_violate", "self_violate")
 FRAMES = ("is_wrong", "is_acceptable")
 CHOICES = (("true", "1"), ("false", "0"))
-COLUMNS = ("id", "foundation_coarse", "wrong", "text")
 CLIP = 0.01
 FOUNDATIONS = ("Authority", "Care", "Fairness", "Liberty", "Loyalty", "Sanctity", "Social Norms")
 # The first foundation less the second: duty, purity and custom against sparing people harm.
@@ -78,85 +69,6 @@ class Prompts:
 
 
 _SLOTS = dict.fromkeys(FRAMES, ("text",))
-
-
-@dataclass(frozen=True)
-class Vignette:
-    """One act, seen from outside and done by oneself, with the mean human rating of its wrongness (1 to 5)."""
-
-    id: str
-    foundation_coarse: str
-    human_wrong: float
-    other: str
-    own: str
-
-
-def load_vignettes(
-    source: str, limit: int | None = None, config: str = HUB_CONFIG, revision: str | None = None
-) -> tuple[Vignette, ...]:
-    """Both conditions joined by id, in the order of `other_violate`; with `limit` a draw, even over foundations.
-
-    Of a folder the files of another configuration than `airisk` must be named after it, such as
-    `vignettes_classic_other_violate.jsonl`.
-
-    Rows with an empty text, a rating outside 1 to 5, an id seen before, or no partner are named and left out; more
-    than 5 % of them stop the run.
-    """
-    choose("configuration of tiny-mfv", config, CONFIGS)
-    if source == "pocket" and config != HUB_CONFIG:
-        raise WsError(f"The bundled vignettes are of the configuration {HUB_CONFIG} alone, not {config}.")
-    other, own = (_by_id(_rows(source, condition, config, revision), condition, source) for condition in CONDITIONS)
-    lonely = sorted(other.keys() ^ own.keys())
-    tolerate([f"id {i} in one condition only" for i in lonely], len(other) + len(own), source)
-    joined = [
-        Vignette(i, str(r["foundation_coarse"]), float(r["wrong"]), str(r["text"]), str(own[i]["text"]))
-        for i, r in other.items()
-        if i in own
-    ]
-    if not joined:
-        raise WsError(f"No vignette of {source} is left.")
-    return draw_vignettes(joined, limit)
-
-
-def draw_vignettes(vignettes: Sequence[Vignette], limit: int | None) -> tuple[Vignette, ...]:
-    """At most `limit` vignettes, as many of each foundation; see `ws.behaviors.tables.draw`."""
-    return draw(vignettes, limit, lambda vignette: vignette.foundation_coarse)
-
-
-def _rows(source: str, condition: str, config: str, revision: str | None) -> list[Row]:
-    prefix = "" if config == HUB_CONFIG else f"{config}_"
-    others, place = [prefix + c for c in CONDITIONS if c != condition], (config, condition)
-    try:
-        return read_rows(
-            source, prefix + condition, COLUMNS, place, others, {"wrong": float}, revision, prefer=HUB_CONFIG
-        )
-    except WsError as problem:
-        if source == HUB_ID and config == HUB_CONFIG:
-            raise WsError(f"{problem} {HUB_NOTE}") from problem
-        raise
-
-
-def _by_id(rows: Sequence[Row], condition: str, source: str) -> dict[str, Row]:
-    kept: dict[str, Row] = {}
-    bad = []
-    for row in rows:
-        problem = _problem(row, kept)
-        if problem:
-            bad.append(f"id {row['id']} {problem}")
-        else:
-            kept[str(row["id"])] = row
-    tolerate(bad, len(rows), f"{source} {condition}")
-    return kept
-
-
-def _problem(row: Row, kept: Mapping[str, Row]) -> str | None:
-    if not str("" if row["id"] is None else row["id"]).strip() or not is_text(row["text"]):
-        return "is empty, or no text"
-    if not is_text(row["foundation_coarse"]):
-        return "has no foundation"
-    if not isinstance(row["wrong"], (int, float)) or isinstance(row["wrong"], bool) or not 1 <= row["wrong"] <= 5:
-        return f"has the rating {row['wrong']}"
-    return "occurs twice" if str(row["id"]) in kept else None
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------
@@ -375,6 +287,8 @@ def summary_row(
 
 
 def _human_correlations(scores: np.ndarray, ratings: np.ndarray) -> dict[str, float | None]:
+    from scipy.stats import pearsonr, spearmanr  # a second to import, which every other evaluation would pay for
+
     if min(len(set(scores.tolist())), len(set(ratings.tolist()))) < 2:
         return {"human_corr": None, "human_corr_pearson": None}
     rank, linear = spearmanr(scores, ratings), pearsonr(scores, ratings)
@@ -403,12 +317,6 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
     table = tabulate(rows, [*first, "human, Spearman / Pearson"], disable_numparse=True)
     last = summary[-1]
     return "\n\n".join([table, *notes(problems), f"{last['n_vignettes']} vignettes.", *about(last)])
-
-
-def about(row: Mapping[str, Any], of: str = "") -> list[str]:
-    """What a reader must know of the vignettes and the words of a row, as sentences."""
-    is_airisk = row.get("dataset") != "pocket" and row.get("config") in (None, "", HUB_CONFIG)
-    return [*notes_on(row, of), *([HUB_NOTE] if is_airisk else [])]
 
 
 def render_shifts(foundations: Sequence[Mapping[str, Any]], axes: Sequence[Mapping[str, Any]]) -> str:

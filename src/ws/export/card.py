@@ -20,17 +20,16 @@ from tabulate import tabulate
 from ws.behaviors import Behavior, load_behavior
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.eval import airisk
+from ws.eval import dilemmas
 from ws.eval.capability import Capability
 from ws.eval.evaluation import Evaluation, HeadlineScore
 from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, worst
 from ws.eval.suite import evaluations
 from ws.files.runs import Run, is_gguf, read_csv, reads_otherwise
-from ws.lm.choice import LOW_MASS
 from ws.lm.hub import parse_id
 from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
 from ws.options.shared import BASE, WEIGHT
-from ws.stats import estimate_text
+from ws.stats import LOW_MASS, estimate_text
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
 _PATH = re.compile(r"(?<![\w./~])(?!(?<=:)//)(?:file:)?(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^\s'\",;()*]+")
@@ -534,7 +533,7 @@ def _cells(
 
 def _identity(row: Mapping[str, str]) -> str:
     """Which evaluation a row is of, as the results tables name it."""
-    shown = dict(row) | {"protocol": airisk.EARLIER.get(row.get("protocol", ""), row.get("protocol"))}
+    shown = dict(row) | {"protocol": dilemmas.EARLIER.get(row.get("protocol", ""), row.get("protocol"))}
     source = [public_name(row["dataset"])] if row.get("dataset") else []
     named = [f"{name} {shown[name]}" for name in ("split", "protocol", "words") if shown.get(name)]
     return ", ".join([f"{row['eval']} {row['eval_version']}", *source, *named, row["eval_hash"]])

@@ -38,8 +38,9 @@ from ws.data import Pair, answer_ids, prompt_ids
 from ws.errors import WsError, choose
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json
 from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
-from ws.lm.choice import LOW_MASS, score_choices
+from ws.lm.choice import score_choices
 from ws.lm.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt
+from ws.stats import LOW_MASS
 from ws.steer import Alpha, Dial, uncompiled
 
 FORMAT_VERSION = 1

@@ -22,7 +22,6 @@ from ws.errors import WsError
 from ws.lm.batches import in_groups, packed_logits, row_logits, takes_masks, with_batch_size
 from ws.lm.models import encode
 
-LOW_MASS = 0.9
 START_BATCH = 64
 Choice = str | tuple[str, ...]
 

@@ -14,10 +14,10 @@ from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
 from ws.eval.evaluation import HeadlineScore
-from ws.lm.choice import LOW_MASS
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
 from ws.report.words import cost_text, divergence_text, minus, p_text, shown, strength
+from ws.stats import LOW_MASS
 
 WIDTH, BROAD = 320.0, 880.0  # of a panel, and of one that has a page to itself
 _LEFT, _RIGHT = 36.0, 12.0

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ws.eval import airisk
+from ws.eval import dilemmas
+from ws.eval.airisk import Airisk
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import headline
@@ -126,14 +127,14 @@ def confounds_table(contents: Contents) -> Table:
 def other_dilemmas_table(contents: Contents) -> Table:
     """What dilemmas with other classes of values, or shown without their actions, have shown, run by run."""
     rows, problems = [], list[str]()
-    (score,) = airisk.Airisk.scores
+    (score,) = Airisk.scores
     for run in contents.results:
         for table in run.others.values():
             for r, p in zip(table, points_of(score, table), strict=True):
                 problems.append(p.read.problem)
                 kl = divergence_at([run], p.alpha)
                 shown = _point_row(run.name, r["value_class"], replace(p, kl=kl), score)
-                protocol = airisk.EARLIER.get(r["protocol"], r["protocol"])
+                protocol = dilemmas.EARLIER.get(r["protocol"], r["protocol"])
                 protocol += f", {r['config']}" if r.get("config") else ""
                 how = protocol, r.get("words") or "not on record"
                 rows.append((*shown[:2], *how, *shown[2:6], *shown[7:]))

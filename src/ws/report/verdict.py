@@ -9,9 +9,8 @@ import numpy as np
 
 from ws.analysis.controls import empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
-from ws.eval.context import rounding_notes
 from ws.eval.evaluation import HeadlineScore
-from ws.eval.readable import FLAG, LEVEL, NATS, worst
+from ws.eval.readable import FLAG, LEVEL, NATS, rounding_notes, worst
 from ws.lm.models import BUNDLED
 from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, Point, nearest, simultaneous
