@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import ws
 from conftest import build_adapter, build_model, tokens
-from ws.adapters import COMMON_FIELDS, FAMILIES, changed_fields, family_of
+from ws.adapters import COMMON_FIELDS, FAMILIES, PISSA_INIT_FILE, changed_fields, family_of
 from ws.diff import vector_digest
 from ws.steer import _STEERED
 
@@ -207,6 +207,46 @@ def test_a_forward_pass_in_bfloat16_adds_the_whole_of_a_small_change(base, famil
                 x = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
                 found[name], products[name] = module(x), x.double() @ wanted[f"{name}.weight"].detach().double().T
         assert overall(found, products) < 0.006
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pissa_of_peft_alone_begins_where_pefts_svd_does(dtype, tmp_path, capsys):
+    """PEFT saves no initial factors; it takes them from the base again, and so do we."""
+    base = build_model("qwen3", dtype)
+    wanted = build_adapter(base.float(), "pissa", tmp_path / "a", seed=3, size=NEAR)
+    base = build_model("qwen3", dtype)
+    with_factors = ws.SteeringVector.from_adapter(tmp_path / "a", base)
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "a" / PISSA_INIT_FILE).unlink()
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", base)
+    assert "warning: the PiSSA adapter" in capsys.readouterr().err
+    assert vector.is_low_rank
+    for name in vector.deltas:
+        a, b = (
+            v.deltas[name].dense(torch.zeros(v.deltas[name].d_out, v.deltas[name].d_in)) for v in (vector, with_factors)
+        )
+        assert (a - b).norm() < 1e-3 * b.norm()
+    if dtype == torch.float32:
+        with torch.no_grad(), ws.steer(base, vector):
+            assert (base(tokens()).logits - wanted(tokens()).logits).abs().max() < 1e-4
+
+
+def test_pissa_of_peft_alone_is_refused_where_its_start_is_lost(tmp_path):
+    base = build_model("qwen3")
+    build_adapter(base, "pissa", tmp_path / "a", seed=3, size=NEAR)
+    (tmp_path / "a" / PISSA_INIT_FILE).unlink()
+    with pytest.raises(ws.WsError, match="pass the base model"):
+        ws.SteeringVector.load(tmp_path / "a")
+    other = build_model("qwen3")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn_like(p) * 0.02)
+    with pytest.raises(ws.WsError, match="does not begin at the principal ones of this base .cosine"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", other)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ws.WsError, match="pissa_niter_4 are drawn at random"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", base)
 
 
 def test_pissa_is_as_exact_as_its_files(base, tmp_path):

@@ -38,9 +38,10 @@ from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose
 from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
-from ws.lm.probe import probe_adapter
+from ws.lm.probe import probe_adapter, start_again
 
 PISSA_INIT_FILE = "pissa_init.safetensors"
+MIN_LIKENESS = 0.3  # cosine between a trained product of factors and the one it began as
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -272,16 +273,44 @@ def _pissa_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
 
     Written as `s (B (A - A0) + (B - B0) A0)`, which has no large parts that cancel: training moves the factors little.
     """
-    if not m.initial:
-        raise WsError(
-            f"The PiSSA adapter holds no initial factors for {m.name} ({PISSA_INIT_FILE} is missing), so its change "
-            "against the original weights is unknown; convert it with PEFT's path_initial_model_for_weight_conversion."
-        )
-    a, b, a0, b0 = (t[k] for t in (m.trained, m.initial) for k in ("lora_A.weight", "lora_B.weight"))
+    initial = m.initial or _repeated_start(config, m)
+    a, b, a0, b0 = (t[k] for t in (m.trained, initial) for k in ("lora_A.weight", "lora_B.weight"))
     if (a.shape, b.shape) != (a0.shape, b0.shape):
         raise WsError(f"The initial factors of {m.name} in {PISSA_INIT_FILE} are not of the adapter's rank.")
     scale = _lora_scale(config, m.name, a.shape[0])
     return LinearDelta(*m.size, u=scale * b, v=a - a0) + LinearDelta(*m.size, u=scale * (b - b0), v=a0)
+
+
+def _repeated_start(config: LoraConfig, m: ModuleTensors) -> dict[str, Tensor]:
+    """The factors that PEFT takes from the base when it starts a PiSSA adapter, and again when it loads one.
+
+    Factors that were trained from these still point their way; those that began elsewhere are near to orthogonal, and
+    taking the difference would make a large change of nothing.
+    """
+    advice = f"give the {PISSA_INIT_FILE} beside it, or convert it with PEFT's path_initial_model_for_weight_conversion"
+    if m.base is None:
+        raise WsError(f"The PiSSA adapter holds no initial factors for {m.name}: pass the base model, or {advice}.")
+    if config.init_lora_weights != "pissa":
+        raise WsError(
+            f"The PiSSA adapter holds no initial factors for {m.name}, and those of {config.init_lora_weights} are "
+            f"drawn at random: {advice}."
+        )
+    started = start_again(m.name, m.base, m.weight(), config)
+    initial = {f"{n}.weight": getattr(started, n)["default"].weight.detach().cpu() for n in ("lora_A", "lora_B")}
+    a, b, a0, b0 = (t[k].double() for t in (m.trained, initial) for k in ("lora_A.weight", "lora_B.weight"))
+    if (a.shape, b.shape) != (a0.shape, b0.shape):
+        return initial  # which the caller refuses
+
+    def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
+        return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+
+    likeness = inner(b, a, b0, a0) / (inner(b, a, b, a) * inner(b0, a0, b0, a0)) ** 0.5
+    if not likeness > MIN_LIKENESS:
+        raise WsError(
+            f"The PiSSA adapter holds no initial factors, and its {m.name} does not begin at the principal ones of this "
+            f"base (cosine {likeness:.2f}): pass the base that it was trained from, or {advice}."
+        )
+    return initial
 
 
 # ---- DoRA: W' = diag(m / |W + s B A|_row) (W + s B A) -------------------------------------------------------------
@@ -640,6 +669,11 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
         assert size is not None
         view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
         deltas[name] = fam.extract(config, view)
+    if fam.name == "pissa" and not initial:
+        console.warn(
+            f"the PiSSA adapter {folder} holds no initial factors; they were taken from this base again, as PEFT does. "
+            "The vector is right if the adapter was trained from exactly this base."
+        )
     return fam.name, deltas
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,7 @@ from ws.lm.models import (
     model_id,
     module_kind,
     parse_layers,
+    require_base,
     tokenizer_hash_on_disk,
     weight_of,
     weight_size,
@@ -139,17 +140,16 @@ class SteeringVector:
         from ws.adapters import read_adapter  # peft takes seconds, and a vector of our own needs none of it
 
         model = load_model(base, device="cpu")[0] if isinstance(base, str) else base
-        mark = fingerprint(model)
+        mark = (
+            None if is_packed(model) else fingerprint(model)
+        )  # packed weights are like no others, not even the base's
         family, deltas = read_adapter(folder, model)
         stamp = _read_json(Path(folder) / "ws_train.json") if (Path(folder) / "ws_train.json").is_file() else {}
-        if stamp.get("base_fingerprint") not in (None, mark):
-            raise WsError(
-                f"The adapter {folder} was trained on {stamp['base_id']} ({stamp['base_fingerprint']}), "
-                f"not on {model_id(model)} ({mark})."
-            )
+        trained_on = stamp.get("base_fingerprint")
+        require_base(model, stamp.get("base_id", ""), trained_on, f"The adapter {folder} was trained on")
         source = {"adapter": Path(folder).name, "sha256": sha256_file(Path(folder) / PEFT_WEIGHTS)}
         info = {"family": family, "depth": layer_count(model)}
-        return cls(deltas, model_id(model), mark, source | stamp.get("recipe", {}), info)
+        return cls(deltas, model_id(model), trained_on or mark, source | stamp.get("recipe", {}), info)
 
     @classmethod
     def from_checkpoints(
@@ -225,9 +225,10 @@ class SteeringVector:
     def _check_same_base(self, other: SteeringVector) -> None:
         marks = {self.base_fingerprint, other.base_fingerprint} - {None}
         if len(marks) > 1:
+            copies = ", one of them perhaps in float16" if self.base_id == other.base_id else ""
             raise WsError(
                 f"The vectors have different bases: {self.base_id} ({self.base_fingerprint}) and "
-                f"{other.base_id} ({other.base_fingerprint})."
+                f"{other.base_id} ({other.base_fingerprint}){copies}."
             )
 
     # ---- what it is ---------------------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ class SteeringVector:
 
         The weights of a quantised or float16 model cannot be compared with the base's, so there its name has to agree.
         """
-        self._require_base(model)
+        require_base(model, self.base_id, self.base_fingerprint, "The vector was made for")
         modules = dict(model.named_modules())
         found = []
         for name, delta in self.deltas.items():
@@ -427,22 +428,6 @@ class SteeringVector:
                 raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
             found.append((name, delta, modules[name]))
         return found
-
-    def _require_base(self, model: nn.Module) -> None:
-        if self.base_fingerprint is None:
-            return
-        if is_packed(model) or any(p.dtype == torch.float16 for p in model.parameters()):
-            name = model_id(cast(PreTrainedModel, model))
-            if name != self.base_id:
-                raise WsError(
-                    f"The vector was made for {self.base_id} and this model, whose weights are quantised or float16 "
-                    f"and cannot be compared, is {name}."
-                )
-        elif (mark := fingerprint(model)) != self.base_fingerprint:
-            raise WsError(
-                f"The vector was made for {self.base_id} ({self.base_fingerprint}) and this model's weights differ "
-                f"({mark}); load that base, or make a vector for this one."
-            )
 
     def apart(self, model: nn.Module) -> list[str]:
         """Changed parameters of `model` that another module shares, which the vector changes otherwise or not at all.

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import ws
 from conftest import SHAPE, build_adapter, build_model, lay_out, tokens
 from ws.adapters import peft_config
+from ws.export.merged import export_merged
 from ws.lm.choice import score_choices
 from ws.lm.models import fingerprint, is_offloaded, is_packed
 from ws.options.shared import RunOptions
@@ -199,3 +200,22 @@ def test_float16_rounds_twice_so_its_name_has_to_do(tmp_path):
     half.name_or_path = half.config._name_or_path = "another"
     with pytest.raises(ws.WsError, match="float16"):
         vector.matched(half)
+
+
+def test_what_was_made_on_the_float16_copy_fits_the_base(tmp_path):
+    """Its fingerprint is of weights that float16 has rounded, which every copy with more digits can be, too."""
+    whole, half = (ws.load_model("pocket", device="cpu", dtype=d)[0] for d in ("float32", "float16"))
+    assert fingerprint(half) == fingerprint(whole, torch.float16) != fingerprint(whole)
+    build_adapter(half, "lora", tmp_path / "a", seed=3)
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", half)
+    assert vector.base_fingerprint == fingerprint(half)
+    with ws.steer(whole, vector), ws.steer(half, vector):
+        pass
+    export_merged(vector, 1.0, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    with pytest.raises(ws.WsError, match="different bases: pocket .* pocket .*float16"):
+        _ = vector + ws.SteeringVector(vector.deltas, "pocket", fingerprint(whole))
+    with torch.no_grad():
+        whole.model.norm.weight += 1
+    with pytest.raises(ws.WsError, match="weights differ .*float16"):
+        vector.matched(whole)

@@ -10,14 +10,20 @@ import torch
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    BOFTConfig,
+    C3AConfig,
+    FourierFTConfig,
     HRAConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OSFConfig,
     PolyConfig,
     PromptTuningConfig,
+    RandLoraConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -37,6 +43,50 @@ CONFIGS = {
     "hra": HRAConfig(r=4, target_modules=TARGETS),
     "lora": LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"),
 }
+
+
+# Beside those above: what else PEFT has for linear layers, and starts that draw on nothing but the base.
+OTHERS = {
+    "boft": BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "c3a": C3AConfig(block_size=8, target_modules=TARGETS),
+    "fourierft": FourierFTConfig(n_frequency=50, target_modules=TARGETS),
+    "vblora": VBLoRAConfig(num_vectors=16, vector_length=8, target_modules=TARGETS),
+    "randlora": RandLoraConfig(r=4, target_modules=["q_proj"]),
+    "adalora": AdaLoraConfig(target_modules=TARGETS, total_step=10, tinit=1, tfinal=2),
+    "pissa": LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
+}
+
+
+def dense(vector, base) -> dict[str, torch.Tensor]:
+    return dict(vector.dense(copy.deepcopy(base).float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_a_base_in_few_digits_gives_the_change_that_float32_does(name, dtype, tmp_path, weights_hash):
+    base = build_model("qwen2", dtype)
+    adapted = get_peft_model(copy.deepcopy(base), (CONFIGS | OTHERS)[name])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.02)
+    adapted.save_pretrained(str(tmp_path / "a"))
+    before, shape = weights_hash(base), state(base)
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", base)
+    assert (weights_hash(base), state(base)) == (before, shape)
+    read = dense(vector, base)
+    for parameter, wanted in dense(ws.SteeringVector.from_adapter(tmp_path / "a", base.float()), base).items():
+        assert (read[parameter] - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("config", [OSFConfig(target_modules=["q_proj"])], ids=["osf"])
+def test_what_takes_the_base_apart_needs_all_of_its_digits(config, tmp_path):
+    base = build_model("qwen3", torch.bfloat16)
+    save(base, config, tmp_path / "a")
+    with pytest.raises(ws.WsError, match="OSF.*dtype float32"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", base)
+    assert ws.SteeringVector.from_adapter(tmp_path / "a", base.float()).norm() > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)

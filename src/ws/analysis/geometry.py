@@ -38,7 +38,7 @@ from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta
 from ws.diff import MANIFEST, NATIVE_WEIGHTS, PEFT_WEIGHTS, SteeringVector, deltas_from_tensors
 from ws.errors import WsError
-from ws.lm.models import fingerprint, layer_of, weight_of, weight_size
+from ws.lm.models import layer_of, require_base, weight_of, weight_size
 
 Rows = list[dict[str, Any]]
 
@@ -179,8 +179,9 @@ def _check_common_base(vectors: Sequence[Vector], model: nn.Module | None) -> No
     if len(bases) > 1:
         named = ", ".join(f"{name} ({mark})" for mark, name in bases.items())
         raise WsError(f"The vectors have different bases, {named}; compare those of one base.")
-    if model is not None and bases and fingerprint(model) not in bases:
-        raise WsError(f"The vectors were made for {next(iter(bases.values()))}, and this model's weights differ.")
+    if model is not None:
+        for mark, name in bases.items():
+            require_base(model, name, mark, "The vectors were made for")
     sizes: dict[str, tuple[int, int]] = {}
     for vector in vectors:
         for name, size in _sizes(vector).items():

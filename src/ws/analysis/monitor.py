@@ -212,6 +212,7 @@ class Monitor:
         if not 0 < fpr < 1:
             raise WsError(f"The false-positive rate must lie between 0 and 1, not {fpr:g}.")
         self.library, self.fpr, self.mark = dict(library), fpr, fingerprint(base)
+        self._float16_mark = fingerprint(base, torch.float16)  # of what was trained on a copy in other digits
         # The modules themselves are kept, so that adapter layers put into the model later do not hide them.
         self._modules: dict[str, nn.Module] = {}
         self._sizes: dict[str, dict[str, float]] = {}
@@ -281,7 +282,7 @@ class Monitor:
             yield from self._checkpoint_deltas(change)
 
     def _vector_deltas(self, vector: SteeringVector) -> Iterator[tuple[str, LinearDelta]]:
-        if vector.base_fingerprint not in (None, self.mark):
+        if vector.base_fingerprint not in (None, self.mark, self._float16_mark):
             raise WsError(
                 f"The change was made on {vector.base_id} ({vector.base_fingerprint}), but the library's base is "
                 f"another ({self.mark})."

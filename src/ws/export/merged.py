@@ -98,7 +98,8 @@ def export_merged(
 
 
 def _require_base(vector: SteeringVector, base: Checkpoint) -> None:
-    if vector.base_fingerprint is not None and (mark := base.fingerprint()) != vector.base_fingerprint:
+    made_on = vector.base_fingerprint
+    if made_on is not None and (mark := base.fingerprint()) != made_on and base.fingerprint(torch.float16) != made_on:
         raise WsError(
             f"The vector was made for {vector.base_id} ({vector.base_fingerprint}) and the weights of {base.name} "
             f"differ ({mark}); give its base with --model."

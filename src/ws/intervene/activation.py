@@ -39,7 +39,7 @@ from ws.errors import WsError, choose
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json
 from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
 from ws.lm.choice import score_choices
-from ws.lm.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt
+from ws.lm.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt, require_base
 from ws.stats import LOW_MASS
 from ws.steer import Alpha, Dial, uncompiled
 
@@ -158,12 +158,7 @@ class ActivationVector:
 
     def matched(self, model: PreTrainedModel) -> list[nn.Module]:
         """The model's decoder blocks in order; `WsError` if the base differs."""
-        mark = fingerprint(model)
-        if mark != self.base_fingerprint:
-            raise WsError(
-                f"The activation vector was made for {self.base_id} ({self.base_fingerprint}) and this model's weights "
-                f"differ ({mark}); load that base, or make a vector for this one."
-            )
+        require_base(model, self.base_id, self.base_fingerprint, "The activation vector was made for")
         return decoder_blocks(model)
 
     # ---- files ------------------------------------------------------------------------------------------------------

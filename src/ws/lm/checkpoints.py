@@ -142,12 +142,12 @@ class Checkpoint:
             _untie(model, target)
         return replace(self, model=model)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, copied_to: torch.dtype | None = None) -> str:
         """That of the model which this checkpoint loads as; see `ws.lm.models.fingerprint`."""
         if self.in_parts:  # then only transformers knows how to put them together
-            return fingerprint(load_model(self.name, device="cpu")[0])
+            return fingerprint(load_model(self.name, device="cpu")[0], copied_to)
         parameters = self.model.named_parameters()
-        return fingerprint_of((n, p.shape, partial(self.tensor, n)) for n, p in parameters)
+        return fingerprint_of(((n, p.shape, partial(self.tensor, n)) for n, p in parameters), copied_to)
 
 
 def _folder_of(name: str) -> Path:

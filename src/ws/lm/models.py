@@ -851,18 +851,22 @@ def require_calls(model: nn.Module, modules: Mapping[str, nn.Module], advice: st
 # ---- identity -------------------------------------------------------------------------------------------------
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, copied_to: torch.dtype | None = None) -> str:
     """A short hash of the weights that does not depend on their dtype.
 
     Every parameter contributes its name, shape and evenly spaced values rounded to bfloat16, so the bfloat16 and the
-    float32 copy of one checkpoint agree and a fine-tune of it does not. Refuses a model with adapter layers inside.
+    float32 copy of one checkpoint agree and a fine-tune of it does not. A float16 copy rounds other digits away and
+    has another hash: `copied_to` gives that of the model's copy in such a dtype. Refuses a model with adapter layers
+    inside.
     """
     again = _stored_again(model)
     parameters = [(n, p) for n, p in model.named_parameters() if n not in again]
-    return fingerprint_of((name, p.shape, partial(_value, model, name, p)) for name, p in parameters)
+    return fingerprint_of(((name, p.shape, partial(_value, model, name, p)) for name, p in parameters), copied_to)
 
 
-def fingerprint_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tensor]]]) -> str:
+def fingerprint_of(
+    tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tensor]]], copied_to: torch.dtype | None = None
+) -> str:
     """The fingerprint of named tensors, given as `(name, shape, how to read it)`; one is in memory at a time."""
     digest = hashlib.sha256()
     for name, shape, read in sorted(tensors, key=lambda item: item[0]):
@@ -872,7 +876,7 @@ def fingerprint_of(tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tens
         value = read()
         if value.numel() and value.is_floating_point():
             flat = value.detach().reshape(-1)
-            picked = flat[:: max(1, value.numel() // SAMPLES_PER_TENSOR)]
+            picked = flat[:: max(1, value.numel() // SAMPLES_PER_TENSOR)].to(copied_to)
             digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -900,6 +904,39 @@ def _value(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
         return getattr(module, leaf).detach()
 
 
-def model_id(model: PreTrainedModel) -> str:
+def require_base(model: nn.Module, base_id: str, mark: str | None, what: str) -> None:
+    """Refuse weights that something was not made for.
+
+    What was made on the float16 copy of a base fits the base. The digits that a quantised or float16 model has lost
+    cannot be compared; there the name has to agree.
+
+    Args:
+        model: what it is put into.
+        base_id, mark: name and fingerprint of what it was made on; no fingerprint is one that is not known.
+        what: how the sentence begins, such as "The vector was made for".
+
+    Raises:
+        WsError: another base.
+    """
+    if mark is None or (now := fingerprint(model)) == mark or fingerprint(model, torch.float16) == mark:
+        return
+    name, dtypes = model_id(model), {p.dtype for p in model.parameters()}
+    if is_packed(model) or torch.float16 in dtypes:
+        if name != base_id:
+            raise WsError(
+                f"{what} {base_id} and this model, whose weights are quantised or float16 and cannot be compared, is "
+                f"{name}."
+            )
+        return
+    loaded = " and ".join(sorted(str(dtype)[6:] for dtype in dtypes))
+    precision = f" in the precision it was made in (this is {loaded}; was it float16?)" if name == base_id else ""
+    raise WsError(
+        f"{what} {base_id} ({mark}) and this model's weights differ ({now}); load that base{precision}, or make a "
+        "vector for this one."
+    )
+
+
+def model_id(model: nn.Module) -> str:
     """The name the model was loaded by."""
-    return str(getattr(model, "name_or_path", "") or model.config._name_or_path or type(model).__name__)
+    named = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
+    return str(named or type(model).__name__)

@@ -1,14 +1,16 @@
 """The change any PEFT adapter makes to a linear layer, read off the layer itself.
 
 A linear layer with a linear adapter is an affine map, so `layer(I) - layer(0)` is its whole weight in any
-family: the change against the pristine weight is exact up to float32, but dense. Adapters that are no affine map of a
-linear layer (prompts, activations in between) are refused. One layer at a time does not show what an adapter does
-besides (layers run twice, a second network), so the whole model with these changes is compared with PEFT's on a few
-tokens before they are handed out; what shows on other tokens alone, `ws.adapters.check_fields` refuses by name.
+family: the change against the pristine weight is exact up to float32, but dense. Layers in fewer digits are read from a
+float32 copy, one at a time, because bfloat16 would round the change away. Adapters that are no affine map of a linear
+layer (prompts, activations in between) are refused. One layer at a time does not show what an adapter does besides
+(layers run twice, a second network), so the whole model with these changes is compared with PEFT's on a few tokens
+before they are handed out; what shows on other tokens alone, `ws.adapters.check_fields` refuses by name.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ from ws.lm.models import bias_of, linear_size, weight_of
 
 TOLERANCE = 1e-3  # of the output's size, for what a float32 layer may differ from its own matrix
 WHOLE_TOLERANCE = 0.05  # of the effect on the logits, for what the base with all changes may differ from PEFT's model
+# Adapters that take the base's weight apart, as precisely as they find it.
+_FACTORING = ("OSF", "FROD", "ADAMSS")
 _BAD_ADAPTER = (ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 
 
@@ -38,7 +42,7 @@ _BAD_ADAPTER = (ImportError, ValueError, TypeError, KeyError, AttributeError, Ru
 def probe_adapter(folder: str | Path, config: PeftConfig, base: nn.Module) -> dict[str, LinearDelta]:
     """The dense change of every linear layer that the adapter in `folder`, of that config, adapts.
 
-    The base is computed with in its own dtype, so load it in float32; it is handed back as it was.
+    The base may be of any dtype; it is handed back as it was.
 
     Raises:
         WsError: PEFT cannot load the adapter, it adapts something else than linear layers, it is not linear, or it does
@@ -50,6 +54,11 @@ def probe_adapter(folder: str | Path, config: PeftConfig, base: nn.Module) -> di
     )
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise WsError(f"The adapter in {folder} changes no layer (a prompt or prefix?); it has no vector.")
+    if config.peft_type in _FACTORING and any(p.dtype.itemsize < 4 for p in base.parameters()):
+        raise WsError(
+            f"The adapter in {folder} ({config.peft_type}) takes the base's weights apart, and can only be read on a "
+            "base that was loaded with dtype float32."
+        )
     plain = _logits(base, base)
     with _adapted(base, folder) as (model, pristine):
         layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -59,7 +68,7 @@ def probe_adapter(folder: str | Path, config: PeftConfig, base: nn.Module) -> di
             raise WsError(f"The adapter in {folder} changes {what}; it has no vector.")
         _check_tensors(model, folder)
         try:
-            deltas = {name: _read_off(name, layer, *pristine[name]) for name, layer in layers.items()}
+            deltas = {name: _read_off(name, layer, *pristine[name], config) for name, layer in layers.items()}
             wanted = _logits(model, base)
         except _BAD_ADAPTER as problem:
             raise WsError(f"The model with the adapter in {folder} cannot be run ({problem}).") from problem
@@ -117,9 +126,11 @@ def _add(delta: LinearDelta, module: nn.Module, args: tuple[Any, ...], output: T
     return output + functional.linear(args[0].float(), change.e, change.bias).to(output.dtype)
 
 
-def _read_off(name: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> LinearDelta:
+def _read_off(name: str, layer: BaseTunerLayer, weight: Tensor, bias: Tensor | None, config: PeftConfig) -> LinearDelta:
     """`W'^T = layer(I) - layer(0)` and `b' = layer(0)`, a block of rows at a time."""
     d_out, d_in = weight.shape
+    if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in layer.parameters()):
+        layer, weight = _in_float32(name, layer, weight, config), weight.float()
     zero = layer(torch.zeros(1, d_in, dtype=weight.dtype, device=weight.device)).float()[0]
     e = torch.empty(d_out, d_in)
     for rows in torch.arange(d_in).split(1024):
@@ -132,6 +143,44 @@ def _read_off(name: str, layer: nn.Module, weight: Tensor, bias: Tensor | None) 
         raise WsError(f"The adapter of {name} is not linear in its input; it has no vector.")
     shift = zero.cpu() if bias is None else zero.cpu() - bias.float().cpu()
     return LinearDelta(d_out, d_in, e=e - weight.float().cpu(), bias=shift if shift.any() else None)
+
+
+def _in_float32(name: str, layer: BaseTunerLayer, weight: Tensor, config: PeftConfig) -> BaseTunerLayer:
+    """A float32 copy of an adapted layer; a start that moves the pristine `weight` does so unrounded."""
+    if torch.equal(weight_of(layer.get_base_layer()), weight):
+        return copy.deepcopy(layer).float()
+    started = start_again(name, layer.get_base_layer(), weight, config)
+    trained = {n: p for n, p in layer.named_parameters() if not n.startswith("base_layer.")}
+    for parameter, value in trained.items():
+        started.get_parameter(parameter).copy_(value)
+    return started.eval()
+
+
+@torch.no_grad()
+def start_again(name: str, module: nn.Module, weight: Tensor, config: PeftConfig) -> BaseTunerLayer:
+    """A float32 copy of `module` of the base, with its pristine `weight [d_out, d_in]`, as PEFT begins to train it.
+
+    It has the first factors, and the weight that they were taken from. PEFT does the same whenever it loads an adapter
+    that had such a start (PiSSA, OLoRA), because it stores neither.
+    """
+    place = copy.copy(config)
+    for pattern in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        setattr(place, pattern, None)
+    place.target_modules = {name}
+    parent, _, leaf = name.rpartition(".")
+    root = holder = nn.Module()
+    for part in parent.split(".") if parent else ():
+        holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    pristine = copy.deepcopy(module).float()
+    weight_of(pristine).copy_(weight)
+    holder.add_module(leaf, pristine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(place, root)
+    started = root.get_submodule(name)
+    assert isinstance(started, BaseTunerLayer)
+    return started
 
 
 @contextmanager
