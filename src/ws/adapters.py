@@ -307,8 +307,8 @@ def _repeated_start(config: LoraConfig, m: ModuleTensors) -> dict[str, Tensor]:
     likeness = inner(b, a, b0, a0) / (inner(b, a, b, a) * inner(b0, a0, b0, a0)) ** 0.5
     if not likeness > MIN_LIKENESS:
         raise WsError(
-            f"The PiSSA adapter holds no initial factors, and its {m.name} does not begin at the principal ones of this "
-            f"base (cosine {likeness:.2f}): pass the base that it was trained from, or {advice}."
+            f"The PiSSA adapter holds no initial factors, and its {m.name} does not begin at the principal ones of "
+            f"this base (cosine {likeness:.2f}): pass the base that it was trained from, or {advice}."
         )
     return initial
 

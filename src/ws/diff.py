@@ -26,7 +26,7 @@ from ws import console
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError
-from ws.files.runs import VECTOR_MANIFEST, atomic_folder, library_versions, sha256_file, slug
+from ws.files.runs import VECTOR_MANIFEST, atomic_folder, library_versions, model_name, sha256_file, slug
 from ws.files.tensors import tensor_writer
 from ws.lm.checkpoints import Checkpoint, Difference
 from ws.lm.hub import find
@@ -179,8 +179,10 @@ class SteeringVector:
         difference = Difference(str(pos), str(neg), kinds)
         deltas, facts = difference.collect(rank)
         recipe = {"op": "checkpoints", "pos": slug(str(pos)), "neg": slug(str(neg))} | facts
-        base_id, mark = ("unknown", None) if base is None else (str(base), Checkpoint.open(str(base)).fingerprint())
-        return cls(deltas, base_id, mark, recipe, {"family": "full", "depth": difference.depth})
+        mark = None if base is None else Checkpoint.open(str(base)).fingerprint()
+        return cls(
+            deltas, model_name(str(base or "unknown")), mark, recipe, {"family": "full", "depth": difference.depth}
+        )
 
     # ---- the vector space ---------------------------------------------------------------------------------------
 
@@ -767,7 +769,7 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
         raise WsError(f"{options.to} exists and is not a steering vector; choose another place with --to.")
     mark = None if options.base is None else Checkpoint.open(options.base).fingerprint()
     difference = Difference(options.pos, options.neg, options.kinds)
-    base, info = options.base or "unknown", {"family": "full", "depth": difference.depth}
+    base, info = model_name(options.base or "unknown"), {"family": "full", "depth": difference.depth}
     info |= {} if options.behavior is None else {"behavior": options.behavior}
     recipe: dict[str, Any] = {"op": "checkpoints", "pos": slug(options.pos), "neg": slug(options.neg)}
     if options.rank is not None:

@@ -13,7 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ws
-from ws.files.runs import Run, atomic_folder, data_folder, lock, run_folder, slug, write_csv, write_json, write_text
+from ws.errors import WsError
+from ws.files.runs import (
+    Run,
+    atomic_folder,
+    data_folder,
+    lock,
+    model_name,
+    run_folder,
+    slug,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 
 def finish(folder, config, inputs=None):
@@ -217,3 +229,50 @@ def test_fresh_takes_nothing_from_a_process_at_work(tmp_path):
     thread.join()
     assert left == [True]
     assert not (tmp_path / ".pos.work").exists()
+
+
+@pytest.fixture
+def spellings(tmp_path, monkeypatch):
+    """A model's folder `m`, in which the process stands beside, and ways to write it."""
+    (tmp_path / "models" / "m" / "parts").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "m")
+    monkeypatch.chdir(tmp_path / "models")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    whole = os.path.realpath(tmp_path / "models" / "m")
+    written = ["m", "./m", "m/", "m/.", "m//", "m/parts/..", "../models/m", "../link", "~/models/m", "~/link/", whole]
+    return whole, written
+
+
+def test_a_folder_has_one_name_however_its_path_is_written(spellings, tmp_path, monkeypatch):
+    whole, written = spellings
+    assert {model_name(name) for name in written} == {whole}
+    assert {slug(name) for name in written} == {"m"}
+    monkeypatch.chdir("m/parts")
+    assert (model_name(".."), slug(".."), slug("."), slug("/")) == (whole, "m", "parts", "root")
+
+
+def test_names_that_are_no_folder_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pocket").mkdir()
+    for name in ("Qwen/Qwen3-0.6B", "gpt2", "pocket", "tiny-random", "smollm2", "", "~nobody-of-this-name/m", "a\0b"):
+        assert model_name(name) == name
+    blob = tmp_path / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.touch()
+    (tmp_path / "m.gguf").symlink_to(blob)
+    (tmp_path / "n.GGUF").symlink_to(tmp_path / "m.gguf")
+    assert model_name("./m.gguf") == os.path.realpath(tmp_path) + "/m.gguf"
+    assert slug("./n.GGUF") == "n"
+
+
+def test_a_stage_on_record_by_another_spelling_is_the_same(spellings, tmp_path):
+    whole, written = spellings
+    run = Run(tmp_path / "run")
+    for name in written:
+        run.restart("pos", {"model": name, "rank": 2}).done([])
+        assert run.is_finished("pos", {"model": whole, "rank": 2})
+        assert run.refresh("pos", {"model": whole, "rank": 2}, {}) is None
+    with pytest.raises(WsError, match="rank: 2 -> 3"):
+        run.is_finished("pos", {"model": whole, "rank": 3})
+    with pytest.raises(WsError, match="model: "):
+        run.is_finished("pos", {"model": str(tmp_path), "rank": 2})

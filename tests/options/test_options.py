@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 
 import pytest
@@ -16,7 +17,7 @@ from ws.intervene.interventions import ACTIVATIONS, TRAINED
 from ws.lm import divergence
 from ws.options import make, measure, shared, use
 from ws.options.check import CheckOptions, ControlOptions
-from ws.options.shared import EvalOptions, RunOptions, shared_with
+from ws.options.shared import EvalOptions, NamesModel, RunOptions, shared_with
 
 
 def test_names_that_stand_here_for_a_light_start_are_those_of_what_carries_them_out():
@@ -94,3 +95,13 @@ def test_a_field_has_one_type_wherever_it_stands():
             seen.setdefault(field.name, set()).add(str(field.type).replace(" | None", "").removeprefix("Annotated["))
     several = {name: types for name, types in seen.items() if len({t.split(",")[0] for t in types}) > 1}
     assert set(several) <= {"alphas", "vectors", "to", "n_think", "adapters", "model", "seeds", "vector", "behavior"}
+
+
+def test_whatever_names_a_model_takes_one_name_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    naming = [cls for _, cls in COMMANDS.values() if "model" in {f.name for f in fields(cls)}]
+    assert all(issubclass(cls, NamesModel) for cls in naming)
+    assert RunOptions(model="./m/").model == make.ReplicateConfig(model="m").model == os.path.realpath(tmp_path / "m")
+    assert RunOptions().model is None
+    assert make.TrainCommand.preset("pocket").model == "pocket"

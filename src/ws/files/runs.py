@@ -35,6 +35,7 @@ from ws.errors import WsError
 
 RUN_MANIFEST = "manifest.json"
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
+BUNDLED_MODELS = ("pocket", "smollm2", "tiny-random")
 DEFAULT_OUT = Path("out")
 VECTOR_MANIFEST = "ws.json"  # in the folder of a vector
 
@@ -47,11 +48,26 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
+def model_name(name: str) -> str:
+    """The one form of a model's name: a folder or GGUF file by its whole path without links, however it was written.
+
+    Hub ids and the names of bundled models stay as they are, the latter also beside a folder that is called so.
+    """
+    path = os.path.expanduser(name)
+    if name in BUNDLED_MODELS or not (os.path.isdir(path) or (is_gguf(path) and os.path.isfile(path))):
+        return name
+    whole = os.path.realpath(path)
+    if is_gguf(path) and not is_gguf(whole):  # the hub's cache keeps files under their hashes, and links to them
+        return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    return whole
+
+
 def slug(name: str) -> str:
     """A model id or path as one folder name: `Qwen/Qwen3-0.6B` becomes `Qwen--Qwen3-0.6B`, of a path the last part."""
-    if is_gguf(name):
-        return Path(name).stem
-    return Path(name).name if Path(name).is_dir() else name.replace("/", "--")
+    named = model_name(name)
+    if is_gguf(named):
+        return Path(named).stem
+    return Path(named).name or "root" if Path(named).is_absolute() else named.replace("/", "--")
 
 
 def data_folder(out: Path, model: str, behavior: str) -> Path:
@@ -292,6 +308,12 @@ def reads_otherwise(record: Mapping[str, Any], tokenizer: str) -> bool:
     return bool(tokenizer and recorded) and recorded != tokenizer
 
 
+def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the model by its one name; records of earlier versions have it as it was typed."""
+    named = {"model": model_name(config["model"])} if isinstance(config.get("model"), str) else {}
+    return {**config, **named}
+
+
 class Run:
     """A folder with a manifest of finished stages.
 
@@ -339,8 +361,8 @@ class Run:
         plain, given = json.loads(json.dumps(config)), dict(inputs or {})
         recorded = self.manifest["stages"].get(name)
         if recorded:
-            was = recorded["config"] | {f"input {k}": v[:12] for k, v in recorded["inputs"].items()}
-            now = plain | {f"input {k}": v[:12] for k, v in given.items()}
+            was = _by_name(recorded["config"]) | {f"input {k}": v[:12] for k, v in recorded["inputs"].items()}
+            now = _by_name(plain) | {f"input {k}": v[:12] for k, v in given.items()}
             changed = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was | now) if was.get(k) != now.get(k)]
             if changed:
                 raise WsError(
@@ -359,7 +381,8 @@ class Run:
     def refresh(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage | None:
         """The stage to carry out unless exactly this is finished; other settings on disk are simply replaced."""
         recorded = self.manifest["stages"].get(name, {})
-        same = recorded.get("config") == json.loads(json.dumps(config)) and recorded.get("inputs") == dict(inputs)
+        was, now = (_by_name(json.loads(json.dumps(c))) for c in (recorded.get("config", {}), config))
+        same = was == now and recorded.get("inputs") == dict(inputs)
         if same and "outputs" in recorded and self._whole(recorded["outputs"]):
             return None
         return self.restart(name, config, inputs)

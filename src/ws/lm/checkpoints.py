@@ -158,7 +158,7 @@ def _folder_of(name: str) -> Path:
             f"{name} is a GGUF file, whose blocks cannot be patched or compared tensor by tensor; save what it "
             "expands to (`model.save_pretrained`) and name that folder, or make a LoRA for it (`ws export gguf-lora`)."
         )
-    return find(Path(model_folder(name)).expanduser() if name == "pocket" else name, ["*.safetensors", *SIDE_FILES])
+    return find(model_folder(name), ["*.safetensors", *SIDE_FILES])
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

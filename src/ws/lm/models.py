@@ -46,7 +46,7 @@ from transformers.pytorch_utils import Conv1D
 from ws.console import quiet_transformers, say
 from ws.errors import WsError, choose, did_you_mean
 from ws.files.gguf import SMOLLM2, gguf_file, read_header, without_bars
-from ws.files.runs import DEFAULT_MODEL, sha256_file, sha256_json
+from ws.files.runs import DEFAULT_MODEL, model_name, sha256_file, sha256_json
 from ws.lm.hub import hub_is_out_of_reach
 
 BUNDLED = ("pocket", "tiny-random")
@@ -81,6 +81,7 @@ def load_model(
             GGUF model that transformers reads.
     """
     quiet_transformers()
+    name = model_name(name)
     options = _placement(device, dtype, offload, max_memory)
     if (file := gguf_file(name)) is not None:
         model, tok = _load_gguf(name, file, options), load_tokenizer(name)
@@ -166,8 +167,8 @@ def tiny_random(seed: int = 0) -> PreTrainedModel:
 
 
 def model_folder(name: str) -> str:
-    """What transformers should load for `name`: the bundled folder for `pocket`, `name` itself otherwise."""
-    return str(files("ws") / "pocket") if name == "pocket" else name
+    """What transformers should load for `name`: the bundled folder for `pocket`, else the name (see `model_name`)."""
+    return str(files("ws") / "pocket") if name == "pocket" else model_name(name)
 
 
 def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: Any) -> Any:
@@ -922,7 +923,7 @@ def require_base(model: nn.Module, base_id: str, mark: str | None, what: str) ->
         return
     name, dtypes = model_id(model), {p.dtype for p in model.parameters()}
     if is_packed(model) or torch.float16 in dtypes:
-        if name != base_id:
+        if model_name(name) != model_name(base_id):
             raise WsError(
                 f"{what} {base_id} and this model, whose weights are quantised or float16 and cannot be compared, is "
                 f"{name}."

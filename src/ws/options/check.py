@@ -13,11 +13,11 @@ from ws.behaviors import behavior_file
 from ws.errors import WsError
 from ws.files.runs import DEFAULT_OUT
 from ws.options.measure import SycophancyOptions
-from ws.options.shared import HeadlineOptions
+from ws.options.shared import HeadlineOptions, NamesModel
 
 
 @dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(NamesModel):
     """All that is wrong with a behaviour file; the exit code is 2 when it cannot be used.
 
     Attributes:
@@ -98,7 +98,7 @@ class SlopeOptions(HeadlineOptions):
 
 
 @dataclass(frozen=True)
-class MonitorOptions:
+class MonitorOptions(NamesModel):
     """How far fine-tunes have moved along known behaviours, beside benign fine-tunes.
 
     Attributes:

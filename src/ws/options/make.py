@@ -14,7 +14,7 @@ import tyro
 from ws.behaviors import behavior_file
 from ws.errors import WsError, choose
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT
-from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, shared_with
+from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, NamesModel, shared_with
 
 SIGNS = ("pos", "neg")
 BACKENDS = ("local", "pueue", "ray")
@@ -38,7 +38,7 @@ def held_out(n: int, share: float) -> int:
     return 0 if held == n else held
 
 
-class _OfBehavior:
+class _OfBehavior(NamesModel):
     """Options of a command that starts from a behaviour."""
 
     behavior: str
@@ -516,7 +516,7 @@ class DiffOptions:
 
 
 @dataclass(frozen=True)
-class ComposeOptions:
+class ComposeOptions(NamesModel):
     """Add vectors up, and measure what they do to each other: `ws compose "honesty*1.0 + sycophancy*-0.5"`.
 
     Attributes:
@@ -570,7 +570,7 @@ class ComposeOptions:
 
 
 @dataclass(frozen=True)
-class TrimOptions:
+class TrimOptions(NamesModel):
     """Fewer layers, modules or columns of a vector, or a depth profile: `ws trim --rank 4`.
 
     Attributes:

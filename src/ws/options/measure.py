@@ -19,6 +19,7 @@ from ws.options.shared import (
     WEIGHT,
     CalibrationConfig,
     EvalOptions,
+    NamesModel,
     RunOptions,
     shared_with,
 )
@@ -193,7 +194,7 @@ class CalibrateOptions(RunOptions):
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(NamesModel):
     """Every way of steering at the same cost, beside its nulls.
 
     Attributes:

@@ -12,7 +12,7 @@ import tyro
 
 from ws.behaviors import behavior_name
 from ws.errors import WsError, choose
-from ws.files.runs import DEFAULT_OUT, run_folder, seed_flag
+from ws.files.runs import DEFAULT_OUT, model_name, run_folder, seed_flag
 
 # Adapter families, in the order of tables; `ws.adapters` knows how each is trained.
 ADAPTERS = ("ia3", "oft", "dora", "lora", "pissa", "delora")
@@ -54,8 +54,18 @@ def folder_with_vector(out: Path, behavior: str, adapter: str, seed: int, otherw
     return folder
 
 
+class NamesModel:
+    """Options that name a model: one folder has one name, however its path is written."""
+
+    model: str | None
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            object.__setattr__(self, "model", model_name(self.model))
+
+
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(NamesModel):
     """Which finished run, and the model it is put into: what every command on a run takes.
 
     Attributes:

@@ -11,7 +11,7 @@ from ws.behaviors import behavior_name
 from ws.errors import WsError, did_you_mean
 from ws.files.runs import DEFAULT_OUT, finished_runs
 from ws.lm import hub
-from ws.options.shared import EngineOptions, ExportOptions, RunOptions, VectorOptions
+from ws.options.shared import EngineOptions, ExportOptions, NamesModel, RunOptions, VectorOptions
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PlayOptions(EngineOptions):
 
 
 @dataclass(frozen=True)
-class LoraOptions(ExportOptions):
+class LoraOptions(NamesModel, ExportOptions):
     """A vector at a fixed strength as a PEFT LoRA (PEFT, vLLM).
 
     Attributes:
@@ -56,7 +56,7 @@ class LoraOptions(ExportOptions):
 
 
 @dataclass(frozen=True)
-class MergedOptions(ExportOptions):
+class MergedOptions(NamesModel, ExportOptions):
     """A vector at a fixed strength, written into a copy of its base.
 
     Attributes:
@@ -67,7 +67,7 @@ class MergedOptions(ExportOptions):
 
 
 @dataclass(frozen=True)
-class GgufOptions(ExportOptions):
+class GgufOptions(NamesModel, ExportOptions):
     """A purely low-rank vector as a LoRA adapter of llama.cpp: `ws export gguf-lora --alpha +1u`.
 
     Attributes:
@@ -146,7 +146,7 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(NamesModel):
     """What a saved vector is, and whether it fits a model.
 
     Attributes:
