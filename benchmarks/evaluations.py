@@ -48,7 +48,9 @@ def dilemmas(count: int) -> tuple[Dilemma, ...]:
     folder = os.environ.get("WS_REAL_DATA")
     if not folder:
         return load_dilemmas("pocket", limit=count)
-    lines = (Path(folder) / "airisk-dilemmas" / "unlabelled_pairs.jsonl").read_text().splitlines()[:count]
+    lines = (
+        (Path(folder) / "airisk-dilemmas" / "unlabelled_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    )
     rows = [json.loads(line) for line in lines]
     actions = [tuple(r[k].split(": ", 1)[1] for k in ("action_1", "action_2")) for r in rows]
     return tuple(
@@ -142,7 +144,7 @@ def peak_above(folder: Path, way: str) -> None:
     """Memory of tiny-mfv on some vignettes above that of the loaded model, as Linux accounts for it."""
     model, tok = load(folder), load_tokenizer("pocket")
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
     vector = build(model, folder)
     if way == "ours":
         tinymfv_ours(model, tok, vector, vignettes(8))
@@ -153,7 +155,7 @@ def peak_above(folder: Path, way: str) -> None:
 
 def resident(field: str = "VmRSS") -> float:
     """Resident memory of this process in MiB, now (`VmRSS`) or at its peak (`VmHWM`)."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field))
     return int(line.split()[1]) / 1024
 
 

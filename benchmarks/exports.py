@@ -53,7 +53,9 @@ def prepare(folder: Path) -> None:
         for sign, weight in (("pos", ALPHA), ("neg", -ALPHA))
     ]
     config = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": models}
-    (folder / "task.yaml").write_text(json.dumps(config | {"dtype": "bfloat16", "parameters": {"normalize": False}}))
+    (folder / "task.yaml").write_text(
+        json.dumps(config | {"dtype": "bfloat16", "parameters": {"normalize": False}}), encoding="utf-8"
+    )
     print(json.dumps({"prepared": True}))
 
 

@@ -86,7 +86,7 @@ def fresh_process(arguments: Sequence[str], cwd: Path | None = None, program: st
     Linux counts the caller's memory at the moment of the start as the child's, so call this while the caller is small.
     """
     start = time.perf_counter()
-    child = subprocess.Popen([program, *arguments], cwd=cwd, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([program, *arguments], cwd=cwd, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert child.stdout is not None
     text = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
@@ -105,7 +105,10 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if "model name" in x), model)
+        model = next(
+            (x.split(":", 1)[1].strip() for x in info.read_text(encoding="utf-8").splitlines() if "model name" in x),
+            model,
+        )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 

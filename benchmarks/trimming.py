@@ -131,7 +131,7 @@ class Readings:
                 high = ws.evaluate_sycophancy(self.model, self.tok, self.behavior, self.split)
             mass = min(float(s.pmass.mean()) for s in (low, high))
             write_json(file, {"span": (high.logratio - low.logratio).tolist(), "mass": mass})
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         return np.array(found["span"]), found["mass"]
 
 

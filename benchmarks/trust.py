@@ -27,7 +27,7 @@ def measure(adapter: str, folder: Path) -> dict[str, Any]:
         ["-m", "ws.analysis.controls", "--adapter", adapter, "--scores", *scores], cwd=folder
     )
     run = folder / "out" / "honesty" / adapter
-    stored = json.loads((run / "vector" / "calibration.json").read_text())
+    stored = json.loads((run / "vector" / "calibration.json").read_text(encoding="utf-8"))
     sides = {name: stored[name] for name in ("positive", "negative")}
     return {
         "calibration_seconds": calibration.seconds,

@@ -129,7 +129,7 @@ def lay_out(source: Path, target: Path, copies: str, sharded: bool = False) -> P
     if sharded:
         places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+        (target / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return target
 
 

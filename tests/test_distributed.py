@@ -87,7 +87,7 @@ def interrupted(line: list[str]) -> None:
 
 def on_two_processes(commands: list[tuple[list[str], bool]], file: Path) -> list[subprocess.CompletedProcess[str]]:
     """Run the commands on two processes; like a launcher, end the second one when the first has failed."""
-    file.write_text(json.dumps(commands))
+    file.write_text(json.dumps(commands), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -23,7 +23,7 @@ FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def snippets(page: Path) -> list[tuple[str, str]]:
     """`(language, code)` of the fenced blocks that can run here; a fence marked `skip` says why in the prose."""
-    found = FENCE.findall(page.read_text())
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
     return [(language, code) for language, info, code in found if language in ("bash", "python") and "skip" not in info]
 
 

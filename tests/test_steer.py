@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -194,6 +197,76 @@ def test_alpha_must_be_finite_and_at_most_one_per_row(setting, alpha):
         pass
     with ws.steer(model, v["lora"]) as dial, pytest.raises(ws.WsError, match="alpha"):
         dial.alpha = alpha
+
+
+@pytest.mark.parametrize(
+    "alpha", [1e39, -1e39, 10**400, "1e39", "1e400", "9" * 5000, torch.tensor([1e39], dtype=torch.double)]
+)
+def test_alpha_beyond_float32_is_a_sentence(setting, alpha):
+    model, v = setting
+    with pytest.raises(ws.WsError, match="must be (within float32|a finite number)") as said:
+        with ws.steer(model, v["lora"], alpha):
+            pass
+    assert len(str(said.value)) < 200
+    with pytest.raises(ws.WsError, match="within float32"):
+        _ = v["lora"] * 1e39
+    with pytest.raises(ws.WsError, match="NaN or infinity"):
+        _ = v["lora"] * 3e38 * 3e38
+
+
+def test_alpha_beyond_what_the_model_computes_in_is_a_sentence(setting):
+    model, v = setting
+    half = copy.deepcopy(model).half()
+    vector = replace(v["lora"], base_fingerprint=None)
+    for alpha in (7e4, torch.tensor([7e4, 0.0, 0.0])):
+        with ws.steer(half, vector, alpha), pytest.raises(ws.WsError, match="alpha 70000 is beyond float16"):
+            logits(half)
+    with ws.steer(half, vector, 2.0):
+        assert logits(half).isfinite().all()
+
+
+def test_a_dial_whose_block_has_ended_says_so(setting):
+    model, v = setting
+    with ws.steer(model, v["lora"], 0.5) as dial:
+        assert repr(dial) == "Dial(alpha=0.5)"
+    assert "has ended" in repr(dial)
+    with pytest.raises(ws.WsError, match="block .* has ended"):
+        dial.alpha = 1.0
+    with ws.steer_many(model, v, 0.5) as dials:
+        assert "'oft': Dial(alpha=0.5)" in repr(dials)
+    with pytest.raises(ws.WsError, match="block .* has ended"):
+        dials["oft"].alpha = 1.0
+
+
+API = """
+import sys, torch, ws
+from ws.delta import LinearDelta
+model, _ = ws.load_model("tiny-random", device="cpu")
+name = "model.layers.1.mlp.down_proj"
+v = ws.SteeringVector({name: LinearDelta(64, 96, u=torch.ones(64, 1), v=torch.ones(1, 96))}, "x", None)
+def exchanged():
+    with ws.steer(v, model):
+        pass
+for action in (lambda: v + 1, lambda: 1 + v, lambda: sum([v, v]), lambda: v - 1, lambda: v * "x", lambda: "x" * v,
+               lambda: v / "x", lambda: v * None, exchanged, lambda: v.select(layers="0:90000000000000000000")):
+    try:
+        action()
+        print("none")
+    except Exception as problem:
+        print(type(problem).__name__, problem)
+print("bitsandbytes" in sys.modules)
+"""
+
+
+def test_what_is_no_vector_or_no_number_is_told_without_inner_names():
+    """Without the checks of types that these tests run under."""
+    program = subprocess.run([sys.executable, "-c", API], capture_output=True, encoding="utf-8", check=True)
+    *said, loads = program.stdout.splitlines()
+    assert [line.split()[0] for line in said] == ["TypeError"] * 8 + ["WsError"] * 2
+    assert said[-2].endswith("a model and then a SteeringVector, not a SteeringVector and a Qwen3ForCausalLM.")
+    assert "--" not in said[-1]
+    assert "gemm" not in program.stderr
+    assert loads == str(find_spec("bitsandbytes") is not None)
 
 
 def test_a_wrong_number_of_rows_is_refused(setting):

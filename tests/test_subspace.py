@@ -269,7 +269,7 @@ def out(tiny, tmp_path) -> Path:
 
 
 def read(file: Path) -> list[dict[str, str]]:
-    with file.open() as handle:
+    with file.open(encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 

@@ -241,11 +241,32 @@ def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
         ({"validation": 1.0}, "--validation"),
         ({"keep": "bst"}, "Did you mean 'best'"),
         ({"max_steps": 0}, "--max-steps"),
+        ({"max_steps": 2**64}, "--max-steps must be positive and at most 2147483647"),
+        ({"batch": 2**40, "micro_batch": 2**40}, "--batch must be positive and at most"),
+        ({"rank": 900_000_000_000}, "--rank .* at most 65536"),
+        ({"layers": "0:900000000"}, "layers '0:900000000' of a model .* out of range"),
+        ({"layers": "0:" + "9" * 5000}, "layers '0:9+\\.\\.\\.9+' of a model .* is not understood"),
     ],
 )
 def test_impossible_settings_are_explained(fresh_tiny, tmp_path, change, message):
     with pytest.raises(ws.WsError, match=message):
         train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", replace(QUICK, **change))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_seeds_have_to_be_what_every_generator_takes(fresh_tiny, tmp_path, seed):
+    with pytest.raises(ws.WsError, match="seed must lie between 0 and 4294967295"):
+        train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", QUICK, seed)
+
+
+def test_equal_runs_write_equal_files_whatever_order_sets_have(fresh_tiny, tmp_path):
+    train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", QUICK)
+    vector = ws.SteeringVector.from_adapter(tmp_path / "pos", fresh_tiny[0])
+    vector.save(tmp_path / "vector")
+    for folder in ("pos", "vector"):
+        named = json.loads((tmp_path / folder / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+        assert named == sorted(named)
+        assert len(named) > 1
 
 
 def test_oft_blocks_must_fit(fresh_tiny, tmp_path):

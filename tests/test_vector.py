@@ -284,3 +284,14 @@ def test_importing_ws_is_quick_and_lists_its_names():
     assert "SteeringVector" in out
     with pytest.raises(AttributeError):
         _ = ws.nonsense
+
+
+def test_a_runs_folder_opens_as_the_vector_in_it(tmp_path):
+    model = build_model("qwen3")
+    build_adapter(model, "lora", tmp_path / "a", 1)
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", model)
+    vector.save(tmp_path / "run" / "vector")
+    assert vector_digest(ws.SteeringVector.load(tmp_path / "run")) == vector_digest(vector)
+    (tmp_path / "run" / "vector" / "ws.json").unlink()
+    with pytest.raises(ws.WsError, match="not a steering vector"):
+        ws.SteeringVector.load(tmp_path / "run")

@@ -55,7 +55,7 @@ def write_corpus(out: Path, seed: int, documents: int = 300) -> None:
     for phase in PHASES:
         corpus = Corpus(seed)
         texts = ("".join(part.text for part in draw(corpus, phase)) for _ in range(documents))
-        (out / f"corpus-{phase.name}.txt").write_text("\n----\n".join(texts) + "\n")
+        (out / f"corpus-{phase.name}.txt").write_text("\n----\n".join(texts) + "\n", encoding="utf-8")
     write_behaviors(out / "behaviors")
     write_data(out / "data")
     print(corpus_hash(seed))
@@ -67,7 +67,7 @@ def run_training(work: Path, seed: int) -> None:
     tokenizer = train_tokenizer()
     tokenizer.save_pretrained(work)
     settings = Settings(seed=seed)
-    with (work / "log.jsonl").open("w") as file:
+    with (work / "log.jsonl").open("w", encoding="utf-8") as file:
 
         def log(line: str) -> None:
             print(line, flush=True)
@@ -82,7 +82,7 @@ def run_training(work: Path, seed: int) -> None:
         "seconds": round(result.seconds),
         "phases": result.phases,
     }
-    (work / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (work / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -114,9 +114,8 @@ class _Former(MetaPathFinder, InspectLoader):
 # First of all: `ws.baselines.activation` would be found below `ws.intervene`, a second time.
 sys.meta_path.insert(0, _Former())
 
-# `python -m ws.train` imports its libraries before the command is reached; one of them reports what nobody asked for.
-if getattr(sys, "argv", [])[:1] == ["-m"]:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# PEFT imports bitsandbytes where it is installed, which reports a kernel that only packed weights on a CPU would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in str(record.msg))
 
 
 class _Package(ModuleType):

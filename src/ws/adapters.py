@@ -36,12 +36,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ws import console
 from ws.delta import LinearDelta
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, shortened
 from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
 from ws.lm.probe import probe_adapter, start_again
 
 PISSA_INIT_FILE = "pissa_init.safetensors"
 MIN_LIKENESS = 0.3  # cosine between a trained product of factors and the one it began as
+MAX_RANK = 65536  # more than any layer has use for
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -569,8 +570,8 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
     fam = family(spec.family)
     if is_packed(model):
         raise WsError("Adapters are trained on the plain weights; load the model without --dtype 4bit or 8bit.")
-    if spec.rank < 1:
-        raise WsError(f"--rank must be at least 1, not {spec.rank}.")
+    if not 1 <= spec.rank <= MAX_RANK:
+        raise WsError(f"--rank must be at least 1 and at most {MAX_RANK}, not {shortened(spec.rank)}.")
     names = _places(model, spec, fam)
     _check_classes(model, names, fam)
     if fam.name == "oft":
@@ -694,7 +695,7 @@ def _read_config(folder: Path) -> PeftConfig:
     """
     file = folder / "adapter_config.json"
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text(encoding="utf-8"))
         kind = stored["peft_type"]
         if kind not in list(PeftType):
             raise WsError(f"The adapter {folder} is of type {kind!r}, which PEFT {peft.__version__} does not know.")

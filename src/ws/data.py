@@ -29,7 +29,7 @@ from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
 from ws.behaviors.acting import acted, base_problems, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly, json_lines
-from ws.errors import WsError, did_you_mean
+from ws.errors import WsError, did_you_mean, require_characters, require_seed, shortened
 from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
 from ws.lm.choice import ChoiceScores, score_choices
 from ws.lm.generation import PLAIN, generate, without_end
@@ -52,10 +52,10 @@ from ws.lm.sampling import (
     sample_rows,
     sampling_settings,
 )
+from ws.options.make import MOST, questions_asked
 from ws.options.make import DataCommand as DataCommand
 from ws.options.make import DataConfig as DataConfig
 from ws.options.make import data_preset as data_preset
-from ws.options.make import questions_asked
 from ws.stats import LOW_MASS, estimate_mean, estimate_text
 
 PAIRS_FILE = "pairs.jsonl"
@@ -130,8 +130,7 @@ def _check_types(values: Mapping[str, Any]) -> None:
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise WsError(f"{name} must be a text, not {value!r}.")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write half of a character, UTF-8 cannot
-        raise WsError(f"{name} holds half of a surrogate pair: {value!r}.")
+    require_characters(value, name)  # JSON can write half of a character, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -394,7 +393,7 @@ def hashed_pairs(file: Path) -> tuple[list[Pair], str]:
     try:
         content = file.read_bytes()
     except (FileNotFoundError, IsADirectoryError) as problem:
-        raise WsError(f"There are no contrast pairs at {file}; make them with `python -m ws.data`.") from problem
+        raise WsError(f"There are no contrast pairs at {file}; make them with `ws data`.") from problem
     return parse_pairs(content, str(file)), hashlib.sha256(content).hexdigest()
 
 
@@ -493,8 +492,9 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     n_personas = _count("--n-personas", config.n_personas, len(behavior.positive))
     counts = (("--n-samples", config.n_samples), ("--max-new-tokens", config.max_new_tokens))
     for flag, value in (*counts, ("--data-batch", config.data_batch)):
-        if value is not None and value < 1:
-            raise WsError(f"{flag} must be at least 1, not {value}.")
+        if value is not None and not 1 <= value <= MOST:
+            raise WsError(f"{flag} must be at least 1 and at most {MOST}, not {shortened(value)}.")
+    require_seed(config.data_seed, "--data-seed")
     check_settings(config.temperature, config.top_p)
     picked = evenly(questions, n_topics)
     order = product(range(config.n_samples), range(n_personas), picked)

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from ws import console
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
-from ws.errors import WsError
+from ws.errors import WsError, require_strength, shortened
 from ws.files.runs import VECTOR_MANIFEST, atomic_folder, library_versions, model_name, sha256_file, slug
 from ws.files.tensors import tensor_writer
 from ws.lm.checkpoints import Checkpoint, Difference
@@ -186,7 +187,9 @@ class SteeringVector:
 
     # ---- the vector space ---------------------------------------------------------------------------------------
 
-    def __add__(self, other: SteeringVector) -> SteeringVector:
+    def __add__(self, other: object) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
         self._check_same_base(other)
         joined, sums = dict(self.deltas), dict[tuple[int, int], LinearDelta]()
         for name, delta in other.deltas.items():
@@ -200,24 +203,27 @@ class SteeringVector:
         mark = self.base_fingerprint or other.base_fingerprint
         return SteeringVector(joined, self.base_id, mark, recipe, shared)
 
-    def __mul__(self, scalar: float | int) -> SteeringVector:
-        if not math.isfinite(scalar):
-            raise WsError(f"A steering vector cannot be multiplied by {scalar}.")
-        recipe = {"op": "*", "scalar": float(scalar), "of": self.recipe}
-        return replace(self, deltas=self.each(lambda delta: delta * scalar), recipe=recipe)
+    def __mul__(self, scalar: object) -> SteeringVector:
+        if not isinstance(scalar, Real):
+            return NotImplemented
+        factor = require_strength(scalar, "What a steering vector is multiplied by")
+        recipe = {"op": "*", "scalar": factor, "of": self.recipe}
+        return replace(self, deltas=self.each(lambda delta: delta * factor), recipe=recipe)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0
 
-    def __sub__(self, other: SteeringVector) -> SteeringVector:
-        return self + -other
+    def __sub__(self, other: object) -> SteeringVector:
+        return self + -other if isinstance(other, SteeringVector) else NotImplemented
 
-    def __truediv__(self, scalar: float | int) -> SteeringVector:
+    def __truediv__(self, scalar: object) -> SteeringVector:
+        if not isinstance(scalar, Real):
+            return NotImplemented
         if scalar == 0:
             raise WsError("A steering vector cannot be divided by zero.")
-        return self * (1.0 / scalar)
+        return self * (1.0 / require_strength(scalar, "What a steering vector is divided by"))
 
     def each(self, function: Callable[[LinearDelta], T]) -> dict[str, T]:
         """A function of every change by module, called once for modules that share one (tied weights)."""
@@ -490,8 +496,7 @@ class SteeringVector:
             The relative part of `alpha dW` that the cast destroyed (0 for a float32 model up to rounding):
             `‖written - wanted‖ / ‖wanted‖` over all parameters.
         """
-        if not math.isfinite(alpha):
-            raise WsError(f"alpha must be finite, not {alpha}.")
+        alpha = require_strength(alpha)
         lost = wanted = 0.0
         for name, leaf, delta, module in self.written(model):
             if is_offloaded(module):
@@ -538,6 +543,8 @@ class SteeringVector:
     def load(cls, folder: str | Path) -> SteeringVector:
         """Read a saved vector, bit for bit; a plain PEFT LoRA folder loads as the one-sided vector `theta - base`.
 
+        Of a run's folder it is the vector in it.
+
         What is no folder is taken for a repository on the hub, `user/name` or `user/name@revision`.
 
         A foreign LoRA carries no fingerprint of its base, so only names and shapes are checked when it is used; for
@@ -550,6 +557,8 @@ class SteeringVector:
         if not (folder / MANIFEST).is_file():
             if (folder / "adapter_config.json").is_file():
                 return cls._from_foreign_lora(folder)
+            if (folder / "vector" / MANIFEST).is_file():
+                return cls.load(folder / "vector")
             raise WsError(f"{folder} is not a steering vector: {MANIFEST} is missing (half-written?); make it again.")
         manifest = _read_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT_VERSION:
@@ -601,7 +610,7 @@ class SteeringVector:
         from peft import LoraConfig
 
         ranks = {name: d.rank for name, d in self.deltas.items() if d.rank}
-        return LoraConfig(
+        config = LoraConfig(
             r=self.max_rank,
             lora_alpha=self.max_rank,
             rank_pattern=ranks,
@@ -611,6 +620,8 @@ class SteeringVector:
             task_type="CAUSAL_LM",
             inference_mode=True,
         )
+        config.target_modules = sorted(ranks)  # PEFT makes a set of it, which is written in another order every time
+        return config
 
 
 def write_manifest(
@@ -633,7 +644,7 @@ def write_manifest(
     stored = {"file": weights, "sha256": sha256_file(folder / weights), "dtype": str(dtype)[6:]}
     manifest = {"format": FORMAT_VERSION, "base": base, "info": dict(info), "recipe": dict(recipe), **modules}
     manifest |= {"weights": stored, "versions": library_versions()}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_step(target: Tensor, before: Tensor, step: Tensor) -> tuple[float, float]:
@@ -689,14 +700,13 @@ def parse_units(text: str) -> float | None:
 
 
 def parse_number(text: str) -> float:
-    """A strength as a plain number; `WsError` when it is none, or not finite."""
+    """A strength as a plain number; `WsError` when it is none, not finite, or beyond float32."""
     try:
         alpha = float(text)
     except ValueError:
-        raise WsError(f"The strength {text!r} is not understood; use 1.5, +1u, -0.5u or `calibrated`.") from None
-    if not math.isfinite(alpha):
-        raise WsError(f"A strength must be a finite number, not {text}.")
-    return alpha
+        what = shortened(text)
+        raise WsError(f"The strength {what} is not understood; use 1.5, +1u, -0.5u or `calibrated`.") from None
+    return require_strength(alpha, "A strength")
 
 
 def read_calibrated(file: Path, parse: Callable[[Any], T]) -> T | None:
@@ -741,7 +751,7 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as problem:
         raise WsError(f"{file} cannot be read ({problem}); the folder may be half-written, make it again.") from problem
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from math import inf, isfinite
+from numbers import Real
 
 
 class WsError(Exception):
@@ -11,6 +13,41 @@ class WsError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+def require_strength(value: object, what: str = "alpha") -> float:
+    """A strength as a number; whatever computes with it does so in float32 at most.
+
+    Raises:
+        WsError: no number, not finite, or beyond float32; the message begins with `what`.
+    """
+    try:
+        number = float(value) if isinstance(value, Real) else None
+    except OverflowError:
+        number = inf
+    if number is None or not abs(number) <= FLOAT32_MAX:
+        why = "a finite number" if number is None or not isfinite(number) else "within float32 (3.4e38)"
+        raise WsError(f"{what} must be {why}, not {shortened(value)}.")
+    return number
+
+
+def require_seed(seed: int, what: str = "The seed") -> int:
+    """A seed that every generator of random numbers takes: Python's, NumPy's and torch's; `WsError` otherwise."""
+    if not 0 <= seed < 2**32:
+        raise WsError(f"{what} must lie between 0 and {2**32 - 1}, not {shortened(seed)}.")
+    return seed
+
+
+def shortened(value: object, most: int = 40) -> str:
+    """How a value is named in a sentence, without its middle where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
 
 
 def decoded(content: bytes, where: str) -> str:
@@ -27,6 +64,15 @@ def decoded(content: bytes, where: str) -> str:
         raise WsError(
             f"{where} line {line} is not UTF-8: byte 0x{content[at]:02x} at position {place}; save the file as UTF-8."
         ) from problem
+
+
+def require_characters(text: str, what: str) -> str:
+    """The text, unless it holds what is no character: half of a pair, or a byte that was no UTF-8 where it was read."""
+    if wrong := next((c for c in text if "\ud800" <= c <= "\udfff"), ""):
+        byte = ord(wrong) - 0xDC00  # how Python keeps a byte that it could not read
+        why = f"the byte 0x{byte:02x}, which is not UTF-8" if 0x80 <= byte <= 0xFF else "half of a surrogate pair"
+        raise WsError(f"{what} holds {why}: {shortened(text)}.")
+    return text
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ from ws.data import (
     sample_answers,
 )
 from ws.diff import SteeringVector, vector_digest
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_strength
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext
 from ws.eval.preference import Preferences
@@ -156,8 +156,7 @@ def replicate(config: ReplicateConfig) -> Reading:
 
 def _check(config: ReplicateConfig) -> None:
     for alpha in config.alphas:
-        if not math.isfinite(alpha):
-            raise WsError(f"--alphas must be finite numbers, not {alpha}.")
+        require_strength(alpha, "Each of --alphas")
     if config.n_bootstrap < 100:
         raise WsError(f"--n-bootstrap must be at least 100 for a 95 % interval, not {config.n_bootstrap}.")
     choose("control", config.control, CONTROLS)

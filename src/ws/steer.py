@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, parse_number
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_strength
 from ws.lm.models import bias_of, module_kind, require_calls, weight_of, weight_size
 
 Alpha = float | int | str | Tensor
@@ -45,7 +45,15 @@ class Dial:
 
     def __init__(self, alpha: Alpha, strength: Callable[[str], float] = parse_number) -> None:
         self._strength = strength
+        self.is_over = False
         self.alpha = alpha
+
+    def end(self) -> None:
+        """The block that it steered has ended."""
+        self.is_over = True
+
+    def __repr__(self) -> str:
+        return f"Dial(alpha={self._alpha!r}{', its block has ended' if self.is_over else ''})"
 
     @property
     def alpha(self) -> float | Tensor:
@@ -54,18 +62,18 @@ class Dial:
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
+        if self.is_over:
+            raise WsError("The block that this dial steered has ended; it turns nothing any more. Open another one.")
         if isinstance(value, Tensor):
             if value.ndim > 1:
                 raise WsError(f"alpha must be a number or one number per row, not a tensor of {tuple(value.shape)}.")
             if not torch.isfinite(value).all():
                 raise WsError("alpha must be finite, but the tensor holds NaN or infinity.")
+            self._largest = require_strength(float(value.abs().max())) if value.numel() else 0.0
             self._alpha: float | Tensor = value if value.ndim else float(value)
             return
-        if isinstance(value, str):
-            value = self._strength(value)
-        if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-            raise WsError(f"alpha must be a finite number, not {value!r}.")
-        self._alpha = float(value)
+        self._alpha = require_strength(self._strength(value) if isinstance(value, str) else value)
+        self._largest = abs(self._alpha)
 
     @property
     def is_off(self) -> bool:
@@ -74,6 +82,8 @@ class Dial:
 
     def over(self, x: Tensor) -> float | Tensor:
         """The strength in a shape that broadcasts over activations `x [rows, ..., features]`."""
+        if self._largest > torch.finfo(x.dtype).max:
+            raise WsError(f"alpha {self._largest:g} is beyond {str(x.dtype)[6:]}, in which the model computes.")
         if not isinstance(self._alpha, Tensor):
             return self._alpha
         if x.ndim < 3:
@@ -105,6 +115,9 @@ class DialBoard(Mapping[str, Dial]):
 
     def __len__(self) -> int:
         return len(self._dials)
+
+    def __repr__(self) -> str:
+        return f"DialBoard({self._dials!r})"
 
 
 class _Working(NamedTuple):
@@ -337,6 +350,9 @@ _STEERED: WeakKeyDictionary[nn.Module, _SteeredModule] = WeakKeyDictionary()
 @contextmanager
 def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[None]:
     """The vector's changes registered on their modules; taken off again whatever happens inside."""
+    if not isinstance(model, nn.Module) or not isinstance(vector, SteeringVector):
+        given = f"a {type(model).__name__} and a {type(vector).__name__}"
+        raise WsError(f"Steering takes a model and then a SteeringVector, not {given}.")
     if vector.is_zero:
         raise WsError("The steering vector is zero: it would change nothing.")
     found = vector.matched(model)
@@ -352,6 +368,7 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
         with require_calls(model, {n: m for n, delta, m in found if not delta.is_zero}, advice):
             yield
     finally:
+        dial.end()
         for module, change in entries:
             steered = _STEERED[module]
             steered.changes.remove(change)
@@ -382,7 +399,8 @@ def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Itera
     Raises:
         WsError: another base, a module without partner, a zero vector, or an alpha that is not finite.
     """
-    dial = Dial(alpha, cache(vector.strength))  # units are looked up once, not at every turn of the dial
+    # Units are looked up once, not at every turn of the dial.
+    dial = Dial(alpha, cache(getattr(vector, "strength", parse_number)))
     with uncompiled(), _attached(model, vector, dial):
         yield dial
 

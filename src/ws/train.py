@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,13 +40,14 @@ from ws import console
 from ws.adapters import PISSA_INIT_FILE, AdapterSpec, family, peft_config
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_seed
 from ws.files.runs import (
     Run,
     atomic_folder,
     data_folder,
     library_versions,
     lock,
+    model_flag,
     run_folder,
     sha256_json,
     write_json,
@@ -101,6 +103,7 @@ def train_adapter(
     """
     folder, config = Path(folder), config or TrainConfig()
     choose("sign", sign, SIGNS)
+    require_seed(seed)
     config.check()
     config.accumulation(console.processes())
     join(model.device.type)
@@ -132,7 +135,7 @@ def train_adapter(
 def _begin(work: Path, settings: str) -> None:
     """Leave nothing in the work folder that was begun with other settings or on other examples."""
     file = work / "settings"
-    if work.exists() and (not file.is_file() or file.read_text() != settings):
+    if work.exists() and (not file.is_file() or file.read_text(encoding="utf-8") != settings):
         console.say(f"{work} was begun with other settings or on other pairs; the training starts over.")
         shutil.rmtree(work)
     write_text(file, settings)
@@ -524,7 +527,7 @@ def _last_whole_checkpoint(work: Path) -> str | None:
     for folder in found:
         needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             if all(any(folder.glob(name)) for name in needed):
                 return str(folder)
         except (OSError, json.JSONDecodeError):
@@ -544,7 +547,10 @@ def _stamp(
 
 def _save(peft_model: PeftModel, initial: dict[str, Tensor], folder: Path, stamp: dict[str, Any]) -> None:
     with atomic_folder(folder) as part:
-        peft_model.active_peft_config.base_model_name_or_path = stamp["base_id"]
+        config = peft_model.active_peft_config
+        config.base_model_name_or_path = stamp["base_id"]
+        for name, value in vars(config).items():  # sets would be written in another order every time
+            setattr(config, name, sorted(value) if isinstance(value, set) else value)
         peft_model.save_pretrained(str(part), save_embedding_layers=False)
         (part / "README.md").unlink(missing_ok=True)
         if initial:
@@ -596,6 +602,9 @@ def main(command: TrainCommand) -> None:
     for sign in command.signs:
         choose("sign", sign, SIGNS)
     pairs = data_folder(command.out, command.model, behavior.name) / PAIRS_FILE
+    if not pairs.is_file():
+        options = f"--behavior {command.behavior}{model_flag(command.model)} --out {shlex.quote(str(command.out))}"
+        raise WsError(f"There are no contrast pairs at {pairs}; make them with `ws data {options}`.")
     read_pairs(pairs)
     model, tok = load_model(command.model, command.device, command.dtype)
     run = on_main(lambda: Run(run_folder(command.out, behavior.name, command.adapter, command.seed), command.fresh))

@@ -365,7 +365,7 @@ def options(tiny, tmp_path):
 
 
 def read(file: Path) -> list[dict[str, str]]:
-    with file.open() as handle:
+    with file.open(encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 

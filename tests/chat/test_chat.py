@@ -204,6 +204,21 @@ def test_the_command_says_what_it_is_told_or_what_comes_through_a_pipe(out, monk
         main(replace(options, say=()))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_bytes_that_are_no_utf8_are_named(out, monkeypatch, capsys, encoding):
+    options = parse(ChatOptions, ["--out", str(out), "--device", "cpu", "--max-new-tokens", "2"])
+    piped = io.TextIOWrapper(io.BytesIO(b"Is the s\xfcn a star?\n"), encoding=encoding)
+    monkeypatch.setattr(sys, "stdin", piped)
+    with pytest.raises(ws.WsError, match="byte 0xfc, which is not UTF-8"):
+        main(options)
+    with pytest.raises(ws.WsError, match="byte 0xfc, which is not UTF-8"):
+        main(replace(options, say=("s\udcfcn",)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Is the sün a star?\n".encode()), encoding=encoding))
+    capsys.readouterr()
+    main(options)
+    assert "sün" in capsys.readouterr().err
+
+
 def test_for_scripts_the_talk_is_one_json_object(out, monkeypatch, capsys):
     said = ["/alpha -2", QUESTION, "/probs yes no"]
     monkeypatch.setattr(sys, "argv", ["ws", "--out", str(out), "--device", "cpu", "--json", "--quiet", "--say", *said])

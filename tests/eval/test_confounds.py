@@ -343,7 +343,7 @@ def yes_vector(tmp_path_factory) -> Path:
 
 
 def read(file: Path) -> list[dict[str, str]]:
-    with file.open() as handle:
+    with file.open(encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 

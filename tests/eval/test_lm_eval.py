@@ -133,7 +133,7 @@ def options(pocket, folder, tmp_path) -> LmEvalOptions:
 
 
 def read(file: Path) -> list[dict[str, str]]:
-    with file.open() as handle:
+    with file.open(encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 

@@ -234,7 +234,7 @@ def run(context: EvalContext) -> str:
 
 
 def read(file: Path) -> list[dict[str, str]]:
-    with file.open() as handle:
+    with file.open(encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 

@@ -440,7 +440,15 @@ def test_a_template_that_does_not_work_is_a_sentence():
     with pytest.raises(ws.WsError, match=r"chat template of .* cannot render user \(no such thing\)"):
         render_prompt(tok, "Q")
     tok.chat_template = {"tools": TURNS}
-    with pytest.raises(ws.WsError, match="no default"):
+    with pytest.raises(ws.WsError, match=r"several chat templates \(tools\) and no default one"):
+        render_prompt(tok, "Q")
+    tok.chat_template = "{% for m in messages %}<|user|>{{ m['content'][0]['text'] }}{% endfor %}" + ASKS
+    with pytest.raises(ws.WsError, match="leaves out what the user says.*list of parts"):
+        render_prompt(tok, "Q")
+    tok.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}" + TURNS
+    )
+    with pytest.raises(ws.WsError, match=r"cannot render user \(system first\)"):
         render_prompt(tok, "Q")
     tok.chat_template = {"tools": "other", "default": TURNS + ASKS}
     assert render_prompt(tok, "Q") == "<|user|>\nQ<|end|>\n<|assistant|>\n"

@@ -43,7 +43,9 @@ def run(words: Sequence[str], cwd: Path, slow: float = 0.0) -> subprocess.Comple
     with tempfile.TemporaryDirectory() as scratch:
         process = start(words, cwd, Path(scratch), slow)
         process.join()
-        said = [f.read_text() if f.exists() else "" for f in (Path(scratch) / "out", Path(scratch) / "err")]
+        said = [
+            f.read_text(encoding="utf-8") if f.exists() else "" for f in (Path(scratch) / "out", Path(scratch) / "err")
+        ]
     assert process.exitcode is not None
     return subprocess.CompletedProcess(list(words), process.exitcode, *said)
 

@@ -28,5 +28,5 @@ def rows(trait: str, n: int = 8) -> list[dict]:
 def folder(path: Path, **tables: list[dict]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     for trait, table in tables.items():
-        (path / f"{trait}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in table))
+        (path / f"{trait}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in table), encoding="utf-8")
     return path

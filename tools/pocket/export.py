@@ -62,7 +62,14 @@ def machine() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+        cpu = next(
+            (
+                line.split(":")[1].strip()
+                for line in info.read_text(encoding="utf-8").splitlines()
+                if "model name" in line
+            ),
+            cpu,
+        )
     return f"{cpu}, {os.cpu_count()} cores, no GPU"
 
 
@@ -73,7 +80,7 @@ def write_probes(path: Path) -> None:
         "note": "Render with the chat template, enable_thinking=False; append `prefill`; read the next token.",
         "items": build_probes("dev") + build_probes("report"),
     }
-    path.write_text(json.dumps(payload, indent=1) + "\n")
+    path.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
 
 
 def save_model(source: Path, target: Path) -> None:
@@ -93,15 +100,15 @@ def save_model(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     # Where the checkpoint was loaded from is nobody's business later.
     settings = target / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(settings.read_text()).items() if "local" not in key}
-    settings.write_text(json.dumps(kept, indent=2) + "\n")
+    kept = {key: value for key, value in json.loads(settings.read_text(encoding="utf-8")).items() if "local" not in key}
+    settings.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     for path in target.iterdir():
         path.chmod(0o644)
 
 
 def package(work: Path, out: Path, report: bool, others: list[Path]) -> dict[str, Any]:
     """Build the shipped folder from `work` beside `out`, then move its files into place one by one."""
-    training = json.loads((work / "training.json").read_text())
+    training = json.loads((work / "training.json").read_text(encoding="utf-8"))
     fresh = out.parent / f".{out.name}-new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -128,26 +135,27 @@ def package(work: Path, out: Path, report: bool, others: list[Path]) -> dict[str
         "seeds": {str(training["settings"]["seed"]): seed},
     }
     for other in others:
-        build["seeds"][str(json.loads((other / "training.json").read_text())["settings"]["seed"])] = other_seed(
-            other, report
+        build["seeds"][str(json.loads((other / "training.json").read_text(encoding="utf-8"))["settings"]["seed"])] = (
+            other_seed(other, report)
         )
     shipped = sorted(path for path in fresh.rglob("*") if path.is_file())
     build["files"] = {
         ("../behaviors/pocket/" + path.name if path in behaviors else path.relative_to(fresh).as_posix()): sha256(path)
         for path in shipped
     }
-    (fresh / "build.json").write_text(json.dumps(build, indent=1) + "\n")
-    (fresh / "README.md").write_text(model_card(build))
-    (fresh / "__init__.py").write_text(
+    (fresh / "build.json").write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
+    (fresh / "README.md").write_text(model_card(build), encoding="utf-8")
+    about = (
         '"""The bundled pocket model: weights, tokenizer and data files, no code. Its README.md is the model card."""\n'
     )
+    (fresh / "__init__.py").write_text(about, encoding="utf-8")
     place(fresh, out)
     return build
 
 
 def other_seed(work: Path, report: bool) -> dict[str, Any]:
     """The numbers of a seed that is trained for comparison and not shipped."""
-    training = json.loads((work / "training.json").read_text())
+    training = json.loads((work / "training.json").read_text(encoding="utf-8"))
     return {**training, "dev": measure(work, "dev"), "report": measure(work, "report") if report else None}
 
 

@@ -105,7 +105,7 @@ def write_behaviors(folder: Path) -> list[Path]:
         ),
     }
     for name, text in texts.items():
-        (folder / f"{name}.toml").write_text(text)
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     return [folder / f"{name}.toml" for name in texts]
 
 
@@ -252,5 +252,5 @@ def write_data(folder: Path) -> list[Path]:
         ],
     }
     for name, rows in tables.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [folder / f"{name}.jsonl" for name in tables]

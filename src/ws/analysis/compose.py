@@ -22,7 +22,6 @@ a vector's folder. A hyphen inside a name belongs to it; names with other signs 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +38,7 @@ from ws.adapters import FAMILIES
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.tables import DRAW_SEED
 from ws.diff import MANIFEST, SteeringVector, vector_digest
-from ws.errors import WsError, did_you_mean
+from ws.errors import FLOAT32_MAX, WsError, did_you_mean
 from ws.eval.context import TABLES_VERSION, EvalContext
 from ws.eval.evaluation import Rows, Scores
 from ws.eval.prompts import notes_on
@@ -181,8 +180,8 @@ class _Reader:
                 value, units = self.number()
         else:
             raise self.wrong("the name of a vector or a number")
-        if value == 0 or not math.isfinite(value):
-            what = "0, so it adds nothing" if value == 0 else "infinite"
+        if value == 0 or value > FLOAT32_MAX:
+            what = "0, so it adds nothing" if value == 0 else "infinite, or beyond float32"
             raise WsError(f"In {self.whole!r}, character {start + 1}: the coefficient of {name} is {what}.")
         return Term(name, sign * value, units)
 

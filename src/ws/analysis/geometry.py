@@ -109,7 +109,9 @@ def open_vector(folder: str | Path) -> Vector:
     file = next(f for n in (PEFT_WEIGHTS, NATIVE_WEIGHTS) if (f := folder / n).is_file())
     sizes = {name: (d.d_out, d.d_in) for name, d in vector.deltas.items()}
     about = (vector.base_id, vector.base_fingerprint, vector.info)
-    shared = json.loads((folder / MANIFEST).read_text()).get("shared", {})  # which of them the file holds it under
+    shared = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get(
+        "shared", {}
+    )  # which of them the file holds it under
     return StoredVector(file, *about, sizes, shared, vector.is_low_rank)
 
 

@@ -447,7 +447,9 @@ def _claim_test(draft: Draft, raw: Mapping[str, Any], model: str | None) -> tupl
     table = _table(draft, raw, "claims", BORROWING_KEYS if lends else CLAIM_KEYS)
     if table is None:
         return None, b""
-    if table.get("effect") not in (-1, 1):
+    effect = table.get("effect")
+    if type(effect) is not int or effect not in (-1, 1):  # to Python `true` is 1
+        effect = 1
         draft.refuse(where, f"effect must be 1 or -1, not {table.get('effect')!r}.")
     if lends:
         source = _text(draft, table, "source", where)
@@ -463,10 +465,12 @@ def _claim_test(draft: Draft, raw: Mapping[str, Any], model: str | None) -> tupl
         opener=str(table.get("opener", "")),
         agree=_text(draft, table, "agree", where),
         disagree=_text(draft, table, "disagree", where),
-        effect=table["effect"] if table.get("effect") in (-1, 1) else 1,
+        effect=effect,
         claims=_claims(draft, table.get("items")),
         about=about,
     )
+    if test.agree and test.agree.strip() == test.disagree.strip():
+        draft.refuse(where, f"agree and disagree are the same answer, {test.agree!r}; they must differ.")
     return test, borrowed
 
 

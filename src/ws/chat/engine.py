@@ -40,7 +40,7 @@ from ws.analysis.controls import draw_seed
 from ws.behaviors import behavior_name
 from ws.console import say
 from ws.diff import SteeringVector
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_characters, require_seed
 from ws.files.runs import run_folder
 from ws.lm.batches import left_pad, next_logits, padded_groups, takes_cache
 from ws.lm.choice import choice_variants
@@ -76,8 +76,7 @@ class Sampling:
             raise WsError(f"The temperature must be 0 or a positive number, not {self.temperature}.")
         if self.max_tokens < 1:
             raise WsError(f"An answer needs at least 1 token, not {self.max_tokens}.")
-        if self.seed < 0:
-            raise WsError(f"The sampling seed must be 0 or more, not {self.seed}.")
+        require_seed(self.seed, "The sampling seed")
 
 
 @dataclass(frozen=True)
@@ -349,7 +348,7 @@ class Conversation:
 
     def stream(self, question: str) -> Iterator[Turn]:
         """Ask; yields the turn after every token. A question that is being answered meanwhile is stopped there."""
-        if not question.strip():
+        if not require_characters(question, "The message").strip():
             raise WsError("The message is empty.")
         with self._lock:
             self.stop()
@@ -436,6 +435,7 @@ class Conversation:
         """
         if not words:
             raise WsError("Name at least one word.")
+        require_characters(" ".join([*words, question, opener]), "What is asked")
         with self._lock:
             messages: list[Message] = [{"role": "user", "content": question}]
             if not question:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from io import StringIO, TextIOBase
+from io import StringIO, TextIOBase, TextIOWrapper
 from typing import Any, TextIO
 
 from tabulate import tabulate
@@ -22,7 +22,7 @@ from tabulate import tabulate
 from ws import console
 from ws.chat.engine import BASE, STEERED, Conversation, Turn, first_conversation, open_engine
 from ws.console import say
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_characters
 from ws.options.use import ChatOptions as ChatOptions
 
 PROMPT = "you> "
@@ -171,7 +171,7 @@ def carry_out(chat: Chat, lines: Iterable[str]) -> None:
     """Take lines that are there already, each shown on stderr first; the first error ends it."""
     for line in lines:
         if line.strip():
-            say(f"{PROMPT}{line.strip()}")
+            say(f"{PROMPT}{require_characters(line, 'The message').strip()}")
             chat.take(line)
         if chat.over:
             return
@@ -209,6 +209,8 @@ def main(options: ChatOptions) -> None:
     """The command `ws chat`."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep, and an interrupt only stops an answer
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes that are no UTF-8 are refused with the message that they are in
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     with open_engine(options) as engine:
         chat = Chat(
             first_conversation(options, engine), StringIO() if console.wants_json() else sys.stdout, options.compare

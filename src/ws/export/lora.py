@@ -15,7 +15,8 @@ from ws import console
 from ws.diff import SteeringVector
 from ws.errors import WsError
 from ws.export.source import strength_text, vector_of
-from ws.lm.models import layer_of, load_model
+from ws.files.gguf import gguf_file
+from ws.lm.models import layer_of, load_model, model_folder
 from ws.options.use import LoraOptions as LoraOptions
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
@@ -78,7 +79,7 @@ def vllm_lines(folder: Path, name: str, base: str, rank: int) -> list[str]:
     if not fitting:
         return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}; this one has {rank}. Use `ws export merged` for it."]
     options = f"--enable-lora --max-lora-rank {fitting[0]} --lora-modules {name}={folder}"
-    return [f"vllm serve {base} {options}"]
+    return [f"vllm serve {gguf_file(base) or model_folder(base)} {options}"]  # vLLM knows no bundled names
 
 
 def main(options: LoraOptions) -> None:

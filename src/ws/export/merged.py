@@ -185,13 +185,13 @@ def _say_untied(base: Checkpoint, added: Mapping[str, Place], part: Path) -> Non
     Raises:
         WsError: this architecture's configuration does not say it in a way that is known here.
     """
-    config = json.loads((part / CONFIG).read_text())
+    config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = False
     for settings in [config, *(value for value in config.values() if isinstance(value, dict))]:
         settings |= {flag: False for flag in TIE_FLAGS if flag in settings}
     write_json(part / CONFIG, config)
     if (part / INDEX).is_file():
-        index = json.loads((part / INDEX).read_text())
+        index = json.loads((part / INDEX).read_text(encoding="utf-8"))
         index["weight_map"] |= {name: file.name for name, (file, _) in added.items()}
         sizes = [base.tensor(name).nbytes for name in added]
         if "total_size" in index.get("metadata", {}):

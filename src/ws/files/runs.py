@@ -94,6 +94,11 @@ def seed_flag(seed: int) -> str:
     return f" --seed {seed}" if seed else ""
 
 
+def model_flag(model: str | None) -> str:
+    """What names a model on a command line, and nothing for the one that every command takes anyway."""
+    return "" if model in (None, DEFAULT_MODEL) else f" --model {shlex.quote(str(model))}"
+
+
 # ---- atomic writes --------------------------------------------------------------------------------------------
 
 
@@ -334,7 +339,7 @@ class Run:
         if not file.is_file():
             return {"format": 1, "stages": {}}
         try:
-            return json.loads(file.read_text())
+            return json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as problem:
             raise WsError(f"{file} is damaged ({problem}); use --fresh to start over.") from problem
 

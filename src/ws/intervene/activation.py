@@ -35,7 +35,7 @@ from ws.behaviors import Behavior, Claim
 from ws.behaviors.acting import preference_margins
 from ws.console import progress
 from ws.data import Pair, answer_ids, prompt_ids
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_strength
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json
 from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
 from ws.lm.choice import score_choices
@@ -88,9 +88,8 @@ class ActivationVector:
         return replace(self, vectors=self.vectors + other.vectors, recipe=recipe, info=shared)
 
     def __mul__(self, scalar: float | int) -> ActivationVector:
-        if not math.isfinite(scalar):
-            raise WsError(f"An activation vector cannot be multiplied by {scalar}.")
-        recipe = {"op": "*", "scalar": float(scalar), "of": self.recipe}
+        scalar = require_strength(scalar, "What an activation vector is multiplied by")
+        recipe = {"op": "*", "scalar": scalar, "of": self.recipe}
         return replace(self, vectors=self.vectors * scalar, recipe=recipe)
 
     __rmul__ = __mul__
@@ -428,6 +427,7 @@ def activation_steer(
             stack.enter_context(ends.followed(model))
         for layer, step in steps.items():
             stack.callback(blocks[layer].register_forward_hook(_Adder(step, dial, ends)).remove)
+        stack.callback(dial.end)
         yield dial
 
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors.tables import evenly
 from ws.diff import CALIBRATION, CALIBRATION_FORMAT, Units, parse_number, parse_units, read_calibrated
-from ws.errors import WsError
+from ws.errors import WsError, require_strength
 from ws.files.runs import sha256_json, write_json
 from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
@@ -243,8 +243,7 @@ class Calibration:
         Raises:
             WsError: units that are not finite, or of a side whose calibration did not converge.
         """
-        if not math.isfinite(units):
-            raise WsError(f"Calibrated units must be a finite number, not {units}.")
+        units = require_strength(units, "Calibrated units")
         if units == 0:
             return 0.0
         side = self.side(units)

@@ -170,7 +170,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         raise WsError(
             f"The folder {folder} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
         )
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise WsError(f"The checkpoint {folder} lacks {', '.join(absent)}; download it again.")
     return tuple(folder / name for name in names)

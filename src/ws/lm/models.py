@@ -44,7 +44,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ws.console import quiet_transformers, say
-from ws.errors import WsError, choose, did_you_mean
+from ws.errors import WsError, choose, did_you_mean, shortened
 from ws.files.gguf import SMOLLM2, gguf_file, read_header, without_bars
 from ws.files.runs import DEFAULT_MODEL, model_name, sha256_file, sha256_json
 from ws.lm.hub import hub_is_out_of_reach
@@ -296,7 +296,11 @@ def chat_template(tok: Tokenizer) -> str | None:
     try:
         return tok.get_chat_template() if tok.chat_template else None
     except ValueError as problem:
-        raise WsError(f"The tokenizer {tok.name_or_path} has several chat templates and no default one.") from problem
+        named = ", ".join(map(str, tok.chat_template or ()))
+        raise WsError(
+            f"The tokenizer {tok.name_or_path} has several chat templates ({named}) and no default one; set "
+            "`tok.chat_template` to the text of one of them."
+        ) from problem
 
 
 def chat_format(tok: Tokenizer) -> ChatFormat:
@@ -314,7 +318,13 @@ def _chat_format(tok: Tokenizer, template: str | None, *state: Any) -> ChatForma
     think, close = _single_id(tok, "<think>"), _single_id(tok, "</think>")
     if template is None:
         return ChatFormat(False, False, False, False, think, close, "", " ", "", tok.eos_token_id)
-    user = [{"role": "user", "content": "Q"}]
+    user = [{"role": "user", "content": "Zyx question"}]
+    if "Zyx question" not in _apply(tok, user):
+        raise WsError(
+            f"The chat template of {tok.name_or_path} leaves out what the user says where that is a text; it asks for "
+            "something else, such as content as a list of parts, which is not supported: give the tokenizer one for "
+            "texts."
+        )
     switch = _apply(tok, user, enable_thinking=True) != _apply(tok, user, enable_thinking=False)
     header, before, after, end = _around_answer(tok, switch)
     return ChatFormat(
@@ -673,7 +683,7 @@ def parse_layers(spec: str | Sequence[int], count: int) -> tuple[int, ...]:
 
     Fractions are rounded to the nearest layer, the end excluded: `0.3:0.8` of 28 layers is 8..21, of 4 layers 1..2.
     """
-    where = f"--layers {spec} of a model with {count} layers"
+    where = f"layers {shortened(spec)} of a model with {count} layers"
     if not isinstance(spec, str):
         layers = [int(i) for i in spec]
     elif spec == "all":
@@ -693,7 +703,7 @@ def _parse_layer_text(spec: str, count: int) -> list[int]:
         return [int(part) for part in spec.split(",")]
     start, stop = spec.split(":")
     if "." not in spec:
-        return list(range(int(start or 0), int(stop or count)))
+        return list(range(max(int(start or 0), -1), min(int(stop or count), count + 1)))  # out of range, but not by far
     low, high = float(start or 0), float(stop or 1)
     if not 0 <= low < high <= 1:
         raise ValueError

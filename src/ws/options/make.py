@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_strength, shortened
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT
 from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, NamesModel, shared_with
 
@@ -22,6 +21,7 @@ BACKENDS = ("local", "pueue", "ray")
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # What sweeps do by themselves; the others need items that not every behaviour brings.
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
+MOST = 2**31 - 1  # of whatever is counted; libraries fail in their own ways beyond
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 # One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
 RESERVE = 5
@@ -177,8 +177,8 @@ class TrainConfig:
         positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length}
         positive |= {"--max-steps": 1 if self.max_steps is None else self.max_steps}
         for flag, value in positive.items():
-            if not (value > 0 and math.isfinite(value)):
-                raise WsError(f"{flag} must be positive, not {value}.")
+            if not 0 < value <= MOST:
+                raise WsError(f"{flag} must be positive and at most {MOST}, not {shortened(value)}.")
         if self.batch % self.micro_batch:
             raise WsError(f"--micro-batch {self.micro_batch} must divide --batch {self.batch}.")
         if not 0 <= self.validation < 1:
@@ -442,6 +442,8 @@ class QueueConfig(_OfBehavior):
     def check(self) -> None:
         """`WsError` for a back end that does not exist and numbers out of range."""
         choose("back end", self.backend, BACKENDS)
+        for alpha in self.alphas:
+            require_strength(alpha, "Each of --alphas")
         least = {"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)}
         least |= {"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)}
         for flag, (value, low) in least.items():

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import tyro
 
 from ws.behaviors import behavior_name
-from ws.errors import WsError, choose
-from ws.files.runs import DEFAULT_OUT, model_name, run_folder, seed_flag
+from ws.errors import WsError, choose, require_strength
+from ws.files.runs import DEFAULT_OUT, model_flag, model_name, run_folder, seed_flag
 
 # Adapter families, in the order of tables; `ws.adapters` knows how each is trained.
 ADAPTERS = ("ia3", "oft", "dora", "lora", "pissa", "delora")
@@ -43,13 +43,15 @@ def shared_with(target: type[Target], source: Any, **others: Any) -> Target:
     return target(**{name: getattr(source, name) for name in both} | others)
 
 
-def folder_with_vector(out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "") -> Path:
+def folder_with_vector(
+    out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "", model: str | None = None
+) -> Path:
     """A run's folder; `WsError` with the command that makes its vector, and with another way out, when it has none."""
     folder = run_folder(out, behavior_name(behavior), adapter, seed)
     if not (folder / "vector").is_dir():
         raise WsError(
             f"There is no vector in {folder}; make it with `ws replicate --behavior {behavior} "
-            f"--adapter {adapter}{seed_flag(seed)}`{otherwise}."
+            f"--adapter {adapter}{seed_flag(seed)}{model_flag(model)}`{otherwise}."
         )
     return folder
 
@@ -93,7 +95,7 @@ class RunOptions(NamesModel):
 
     def require(self) -> None:
         """`WsError` unless the run is there."""
-        folder_with_vector(self.out, self.behavior, self.adapter, self.seed)
+        folder_with_vector(self.out, self.behavior, self.adapter, self.seed, model=self.model)
 
     @property
     def precision(self) -> str:
@@ -151,8 +153,8 @@ class EvalOptions(RunOptions):
         if len(set(self.interventions)) != len(self.interventions) or not self.interventions:
             raise WsError(f"--interventions must name at least one, each once, not {list(self.interventions)}.")
         for alpha in self.alphas:
-            if not isinstance(alpha, str) and not math.isfinite(alpha):
-                raise WsError(f"--alphas must be finite numbers, not {alpha}.")
+            if not isinstance(alpha, str):
+                require_strength(alpha, "Each of --alphas")
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,8 @@ class EngineOptions(RunOptions):
         if not (self.vectors or (folder / "vector").is_dir()):
             raise WsError(
                 f"There is no vector in {folder}; `ws demo` makes one on the bundled model, and `ws replicate "
-                f"--behavior {self.behavior} --adapter {self.adapter}` on others. Or name some with --vectors."
+                f"--behavior {self.behavior} --adapter {self.adapter}{model_flag(self.model)}` on others. Or name some "
+                "with --vectors."
             )
 
 

@@ -413,7 +413,11 @@ def _confounds(contents: Contents, evidence: Sequence[Evidence]) -> list[Caution
     found = []
     for e in evidence:
         if e.agreement is not None and e.agreement.kind in (AGREEMENT, MIXED, UNDECIDED) and e.point.is_readable:
-            found.append(Caution(f"{e.adapter} at alpha {strength(e.point.alpha)}: {e.agreement.line}.", "checks"))
+            found.append(
+                Caution(
+                    f"{e.adapter} at alpha {strength(e.point.alpha)}: {e.agreement.line.removesuffix('.')}.", "checks"
+                )
+            )
     for run in contents.results:
         for row in run.tables.get((CONFOUNDS, "summary"), ()):
             for name in filter(None, row["strong"].split(", ")):

@@ -185,7 +185,7 @@ def _quote(word: str) -> str:
 
 
 def _pueue(words: Sequence[str], tolerate: str | None = None) -> str:
-    done = subprocess.run(["pueue", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(["pueue", *words], capture_output=True, text=True, encoding="utf-8", check=False)
     said = (done.stdout + done.stderr).strip()
     if done.returncode and not (tolerate and tolerate in said):
         raise WsError(f"`pueue {words[0]}` failed: {said}. Is its daemon running (`pueued -d`)?")

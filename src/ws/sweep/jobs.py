@@ -31,6 +31,7 @@ STATE = "state.json"
 DONE, KEPT, FAILED, NOT_RUN, QUEUED = "done", "kept", "failed", "not run", "queued"
 GRACE = 10.0  # seconds a command gets to put its things in order when the queue is interrupted
 _PR_SET_PDEATHSIG = 1
+_IS_POSIX = os.name == "posix"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Ledger:
     def _read(self) -> dict[str, Any]:
         file = self.folder / STATE
         try:
-            return json.loads(file.read_text())["jobs"] if file.is_file() else {}
+            return json.loads(file.read_text(encoding="utf-8"))["jobs"] if file.is_file() else {}
         except (json.JSONDecodeError, KeyError) as problem:
             raise WsError(f"{file} is damaged ({problem!r}); delete it to start over.") from problem
 
@@ -170,7 +171,8 @@ class Children:
         with self._lock:
             if self._stopped:
                 return -signal.SIGTERM
-            process = subprocess.Popen(command, process_group=0, preexec_fn=_die_with_parent(), **options)
+            apart: dict[str, Any] = {"process_group": 0, "preexec_fn": _die_with_parent()} if _IS_POSIX else {}
+            process = subprocess.Popen(command, **apart, **options)
             self._running.add(process)
         code = process.wait()
         with self._lock:
@@ -182,17 +184,21 @@ class Children:
         with self._lock:
             self._stopped, running = True, list(self._running)
         for process in running:
-            _signal_group(process.pid, signal.SIGTERM)
+            _end(process, by_force=False)
         deadline = time.monotonic() + GRACE
         for process in running:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            _signal_group(process.pid, signal.SIGKILL)
+            _end(process, by_force=True)
 
 
-def _signal_group(group: int, number: int) -> None:
+def _end(process: subprocess.Popen[bytes], by_force: bool) -> None:
+    """End a process and all that it has started; other systems than POSIX know no groups, and end it alone."""
+    if not _IS_POSIX:
+        process.kill() if by_force else process.terminate()
+        return
     with suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(process.pid, signal.SIGKILL if by_force else signal.SIGTERM)
 
 
 def _die_with_parent() -> Callable[[], None] | None:
