@@ -204,9 +204,11 @@ def test_alpha_must_be_finite_and_at_most_one_per_row(setting, alpha):
 )
 def test_alpha_beyond_float32_is_a_sentence(setting, alpha):
     model, v = setting
-    with pytest.raises(ws.WsError, match="must be (within float32|a finite number)") as said:
-        with ws.steer(model, v["lora"], alpha):
-            pass
+    with (
+        pytest.raises(ws.WsError, match="must be (within float32|a finite number)") as said,
+        ws.steer(model, v["lora"], alpha),
+    ):
+        pass
     assert len(str(said.value)) < 200
     with pytest.raises(ws.WsError, match="within float32"):
         _ = v["lora"] * 1e39
@@ -239,7 +241,7 @@ def test_a_dial_whose_block_has_ended_says_so(setting):
 
 
 API = """
-import sys, torch, ws
+import sys, torch, ws, ws.adapters
 from ws.delta import LinearDelta
 model, _ = ws.load_model("tiny-random", device="cpu")
 name = "model.layers.1.mlp.down_proj"

@@ -454,6 +454,19 @@ def test_a_template_that_does_not_work_is_a_sentence():
     assert render_prompt(tok, "Q") == "<|user|>\nQ<|end|>\n<|assistant|>\n"
 
 
+def test_a_system_prompt_that_the_template_brings_is_named_and_left_alone():
+    own = "{% if messages[0].role != 'system' %}<|system|>\nBe helpful.<|end|>\n{% endif %}"
+    tok = with_template("bytes", own + TURNS + ASKS)
+    assert chat_format(tok).default_system == "Be helpful."
+    assert "its own system prompt where none is given ('Be helpful.')" in chat_format(tok).describe()
+    assert render_prompt(tok, "Q", system="") == "<|system|>\nBe helpful.<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    assert "helpful" not in render_prompt(tok, "Q", system="Be brief.")
+    tok.chat_template = tok.chat_template.removeprefix(own)
+    assert chat_format(tok).default_system == ""
+    assert render_prompt(tok, "Q", system="") == "<|user|>\nQ<|end|>\n<|assistant|>\n"
+    assert chat_format(load_tokenizer("pocket")).default_system == ""
+
+
 # ---- what texts depend on -------------------------------------------------------------------------------------------
 
 

@@ -209,7 +209,8 @@ def main(options: ChatOptions) -> None:
     """The command `ws chat`."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep, and an interrupt only stops an answer
-    if isinstance(sys.stdin, TextIOWrapper):  # bytes that are no UTF-8 are refused with the message that they are in
+    if not options.say and isinstance(sys.stdin, TextIOWrapper):
+        # Bytes that are no UTF-8 are then refused with the message that they are in.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     with open_engine(options) as engine:
         chat = Chat(

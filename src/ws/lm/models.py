@@ -268,6 +268,7 @@ class ChatFormat:
         after_answer: what the template writes between an answer and the token that ends the turn, mostly nothing.
         end_of_turn_id: the token that ends an assistant turn: what the template writes there, else the end of text;
             None when the tokenizer has neither.
+        default_system: the system text that the template puts into a conversation without one; mostly empty.
     """
 
     has_template: bool
@@ -280,12 +281,16 @@ class ChatFormat:
     before_answer: str
     after_answer: str
     end_of_turn_id: int | None
+    default_system: str = ""
 
     def describe(self) -> str:
         """One line for a person: what the template lacks is what a run works around."""
         if not self.has_template:
             return "no chat template: a plain transcript is used"
         system = "a system role" if self.system_role else "no system role (personas go into the user turn)"
+        system += (
+            f", its own system prompt where none is given ({self.default_system!r})" if self.default_system else ""
+        )
         think = "a thinking switch (off)" if self.thinking_switch else "no thinking switch"
         today = f", its date fixed to {FIXED_DATE:%d %b %Y}" if self.has_date else ""
         return f"chat template with {system} and {think}{today}"
@@ -338,6 +343,7 @@ def _chat_format(tok: Tokenizer, template: str | None, *state: Any) -> ChatForma
         before_answer=before,
         after_answer=after,
         end_of_turn_id=end,
+        default_system=_default_system(tok) if _renders_system(tok) else "",
     )
 
 
@@ -354,7 +360,7 @@ def render_prompt(
 
     Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
     of models that have one. Where `system` is None the tokenizer's own holds (see `default_system`), where it is empty
-    there is none. `earlier` messages, user's and assistant's in turn, each with `role` and `content`, stand before the
+    none is given, and a template that has one for that case (`ChatFormat.default_system`) puts it in. `earlier` messages, user's and assistant's in turn, each with `role` and `content`, stand before the
     user's; the system text stands before them. Tokenise the result with `encode`, which knows whether it begins with a
     start of text already.
     """
@@ -409,6 +415,14 @@ def _renders_system(tok: Tokenizer) -> bool:
             return probe in _apply(tok, [{"role": "system", "content": probe}, {"role": "user", "content": "Q"}])
     except WsError:  # refused: there is no such role
         return False
+
+
+def _default_system(tok: Tokenizer) -> str:
+    """What stands in a conversation without a system message where the text of one would."""
+    probe, user = "Zyx probe", [{"role": "user", "content": "Q"}]
+    head, _, tail = _apply(tok, [{"role": "system", "content": probe}, *user]).partition(probe)
+    plain = _apply(tok, user)
+    return plain[len(head) : len(plain) - len(tail)] if plain.startswith(head) and plain.endswith(tail) else ""
 
 
 def _around_answer(tok: Tokenizer, switch: bool) -> tuple[str, str, str, int | None]:
