@@ -39,6 +39,21 @@ def tracked(*suffixes: str) -> list[Path]:
     return [f for f in files if f.name.endswith(suffixes) and f.is_file()]
 
 
+def test_texts_are_read_and_written_in_a_stated_encoding():
+    """Ruff sees it where it knows the type; this sees it wherever a method has the name."""
+    unstated = []
+    for file in tracked(".py"):
+        if file.is_relative_to(ROOT / "tests"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                named = {k.arg for k in node.keywords}
+                starts = node.func.attr in ("run", "Popen", "check_output") and "text" in named
+                text = node.func.attr in ("read_text", "write_text") or starts
+                unstated += [f"{file.name}:{node.lineno}"] if text and "encoding" not in named else []
+    assert not unstated
+
+
 def test_functions_fit_a_screen():
     long = []
     for file in tracked(".py"):

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,6 +61,7 @@ from ws.options.make import TrainConfig as TrainConfig
 from ws.options.make import train_preset as train_preset
 
 TRAIN_FILE = "ws_train.json"
+_NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 T = TypeVar("T")
 
 
@@ -310,7 +312,10 @@ def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[t
     attributes, training = set(vars(model)), model.training
     kept = _copy_weights(model, list(config.target_modules)) if spec.family == "pissa" else {}
     set_seed(seed)
-    peft_model = get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as problem:
+        raise WsError(f"PEFT cannot put a {spec.family} adapter on {model_id(model)} ({problem}).") from problem
     # With a base name PEFT would ask the hub for its config at every checkpoint; the name is put back when saving.
     name, model.name_or_path = model.name_or_path, None
     peft_model.active_peft_config.base_model_name_or_path = None
@@ -416,7 +421,16 @@ def _fit(
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
-    trainer.train(resume_from_checkpoint=on_main(lambda: _last_whole_checkpoint(work)))
+    try:
+        trainer.train(resume_from_checkpoint=on_main(lambda: _last_whole_checkpoint(work)))
+    except RuntimeError as problem:
+        if not _NO_GRADIENT.search(str(problem)):
+            raise
+        kind = type(peft_model.get_base_model()).__name__
+        raise WsError(
+            f"A {kind} cannot be trained, because torch has no gradient for a part of it ({problem}); name modules "
+            "that lie behind it with --modules or --layers."
+        ) from problem
     trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {

@@ -80,7 +80,7 @@ def main(options: PushOptions) -> None:
         sizes = {f.name: f.stat().st_size for f in files}
         table = tabulate([[n, f"{s:,}"] for n, s in sizes.items()], ["file", "bytes"], colalign=("left", "right"))
         if o.dry_run:
-            text = (folder / CARD).read_text("utf-8")
+            text = (folder / CARD).read_text(encoding="utf-8")
             card = f"the card is {folder / CARD}" if o.to else f"the card:\n\n{text}"
             data = {"sent": False, "repo": o.repo, "bytes": sizes, "card": text}
             table = f"{table}\n\nNothing was sent to {o.repo}; {card}"

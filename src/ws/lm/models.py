@@ -360,9 +360,9 @@ def render_prompt(
 
     Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
     of models that have one. Where `system` is None the tokenizer's own holds (see `default_system`), where it is empty
-    none is given, and a template that has one for that case (`ChatFormat.default_system`) puts it in. `earlier` messages, user's and assistant's in turn, each with `role` and `content`, stand before the
-    user's; the system text stands before them. Tokenise the result with `encode`, which knows whether it begins with a
-    start of text already.
+    none is given, and a template that has one for that case (`ChatFormat.default_system`) puts it in. `earlier`
+    messages, user's and assistant's in turn, each with `role` and `content`, stand before the user's; the system text
+    stands before them. Tokenise the result with `encode`, which knows whether it begins with a start of text already.
     """
     form = chat_format(tok)
     system = default_system(tok) if system is None else system
