@@ -48,7 +48,7 @@ BAD_INPUT = {
     "no topics": (["replicate", *TINY, "--n-topics", "0"], "--n-topics 0 is out of range"),
     "rank 0": (["replicate", *TINY, "--rank", "0"], "--rank must be at least 1"),
     "layers out of range": (["replicate", *TINY, "--layers", "3:9"], "out of range"),
-    "alpha NaN": (["replicate", *TINY, "--alphas", "nan"], "--alphas must be finite"),
+    "alpha NaN": (["replicate", *TINY, "--alphas", "nan"], "--alphas must be a finite number"),
     "unknown split": (["replicate", *TINY[:2], "--split", "deev"], "Did you mean 'dev'"),
     "half-written folder": (["train", *TINY[:2]], "no contrast pairs"),
     "unknown demo adapter": (["demo", "--adapter", "loora"], "Did you mean 'lora'"),

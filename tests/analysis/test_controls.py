@@ -333,7 +333,7 @@ def test_other_evaluations_can_be_added(options, capsys):
     [
         ({"n_draws": 1}, "--n-draws must be at least 2"),
         ({"alphas": (0.0,)}, "other than 0"),
-        ({"alphas": (float("nan"),)}, "--alphas must be finite"),
+        ({"alphas": (float("nan"),)}, "--alphas must be a finite number"),
         ({"scores": ("falsehoods",)}, "no score named 'falsehoods'"),
         ({"scores": ()}, "no scores"),
         ({"adapter": "oft"}, "no vector"),
