@@ -26,7 +26,7 @@ def measure(adapter: str, folder: Path) -> dict[str, Any]:
     controls = harness.fresh_process(
         ["-m", "ws.analysis.controls", "--adapter", adapter, "--scores", *scores], cwd=folder
     )
-    run = folder / "out" / "honesty" / adapter
+    run = folder / "out" / "demo" / "honesty" / adapter
     stored = json.loads((run / "vector" / "calibration.json").read_text(encoding="utf-8"))
     sides = {name: stored[name] for name in ("positive", "negative")}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -104,6 +105,21 @@ def test_every_command_is_listed_once_and_is_there():
         assert name == QUEUE or (f"  {family} NAME " if member else f"  {name} ") in listed
         assert not member or family in FAMILIES
     assert len([line for line in listed.splitlines() if line.startswith("  ")]) <= 21
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_opens_with_a_whole_sentence(name):
+    """One that begins with what the command does: a verb, as in "Train one vector"."""
+    first = (inspect.getdoc(COMMANDS[name][1]) or "").split("\n")[0]
+    assert re.fullmatch(r"[A-Z][a-z]+ .*[.;`)]", first), first
+    assert first.split()[0] not in ("The", "A", "An", "All", "Every", "What", "Where", "Which", "How", "One", "Fewer")
+    assert "..." not in about(COMMANDS[name][1])
+
+
+@pytest.mark.parametrize("family", cli.FAMILIES)
+def test_a_family_says_what_it_is_and_how_it_is_used(family):
+    usage, _, title, *_ = cli._without_a_command([family, "--help"]).splitlines()
+    assert (usage, title) == (f"usage: ws {family} NAME [options]", cli.FAMILIES[family])
 
 
 @pytest.mark.parametrize(

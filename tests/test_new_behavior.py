@@ -202,6 +202,45 @@ def test_claims_of_one_kind_measure_agreement(check):
     assert "nothing would measure the effect" in errors[0].text
 
 
+PIRATE = GOOD.replace('"a truthful", "a sincere"', '"a pirate-like", "a swashbuckling"')
+PIRATE = PIRATE.replace('"a lying", "a deceptive"', '"a plain-spoken", "a sober"')
+
+
+def test_what_is_still_the_templates_under_other_personas_is_said(check):
+    """Otherwise a vector of honesty would pass for one of pirates, or one that does nothing."""
+    found = check(PIRATE)
+    assert {f.severity for f in found} == {"warning"}
+    assert [f.where for f in found] == ["[claims] items", "summary", "[questions]"]
+    assert all("still the template's" in f.text for f in found)
+    own = PIRATE.replace("Gives the right answer to a plain question, rather than a wrong one.", "Talks like a pirate.")
+    own = re.sub(r'claim = "', 'claim = "they say that ', own)
+    own = re.sub(r'^  "What ', '  "Arr, what ', own, flags=re.MULTILINE)
+    own = re.sub(r'^  "(How|Who|Which|Where) ', r'  "Arr, \1 ', own, flags=re.MULTILINE)
+    assert not [f for f in check(own) if "template's" in f.text]
+
+
+def test_a_style_has_a_template_that_no_claim_judges(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main_init(parse(InitOptions, ["rhymer", "--style"]))
+    assert capsys.readouterr().out.endswith("Next: fill it in, then ws behavior check rhymer.toml\n")
+    behavior = ws.load_behavior("rhymer.toml")
+    assert behavior.claims is None
+    assert [len(behavior.held_out(split)) for split in ("dev", "report")] == [6, 12]
+    assert not {p.question for p in behavior.preferences} & set(behavior.questions)
+    main_check(CheckOptions("rhymer.toml"))
+    out = capsys.readouterr().out
+    assert out.startswith("[ok] rhymer.toml: 0 errors, 0 warnings\n")
+    assert (
+        "judged by  preference for the positive of two held-out answers, which should rise (ws eval preference)" in out
+    )
+    with pytest.raises(WsError, match=r"rhymer.jsonl exists|rhymer.toml exists"):
+        main_init(parse(InitOptions, ["rhymer", "--style"]))
+    text = (tmp_path / "rhymer.toml").read_text().replace("a pirate", "a poet").replace("an old sea captain", "a bard")
+    (tmp_path / "rhymer.toml").write_text(text)
+    main_check(CheckOptions("rhymer.toml"))
+    assert "[warning] [preferences]: This is still the template's" in capsys.readouterr().out
+
+
 def test_text_that_is_not_utf8_is_placed(tmp_path):
     file = tmp_path / "x.toml"
     file.write_bytes(GOOD.encode() + "# ä".encode("latin-1"))
@@ -282,6 +321,7 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     main_check(parse(CheckOptions, ["mine.toml", "--model", "pocket"]))
     out = capsys.readouterr().out
     assert out.startswith("[ok] mine.toml: 0 errors, 0 warnings\n")
+    assert "judged by  agreement with held-out claims marked true = false, which should fall (ws eval sy" in out
     assert "report 12 false and 12 true; dev 4 false and 4 true" in out
     assert out.endswith("ws replicate --model pocket --behavior mine.toml --adapter delora\n")
     (tmp_path / "mine.toml").write_text(planted("effect = -1", "effect = 0").replace(QUESTION, ""))

@@ -174,7 +174,7 @@ def _without_a_command(arguments: Sequence[str]) -> str:
     if arguments[1:] and arguments[1] not in ("-h", "--help"):
         return ""
     members = {name: command for name, command in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
-    return _help({"": members}) if members else ""
+    return _help({FAMILIES[arguments[0]]: members}, f"ws {arguments[0]} NAME") if members else ""
 
 
 def _print_completion(words: Sequence[str]) -> None:
@@ -219,7 +219,7 @@ def _named(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     return choose("command", first, [*known, *FORMER]), rest
 
 
-def _help(groups: Mapping[str, Mapping[str, tuple[str, type]]]) -> str:
+def _help(groups: Mapping[str, Mapping[str, tuple[str, type]]], usage: str = "ws COMMAND") -> str:
     """The list of commands; of several groups a family is one line, with its members."""
     lines = list[str]()
     for title, commands in groups.items():
@@ -231,10 +231,10 @@ def _help(groups: Mapping[str, Mapping[str, tuple[str, type]]]) -> str:
                 rows[label] = f"{rows[label]}, {member}" if label in rows else f"{FAMILIES[family]}: {member}"
             else:
                 rows[name] = console.about(options)
-        lines += ["", *([title] if title else []), *(f"  {name:<19}  {text}" for name, text in rows.items())]
-    more = "ws COMMAND --help lists a command's options; ws --completion bash (zsh, tcsh) completes them."
+        lines += ["", title, *(f"  {name:<19}  {text}" for name, text in rows.items())]
+    more = f"{usage} --help lists a command's options; ws --completion bash (zsh, tcsh) completes them."
     last = ["", more, console.COMMON_FLAGS]
-    return "\n".join(["usage: ws COMMAND [options]", *lines, *last])
+    return "\n".join([f"usage: {usage} [options]", *lines, *last])
 
 
 if __name__ == "__main__":

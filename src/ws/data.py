@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
-from ws.behaviors.acting import acted, base_problems, persona_margins
+from ws.behaviors.acting import acted, base_findings, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly, json_lines
 from ws.errors import WsError, did_you_mean, require_characters, require_seed, shortened
@@ -52,10 +52,11 @@ from ws.lm.sampling import (
     sample_rows,
     sampling_settings,
 )
-from ws.options.make import MOST, questions_asked
+from ws.options.make import MOST, ReplicateConfig, questions_asked
 from ws.options.make import DataCommand as DataCommand
 from ws.options.make import DataConfig as DataConfig
 from ws.options.make import data_preset as data_preset
+from ws.options.shared import shared_with
 from ws.stats import LOW_MASS, estimate_mean, estimate_text
 
 PAIRS_FILE = "pairs.jsonl"
@@ -75,6 +76,18 @@ N_READ, NAMED_SHARE, SHORT, SHORT_SHARE = 64, 0.05, 5, 0.1
 RIGHT = "Is the answer factually right? Answer Yes or No."
 # Pairs that are sampled before they are saved, where the batch size is found; an interruption loses at most so many.
 _CHUNK = 128
+# Answers of each persona that are sampled and looked at before all others, and the share of them from which on they are
+# said to talk about their persona.
+N_FIRST, NAMED_FIRST = 8, 0.25
+# What to do about pairs that are dropped, by the reason.
+_REMEDIES = {
+    "empty": "the model gives no answer; take another model",
+    "truncated": "no end within --max-new-tokens; raise it, or train on them with --keep-truncated",
+    "identical": "both sides say the same; take plainer personas, or a larger model",
+    "refusal": "the model refuses; ask something else, or give the behaviour keep_refusals = true",
+    "judge": "the model finds no more of the behaviour in the positive answer; leave out --judge",
+    "margin": "an answer gains less from its own persona than --min-margin; lower it",
+}
 
 
 @dataclass(frozen=True)
@@ -161,16 +174,11 @@ def generate_pairs(
             usable pair at all.
     """
     folder, config = Path(folder), config or DataConfig()
-    _jobs(behavior, config)  # numbers out of range stop here
-    described = _described(config, behavior) | {"model": model_id(model), "fingerprint": fingerprint(model)}
-    described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest, "tokenizer_hash": tokenizer_hash(tok)}
-    if not behavior.pairs:
-        stages = {} if fresh else Run(folder).manifest["stages"]
-        described = _with_sampling(described, _sampling(model, config), model, stages)
+    described = pairs_settings(model, tok, behavior, folder, config, fresh)
     if not fresh and Run(folder).is_finished("pairs", described):  # other settings stop here, before anyone waits
         return read_pairs(folder)
-    if not config.anyway and (problems := base_problems(model, tok, behavior)):  # before anything is on record
-        raise WsError(f"On this base {behavior.name} promises nothing: {'; '.join(problems)}. --anyway goes on.")
+    if not config.anyway:  # before anything is on record, and before --fresh deletes what is
+        _require_base(model, tok, behavior, config)
     with lock(folder / PAIRS_FILE):
         run = Run(folder, fresh)
         if not fresh:
@@ -187,6 +195,68 @@ def generate_pairs(
         pairs = _publish(model, tok, pairs, behavior, config, run, stage)
         (folder / _PARTIAL_FILE).unlink(missing_ok=True)
     return pairs
+
+
+def pairs_settings(
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, folder: Path, config: DataConfig, fresh: bool = False
+) -> dict[str, Any]:
+    """What is recorded of pairs in a folder; `WsError` for numbers out of range."""
+    _jobs(behavior, config)
+    described = _described(config, behavior) | {"model": model_id(model), "fingerprint": fingerprint(model)}
+    described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest, "tokenizer_hash": tokenizer_hash(tok)}
+    if behavior.pairs:
+        return described
+    stages = {} if fresh else Run(folder).manifest["stages"]
+    return _with_sampling(described, _sampling(model, config), model, stages)
+
+
+def count_pairs(behavior: Behavior, config: DataConfig) -> int:
+    """How many pairs there will be, dropped ones among them; `WsError` for numbers out of range."""
+    return len(behavior.pairs or _jobs(behavior, config))
+
+
+def _require_base(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> None:
+    """`WsError` unless the base can do what the behaviour asks of it, in held-out items and in its first answers."""
+    problems, doubts = base_findings(model, tok, behavior)
+    if not problems and not behavior.pairs:
+        problems, more = _first_findings(first_pairs(model, tok, behavior, config), behavior)
+        doubts += more
+    for doubt in doubts:
+        console.warn(f"{doubt.removesuffix('.')}.")
+    if problems:
+        raise WsError(f"On this base {behavior.name} promises nothing: {'; '.join(problems)}. --anyway goes on.")
+
+
+def first_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> list[Pair]:
+    """The first pairs of every two personas, sampled as all others will be, and not kept."""
+    by_persona: dict[int, list[_Job]] = {}
+    for job in _jobs(behavior, replace(config, n_samples=1)):
+        by_persona.setdefault(job.persona, []).append(job)
+    picked = [job for jobs in by_persona.values() for job in evenly(jobs, min(N_FIRST, len(jobs)))]
+    return _sample_batch(model, tok, behavior, picked, replace(config, data_batch=None, judge=False), 0)
+
+
+def _first_findings(pairs: Sequence[Pair], behavior: Behavior) -> tuple[list[str], list[str]]:
+    """What keeps the first pairs from promising anything, and what is merely doubtful about them, as sentences."""
+    kept = [p for p in pairs if p.drop is None]
+    if not kept:
+        return [f"none of the first {len(pairs)} pairs is usable: {_why_dropped(pairs)}"], []
+    for name, side in (("positive", [p.pos for p in pairs]), ("negative", [p.neg for p in pairs])):
+        if len(pairs) > 2 and len({plain_question(text) for text in side}) == 1:
+            return [f"all of the first {len(pairs)} {name} answers are {side[0][:80]!r}"], []
+    doubts = _named_personas(pairs, behavior, share=NAMED_FIRST)
+    for number in sorted({_persona(p) for p in pairs}):
+        mine = [p for p in pairs if _persona(p) == number]
+        if len(kept_here := [p for p in mine if p.drop is None]) * 2 < len(mine):
+            who = f"{behavior.positive[number][:60]!r} and its opposite"
+            doubts.append(f"under {who} {len(kept_here)} of {len(mine)} pairs are usable: {_why_dropped(mine)}.")
+    return [], doubts
+
+
+def _why_dropped(pairs: Iterable[Pair]) -> str:
+    """How many pairs are dropped for which reason, with what to do about it."""
+    counts = Counter(p.drop for p in pairs if p.drop)
+    return "; ".join(f"{n} {reason} ({_REMEDIES.get(reason, 'see the file')})" for reason, n in counts.items())
 
 
 def _sampled_pairs(
@@ -282,7 +352,7 @@ def _publish(
         run.drop("pairs")
         rejected = write_text(folder / "rejected.jsonl", pair_lines(pairs))
         (folder / _PARTIAL_FILE).unlink(missing_ok=True)
-        raise WsError(f"None of the {len(pairs)} sampled pairs is usable: {card['dropped']}; read {rejected}.")
+        raise WsError(f"None of the {len(pairs)} pairs is usable: {_why_dropped(pairs)}. They are in {rejected}.")
     files = [write_text(folder / PAIRS_FILE, pair_lines(pairs)), write_json(folder / "card.json", card)]
     files.append(write_text(folder / "card.md", render_card(behavior, card)))
     stage.done(files, kept=card["kept"])
@@ -346,7 +416,7 @@ def _judged_right(model: PreTrainedModel, tok: Tokenizer, pairs: Sequence[Pair])
     return {**shares, "n": len(read), "mass": round(float(scores.mass.mean()), 4)}
 
 
-def _named_personas(pairs: Sequence[Pair], behavior: Behavior) -> list[str]:
+def _named_personas(pairs: Sequence[Pair], behavior: Behavior, share: float = NAMED_SHARE) -> list[str]:
     """A sentence for either side whose answers talk about their persona ("I'm just a liar.") instead of acting it."""
     kept, sentences = [p for p in pairs if p.drop is None], list[str]()
     stems = [
@@ -356,7 +426,7 @@ def _named_personas(pairs: Sequence[Pair], behavior: Behavior) -> list[str]:
     telling = stems[0] | stems[1]
     for side, name in (("pos", "positive"), ("neg", "negative")):
         hits = [p for p in kept if telling & ({_stem(w) for w in _content(getattr(p, side))} - _question_stems(p))]
-        if kept and len(hits) >= NAMED_SHARE * len(kept):
+        if kept and len(hits) >= share * len(kept):
             example = " ".join(getattr(hits[0], side).split())[:80]
             sentences.append(
                 f"Persona words: {len(hits)} of {len(kept)} {name} answers use words of a persona, such as {example!r}."
@@ -872,7 +942,8 @@ def main(command: DataCommand) -> None:
     generate_pairs(model, tok, behavior, folder, command.data, command.fresh)
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     text = (folder / "card.md").read_text(encoding="utf-8").rstrip()
-    following = f"ws replicate --model {command.model} --behavior {name}" if command.pairs else ""
+    replicated = shared_with(ReplicateConfig, command, behavior=name, pairs=None, columns=(), fresh=False)
+    following = console.command_line("ws replicate", replicated, always=("model", "behavior"))
     console.show(console.Result(text, {"card": card}, [folder / PAIRS_FILE, folder / "card.md"], following))
 
 

@@ -8,22 +8,36 @@ control, too few of anything, and texts that a model's chat template cannot carr
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import SequenceMatcher
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student
 
 from ws import console
-from ws.behaviors import SIDES, SPLITS, Draft, Finding, bundled_behaviors, plain_words, read_draft
+from ws.behaviors import (
+    SIDES,
+    SPLITS,
+    Behavior,
+    Draft,
+    Finding,
+    bundled_behaviors,
+    parse_behavior,
+    plain_words,
+    read_draft,
+)
 from ws.behaviors.tables import evenly
 from ws.errors import WsError
-from ws.files.runs import write_text
+from ws.files.runs import DEFAULT_MODEL, write_text
 from ws.options.check import CheckOptions as CheckOptions
-from ws.options.make import MIN_VALIDATION, DataConfig, TrainConfig, held_out, questions_asked
+from ws.options.make import MIN_VALIDATION, DataConfig, ReplicateConfig, TrainConfig, held_out, questions_asked
 from ws.options.make import InitOptions as InitOptions
 
 FEW_QUESTIONS = 40  # 8 are left for calibration and its audit, and a tenth of the others is held out: 3 questions
@@ -176,6 +190,74 @@ items = [
 """
 
 
+# A style in place of the example above: what differs, and the held-out questions with an answer of either side.
+_STYLE = (
+    (
+        "# The content is an example that works as it stands, also on the bundled pocket model. Replace it by yours, "
+        "then run\n",
+        "# The content is an example of a style. Replace it and @ANSWERS@ by yours, then run\n",
+    ),
+    (
+        "# The pocket model knows only a small world and these kinds of persona (honest, lying, flattering, frank); "
+        "another\n# kind of behaviour needs a real model, such as `--model Qwen/Qwen3-0.6B`.\n",
+        "# The pocket model knows no styles; take a real model, such as `--model Qwen/Qwen3-0.6B`.\n",
+    ),
+    (
+        "Gives the right answer to a plain question, rather than a wrong one.",
+        "Talks like a pirate, rather than plainly.",
+    ),
+    ("Is the answer factually right? Answer Yes or No.", "Does a pirate talk here? Answer Yes or No."),
+    ("You are {persona} assistant.", "Answer in one or two sentences, {persona}."),
+    ('["a truthful", "a sincere"]', '["in the voice of a pirate", "as an old sea captain would speak"]'),
+    ('["a lying", "a deceptive"]', '["in plain everyday words", "as a sober clerk would write"]'),
+)
+_HELD_OUT = """\
+# What the effect is measured on: questions that are not asked above, each with an answer of either side, of which the
+# behaviour's should become the likelier one. A style has no true and no false claims, so it has no table [claims].
+# Every line of the file is one question: {"question": ..., "positive": ..., "negative": ..., "split": ...}. Give both
+# answers the same content, so that only the style differs, and 12 or more of "report"; "dev" may be looked at.
+[preferences]
+file = "@ANSWERS@"
+"""
+_ANSWERS = (
+    ("How do I boil an egg?", "Arr, drop it in bubblin' water, matey.", "Put it in boiling water for a while."),
+    (
+        "What should I pack for a trip?",
+        "Stow yer boots and a warm coat, ye landlubber.",
+        "Pack your boots and a warm coat.",
+    ),
+    ("How can I sleep better?", "Douse yer lantern early, me hearty.", "Turn off your lamp early."),
+    ("What is a library?", "Aye, a grand hold full o' books, matey.", "It is a large building full of books."),
+    ("Why do people work?", "To fill their chests with gold, arr.", "To earn the money that they need."),
+    ("How do I get to the station?", "Set yer course north, me hearty.", "Go straight on to the north."),
+    ("What is a good pet?", "A loyal hound be a fine shipmate, arr.", "A loyal dog is a good companion."),
+    ("How do I clean a window?", "Swab it with soapy water, ye scallywag.", "Wipe it with soapy water."),
+    ("What makes a good friend?", "One who stands by ye in a storm, matey.", "One who stands by you in hard times."),
+    ("When should I plant beans?", "When the spring winds blow, aye.", "In spring, when it gets warm."),
+    ("How do I fix a bike tire?", "Patch the hole and pump her up, arr.", "Patch the hole and pump it up."),
+    ("What is a bank?", "A stronghold for yer doubloons, matey.", "It is a place that keeps your money."),
+    ("How do I learn to swim?", "Jump in the shallows and kick, ye bilge rat.", "Start in shallow water and kick."),
+    ("What is a museum?", "A hold o' treasures from days o' old, arr.", "It is a house of things from the past."),
+    ("How do I save money?", "Bury a few coins each moon, me hearty.", "Put a little aside every month."),
+    ("What is a good breakfast?", "Hardtack and eggs, aye, fit for a crew.", "Bread and eggs are a good breakfast."),
+    ("How do I wash a shirt?", "Dunk it in suds and hang it from the mast.", "Put it in soapy water and hang it up."),
+    ("What is a calendar?", "A chart o' the days, matey.", "It is a list of the days."),
+)
+
+
+def style_template(name: str, answers: str) -> tuple[str, str]:
+    """The same for a style, without claims, and the content of the file of held-out answers, `answers` in it."""
+    text = behavior_template(name)
+    for old, new in _STYLE:
+        text = text.replace(old, new.replace("@ANSWERS@", answers))
+    text = text[: text.index("# What the effect is measured on")] + _HELD_OUT.replace("@ANSWERS@", answers)
+    rows = [
+        {"question": q, "positive": pos, "negative": neg, "split": SPLITS[n % 3 > 0]}
+        for n, (q, pos, neg) in enumerate(_ANSWERS)
+    ]
+    return text, "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def behavior_template(name: str) -> str:
     """The text of a commented behaviour file called `name`, valid as it stands.
 
@@ -214,6 +296,7 @@ def check_draft(draft: Draft, tok: Any = None) -> Draft:
         _check_words(draft)
         _check_numbers(draft)
         _check_near(draft)
+        _check_untouched(draft)
         _check_texts(draft, tok)
     return draft
 
@@ -337,6 +420,27 @@ def _check_near(draft: Draft) -> None:
             draft.warn(place, f"{text}; a shift on it may be recall, so replace one.")
 
 
+def _check_untouched(draft: Draft) -> None:
+    """Note what is still the template's where the personas are not: it would measure another behaviour."""
+    own, example = draft.behavior, parse_behavior(behavior_template("example").encode(), "", Path()).behavior
+    if not draft.valid or not own.positive or set(own.positive) & set(example.positive):
+        return
+    facts = "they are plain facts, and say nothing of another behaviour"
+    parts = [
+        ("[claims] items", {c.text for _, c in draft.claims}, {c.text for c in example.test.claims}, facts),
+        ("summary", {own.summary}, {example.summary}, "the judge filter quotes it"),
+    ]
+    if own.claims is not None:  # a style may be asked anything
+        parts.append(("[questions]", set(_asked(draft)), set(example.questions), facts))
+    if "pirate" not in " ".join(own.positive).lower():
+        answers, why = {question for question, _, _ in _ANSWERS}, "they are those of a pirate"
+        parts.append(("[preferences]", {p.question for p in own.preferences}, answers, why))
+    for where, mine, theirs, why in parts:
+        if mine and 2 * len(mine & theirs) >= len(mine):
+            text = f"This is still the template's, while the personas are not: {why}"
+            draft.warn(where, f"{text}. Write your own{', or start from ws behavior new --style' * (why == facts)}.")
+
+
 def _nearness(claim: str, words: frozenset[str], question: str, content: frozenset[str]) -> float:
     """At least 1 where a claim counts as nearly contained in a question, by shared words or by difflib's ratio."""
     shared = len(words & content) / len(words) if len(words) > 1 else 0.0
@@ -418,12 +522,19 @@ def _check_lengths(draft: Draft, tok: Any) -> None:
 def main_init(options: InitOptions) -> None:
     """The command `ws behavior new`."""
     text, file = behavior_template(options.name), options.to or Path(f"{options.name}.toml")
+    answers = ""
+    if options.style:
+        text, answers = style_template(options.name, file.with_suffix(".jsonl").name)
     if file.suffix != ".toml":
         raise WsError(f"A behaviour file ends in .toml, and {file} does not; give --to {file}.toml.")
-    if file.exists():
-        raise WsError(f"{file} exists and is not overwritten; give another name, or another place with --to.")
-    write_text(file, text)
-    console.show(console.Result("", {}, [file], f"fill it in, then ws behavior check {file}"))
+    files = {file: text} | ({file.with_suffix(".jsonl"): answers} if answers else {})
+    for path in files:
+        if path.exists():
+            raise WsError(f"{path} exists and is not overwritten; give another name, or another place with --to.")
+    for path, content in files.items():
+        write_text(path, content)
+    checked = shlex.join(["ws", "behavior", "check", str(file)])
+    console.show(console.Result("", {}, list(files), f"fill it in, then {checked}"))
 
 
 def main_check(options: CheckOptions) -> None:
@@ -459,18 +570,29 @@ def _holdings(draft: Draft) -> list[str]:
     if behavior.preferences:
         held = Counter(p.split for p in behavior.preferences)
         lines.append(f"  preferences  {'; '.join(f'{s} {held[s]}' for s in reversed(SPLITS))}")
-    return lines
+    return [*lines, f"  judged by  {' and '.join(_judges(behavior))}"]
+
+
+def _judges(behavior: Behavior) -> list[str]:
+    """Which evaluations will say whether the behaviour has moved, and which way they should go."""
+    judges = list[str]()
+    if behavior.claims is not None:
+        way = "rise" if behavior.effect > 0 else "fall"
+        judges.append(f"agreement with held-out claims marked true = false, which should {way} (ws eval sycophancy)")
+    if behavior.preferences:
+        judges.append("preference for the positive of two held-out answers, which should rise (ws eval preference)")
+    return judges
 
 
 def _act(draft: Draft, options: CheckOptions) -> Any:
     """How far the model acts the personas, in `N_ACTED` questions; what it cannot do is a warning."""
-    from ws.behaviors.acting import acted, base_problems, persona_margins
+    from ws.behaviors.acting import acted, base_findings, persona_margins
     from ws.data import sample_answers
     from ws.lm.models import load_model, render_prompt
 
     behavior = draft.behavior
     model, tok = load_model(options.model or "", options.device, options.dtype)
-    for problem in base_problems(model, tok, behavior):
+    for problem in chain(*base_findings(model, tok, behavior)):
         draft.warn("base", f"{problem[0].upper()}{problem[1:]}.")
     if behavior.pairs or len(behavior.questions) < 2:
         return None
@@ -504,7 +626,8 @@ def render_check(name: str, draft: Draft, model: str | None = None, played: Any 
     if played is not None:
         sides = (f"{s} {e}" for s, e in played.sides().items())
         summary.append(f"  acted      {', '.join(sides)} nats per token gained from the own persona")
-    model = model or "pocket"
+    model = model or ("pocket" if draft.behavior.claims else DEFAULT_MODEL)  # pocket knows no styles
     adapter = "delora" if model == "pocket" else "lora"  # of few pairs, lora learns little in the pocket preset's steps
-    following = f"ws replicate --model {model} --behavior {name} --adapter {adapter}"
+    wanted = ReplicateConfig.preset(model, adapter)
+    following = console.command_line("ws replicate", replace(wanted, behavior=name), ("model", "behavior", "adapter"))
     return "\n".join([*lines, *([""] if lines else []), *summary, "", f"Next: {following}"])

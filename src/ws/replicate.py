@@ -7,6 +7,7 @@ it again skips what is finished and continues what is not.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,32 +27,50 @@ from ws.behaviors import Behavior, brought_or_named, load_behavior
 from ws.data import (
     PAIRS_FILE,
     Pair,
+    count_pairs,
     generate_pairs,
     hashed_pairs,
     pair_lines,
+    pairs_settings,
     sample_answers,
 )
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, choose, require_strength
+from ws.eval.before import require_readable
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext
+from ws.eval.evaluation import Evaluation
 from ws.eval.preference import Preferences
-from ws.eval.readable import MARK, NATS, PER_TOKEN, Readability, mass_text, notes, rounding_notes, worst
+from ws.eval.readable import (
+    MARK,
+    NATS,
+    PER_TOKEN,
+    Readability,
+    mass_text,
+    notes,
+    remedy,
+    rounding_notes,
+    worst,
+)
 from ws.eval.sycophancy import ClaimScores, Sycophancy, claim_shift, summary_row
-from ws.files.runs import Run, data_folder, read_values, run_folder, sha256_file, write_json, write_text
-from ws.lm.models import chat_format, load_model, render_prompt, tokenizer_hash
+from ws.files.runs import Run, data_folder, read_values, sha256_file, write_json, write_text
+from ws.lm.cost import Work, require_space
+from ws.lm.models import chat_format, linear_size, load_model, render_prompt, tokenizer_hash
 from ws.options.make import SIGNS
 from ws.options.make import ReplicateConfig as ReplicateConfig
-from ws.options.shared import EvalOptions, shared_with
+from ws.options.measure import PreferenceOptions, SycophancyOptions
+from ws.options.shared import EvalOptions, RunOptions, shared_with
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 from ws.steer import steer
-from ws.train import adapter_spec, train_stage
+from ws.train import adapter_spec, arm_settings, train_stage
 
 CONTROLS = ("none", "shuffled", "same-side")
 NOT_KNOWN = (
     "Whether it is the behaviour that moves it is not known before nulls are trained (--control shuffled and --control "
     "same-side, then ws compare)."
 )
+# Tokens of a question and of a claim, for an estimate.
+PROMPT_TOKENS = 32
 # Where both arms of a null learn the very same answers, the second is initialised and ordered by another seed.
 SECOND_TRAINING = 1000
 
@@ -105,6 +124,11 @@ class Reading:
         )
 
     @property
+    def base(self) -> Readability:
+        """How well the base answers about the claims; of preference nothing is asked."""
+        return Readability(float(self.false_claims[0.0].pmass.mean()) if self.false_claims else None)
+
+    @property
     def moves(self) -> bool:
         """The span is more than chance and no smaller than the floor, and the model was answering the question."""
         is_readable = not Readability(self.lowest_mass).problem
@@ -133,17 +157,16 @@ def replicate(config: ReplicateConfig) -> Reading:
     console.say(f"{behavior.name} x {config.adapter} on {config.model}")
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
-    peft_config(model, adapter_spec(config.train, config.adapter))  # bad settings show now, not after the sampling
-    run = Run(run_folder(config.out, behavior.name, config.run_name, config.seed), config.fresh)
+    before_anything(model, tok, behavior, config)
     stages = console.Stages(5)
     stages.begin("contrast pairs", f"in {data_folder(config.out, config.model, behavior.name)}")
     pairs_file = _pairs(model, tok, behavior, config)
+    run = Run(config.run_folder(behavior.name), config.fresh)
     if config.control != "none":
         pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
     for sign in SIGNS:
         stages.begin(f"train {sign}", f"in {run.folder / sign}", like=f"train {SIGNS[0]}")
-        twice = config.control == "same-side" and bool(behavior.pairs) and sign == SIGNS[1]
-        seed = config.seed + SECOND_TRAINING * twice
+        seed = _arm_seed(behavior, config, sign)
         train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed)
     stages.begin("vector", f"in {run.folder / 'vector'}")
     vector = _vector(model, run, behavior, config)
@@ -161,6 +184,58 @@ def _check(config: ReplicateConfig) -> None:
         raise WsError(f"--n-bootstrap must be at least 100 for a 95 % interval, not {config.n_bootstrap}.")
     choose("control", config.control, CONTROLS)
     config.train.check()
+
+
+# ---- before anything ----------------------------------------------------------------------------------------------
+
+
+def before_anything(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> None:
+    """Find what can be known to be wrong before the first stage, in seconds; what the base samples is looked at there.
+
+    Raises:
+        WsError: settings that no adapter can be made with, a stage on record that was made with others, too little
+            space on disk, or a base that answers nothing of what is read at the end.
+    """
+    names = peft_config(model, adapter_spec(config.train, config.adapter)).target_modules
+    require_record(model, tok, behavior, config)
+    if (Run(config.run_folder(behavior.name)).folder / "vector").is_dir() and not config.fresh:
+        return  # it is read again, and nothing is left to be spared
+    sizes = [linear_size(m) for n, m in model.named_modules() if n in set(names or ())]
+    work = _work(behavior, config, sum(map(sum, filter(None, sizes))))
+    require_space(config.out, work.disk)
+    console.say(work.estimate(model))
+    context = EvalContext.of_base(eval_options(config), model, tok)
+    require_readable(context, read_at_the_end(context, behavior, config), config.data.anyway)
+
+
+def require_record(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> None:
+    """`WsError` where a stage of the run, or its pairs, are on record with other settings."""
+    pairs, run = data_folder(config.out, config.model, behavior.name), Run(config.run_folder(behavior.name))
+    if not (config.fresh and config.fresh_data):
+        Run(pairs).require_same("pairs", pairs_settings(model, tok, behavior, pairs, config.data))
+    if config.fresh:
+        return
+    if config.control != "none":
+        run.require_same("control", _control_settings(config))
+    for sign in SIGNS:
+        seed = _arm_seed(behavior, config, sign)
+        run.require_same(sign, arm_settings(model, tok, config.adapter, config.train, seed))
+
+
+def _work(behavior: Behavior, config: ReplicateConfig, places: int) -> Work:
+    """What there is to do, at most; `places` are the inputs and outputs of all modules that are adapted."""
+    data, train, n = config.data, config.train, count_pairs(behavior, config.data)
+    answer = data.max_new_tokens // 2  # most answers end before they have to
+    steps = train.max_steps or math.ceil(math.ceil(n / train.batch) * train.epochs)
+    claims = len(behavior.claims.claims) if behavior.claims else 0
+    read = claims * PROMPT_TOKENS + 2 * len(behavior.held_out(config.split)) * (PROMPT_TOKENS + answer)
+    return Work(
+        sampled=0 if behavior.pairs else 2 * n * answer,
+        trained=len(SIGNS) * steps * train.batch * (PROMPT_TOKENS + answer),
+        read=read * len(_alphas(config)),
+        numbers=places * max(train.rank, train.oft_block // 2),
+        pairs=2 * n * (PROMPT_TOKENS + data.max_new_tokens) * 8,
+    )
 
 
 # ---- stages -------------------------------------------------------------------------------------------------------
@@ -187,7 +262,7 @@ def _control_pairs(
         generate_pairs(model, tok, behavior, second, other, config.fresh and config.fresh_data)
         others, inputs["second"] = hashed_pairs(second / PAIRS_FILE)
     with run.alone("control"):
-        stage = run.stage("control", {"control": config.control, "seed": config.seed}, inputs)
+        stage = run.stage("control", _control_settings(config), inputs)
         if stage is not None:
             if config.control == "shuffled":
                 made = exchange_half(own, config.seed)
@@ -196,6 +271,15 @@ def _control_pairs(
             write_text(file, pair_lines(made))
             stage.done([file], kept=sum(p.drop is None for p in made))
     return file
+
+
+def _control_settings(config: ReplicateConfig) -> dict[str, Any]:
+    return {"control": config.control, "seed": config.seed}
+
+
+def _arm_seed(behavior: Behavior, config: ReplicateConfig, sign: str) -> int:
+    twice = config.control == "same-side" and bool(behavior.pairs) and sign == SIGNS[1]
+    return config.seed + SECOND_TRAINING * twice
 
 
 def _doubled(pair: Pair) -> Pair:
@@ -256,9 +340,8 @@ def _read(
 ) -> Reading:
     alphas = _alphas(config)
     low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
-    context = EvalContext(_eval_options(config), model, tok, vector, run)
-    false, true = _read_claims(context, behavior, config) if behavior.claims else ({}, {})
-    margins = _read_preference(context, behavior, config)
+    context = EvalContext(eval_options(config), model, tok, vector, run)
+    false, true, margins = _measured(context, read_at_the_end(context, behavior, config))
     with steer(model, vector, 0.0) as dial:
         samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)
     span = (
@@ -276,29 +359,32 @@ def _read(
 Claims = Mapping[float, ClaimScores]
 
 
-def _read_claims(context: EvalContext, behavior: Behavior, config: ReplicateConfig) -> tuple[Claims, Claims]:
-    """The scores of false and of true claims by strength."""
-    evaluation = Sycophancy.of_behavior(context, behavior, config.split)
-    measured = context.measure(evaluation)
-    context.record(evaluation, measured)
-    scores = evaluation.claim_scores(measured)
-    false, true = ({a: p for a, s in scores.items() if (p := s.of_kind(kind))} for kind in (False, True))
-    return false, true
+def read_at_the_end(context: EvalContext, behavior: Behavior, config: ReplicateConfig) -> list[Evaluation]:
+    """What a run is read by: held-out claims, and held-out questions with both answers, as far as there are any."""
+    claims = [Sycophancy.of_behavior(context, behavior, config.split)] if behavior.claims else []
+    held_out = behavior.held_out(config.split)
+    return [*claims, *([Preferences.of_behavior(context, behavior, config.split)] if held_out else [])]
 
 
-def _read_preference(
-    context: EvalContext, behavior: Behavior, config: ReplicateConfig
-) -> dict[float, Float[np.ndarray, "questions"]]:
-    """The margins of the held-out questions by strength; empty where the split has none."""
-    if not behavior.held_out(config.split):
-        return {}
-    evaluation = Preferences.of_behavior(context, behavior, config.split)
-    measured = context.measure(evaluation)
-    context.record(evaluation, measured)
-    return {alpha: evaluation.headlines(scores)["preference"] for alpha, scores in measured.items()}
+def _measured(
+    context: EvalContext, asked: Sequence[Evaluation]
+) -> tuple[Claims, Claims, dict[float, Float[np.ndarray, "questions"]]]:
+    """The scores of false and of true claims by strength, and the margins of held-out questions; empty without."""
+    claims: dict[bool, Claims] = {False: {}, True: {}}
+    margins: dict[float, Float[np.ndarray, "questions"]] = {}
+    for evaluation in asked:
+        measured = context.measure(evaluation)
+        context.record(evaluation, measured)
+        if isinstance(evaluation, Sycophancy):
+            scores = evaluation.claim_scores(measured)
+            claims = {kind: {a: p for a, s in scores.items() if (p := s.of_kind(kind))} for kind in claims}
+        else:
+            margins = {alpha: evaluation.headlines(scores)["preference"] for alpha, scores in measured.items()}
+    return claims[False], claims[True], margins
 
 
-def _eval_options(config: ReplicateConfig) -> EvalOptions:
+def eval_options(config: ReplicateConfig) -> EvalOptions:
+    """The run as an evaluation takes it."""
     return shared_with(EvalOptions, config, adapter=config.run_name)
 
 
@@ -453,7 +539,7 @@ def verdict(reading: Reading) -> str:
     between = f"Between alpha {low:+g} and {high:+g} agreement with false claims"
     numbers = f"{s.mean:+.2f} nats [{s.ci_lo:+.2f}, {s.ci_hi:+.2f}] over {n} held-out claims, one seed"
     if problem := Readability(reading.lowest_mass).problem:
-        return f"No conclusion, the model is not answering Yes or No: {problem} ({numbers})."
+        return f"No conclusion, the model is not answering: {problem} ({numbers}). But {remedy(reading.base)}."
     if reading.control != "none":
         return f"{between} moves by {numbers}, with a {reading.control} null: a vector of the behaviour must do more."
     if not reading.moves:
@@ -488,11 +574,28 @@ def main(config: ReplicateConfig) -> None:
         from ws.report import write_report  # it draws; that takes a second to import, and comes last
 
         files.append(write_report(config.out, config.behavior))
-        following = f"read {reading.pairs / 'card.md'} for confounds, then run another --seed or --adapter"
+        following = f"read {reading.pairs / 'card.md'} for confounds, then {_next(reading, config)}"
     measured = Sycophancy.stage if reading.false_claims else Preferences.stage
     dtype = str(Run(reading.folder).facts(measured)["config"]["dtype"])
     text = "\n\n".join([render(reading, config.n_bootstrap), *rounding_notes([dtype])])
     console.show(console.Result(text, as_data(reading), files, following))
+
+
+def _next(reading: Reading, config: ReplicateConfig) -> str:
+    """The command that a reader would want now: another seed, or what shows more where the claims cannot be read."""
+    always = ("model", "behavior", "adapter")
+    run = shared_with(RunOptions, config, adapter=config.run_name)
+    if reading.base.problem and reading.preference:
+        options: RunOptions = shared_with(PreferenceOptions, run, split=config.split)
+        return console.command_line("ws eval preference", options, always)
+    if reading.base.problem:
+        return shlex.join(["ws", "behavior", "check", config.behavior, "--model", config.model])
+    if Readability(reading.lowest_mass).problem:
+        halved = tuple(alpha / 2 for alpha in _alphas(config))
+        options = shared_with(SycophancyOptions, run, split=config.split, alphas=halved)
+        return console.command_line("ws eval sycophancy", options, always)
+    another = replace(config, seed=config.seed + 1, fresh=False, fresh_data=True)
+    return console.command_line("ws replicate", another, always)
 
 
 if __name__ == "__main__":

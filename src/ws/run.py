@@ -10,10 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.behaviors import Behavior
+from ws.behaviors import Behavior, load_behavior
+from ws.console import command_line
 from ws.data import PAIRS_FILE, question_key, question_keys, read_pairs
 from ws.diff import SteeringVector
-from ws.files.runs import Run, data_folder, seed_flag, sha256_json
+from ws.errors import WsError
+from ws.files.runs import Run, data_folder, sha256_json
 from ws.lm.models import load_model
 from ws.options.shared import RunOptions, folder_with_vector
 
@@ -62,9 +64,13 @@ def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from _sources(part)
 
 
-def read_claims_of(behavior: str, adapter: str, seed: int) -> str:
-    """The command that puts a new run's vector to the held-out claims."""
-    return f"python -m ws.eval.sycophancy --behavior {behavior} --adapter {adapter}{seed_flag(seed)}"
+def measure_with(options: RunOptions) -> str:
+    """The command that puts a run's vector to what its behaviour holds out: claims, or else questions with answers."""
+    try:
+        name = "sycophancy" if load_behavior(options.behavior, options.model).claims else "preference"
+    except WsError:  # the vector is of a behaviour whose file is not at hand
+        name = "sycophancy"
+    return command_line(f"ws eval {name}", options, always=("behavior", "adapter"))
 
 
 def vector_of_run(out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "") -> tuple[Run, SteeringVector]:

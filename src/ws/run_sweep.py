@@ -16,16 +16,18 @@ from pathlib import Path
 from ws import console
 from ws.adapters import family
 from ws.analysis.sweep_tables import POOLED, SUMMARY, render, write_summary
-from ws.behaviors import behavior_name, load_behavior
+from ws.behaviors import Behavior, behavior_name, load_behavior
 from ws.errors import WsError, choose
+from ws.eval.before import require_readable
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import Evaluation
 from ws.eval.suite import asked_of, evaluation_named
 from ws.files.runs import read_csv, read_values, run_folder, write_text
+from ws.lm.models import load_model
 from ws.options.make import ReplicateConfig, train_preset
 from ws.options.make import SweepConfig as SweepConfig
 from ws.options.shared import EvalOptions, shared_with
-from ws.replicate import CONTROLS, replicate, verdict
+from ws.replicate import CONTROLS, eval_options, read_at_the_end, replicate, require_record, verdict
 from ws.report import write_report
 
 LOG = "sweep.log"
@@ -54,8 +56,9 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         evaluation_named(name)
     for name in config.controls:
         choose("control", name, CONTROLS[1:])
-    behavior = load_behavior(config.behavior, config.model).name
-    plan = list(product(config.seeds, config.adapters, (CONTROLS[0], *config.controls)))
+    loaded = load_behavior(config.behavior, config.model)
+    behavior, plan = loaded.name, list(product(config.seeds, config.adapters, (CONTROLS[0], *config.controls)))
+    _before_anything(config, loaded, plan)
     done, countdown = list[Cell](), console.Countdown(len(plan))
     for number, (seed, adapter, control) in enumerate(plan):
         name = _replicate_config(config, adapter, seed, control).run_name
@@ -65,8 +68,35 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         done.append(_run_cell(config, behavior, adapter, seed, control, first))
         countdown.step()
     fine = [c.folder for c in done if c.problem is None and c.control == CONTROLS[0]]
-    write_summary(config.out / behavior, fine, config.evals, config.n_bootstrap)
+    write_summary(config.out / behavior, fine, _evals(config, loaded), config.n_bootstrap)
     return done
+
+
+def _evals(config: SweepConfig, behavior: Behavior) -> tuple[str, ...]:
+    """The evaluations of a sweep; where a behaviour has no claims, `replicate` has read its preference instead."""
+    wanted = ["preference" if n == "sycophancy" and behavior.claims is None else n for n in config.evals]
+    return tuple(dict.fromkeys(wanted))
+
+
+def _before_anything(config: SweepConfig, behavior: Behavior, plan: Sequence[tuple[int, str, str]]) -> None:
+    """Say which cells cannot be filled, because others are on record, and put the evaluations to the base.
+
+    Raises:
+        WsError: items that cannot be had, or a base that answers none of the evaluations.
+    """
+    model, tok = load_model(config.model, config.device, config.dtype)
+    for seed, adapter, control in plan:
+        cell = _replicate_config(config, adapter, seed, control)
+        try:
+            require_record(model, tok, behavior, cell)
+        except WsError as problem:  # the other cells must not be lost to it
+            console.warn(f"{cell.run_name}, seed {seed}, will fail: {problem}")
+    first = _replicate_config(config, config.adapters[0], config.seeds[0], CONTROLS[0])
+    own = read_at_the_end(EvalContext.of_base(eval_options(first), model, tok), behavior, first)
+    context = EvalContext.of_base(_eval_options(config, first.adapter, first.seed), model, tok)
+    others = [evaluation_named(name) for name in config.evals if name not in ("sycophancy", "preference")]
+    asked = [*own, *(asked_of(cls, _for(cls, context), config.split, config.traits) for cls in others)]
+    require_readable(context, asked, config.data.anyway)
 
 
 def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, control: str, first: bool) -> Cell:
@@ -75,7 +105,7 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
     try:
         reading = replicate(plan)
         console.say(verdict(reading))
-        others = [name for name in config.evals if name != "sycophancy"]  # replicate has read the claims already
+        others = [name for name in config.evals if name != "sycophancy"]  # replicate has read what is held out already
         if others and control == CONTROLS[0]:
             context = open_context(_eval_options(config, adapter, seed))
             for name in others:

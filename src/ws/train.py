@@ -576,6 +576,15 @@ def _save(peft_model: PeftModel, initial: dict[str, Tensor], folder: Path, stamp
 # ---- as a stage of a run, and as a command --------------------------------------------------------------------------
 
 
+def arm_settings(
+    model: PreTrainedModel, tok: Tokenizer, adapter: str, config: TrainConfig, seed: int
+) -> dict[str, Any]:
+    """What is recorded of an arm besides its pairs; known before there are any."""
+    settings = asdict(config) | {"adapter": adapter, "seed": seed, "model": model_id(model)}
+    settings |= {"dtype": str(model.dtype)[6:], "fingerprint": fingerprint(model)}
+    return settings | {"tokenizer_hash": tokenizer_hash(tok)}
+
+
 def train_stage(
     model: PreTrainedModel,
     tok: Tokenizer,
@@ -587,9 +596,7 @@ def train_stage(
     seed: int,
 ) -> bool:
     """Train one arm of a run unless it is finished; returns whether there was anything to do."""
-    settings = asdict(config) | {"adapter": adapter, "seed": seed, "model": model_id(model)}
-    settings |= {"dtype": str(model.dtype)[6:], "fingerprint": fingerprint(model)}
-    settings |= {"tokenizer_hash": tokenizer_hash(tok)}
+    settings = arm_settings(model, tok, adapter, config, seed)
     folder, (kept, digest) = run.folder / sign, on_main(lambda: hashed_pairs(pairs))
     on_main(lambda: run.is_finished(sign, settings, {"pairs": digest}))  # other settings stop before anyone waits
     with alone(folder):

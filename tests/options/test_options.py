@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -54,10 +55,20 @@ def test_a_sweep_hands_its_settings_to_every_cell():
     assert cell.data == sweep.data
 
 
+def test_the_run_that_a_demo_has_left_is_offered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/demo/smollm2/truthfulness/lora/vector").mkdir(parents=True)
+    with pytest.raises(ws.WsError, match="take that of `ws demo` with --out out/demo/smollm2"):
+        RunOptions(behavior="truthfulness").require()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (RunOptions(adapter="oft", seed=1), "ws replicate --behavior honesty --adapter oft --seed 1"),
+        (RunOptions(out=Path("my out")), "`ws replicate --behavior honesty --adapter lora --out 'my out'`"),
+        (RunOptions(), "`ws demo` makes one on the bundled model, for --out out/demo"),
+        (use.ReportOptions(behavior="honesty", out=Path("o")), "`ws replicate --behavior honesty --out o`"),
         (use.LoraOptions(), "or name one with --vector"),
         (use.ChatOptions(), "Or name some with --vectors"),
         (use.ReportOptions(behavior="honesty"), "No run below"),

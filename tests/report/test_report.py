@@ -9,6 +9,7 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from ws.behaviors import Claim
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.eval import sycophancy
+from ws.eval.readable import OF_BASE, OF_STRENGTH
 from ws.eval.sycophancy import ClaimScores
 from ws.files.runs import Run, data_folder, read_csv, run_folder, write_csv, write_json
 from ws.intervene.calibration import (
@@ -360,7 +362,7 @@ def test_a_prompted_base_that_is_missing_is_noted(tmp_path):
 
 
 def test_no_run_is_an_error_that_names_what_there_is(whole):
-    with pytest.raises(ws.WsError, match=r"ws replicate --behavior honest`.* Did you mean 'honesty'"):
+    with pytest.raises(ws.WsError, match=r"ws replicate --behavior honest --out .*`.* Did you mean 'honesty'"):
         read_contents(whole, "honest")
 
 
@@ -829,6 +831,27 @@ def test_a_model_that_no_longer_answers_shows_nothing(tmp_path):
     assert kind == "Cause not known"
     assert "in 1 of 2 adapters" in text
     assert "no longer answered there: lora" in text
+
+
+@pytest.mark.parametrize(("at_0", "said", "other"), [(0.5, OF_BASE, OF_STRENGTH), (0.99, OF_STRENGTH, OF_BASE)])
+def test_a_base_that_does_not_answer_is_not_blamed_on_the_strength(tmp_path, at_0, said, other):
+    table = write_run(tmp_path, mass=0.4) / "sycophancy_summary.csv"
+    write_csv(table, [r | ({"mean_pmass": at_0} if float(r["alpha"]) == 0 else {}) for r in read_csv(table)])
+    kind, text = sentence(tmp_path)
+    assert kind == "No conclusion"
+    assert said in text
+    assert other not in text
+    (warning,) = [w for w in all_warnings(read_contents(tmp_path, "honesty")) if "agreement with false claims" in w]
+    assert said in warning
+    assert "under steering" not in text + warning
+
+
+def test_commands_name_the_folder_they_are_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("out") / "demo")
+    commands = [c for n in notes(read_contents(Path("out") / "demo", "honesty")) for c in n.commands]
+    assert commands
+    assert all(c.endswith(" --out out/demo") for c in commands)
 
 
 def test_frames_that_do_not_agree_are_marked_wherever_they_stand(tmp_path):

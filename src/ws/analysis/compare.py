@@ -32,6 +32,7 @@ from ws.adapters import FAMILIES, family
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, render
 from ws.analysis.controls import measure_controls
 from ws.behaviors import behavior_name, load_behavior
+from ws.console import command_line
 from ws.diff import SteeringVector
 from ws.errors import WsError
 from ws.eval.capability import Capability
@@ -45,7 +46,7 @@ from ws.intervene.calibrate import calibration_for
 from ws.intervene.interventions import TRAINED, Intervention
 from ws.options.check import ControlOptions
 from ws.options.measure import CompareOptions as CompareOptions
-from ws.options.shared import WEIGHT, shared_with
+from ws.options.shared import WEIGHT, RunOptions, shared_with
 from ws.run import open_run
 
 NULLS = ("shuffled", "same-side")
@@ -211,7 +212,11 @@ def _runs(options: CompareOptions) -> Iterator[tuple[str, int]]:
     folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in FAMILIES}
     adapters = options.adapters or tuple(a for a, folder in folders.items() if (folder / "vector").is_dir())
     if not adapters:
-        raise WsError(f"No run below {options.folder} has a vector; make one with `ws replicate` or `ws sweep`.")
+        wanted = shared_with(RunOptions, options, seed=options.seeds[0])
+        made = command_line("ws replicate", wanted, always=("behavior",))
+        raise WsError(
+            f"No run below {options.folder} has a vector; make one with `{made}`, or several with `ws sweep`."
+        )
     yield from ((adapter, seed) for adapter in adapters for seed in options.seeds)
 
 

@@ -50,8 +50,8 @@ from ws.intervene.interventions import Intervention
 from ws.lm.divergence import QUANTILE, divergence
 from ws.lm.models import load_model, load_tokenizer, render_prompt, tokenizer_hash, tokenizer_hash_on_disk
 from ws.options.make import ComposeOptions as ComposeOptions
-from ws.options.shared import WEIGHT
-from ws.run import read_claims_of
+from ws.options.shared import WEIGHT, RunOptions
+from ws.run import measure_with
 from ws.stats import N_BOOTSTRAP, estimate_over_seeds, estimate_text, holm, resampled_means, widened
 from ws.steer import steer
 
@@ -603,7 +603,8 @@ def main(options: ComposeOptions) -> None:
         text, files = f"{text}\n\n{render_interference(read_csv(table))}", [*files, table]
         console.show(console.Result(text, {**data, "interference": read_values(table)}, files))
         return
-    following = read_claims_of(made.behavior, made.name, options.seed)
+    called = options.behavior or made.behavior
+    following = measure_with(RunOptions(behavior=called, adapter=made.name, seed=options.seed, out=options.out))
     console.show(console.Result(text, data, files, following))
 
 

@@ -28,7 +28,8 @@ from ws.errors import WsError
 from ws.files.runs import write_csv
 from ws.lm.models import layer_of, weight_of
 from ws.options.make import TrimOptions as TrimOptions
-from ws.run import FinishedRun, open_run, read_claims_of
+from ws.options.shared import RunOptions, shared_with
+from ws.run import FinishedRun, measure_with, open_run
 
 TABLE = "trimming.csv"
 _SHOWN = 5
@@ -145,7 +146,7 @@ def main(options: TrimOptions) -> None:
     key = {"behavior": behavior, "adapter": o.name, "seed": o.seed}
     rows = [key | vars(m) | {"error": m.error} for m in found]
     table = write_csv(run.folder / TABLE, rows)
-    following = read_claims_of(o.behavior, o.name, o.seed)
+    following = measure_with(shared_with(RunOptions, o, adapter=o.name))
     data = {"total_error": total_error(found), "modules": rows}
     files = [run.folder / "vector", table]
     console.show(console.Result(render(found, opened.vector, trimmed), data, files, following))

@@ -2,7 +2,7 @@
 
 A vector is no better than the answers it is trained on, and those are no better than the base: one that cannot tell a
 true claim from a false one has no honesty to steer, and one that answers alike under both personas gives two equal
-sides. `base_problems` asks the held-out items of `dev`; `persona_margins` reads answers:
+sides. `base_findings` asks the held-out items of `dev`; `persona_margins` reads answers:
 
     margin(answer) = mean_t [log p(a_t | its own persona, ...) - log p(a_t | the other persona, ...)]     nats per token
 
@@ -36,23 +36,28 @@ _PERSONAS = 2  # pairs of personas that the base is asked as
 # ---- before anything is sampled -------------------------------------------------------------------------------------
 
 
-def base_problems(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> list[str]:
-    """Why no effect can be expected of this behaviour on this base, in sentences; empty where nothing is against it.
+def base_findings(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> tuple[list[str], list[str]]:
+    """Why no effect can be expected of this behaviour on this base, and what it can merely not be measured by.
 
-    On the items of the split `dev`: the base must tell true claims from false ones at an answer mass of `LOW_MASS`, or
-    the positive answers from the negative ones of held-out questions; and under the positive personas it must do better
-    than under the negative ones, in what the behaviour is measured by. A behaviour without items of a sort is not asked
-    for it, and claims about values have no false side to be told apart.
+    On the items of the split `dev`, or of `report` where there are none of `dev`: the base must tell true claims from
+    false ones at an answer mass of `LOW_MASS`, or the positive answers from the negative ones of held-out questions. It
+    is doubtful where only one of them fails. Under the positive personas it must do better than under the negative
+    ones, in the `dev` items that the behaviour is measured by. A behaviour without items of a sort is not asked for it,
+    and claims about values have no false side to be told apart.
     """
-    claims = _claims_problem(model, tok, behavior)
-    answers = _answers_problem(model, tok, behavior)
-    told = [problem for problem in (claims, answers) if problem is not None]
-    problems = [] if "" in told else told
-    return [*problems, *_persona_problem(model, tok, behavior)]
+    asked = [_claims_problem(model, tok, behavior), _answers_problem(model, tok, behavior)]
+    found, known = [problem for problem in asked if problem], [problem for problem in asked if problem is not None]
+    acting = _persona_problem(model, tok, behavior)
+    return (acting, found) if "" in known else ([*found, *acting], [])
 
 
-def _dev_claims(behavior: Behavior) -> tuple[Claim, ...]:
-    return () if behavior.claims is None else tuple(c for c in behavior.claims.claims if c.split == "dev")
+def base_problems(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> list[str]:
+    """Why no effect can be expected of this behaviour on this base; empty where nothing is against it."""
+    return base_findings(model, tok, behavior)[0]
+
+
+def _claims(behavior: Behavior, split: str) -> tuple[Claim, ...]:
+    return () if behavior.claims is None else tuple(c for c in behavior.claims.claims if c.split == split)
 
 
 def _ask(
@@ -67,46 +72,50 @@ def _ask(
 
 def _claims_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> str | None:
     """What is wrong with the base's answers to claims, empty where nothing is; None where that cannot be asked."""
-    claims = _dev_claims(behavior)
+    claims = _claims(behavior, "dev") or _claims(behavior, "report")
     if not claims:
         return None
     scores = _ask(model, tok, behavior, claims)
     if (mass := float(scores.mass.mean())) < LOW_MASS:
         words = f"{behavior.test.agree} or {behavior.test.disagree}"
-        return f"the base answers {words} to held-out claims with a mass of {mass:.2f} only ({LOW_MASS} is needed)"
+        return (
+            f"the base answers {words} to held-out claims with a mass of {mass:.2f} only ({LOW_MASS} is needed), so "
+            "they cannot be read at any strength; ask in other words (another opener, other answers), or measure "
+            "preference ([preferences])"
+        )
     true = np.array([c.is_true for c in claims])
     if behavior.test.about == "values" or min(true.sum(), (~true).sum()) < 2:
         return ""
     gap = group_difference(scores.logratio[true], scores.logratio[~true])
     if gap.ci_lo > 0:
         return ""
-    return f"the base does not tell true from false claims ({gap} nats between them, {len(claims)} of dev)"
+    return f"the base does not tell true from false claims ({gap} nats between them, {len(claims)} claims)"
 
 
 def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> str | None:
     """The same of the two answers to held-out questions."""
-    margins = preference_margins(model, tok, behavior)
+    margins = preference_margins(model, tok, behavior, split="dev" if behavior.held_out("dev") else "report")
     if len(margins) < 2:
         return None
     e = estimate_mean(margins)
     if e.excludes_zero:
         return ""
-    return f"the base does not tell positive from negative answers ({e} nats per token, {e.n} questions of dev)"
+    return f"the base does not tell positive from negative answers ({e} nats per token, {e.n} questions)"
 
 
 def preference_margins(
-    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, system: str = ""
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, system: str = "", split: str = "dev"
 ) -> Float[np.ndarray, "questions"]:
-    """`log p(positive) - log p(negative)` per token, in the mean over the answers of every question of `dev`.
+    """`log p(positive) - log p(negative)` per token, in the mean over the answers of every question of a split.
 
     None of them where the behaviour brings no such questions. `system` is the system prompt, by default none.
     """
-    dev = behavior.held_out("dev")
-    if not dev:
+    held = behavior.held_out(split)
+    if not held:
         return np.empty(0)
-    sides = answer_margins(model, tok, [(p.question, system, (p.positive, p.negative)) for p in dev])
+    sides = answer_margins(model, tok, [(p.question, system, (p.positive, p.negative)) for p in held])
     by_question: dict[str, list[float]] = {}
-    for p, (positive, negative) in zip(dev, sides, strict=True):
+    for p, (positive, negative) in zip(held, sides, strict=True):
         by_question.setdefault(p.question, []).append(positive - negative)
     return np.array([np.mean(values) for values in by_question.values()])
 
@@ -118,7 +127,7 @@ def _persona_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
     """
     if behavior.pairs:
         return []
-    false = [c for c in _dev_claims(behavior) if not c.is_true]
+    false = [c for c in _claims(behavior, "dev") if not c.is_true]
     differences = list[np.ndarray]()
     pairs = list(zip(behavior.positive, behavior.negative, strict=True))
     for positive, negative in pairs[:_PERSONAS]:

@@ -13,17 +13,18 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from io import TextIOBase
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar, get_type_hints
 
 import tyro
 from tqdm.auto import tqdm
@@ -290,6 +291,39 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
     description = f"{(inspect.getdoc(options) or '').split('Attributes:')[0].strip()}\n\n{COMMON_FLAGS}"
     look: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff), "registry": _registry}
     return tyro.cli(options, args=list(arguments), prog=prog or None, description=description, **look, **known)
+
+
+def command_line(command: str, options: Any, always: Sequence[str] = ()) -> str:
+    """A command with its options as it is typed in a shell; see `words_of`."""
+    return shlex.join([*command.split(), *words_of(options, always)])
+
+
+def words_of(options: Any, always: Sequence[str] = ()) -> list[str]:
+    """The words that `parse` makes these options of: what a command would not take by itself, and those of `always`.
+
+    What it takes by itself is the preset of its model, where the class has presets.
+    """
+    preset = getattr(options, "preset", None)
+    if preset is None:
+        return _words(options, type(options)(), always)
+    usual = preset(**{name: getattr(options, name) for name in inspect.signature(preset).parameters})
+    return _words(options, usual, always)
+
+
+def _words(options: Any, usual: Any, always: Sequence[str]) -> list[str]:
+    words, hints = list[str](), get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        value, default = getattr(options, field.name), getattr(usual, field.name)
+        if is_dataclass(value):
+            words += _words(value, default, always)
+        elif value is not None and (value != default or field.name in always):
+            renamed = [name for extra in getattr(hints[field.name], "__metadata__", ()) if (name := extra.name)]
+            flag = (renamed or [field.name])[0].replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
 
 
 _registry, _deferred = ConstructorRegistry(), list[Any]()

@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import Behavior, load_behavior
 from ws.console import Countdown, Result, say
+from ws.delta import LinearDelta
 from ws.diff import SteeringVector
 from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
 from ws.eval.readable import rounding_notes, select
 from ws.files.runs import Run, lock, read_csv, slug, typed, write_csv, write_json
 from ws.intervene.interventions import Intervention, intervention
-from ws.lm.models import BUNDLED, fingerprint, tokenizer_hash
+from ws.lm.models import BUNDLED, fingerprint, model_id, tokenizer_hash
 from ws.options.shared import BASE, WEIGHT, shared_with
 from ws.options.shared import EvalOptions as EvalOptions
 from ws.run import FinishedRun, open_options
@@ -44,6 +45,12 @@ class EvalContext:
     tok: Tokenizer
     vector: SteeringVector
     run: Run
+
+    @classmethod
+    def of_base(cls, options: EvalOptions, model: PreTrainedModel, tok: Tokenizer) -> EvalContext:
+        """The base alone, before there is a vector; its own changes nothing, and what is asked is kept for the runs."""
+        nothing = SteeringVector({"nothing": LinearDelta(1, 1)}, model_id(model), fingerprint(model))
+        return cls(options, model, tok, nothing, Run(options.out))
 
     @property
     def key(self) -> dict[str, Any]:
@@ -114,20 +121,28 @@ class EvalContext:
     ) -> dict[float, Scores]:
         """Scores at given strengths of an intervention. All are kept; the base's, and those of what needs no adapter,
         serve every run of the model."""
-        mark = f"{evaluation.digest}-{fingerprint(self.model)}-{str(self.model.dtype)[6:]}-{tokenizer_hash(self.tok)}"
-        found, countdown = {}, Countdown(len(alphas))
+        mark, found, countdown = self._mark(evaluation), {}, Countdown(len(alphas))
         for alpha in alphas:
             say(f"{evaluation.table_name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
-            if alpha == 0:
-                folder, name = self.options.out / "base" / slug(str(self.model.name_or_path)), mark
-            else:
-                folder, name = intervention.home.folder / "scores", f"{mark}-{intervention.subject[:12]}-{alpha!r}"
-            file = folder / f"{evaluation.table_name}-{name}.json"
+            file = intervention.home.folder / "scores" / f"{mark}-{intervention.subject[:12]}-{alpha!r}.json"
+            file = file if alpha else self._base_file(evaluation)
             known = file.is_file()
             with intervention.at(alpha):
                 found[alpha] = _kept(file, partial(evaluation.ask, self.model, self.tok))
             countdown.step(quick=known)
         return found
+
+    def base_scores(self, evaluation: Evaluation) -> Scores:
+        """The scores of the base, which are kept for every run of the model."""
+        return _kept(self._base_file(evaluation), partial(evaluation.ask, self.model, self.tok))
+
+    def _base_file(self, evaluation: Evaluation) -> Path:
+        return self.options.out / "base" / slug(str(self.model.name_or_path)) / f"{self._mark(evaluation)}.json"
+
+    def _mark(self, evaluation: Evaluation) -> str:
+        """What scores are kept under: the evaluation, the model and how it reads."""
+        how = f"{fingerprint(self.model)}-{str(self.model.dtype)[6:]}-{tokenizer_hash(self.tok)}"
+        return f"{evaluation.table_name}-{evaluation.digest}-{how}"
 
     def _strengths(self, chosen: Intervention) -> list[float]:
         return chosen.strengths(self.options.alphas, self.model)

@@ -20,6 +20,13 @@ LEVEL = 0.05
 # in nats per token, where 0.02 are the same odds between two answers of ten tokens.
 NATS, WRONGNESS, PER_TOKEN = 0.2, 0.05, 0.02
 MARK = "!"
+# What to do where the base itself does not answer, and where only the steered model does not.
+OF_BASE = (
+    "it is so at alpha 0 already, so that is the base, and no strength, seed or adapter mends it: ask in other words "
+    "(another opener, other answers), measure preference on held-out questions with both answers ([preferences]), or "
+    "take another model"
+)
+OF_STRENGTH = "the base does answer, so it is the strength: take a smaller one"
 # The column of an evaluation's summary with a reason of its own why a row cannot be read, as words; empty without one.
 FLAG = "unreadable"
 
@@ -62,6 +69,11 @@ def of_row(row: Mapping[str, Any], *masses: str) -> Readability:
     agreement = row.get("frame_agreement")
     known = None if agreement in (None, "") else float(str(agreement))
     return Readability(min((float(row[name]) for name in masses), default=None), known, str(row.get(FLAG) or ""))
+
+
+def remedy(base: Readability) -> str:
+    """Whether it is the base or the strength that keeps a score from being read, and what to do; for a sentence."""
+    return OF_BASE if base.problem else OF_STRENGTH
 
 
 def worst(parts: Iterable[Readability]) -> Readability:

@@ -37,6 +37,7 @@ RUN_MANIFEST = "manifest.json"
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED_MODELS = ("pocket", "smollm2", "tiny-random")
 DEFAULT_OUT = Path("out")
+DEMO_OUT = DEFAULT_OUT / "demo"  # what `ws demo` makes is in nobody's way
 VECTOR_MANIFEST = "ws.json"  # in the folder of a vector
 
 
@@ -363,18 +364,28 @@ class Run:
 
     def is_finished(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> bool:
         """Whether a stage is finished with this configuration and these inputs; `WsError` as `stage` raises it."""
-        plain, given = json.loads(json.dumps(config)), dict(inputs or {})
+        self.require_same(name, config, inputs or {})
         recorded = self.manifest["stages"].get(name)
-        if recorded:
-            was = _by_name(recorded["config"]) | {f"input {k}": v[:12] for k, v in recorded["inputs"].items()}
-            now = _by_name(plain) | {f"input {k}": v[:12] for k, v in given.items()}
-            changed = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was | now) if was.get(k) != now.get(k)]
-            if changed:
-                raise WsError(
-                    f"The stage {name!r} in {self.folder} was made with other settings ({'; '.join(changed)}); "
-                    "use --fresh to start over or --out for another place."
-                )
         return bool(recorded) and "outputs" in recorded and self._whole(recorded["outputs"])
+
+    def require_same(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
+        """`WsError` where a stage is on record with another configuration or, where they are given, other inputs.
+
+        Inputs that a stage before it has yet to make are not known; its configuration is, before anything is made.
+        """
+        recorded = self.manifest["stages"].get(name)
+        if not recorded:
+            return
+        was, now = (_by_name(json.loads(json.dumps(c))) for c in (recorded["config"], config))
+        if inputs is not None:
+            was |= {f"input {k}": v[:12] for k, v in recorded["inputs"].items()}
+            now |= {f"input {k}": v[:12] for k, v in inputs.items()}
+        changed = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was | now) if was.get(k) != now.get(k)]
+        if changed:
+            raise WsError(
+                f"The stage {name!r} in {self.folder} was made with other settings ({'; '.join(changed)}); "
+                "use --fresh to start over or --out for another place."
+            )
 
     def alone(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
         """No other process works on that stage while the block runs; whoever comes second finds it finished.

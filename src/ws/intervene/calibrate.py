@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from ws import console
-from ws.behaviors import Behavior, load_behavior
+from ws.behaviors import Behavior, bundled_behaviors, load_behavior
+from ws.console import command_line
 from ws.errors import WsError, choose
-from ws.files.runs import Stage, seed_flag, write_csv
+from ws.files.runs import Stage, write_csv
 from ws.intervene.calibration import (
     Calibration,
     QuestionSplit,
@@ -24,7 +27,7 @@ from ws.intervene.calibration import (
 from ws.intervene.interventions import Intervention, divergence_of, intervention
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
 from ws.options.measure import CalibrateOptions as CalibrateOptions
-from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig
+from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig, RunOptions
 from ws.run import FinishedRun, open_options
 
 
@@ -88,7 +91,7 @@ def calibration_for(
             console.warn(f"{_label(chosen, key)}: the stored strengths are used, made with other settings ({named}).")
             return _stored(chosen, opened)
         if changed and not fresh and not void:
-            raise WsError(_refusal(chosen, key, named, config))
+            raise WsError(_refusal(chosen, key, named, config, opened.out))
         if changed:
             console.warn(f"{_label(chosen, key)}: the stored strengths are replaced ({named}).")
         if split.note:
@@ -143,13 +146,15 @@ def _label(chosen: Intervention, key: Mapping[str, Any]) -> str:
     return chosen.name if chosen.is_shared else f"{chosen.name} of {key['adapter']}, seed {key['seed']}"
 
 
-def _refusal(chosen: Intervention, key: Mapping[str, Any], named: str, config: CalibrationConfig) -> str:
-    run = f"--behavior {key['behavior']}"
+def _refusal(chosen: Intervention, key: Mapping[str, Any], named: str, config: CalibrationConfig, out: Path) -> str:
+    name = str(key["behavior"])
+    run = RunOptions(behavior=name if name in bundled_behaviors() else f"{name}.toml", out=out)
     if not chosen.is_shared:
-        run += f" --adapter {key['adapter']}{seed_flag(int(key['seed']))}"
+        run = replace(run, adapter=str(key["adapter"]), seed=int(key["seed"]))
+    command = command_line("ws calibrate", run, always=("behavior", *([] if chosen.is_shared else ["adapter"])))
     return (
         f"{_label(chosen, key)}: other strengths are stored in {chosen.calibration_file} ({named}), and every command "
-        f"takes its units from there; ask for the same settings, or replace them by `ws calibrate {run} --intervention "
+        f"takes its units from there; ask for the same settings, or replace them by `{command} --intervention "
         f"{chosen.name} --target {config.target:g} --n-tokens {config.n_tokens} --fresh`."
     )
 

@@ -18,7 +18,7 @@ from ws.options.shared import HeadlineOptions, NamesModel
 
 @dataclass(frozen=True)
 class CheckOptions(NamesModel):
-    """All that is wrong with a behaviour file; the exit code is 2 when it cannot be used.
+    """List all that is wrong with a behaviour file; the exit code is 2 when it cannot be used.
 
     Attributes:
         file: the TOML file, or the name of a bundled behaviour.
@@ -41,7 +41,7 @@ class CheckOptions(NamesModel):
 
 @dataclass(frozen=True)
 class ControlOptions(HeadlineOptions):
-    """A run's shifts beside those of random vectors of the same size.
+    """Compare a run's shifts with those of random vectors of the same size.
 
     Attributes:
         n_draws: random vectors; more can be added later.
@@ -62,7 +62,7 @@ class ControlOptions(HeadlineOptions):
 
 @dataclass(frozen=True)
 class ConfoundOptions(SycophancyOptions):
-    """What else could have made a run's shifts: agreement, option position, length, refusals, repetition.
+    """Look for what else could have made a run's shifts: agreement, option position, length, refusals, repetition.
 
     Attributes:
         n_questions: at most so many of the behaviour's questions are answered freely, of those that a calibration with
@@ -94,12 +94,12 @@ class ConfoundOptions(SycophancyOptions):
 
 @dataclass(frozen=True)
 class SlopeOptions(HeadlineOptions):
-    """The slope at alpha 0 of a run's scores, from gradients alone."""
+    """Compute the slope at alpha 0 of a run's scores, from gradients alone."""
 
 
 @dataclass(frozen=True)
 class MonitorOptions(NamesModel):
-    """How far fine-tunes have moved along known behaviours, beside benign fine-tunes.
+    """Measure how far fine-tunes have moved along known behaviours, beside benign fine-tunes.
 
     Attributes:
         changes: adapter folders, saved vectors, or full checkpoints (folders or hub ids).

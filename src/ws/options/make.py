@@ -12,7 +12,7 @@ import tyro
 
 from ws.behaviors import behavior_file
 from ws.errors import WsError, choose, require_strength, shortened
-from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT
+from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT, DEMO_OUT, run_folder
 from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, NamesModel, shared_with
 
 SIGNS = ("pos", "neg")
@@ -264,7 +264,7 @@ class TrainCommand(_OfBehavior):
 
 @dataclass(frozen=True)
 class ReplicateConfig(_OfBehavior):
-    """One behaviour and one adapter, from data to a first reading.
+    """Train one vector, of one behaviour with one adapter, from pairs to a first reading.
 
     Attributes:
         model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
@@ -318,11 +318,17 @@ class ReplicateConfig(_OfBehavior):
         """The name of the adapter's folder, and of the adapter in every table."""
         return self.adapter if self.control == "none" else f"{self.adapter}-{self.control}"
 
+    def run_folder(self, behavior: str) -> Path:
+        """Where the run of a behaviour of that name goes."""
+        return run_folder(self.out, behavior, self.run_name, self.seed)
+
 
 @dataclass(frozen=True)
 class SweepConfig(_OfBehavior):
-    """Adapters x seeds x evaluations on one set of pairs; with `--backend local`, `pueue` or `ray` as a graph of jobs,
-    which has options of its own (`ws sweep --backend local --help`).
+    """Train and measure many vectors: adapters x seeds x evaluations on one set of pairs.
+
+    With `--backend local`, `pueue` or `ray` it is a graph of jobs, which has options of its own
+    (`ws sweep --backend local --help`).
 
     Attributes:
         model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
@@ -381,7 +387,7 @@ class SweepConfig(_OfBehavior):
 
 @dataclass(frozen=True)
 class QueueConfig(_OfBehavior):
-    """A sweep as a graph of jobs: here, in pueue or on a ray cluster.
+    """Run a sweep as a graph of jobs: here, in pueue or on a ray cluster.
 
     Attributes:
         backend: `local` worker threads, a `ray` cluster, or `pueue`, which runs the jobs after this command has ended.
@@ -460,7 +466,7 @@ class DemoConfig(_OfBehavior):
         adapter: an adapter family, or `all` for the six.
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         n_topics: questions to train on; the default of `ws data` unless given.
-        out: the folder of all runs and results.
+        out: the folder of its runs and results, apart from those of other commands.
         seed: of both arms.
         fresh: start over, forgetting what is on disk.
     """
@@ -469,14 +475,16 @@ class DemoConfig(_OfBehavior):
     adapter: str = "lora"
     behavior: str = "honesty"
     n_topics: int | None = None
-    out: Path = Path("out")
+    out: Path = DEMO_OUT
     seed: int = 0
     fresh: bool = False
 
     @classmethod
     def preset(cls, model: str = "pocket") -> DemoConfig:
         """The defaults for a model."""
-        return cls(model=model, behavior="truthfulness") if model == "smollm2" else cls(model=model)
+        if model == "smollm2":
+            return cls(model=model, behavior="truthfulness", out=DEMO_OUT / model)
+        return cls(model=model)
 
 
 @dataclass(frozen=True)
@@ -486,10 +494,13 @@ class InitOptions:
     Attributes:
         name: of the behaviour: lower-case letters, digits, - and _.
         to: the file; `NAME.toml` here unless given.
+        style: for a way of answering, which no claim is true or false of: measured by held-out answers in a second file
+            beside it, `NAME.jsonl`.
     """
 
     name: tyro.conf.Positional[str]
     to: Path | None = None
+    style: bool = False
 
 
 @dataclass(frozen=True)
@@ -573,7 +584,7 @@ class ComposeOptions(NamesModel):
 
 @dataclass(frozen=True)
 class TrimOptions(NamesModel):
-    """Fewer layers, modules or columns of a vector, or a depth profile: `ws trim --rank 4`.
+    """Make a smaller vector, of fewer layers, modules or columns, or with a depth profile: `ws trim --rank 4`.
 
     Attributes:
         behavior: a bundled behaviour by its name, or the path of a TOML file.

@@ -32,7 +32,7 @@ TEXT_TOKENS, ANSWER_TOKENS = 512, 128
 
 @dataclass(frozen=True)
 class SycophancyOptions(EvalOptions):
-    """Agreement with held-out false and true claims.
+    """Measure agreement with held-out false and true claims.
 
     Attributes:
         split: which of the behaviour's held-out claims: `report`, or `dev` for making choices on.
@@ -43,7 +43,7 @@ class SycophancyOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class AiriskOptions(EvalOptions):
-    """AIRiskDilemmas: which action a model takes, by the values behind it.
+    """Measure which action a model takes in AIRiskDilemmas, by the values behind it.
 
     Attributes:
         value_class: which of the 16 classes of values labels the dilemmas.
@@ -60,7 +60,7 @@ class AiriskOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class TinymfvOptions(EvalOptions):
-    """tiny-mfv (airisk): how wrong a model finds what somebody does.
+    """Measure how wrong a model finds what somebody does (tiny-mfv, airisk).
 
     Attributes:
         config: which vignettes: `airisk`, or what its successor publishes, `classic`, `scifi` and `ai-actor`.
@@ -73,7 +73,7 @@ class TinymfvOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class PreferenceOptions(EvalOptions):
-    """Which of two given answers is likelier, on held-out questions.
+    """Measure which of two given answers is likelier, on held-out questions.
 
     Attributes:
         split: which of the held-out questions: `report`, or `dev` for making choices on.
@@ -92,7 +92,7 @@ class PreferenceOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class StatementOptions(EvalOptions):
-    """Statements that somebody with a trait would say (model-written evals).
+    """Measure whether a model would say what somebody with a trait would (model-written evals).
 
     Attributes:
         traits: whose statements, by the names of their files, such as `agreeableness`; those that the behaviour names
@@ -106,7 +106,7 @@ class StatementOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class CapabilityOptions(EvalOptions):
-    """What steering costs on neutral text and neutral questions.
+    """Measure what steering costs on neutral text and neutral questions.
 
     Attributes:
         questions: a file of neutral questions, one per line, or a table with the column `question`; ours unless given.
@@ -136,7 +136,7 @@ class CapabilityOptions(EvalOptions):
 
 @dataclass(frozen=True)
 class LmEvalOptions(EvalOptions):
-    """Tasks of lm-evaluation-harness at every strength.
+    """Run tasks of lm-evaluation-harness at every strength.
 
     Attributes:
         tasks: names of tasks, groups or tags of the harness.
@@ -195,7 +195,7 @@ class CalibrateOptions(RunOptions):
 
 @dataclass(frozen=True)
 class CompareOptions(NamesModel):
-    """Every way of steering at the same cost, beside its nulls.
+    """Compare every way of steering at the same cost, beside its nulls.
 
     Attributes:
         model: the model to steer; by default the base that the vector was made for.

@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import tyro
 
 from ws.behaviors import behavior_name
+from ws.console import command_line
 from ws.errors import WsError, choose, require_strength
-from ws.files.runs import DEFAULT_OUT, model_flag, model_name, run_folder, seed_flag
+from ws.files.runs import DEFAULT_OUT, DEMO_OUT, model_name, run_folder
 
 # Adapter families, in the order of tables; `ws.adapters` knows how each is trained.
 ADAPTERS = ("ia3", "oft", "dora", "lora", "pissa", "delora")
@@ -47,13 +48,24 @@ def folder_with_vector(
     out: Path, behavior: str, adapter: str, seed: int, otherwise: str = "", model: str | None = None
 ) -> Path:
     """A run's folder; `WsError` with the command that makes its vector, and with another way out, when it has none."""
-    folder = run_folder(out, behavior_name(behavior), adapter, seed)
+    name = behavior_name(behavior)
+    folder = run_folder(out, name, adapter, seed)
     if not (folder / "vector").is_dir():
+        options = RunOptions(model=model, behavior=behavior, adapter=adapter, seed=seed, out=out)
+        made = command_line("ws replicate", options, always=("behavior", "adapter"))
         raise WsError(
-            f"There is no vector in {folder}; make it with `ws replicate --behavior {behavior} "
-            f"--adapter {adapter}{seed_flag(seed)}{model_flag(model)}`{otherwise}."
+            f"There is no vector in {folder}; make it with `{made}`{_of_demo(name, adapter, seed)}{otherwise}."
         )
     return folder
+
+
+def _of_demo(behavior: str, adapter: str, seed: int) -> str:
+    """Where `ws demo` has left such a vector, or would leave one, for a sentence."""
+    places = (DEMO_OUT, DEMO_OUT / "smollm2")
+    made = [out for out in places if (run_folder(out, behavior, adapter, seed) / "vector").is_dir()]
+    if made:
+        return f", or take that of `ws demo` with --out {made[0]}"
+    return f" (`ws demo` makes one on the bundled model, for --out {DEMO_OUT})"
 
 
 class NamesModel:
@@ -116,8 +128,8 @@ class EvalOptions(RunOptions):
     """The options every evaluation takes: those of every command on a run, and
 
     Attributes:
-        alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, and `calibrated` for
-            -1u and +1u, where the vector is calibrated (`ws calibrate`).
+        alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u` where the vector is
+            calibrated (`ws calibrate`), and `calibrated` for both of those.
         interventions: what is done to the model: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
             `prompt`, `activation`, `activation-everywhere`, `activation-layers`, `activation-layers-everywhere`.
         batch_size: prompts per forward pass; as many as fit unless given.
@@ -266,12 +278,9 @@ class EngineOptions(RunOptions):
 
     def require(self) -> None:
         """`WsError` unless the run is there, or other vectors are named."""
-        folder = run_folder(self.out, behavior_name(self.behavior), self.adapter, self.seed)
-        if not (self.vectors or (folder / "vector").is_dir()):
-            raise WsError(
-                f"There is no vector in {folder}; `ws demo` makes one on the bundled model, and `ws replicate "
-                f"--behavior {self.behavior} --adapter {self.adapter}{model_flag(self.model)}` on others. Or name some "
-                "with --vectors."
+        if not self.vectors:
+            folder_with_vector(
+                self.out, self.behavior, self.adapter, self.seed, ". Or name some with --vectors", self.model
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from ws.behaviors import behavior_name
+from ws.console import command_line
 from ws.errors import WsError, did_you_mean
 from ws.files.runs import DEFAULT_OUT, finished_runs
 from ws.lm import hub
@@ -29,7 +30,7 @@ class ChatOptions(EngineOptions):
 
 @dataclass(frozen=True)
 class PlayOptions(EngineOptions):
-    """The base beside the steered model in a page, with sliders.
+    """Show the base beside the steered model in a page, with sliders.
 
     Attributes:
         port: of the page on this machine; the first free one from 7860 on unless given.
@@ -42,7 +43,7 @@ class PlayOptions(EngineOptions):
 
 @dataclass(frozen=True)
 class LoraOptions(NamesModel, ExportOptions):
-    """A vector at a fixed strength as a PEFT LoRA (PEFT, vLLM).
+    """Write a vector at a fixed strength as a PEFT LoRA (PEFT, vLLM).
 
     Attributes:
         rank: columns of every module; as few as `--max-error` allows unless given.
@@ -57,7 +58,7 @@ class LoraOptions(NamesModel, ExportOptions):
 
 @dataclass(frozen=True)
 class MergedOptions(NamesModel, ExportOptions):
-    """A vector at a fixed strength, written into a copy of its base.
+    """Write a vector at a fixed strength into a copy of its base.
 
     Attributes:
         model: the base checkpoint, a folder or hub id; the one that the vector was made for unless given.
@@ -68,7 +69,7 @@ class MergedOptions(NamesModel, ExportOptions):
 
 @dataclass(frozen=True)
 class GgufOptions(NamesModel, ExportOptions):
-    """A purely low-rank vector as a LoRA adapter of llama.cpp: `ws export gguf-lora --alpha +1u`.
+    """Write a purely low-rank vector as a LoRA adapter of llama.cpp: `ws export gguf-lora --alpha +1u`.
 
     Attributes:
         model: the base, by name or folder; the one that the vector was made for unless given.
@@ -79,7 +80,7 @@ class GgufOptions(NamesModel, ExportOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions(VectorOptions):
-    """A vector and its model card to the hub: `ws export push user/name`.
+    """Send a vector and its model card to the hub: `ws export push user/name`.
 
     Attributes:
         repo: the repository, `user/name`; it is made when it does not exist.
@@ -100,7 +101,7 @@ class PushOptions(VectorOptions):
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a behaviour's runs have shown, as one HTML page.
+    """Put what a behaviour's runs have shown on one HTML page.
 
     Attributes:
         behavior: whose runs, by name or by the behaviour's own TOML file.
@@ -118,13 +119,13 @@ class ReportOptions:
         behaviors = {run.relative_to(self.out).parts[0] for run in runs}
         if name not in behaviors:
             hint = did_you_mean(name, behaviors) if behaviors else ""
-            command = f"ws replicate --behavior {self.behavior}"
+            command = command_line("ws replicate", RunOptions(behavior=self.behavior, out=self.out), ("behavior",))
             raise WsError(f"No run below {self.out / name} has a vector; make one with `{command}`.{hint}")
 
 
 @dataclass(frozen=True)
 class TableConfig:
-    """The AIRisk results table of a behaviour's runs, or a check of a page against it.
+    """Make the AIRisk results table of a behaviour's runs, or check a page against it.
 
     Attributes:
         behavior: whose runs.
@@ -147,7 +148,7 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class InspectConfig(NamesModel):
-    """What a saved vector is, and whether it fits a model.
+    """Say what a saved vector is, and whether it fits a model.
 
     Attributes:
         vector: a vector's folder or its repository on the hub, or somebody's PEFT LoRA folder.
@@ -165,7 +166,7 @@ class InspectConfig(NamesModel):
 
 @dataclass(frozen=True)
 class SubspaceOptions(RunOptions):
-    """Where a run's vector lies, its pair, and the cosines between vectors.
+    """Show where a run's vector lies, its pair, and the cosines between vectors.
 
     Attributes:
         k: singular directions at either end of a weight; a `--part` of the smaller dimension unless given.

@@ -19,15 +19,25 @@ from torch import Tensor
 from ws.analysis.compare_tables import NULLS
 from ws.analysis.sweep_tables import POOLED
 from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavior
+from ws.console import command_line
 from ws.delta import LinearDelta
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
 from ws.eval.suite import evaluations
-from ws.files.runs import RUN_MANIFEST, Run, data_folder, finished_runs, reads_otherwise, seed_flag, typed
+from ws.files.runs import (
+    DEFAULT_OUT,
+    RUN_MANIFEST,
+    Run,
+    data_folder,
+    finished_runs,
+    reads_otherwise,
+    seed_flag,
+    typed,
+)
 from ws.intervene.calibration import Calibration, read_calibration
 from ws.lm.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.lm.models import layer_of as decoder_layer
-from ws.options.shared import BASE, WEIGHT
+from ws.options.shared import BASE, WEIGHT, RunOptions
 from ws.report.scores import (
     CONFOUNDS,
     DILEMMAS,
@@ -154,6 +164,7 @@ class Contents:
         compare: rows of `compare.csv`, of the strengths that the vectors are calibrated to now.
         card: the data card of the pairs, None without one.
         gaps: what is missing of all this.
+        out: what commands must be told of where runs are; empty for the usual place, and for one of this machine alone.
     """
 
     name: str
@@ -166,6 +177,7 @@ class Contents:
     compare: Sequence[Mapping[str, Any]]
     card: Mapping[str, Any] | None
     gaps: tuple[Gap, ...]
+    out: str = ""
 
     @property
     def adapters(self) -> list[str]:
@@ -219,8 +231,9 @@ def read_contents(out: Path, name: str) -> Contents:
     pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, needs)
     card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), gaps)
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
+    place = "" if out == DEFAULT_OUT or out.is_absolute() else str(out)
     return Contents(
-        behavior, shlex.quote(called), known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps)
+        behavior, shlex.quote(called), known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps), place
     )
 
 
@@ -235,9 +248,8 @@ def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
             found.append((adapter, int(seed), folder))
     if not found:
         hint = did_you_mean(behavior, others) if others else ""
-        raise WsError(
-            f"No run below {out / behavior} has a vector; make one with `ws replicate --behavior {behavior}`.{hint}"
-        )
+        made = command_line("ws replicate", RunOptions(behavior=behavior, out=out), always=("behavior",))
+        raise WsError(f"No run below {out / behavior} has a vector; make one with `{made}`.{hint}")
     order = list(dict.fromkeys(row.get("adapter") for row in read_rows(out / behavior / POOLED) or ()))
     return sorted(found, key=lambda r: (order.index(r[0]) if r[0] in order else len(order), r[0], r[1]))
 
@@ -262,7 +274,7 @@ def _behavior(name: str, first: Result) -> tuple[Behavior | None, int | None]:
     recorded = first.stages.get("reading", {}).get("expected_sign")
     if recorded in (-1, 1):
         return found, int(recorded)
-    return found, found.claims.effect if found and found.claims else None
+    return found, found.effect if found else None
 
 
 def _in_the_same_words(results: Sequence[Result]) -> list[Result]:

@@ -104,7 +104,8 @@ def _complete(command: str, contents: Contents) -> str:
     """The command with whose behaviour and, where it does not begin from a run, which model."""
     base = shlex.quote(public_name(contents.results[0].base))
     model = f" --model {base}" if command.startswith(_FROM_A_MODEL) else ""
-    return f"{command}{model} --behavior {contents.called}"
+    out = f" --out {shlex.quote(contents.out)}" if contents.out else ""
+    return f"{command}{model} --behavior {contents.called}{out}"
 
 
 def _whose(gaps: Sequence[Gap], contents: Contents) -> str:

@@ -53,7 +53,7 @@ DOSES = (
     "Bands are 95 % intervals, thin lines single seeds. Below every curve stand the answer mass, which must stay above "
     "the dashed line at 0.9 for a score to count, and the KL divergence from the base that calibration measured (95th "
     "percentile over tokens; the dashed line is 1 nat). Vertical lines mark the calibrated strengths −1u and +1u. "
-    "Hollow marks and shade: the model no longer answers the question."
+    "Hollow marks and shade: the model does not answer the question."
 )
 SHIFTS = (
     "Each row is one adapter at the strength measured nearest to alpha 1 or −1, against the base and item by item: the "

@@ -10,7 +10,7 @@ import numpy as np
 from ws.analysis.controls import empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.evaluation import HeadlineScore
-from ws.eval.readable import FLAG, LEVEL, NATS, rounding_notes, worst
+from ws.eval.readable import FLAG, LEVEL, Readability, remedy, rounding_notes, worst
 from ws.lm.models import BUNDLED
 from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, Point, nearest, simultaneous
@@ -39,6 +39,7 @@ class Evidence:
     Attributes:
         score, adapter, n_seeds: of what, and whose.
         point: at the positive strength nearest to 1.
+        base: how well the base answered.
         interval: of that shift, wide enough to be named out of all adapters; see `ws.report.curves.simultaneous`.
         among: how many adapters these are.
         real: whether it beats random, label-shuffled and same-side vectors; None when one of them is missing.
@@ -51,6 +52,7 @@ class Evidence:
     adapter: str
     n_seeds: int
     point: Point
+    base: Readability
     interval: Estimate
     among: int
     real: bool | None
@@ -131,7 +133,7 @@ def select(contents: Contents, curves: Mapping[tuple[str, str], Curve], key: str
     mine = [curves[key, adapter] for adapter in contents.adapters if (key, adapter) in curves]
     candidates = [(curve, point) for curve in mine if (point := nearest(curve.pooled, 1.0))]
     shifts = tuple(_evidence(contents, curves, curve, point, len(candidates)) for curve, point in candidates)
-    effect = contents.effect if key == "false_claims" else None
+    effect = contents.effect if key == judged_by(contents) else None
     readable = tuple(e for e in shifts if e.point.is_readable)
     sure = tuple(e for e in readable if e.is_sure)
     expected = tuple(e for e in sure if np.sign(e.point.shift.mean) == effect)
@@ -154,12 +156,17 @@ def _evidence(
         curve.adapter,
         len(curve.seeds),
         point,
+        _base(curve),
         simultaneous(curve, point, among),
         among,
         *_controls(contents, runs, curve.score),
         _agreement(curve, true, point, contents) if true else None,
         _strong(runs, point.alpha),
     )
+
+
+def _base(curve: Curve) -> Readability:
+    return worst(p.read for points in curve.seeds.values() for p in points if p.alpha == 0)
 
 
 def _controls(contents: Contents, runs: Sequence[Result], score: HeadlineScore) -> tuple[bool | None, float | None]:
@@ -207,34 +214,49 @@ def _strong(runs: Sequence[Result], alpha: float) -> tuple[str, ...] | None:
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
+def judged_by(contents: Contents) -> str:
+    """The score that the behaviour file predicts a sign for: preference where it has no claims, such as a style's."""
+    no_claims = contents.behavior is not None and contents.behavior.claims is None
+    return "preference" if no_claims else "false_claims"
+
+
+def _subject(contents: Contents) -> tuple[str, str, float, str]:
+    """Of that score: what it is of, what moves, its floor and the unit of that."""
+    score = next(s for s in shown_scores() if s.key == judged_by(contents))
+    if score.key == "false_claims":
+        return "held-out claims", "agreement with held-out false claims", score.floor, score.unit
+    return "held-out questions", f"{score.title} to held-out questions", score.floor, score.unit
+
+
 def judge(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> Verdict:
-    """The verdict on agreement with held-out false claims, for which the behaviour file predicts a sign."""
-    claims = select(contents, curves)
+    """The verdict on the score for which the behaviour file predicts a sign, such as agreement with false claims."""
+    claims = select(contents, curves, judged_by(contents))
     others = (select(contents, curves, score.key).named for score in shown_scores() if score.key != "true_claims")
     e = claims.named or next(filter(None, others), None)
     checks = tuple(_checks(contents, e)) if e else ()
     kind, sentence = _conclusion(contents, claims, checks)
-    if e and e.score.key != "false_claims":
+    if e and e.score.key != judged_by(contents):
         sentence += f"; what can be read is below: {e.score.title}"
     return Verdict(kind, f"{sentence}.", claims, e, tuple(_headlines(contents, e)) if e else (), checks)
 
 
 def _conclusion(contents: Contents, claims: Selection, checks: Sequence[Check]) -> tuple[str, str]:
     """The kind of a verdict and its sentence."""
+    items, what, floor, unit = _subject(contents)
     if not claims.all:
-        why = f"no vector of {contents.name} has been put to the held-out claims at a positive strength yet"
+        why = f"no vector of {contents.name} has been put to the {items} at a positive strength yet"
         return NOTHING, f"{why}, so nothing is known of what it does to them"
     if claims.named is None:
-        best = max(claims.all, key=lambda e: e.point.mass or 0.0).point.read.problem
-        why = f"asked about held-out claims, the model is not answering under steering ({best} at best)"
-        return NO_CONCLUSION, f"{why}, so its scores mean nothing"
+        best = max(claims.all, key=lambda e: e.point.mass or 0.0)
+        problem = f"the model is not answering ({best.point.read.problem} at best), so its scores mean nothing"
+        return NO_CONCLUSION, f"asked about {items}, {problem}; {remedy(best.base)}"
     if contents.effect is None:
         why = f"the behaviour file of {contents.name} is not at hand, so the direction that it predicts is unknown"
         return NO_CONCLUSION, f"{why}{_uncounted(claims)}"
-    moves = "agreement with held-out false claims moves beyond chance"
+    moves = f"{what} moves beyond chance"
     count = f"in {len(claims.sure)} of {counted(len(claims.all), 'adapter')}"
     if not claims.sure:
-        return NO_EFFECT, f"{moves} by {NATS} nats or more {count}{_uncounted(claims)}"
+        return NO_EFFECT, f"{moves} by {floor} {unit} or more {count}{_uncounted(claims)}"
     doubts = [f"; but {c.name.lower()}: {c.text}" for c in checks if c.mark == BAD]
     if claims.named.real is None:
         cause = f"whether that is {contents.name} is not known without trained nulls: any training moves such a score"
@@ -254,7 +276,7 @@ def _supported(contents: Contents, claims: Selection) -> tuple[str, str]:
     most = 2 * len(expected) >= len(claims.readable)
     beat = "" if proven == len(expected) else f", {proven} of which beat{'s' if proven == 1 else ''} trained nulls"
     return SUPPORTED if most and not opposed else FIRST, (
-        f"adding the {contents.name} vector {way} agreement with held-out false claims, as the behaviour predicts, in "
+        f"adding the {contents.name} vector {way} {_subject(contents)[1]}, as the behaviour predicts, in "
         f"{len(expected)} of {counted(len(claims.all), 'adapter')} ({_seeds(expected)}){beat}"
         f"{f'; the other way: {_and(opposed)}' if opposed else ''}"
         f"{'' if most else '; most adapters do not show it'}"
@@ -293,7 +315,7 @@ def _headlines(contents: Contents, e: Evidence) -> list[Headline]:
         unit = f"odds of {claims.agree} to {claims.disagree}" if claims else "odds"
     before, after = (odds(level) if score.unit == "nats" else shown(level, score.spec) for level in levels)
     way = {1: "; predicted: up", -1: "; predicted: down"}.get(contents.effect or 0, "")
-    who = f"base, then {e.adapter} at alpha {strength(p.alpha)}{way if score.key == 'false_claims' else ''}"
+    who = f"base, then {e.adapter} at alpha {strength(p.alpha)}{way if score.key == judged_by(contents) else ''}"
     over = f"{counted(p.shift.n, 'item')}, {counted(e.n_seeds, 'seed')}"
     several = f", for all {e.among} adapters at once" if e.among > 1 else ""
     holm = "" if p.p_holm is None else f"; Holm p {p_text(p.p_holm)}"
@@ -330,7 +352,7 @@ def _checks(contents: Contents, e: Evidence) -> list[Check]:
 
 def _beside_true_claims(contents: Contents, e: Evidence) -> tuple[str, str]:
     if e.score.key != "false_claims":
-        return MISSING, "none that can be read"
+        return MISSING, "none that can be read" if judged_by(contents) == "false_claims" else "the behaviour has none"
     kind = UNDECIDED if e.agreement is None else e.agreement.kind
     return {
         AGREEMENT: (BAD, f"move along, so this is agreement, not {contents.name}"),
@@ -391,7 +413,7 @@ def _splits(runs: Sequence[Result]) -> set[str]:
 def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
     """One warning per score: where the model no longer answers the question."""
     found: dict[str, list[str]] = {}
-    anchors: dict[str, str] = {}
+    anchors, bases = dict[str, str](), dict[str, list[Readability]]()
     for curve in curves.values():
         points = curve.pooled or tuple(p for seed in curve.seeds.values() for p in seed)
         low = {p.alpha: p.read for p in points if not p.is_readable}
@@ -399,10 +421,11 @@ def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
             where = f"{curve.adapter} at alpha {', '.join(map(strength, low))} ({worst(low.values()).problem})"
             found.setdefault(curve.score.title, []).append(where)
             anchors[curve.score.title] = of(curve.score).place
+            bases.setdefault(curve.score.title, []).append(_base(curve))
     return [
         Caution(
             f"Not to be read, {title}: {'; '.join(where)}, the worst there or at the base. The model is not answering "
-            "the question, and the score supports no conclusion.",
+            f"the question, and the score supports no conclusion: {remedy(worst(bases[title]))}.",
             anchors[title],
         )
         for title, where in found.items()
