@@ -37,10 +37,10 @@ from transformers.pytorch_utils import Conv1D
 from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose, shortened
+from ws.files.runs import PISSA_INIT_FILE as PISSA_INIT_FILE
 from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
 from ws.lm.probe import probe_adapter, start_again
 
-PISSA_INIT_FILE = "pissa_init.safetensors"
 MIN_LIKENESS = 0.3  # cosine between a trained product of factors and the one it began as
 MAX_RANK = 65536  # more than any layer has use for
 _PEFT_PREFIX = "base_model.model."

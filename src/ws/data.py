@@ -30,6 +30,7 @@ from ws.behaviors.acting import acted, base_findings, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly, json_lines
 from ws.errors import WsError, did_you_mean, require_characters, require_seed, shortened
+from ws.files.public import without_markup
 from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
 from ws.lm.choice import ChoiceScores, score_choices
 from ws.lm.generation import PLAIN, generate, without_end
@@ -884,7 +885,7 @@ def render_card(behavior: Behavior, card: dict[str, Any]) -> str:
     ]
     for s in card["samples"]:
         lines += ["", f"- **{s['question']}**", f"  - positive: {s['pos']}", f"  - negative: {s['neg']}"]
-    return "\n".join(lines) + "\n"
+    return without_markup("\n".join(lines)) + "\n"
 
 
 def _acting_lines(card: Mapping[str, Any]) -> list[str]:

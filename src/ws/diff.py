@@ -27,7 +27,9 @@ from ws import console
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import WsError, require_strength, shortened
-from ws.files.runs import VECTOR_MANIFEST, atomic_folder, library_versions, model_name, sha256_file, slug
+from ws.files.places import place_below
+from ws.files.public import public
+from ws.files.runs import VECTOR, VECTOR_FILES, atomic_folder, library_versions, model_name, sha256_file, slug
 from ws.files.tensors import tensor_writer
 from ws.lm.checkpoints import Checkpoint, Difference
 from ws.lm.hub import find
@@ -53,9 +55,7 @@ from ws.options.make import DiffOptions as DiffOptions
 T = TypeVar("T")
 
 FORMAT_VERSION, CALIBRATION_FORMAT = 1, 1
-MANIFEST, CALIBRATION = VECTOR_MANIFEST, "calibration.json"
-NATIVE_WEIGHTS, PEFT_WEIGHTS = "vector.safetensors", "adapter_model.safetensors"
-VECTOR_FILES = (MANIFEST, CALIBRATION, NATIVE_WEIGHTS, PEFT_WEIGHTS, "adapter_config.json")
+MANIFEST, CALIBRATION, NATIVE_WEIGHTS, _, PEFT_WEIGHTS = VECTOR_FILES
 
 
 @dataclass(frozen=True)
@@ -520,13 +520,12 @@ class SteeringVector:
                 not cancel for that (see `LinearDelta.balanced`).
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / MANIFEST).is_file():
-            raise WsError(f"{folder} exists and is not a steering vector; choose another place.")
+        VECTOR.require(folder)
         low_rank = self.is_low_rank and self.max_rank > 0
         weights = PEFT_WEIGHTS if low_rank else NATIVE_WEIGHTS
         stored = replace(self, deltas=self.each(lambda delta: delta.to("cpu", dtype)))
         tensors = stored._peft_tensors() if low_rank else stored._native_tensors()
-        with atomic_folder(folder) as part:
+        with atomic_folder(folder, VECTOR) as part:
             save_file({k: t.contiguous() for k, t in tensors.items()}, part / weights)
             if low_rank:
                 stored._peft_config().save_pretrained(str(part))
@@ -563,7 +562,7 @@ class SteeringVector:
         manifest = _read_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT_VERSION:
             raise WsError(f"{folder} has vector format {manifest.get('format')}; this version reads {FORMAT_VERSION}.")
-        file = folder / manifest["weights"]["file"]
+        file = place_below(folder, manifest["weights"]["file"], folder / MANIFEST)
         if not file.is_file() or sha256_file(file) != manifest["weights"]["sha256"]:
             raise WsError(
                 f"The weights in {folder} are missing or differ from their recorded hash; make the vector again."
@@ -642,7 +641,7 @@ def write_manifest(
         modules: the sizes of all `modules`, the `kinds` of those that are not linear, and which are `shared`.
     """
     stored = {"file": weights, "sha256": sha256_file(folder / weights), "dtype": str(dtype)[6:]}
-    manifest = {"format": FORMAT_VERSION, "base": base, "info": dict(info), "recipe": dict(recipe), **modules}
+    manifest = {"format": FORMAT_VERSION, "base": base, "info": public(info), "recipe": public(recipe), **modules}
     manifest |= {"weights": stored, "versions": library_versions()}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -701,11 +700,13 @@ def parse_units(text: str) -> float | None:
 
 def parse_number(text: str) -> float:
     """A strength as a plain number; `WsError` when it is none, not finite, or beyond float32."""
+    if text == "calibrated":
+        raise WsError("`calibrated` stands for two strengths, -1u and +1u, and one is wanted here; name that.")
     try:
         alpha = float(text)
     except ValueError:
         what = shortened(text)
-        raise WsError(f"The strength {what} is not understood; use 1.5, +1u, -0.5u or `calibrated`.") from None
+        raise WsError(f"The strength {what} is not understood; use a number or units such as +1u.") from None
     return require_strength(alpha, "A strength")
 
 
@@ -775,8 +776,7 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
     Raises:
         WsError: see `SteeringVector.from_checkpoints`, or a folder that holds something else.
     """
-    if options.to.exists() and not (options.to / MANIFEST).is_file():
-        raise WsError(f"{options.to} exists and is not a steering vector; choose another place with --to.")
+    VECTOR.require(options.to)
     mark = None if options.base is None else Checkpoint.open(options.base).fingerprint()
     difference = Difference(options.pos, options.neg, options.kinds)
     base, info = model_name(options.base or "unknown"), {"family": "full", "depth": difference.depth}
@@ -786,7 +786,7 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
         deltas, facts = difference.collect(options.rank)
         SteeringVector(deltas, base, mark, recipe | facts, info).save(options.to)
         return recipe | facts
-    with atomic_folder(options.to) as part:
+    with atomic_folder(options.to, VECTOR) as part:
         modules = _stream(difference, part / NATIVE_WEIGHTS)
         recipe |= {"modules": len(modules["modules"]), "equal": len(difference.modules) - len(modules["modules"])}
         origin = {"id": base, "fingerprint": mark}

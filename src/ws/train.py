@@ -38,11 +38,14 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.adapters import PISSA_INIT_FILE, AdapterSpec, family, peft_config
+from ws.adapters import AdapterSpec, family, peft_config
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
 from ws.errors import WsError, choose, require_seed
 from ws.files.runs import (
+    ADAPTER,
+    PISSA_INIT_FILE,
+    TRAIN_FILE,
     Run,
     atomic_folder,
     data_folder,
@@ -60,7 +63,6 @@ from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
 from ws.options.make import train_preset as train_preset
 
-TRAIN_FILE = "ws_train.json"
 _NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 T = TypeVar("T")
 
@@ -106,6 +108,7 @@ def train_adapter(
     folder, config = Path(folder), config or TrainConfig()
     choose("sign", sign, SIGNS)
     require_seed(seed)
+    ADAPTER.require(folder)
     config.check()
     config.accumulation(console.processes())
     join(model.device.type)
@@ -560,7 +563,7 @@ def _stamp(
 
 
 def _save(peft_model: PeftModel, initial: dict[str, Tensor], folder: Path, stamp: dict[str, Any]) -> None:
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, ADAPTER) as part:
         config = peft_model.active_peft_config
         config.base_model_name_or_path = stamp["base_id"]
         for name, value in vars(config).items():  # sets would be written in another order every time
@@ -610,8 +613,7 @@ def train_stage(
                 run.drop(sign)
             raise
         if console.is_main():
-            names = ("adapter_config.json", "adapter_model.safetensors", PISSA_INIT_FILE, TRAIN_FILE)
-            stage.done([f for n in names if (f := folder / n).is_file()], facts=facts)
+            stage.done([f for name in ADAPTER.files if (f := folder / name).is_file()], facts=facts)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -486,3 +487,44 @@ def test_the_documented_numbers_are_those_of_the_benchmark():
             mine = [r for r in rows if (r["expression"], r["behavior"]) == (expression, behavior)]
             false = [r for r in mine if r["claims_are_true"] == "False"]
             assert not false or verdict(false) in page
+
+
+# ---- what must not be touched, and what must not be told ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behavior", ["../../x", "/tmp/x", "..", "", "C:\\x", "a/b", "nul"])
+def test_a_vector_cannot_say_where_the_sum_is_written(runs, behavior):
+    """The behaviour in a ws.json is data: somebody else may have written it."""
+    before = sorted(runs.parent.rglob("*"))
+    manifest = runs / "honesty" / "lora" / "vector" / "ws.json"
+    found = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps(found | {"info": {"behavior": behavior}}), encoding="utf-8")
+    with pytest.raises(ws.WsError, match="cannot name a behaviour's runs"):
+        main(options(runs, to="mix"))
+    assert sorted(runs.parent.rglob("*")) == before
+
+
+def test_the_weights_file_that_a_vector_names_lies_beside_it(runs):
+    manifest = runs / "honesty" / "lora" / "vector" / "ws.json"
+    text = manifest.read_text(encoding="utf-8")
+    for name in ("../../../sycophancy/lora/vector/adapter_model.safetensors", str(runs / "x"), "..\\x", 3):
+        found = json.loads(text)
+        found["weights"]["file"] = name
+        manifest.write_text(json.dumps(found), encoding="utf-8")
+        with pytest.raises(ws.WsError, match="no place below"):
+            ws.SteeringVector.load(manifest.parent)
+
+
+def test_no_folder_of_this_machine_is_on_record_in_a_sum(runs, tmp_path_factory):
+    place = tmp_path_factory.mktemp("Jane Doe's home") / "Größe (alt)"
+    for name in ("honesty", "sycophancy"):
+        ws.SteeringVector.load(runs / name / "lora" / "vector").save(place / f"my {name}")
+    expression = f'"{place}/my honesty"*1.0 + "{place}/my sycophancy"*-0.5'
+    made = ws.analysis.compose.carry_out(options(runs, expression))
+    assert made.name == "my-honesty1_-my-sycophancy-0.5"
+    for file in ("ws.json", "adapter_config.json"):
+        text = (made.run.folder / "vector" / file).read_text(encoding="utf-8")
+        for part in ("Jane", "Größe", "Gr\\u00f6", "alt)", str(place.parent.parent)):
+            assert part not in text, (file, part)
+    assert made.vector.recipe["expression"] == '"my honesty"*1.0 + "my sycophancy"*-0.5'
+    assert [t["name"] for t in made.vector.recipe["terms"]] == ["my honesty", "my sycophancy"]

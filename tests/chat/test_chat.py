@@ -109,6 +109,7 @@ def test_probabilities_and_the_snippet_are_results(chat, capsys):
         ("/", "no command named ''"),
         ("/alpha", "/alpha with one strength"),
         ("/alpha much", "not understood"),
+        ("/alpha calibrated", "two strengths, -1u and .1u"),
         ("/vector c 1", "no vector named 'c'"),
         ("/vector a", "a name and a strength"),
         ("/compare maybe", "no setting of /compare named 'maybe'"),
@@ -121,6 +122,26 @@ def test_what_does_not_hold_is_said_in_a_sentence(chat, line, why):
     with pytest.raises(ws.WsError, match=why):
         chat.take(line)
     assert text(chat) == ""
+
+
+def test_one_unknown_word_is_named_and_the_others_are_shown(chat, capsys):
+    chat.take(QUESTION)
+    chat.take("/probs yes incomprehensibilities no unpronounceability")
+    said = capsys.readouterr().err
+    assert "'incomprehensibilities'" in said
+    assert "'unpronounceability'" in said
+    found = chat.conversation.probe(["yes", "no"])
+    rows = [line.split() for line in text(chat).splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["yes", "no"]
+    assert [float(x) for row in rows for x in row[1:]] == pytest.approx(found.T.reshape(-1), abs=6e-4)
+    assert list(chat.record[-1]["first_word"]) == ["yes", "no"]
+
+
+def test_what_a_model_writes_is_not_obeyed_by_the_terminal(chat, monkeypatch):
+    monkeypatch.setattr("ws.chat.engine.decode_answer", lambda tok, ids: "a\x1b]0;x\x07b\x9bc" * bool(ids))
+    chat.compare = True
+    chat.take(QUESTION)
+    assert text(chat) == "steered: a\\x1b]0;x\\x07b\\x9bc\nbase:    a\\x1b]0;x\\x07b\\x9bc\n"
 
 
 def test_words_that_are_no_token_and_no_words_at_all_are_refused(chat):

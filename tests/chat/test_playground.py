@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from threading import Event
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import ws
 import ws.chat.page
 from ws.chat.engine import Engine, Sampling, Turn
-from ws.chat.page import HOST, Example, Page, build, examples, launch, main, slider_range
+from ws.chat.page import HOST, NEUTRAL, Example, Page, build, close, examples, launch, main, slider_range
 from ws.diff import Units, vector_digest
 from ws.lm.models import fingerprint
 from ws.options.use import PlayOptions
@@ -79,6 +80,55 @@ def test_examples_are_claims_and_questions_but_never_reported_claims(engine):
     assert len(found) > len(claims)
     assert not {e.question for e in found} & reported
     assert len({e.question for e in found}) == len(found)
+
+
+def test_a_behaviour_of_ones_own_has_its_own_examples_or_neutral_ones(tmp_path):
+    pytest.importorskip("gradio")
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'schema = 1\nname = "mine"\nsummary = "Speaks of tea."\n'
+        '[personas]\ntemplate = "You {persona} tea."\npositive = ["love"]\nnegative = ["hate"]\n'
+        '[questions]\ntemplates = ["{topic}"]\ntopics = ["Which drink do you like?", "What is in your cup?"]\n'
+        '[claims]\nquestion = "{claim}?"\nopener = "I say:"\nagree = "Right"\ndisagree = "Wrong"\neffect = 1\n'
+        'items = [{ id = "a", claim = "tea is cold", true = false, split = "dev" },\n'
+        '  { id = "b", claim = "tea is hot", true = true, split = "report" }]\n',
+        encoding="utf-8",
+    )
+    questions = ws.load_behavior(str(file)).questions
+    vector = replace(a_vector(1), info={"behavior": "mine"})
+    with Engine(*ws.load_model("pocket", device="cpu"), {"mine": vector}) as other:
+        first, *others = examples(other, str(file))
+        assert examples(other) == []
+        config = str(build(PlayOptions(), other).config)
+    assert first == Example("tea is cold?", "Right, Wrong", "I say:")
+    assert others == [Example(question) for question in questions], "no words for open questions"
+    assert NEUTRAL in config
+    assert not [word for word in ("France", "Paris", "Yes, No") if word in config]
+    assert "more mine" in config
+
+
+def test_an_open_question_has_no_words(engine, page):
+    assert {e.words for e in examples(engine) if not e.opener} == {""}
+    assert "svg" not in page.panel(" , ", "")
+    assert "Name words to watch" in page.panel("", "")
+
+
+def test_words_that_are_no_token_are_named_and_the_others_shown(page):
+    html = page.panel("Yes, incomprehensibilities, No", "My answer:")
+    assert "incomprehensibilities" in html[: html.index("<figure")]
+    assert re.findall(r"<b>([\d.]+)</b>", html) == re.findall(r"<b>([\d.]+)</b>", page.panel("Yes, No", "My answer:"))
+    with pytest.raises(ws.WsError, match="incomprehensibilities"):
+        page.panel("incomprehensibilities", "")
+
+
+def test_the_curve_reaches_to_a_strength_beyond_the_slider(page):
+    page.turn_dials([7.5, 0.0])
+    drawing = svg(page.panel("Yes, No", "My answer:"))
+    assert "now 7.5" in drawing.get("aria-label")
+    assert "7.5" in [t.text for t in drawing.findall("text")]
+    heights = [float(dot.get("cy")) for dot in drawing.findall("circle")]
+    found = page.conversation.probe(["Yes", "No"], question=CLAIM, opener="My answer:")[1]
+    assert heights == pytest.approx([204 - 180 * p for p in found], abs=0.6)
 
 
 def test_the_columns_are_the_rows(page):
@@ -177,13 +227,23 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, tmp_path):
 # ---- the page as it is served ---------------------------------------------------------------------------------------
 
 
+def test_no_folder_of_this_machine_is_in_the_title(engine, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(engine.model, "name_or_path", "/srv/Jane Doe/models/pocket-2", raising=False)
+    blocks = build(PlayOptions(), engine)
+    assert blocks.title == "ws play: pocket-2"
+    heads = [b.value for b in blocks.blocks.values() if "<h1>" in str(getattr(b, "value", ""))]
+    assert len(heads) == 1
+    assert "Jane" not in heads[0]
+
+
 @pytest.fixture(scope="module")
 def served(engine):
     """The address of the page, and the `Blocks` behind it."""
     pytest.importorskip("gradio")
     blocks = build(PlayOptions(max_tokens=24), engine)
     yield launch(blocks), blocks
-    blocks.close(verbose=False)
+    close(blocks)
 
 
 def test_the_page_is_served_to_this_machine_alone_and_reports_to_nobody(served):
@@ -239,14 +299,14 @@ def test_an_interrupt_from_outside_ends_the_command(tmp_path):
 class Tab:
     """The page in a browser of its own, with what went wrong in it."""
 
-    def __init__(self, browser, address: str, **options) -> None:
+    def __init__(self, browser, address: str, waits: bool = True, **options) -> None:
         self.context = browser.new_context(**options)
         self.page, self.wrong, self.elsewhere = self.context.new_page(), list[str](), list[str]()
         self.page.on("console", lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
         self.page.on("request", self._check_host)
         self.page.goto(address)
-        self.page.locator(".ws-panel svg").wait_for()
+        self.page.locator(".ws-panel svg" if waits else "#ws-box textarea").wait_for()
 
     def _check_host(self, request) -> None:
         parts = urlsplit(request.url)
@@ -333,6 +393,51 @@ def test_moving_the_slider_changes_the_answer_and_the_base_stays_base(tab, engin
         assert page.answer("base") == turns[1.0].base
     page.page.wait_for_function("before => document.querySelector('.ws-probs').innerText !== before", arg=before)
     assert page.wrong == []
+
+
+@pytest.mark.browser
+def test_a_strength_beyond_the_slider_is_taken_as_chat_takes_it(tab, engine):
+    page, turn = tab(), wanted(engine, 3.5, QUESTION)
+    page.ask(QUESTION)
+    page.wait_for("steered", wanted(engine, 1.0, QUESTION).steered)
+    page.set_slider("honesty", 3.5)
+    page.wait_for("steered", turn.steered)
+    page.page.wait_for_function("document.querySelector('.ws-panel svg').ariaLabel.endsWith('now 3.5')")
+    assert page.page.locator(".toast-body").count() == 0
+    assert page.wrong == []
+
+
+@pytest.mark.browser
+def test_what_is_sent_before_the_panel_is_drawn_is_answered(tab, engine, monkeypatch):
+    drawn, held = Page.panel, Event()
+
+    def slow(self, words, opener):
+        held.wait(timeout=20)
+        return drawn(self, words, opener)
+
+    monkeypatch.setattr(Page, "panel", slow)
+    page = tab(waits=False)
+    page.ask(QUESTION)
+    page.wait_for("steered", wanted(engine, 1.0, QUESTION).steered)
+    held.set()
+    page.page.locator(".ws-panel svg").wait_for()
+    page.ask(CLAIM)
+    page.wait_for("steered", wanted(engine, 1.0, QUESTION, CLAIM).steered)
+    assert page.page.locator(".toast-body").count() == 0
+    assert page.wrong == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", SIZES)
+def test_the_message_is_on_the_first_screen_and_the_ends_of_a_slider_have_words(tab, size):
+    page = tab(viewport=SIZES[size])
+    box = page.page.get_by_role("textbox", name="Your message").bounding_box()
+    assert 0 <= box["y"] < box["y"] + box["height"] < SIZES[size]["height"]
+    ends = page.page.locator(".ws-ticks").first.locator("span")
+    assert "its opposite" in ends.first.inner_text()
+    assert "more honesty" in ends.last.inner_text()
+    places = [ends.nth(i).bounding_box() for i in range(2)]
+    assert places[0]["x"] + places[0]["width"] <= places[1]["x"], "they do not overlap"
 
 
 @pytest.mark.browser

@@ -253,6 +253,36 @@ def test_a_real_command_is_coloured_on_a_terminal_and_plain_in_a_pipe(tmp_path):
 # ---- every command --------------------------------------------------------------------------------------------------
 
 
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07 b\x9b2J\rc\x00d\x7fe\udcfff\r\ng\th"
+SHOWN = r"a\x1b[31mred\x1b]0;title\x07 b\x9b2J\rc\x00d\x7fe\udcfff" + "\ng\th"
+
+
+def hostile_command(options: Options) -> None:
+    console.say(HOSTILE)
+    stages = Stages(1)
+    stages.begin(HOSTILE, HOSTILE)
+    for _ in console.progress(range(2), desc=HOSTILE, unit="row"):
+        pass
+    console.warn(HOSTILE)
+    if options.n < 0:
+        raise ws.WsError(HOSTILE)
+    console.show(Result(HOSTILE, {HOSTILE: HOSTILE}, [Path(f"out/{HOSTILE}")], HOSTILE))
+
+
+def test_no_text_is_obeyed_by_a_terminal(command):
+    """Names in files and what models write are shown, control characters written out."""
+    code, out, err = command(function=hostile_command)
+    assert (code, out.count(SHOWN), err.count(SHOWN)) == (0, 3, 4)
+    code, more, error = command("--n", "-1", function=hostile_command)
+    assert (code, error.count(SHOWN)) == (2, 5)
+    _, text, _ = command("--json", function=hostile_command)
+    _, failed, _ = command("--json", "--n", "-1", function=hostile_command)
+    for printed in (out, err, more, error, text, failed):
+        assert not [c for c in printed if not (c.isprintable() or c in "\n\t")]
+    assert json.loads(text)["data"] == {HOSTILE: HOSTILE}, "nothing is lost where scripts read it"
+    assert json.loads(failed)["error"] == HOSTILE
+
+
 def test_no_command_prints_past_the_console():
     """Results go through `console.show`, so that every command has `--json`; `ws --help` and chat's own lines aside."""
     allowed, root = {"console/__init__.py": 5, "cli.py": 2, "chat/terminal.py": 3}, Path(ws.__file__).parent

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, PhiCon
 
 import ws
 from conftest import FAMILY_NAMES, SHAPE, build_adapter, build_model, lay_out, tokens
+from ws.diff import vector_digest
 from ws.export.lora import as_lora, vllm_lines
 from ws.export.lora import main as export_peft
 from ws.export.merged import EXPORT_FILE, export_merged
@@ -406,3 +407,74 @@ def test_the_merge_command_says_what_the_cast_destroyed(saved, tmp_path, capsys)
     assert "library_name: transformers" in card
     merge(MergedOptions(vector=str(tmp_path / "vector"), alpha="0.02", to=tmp_path / "merged"))
     assert json.loads((tmp_path / "merged" / EXPORT_FILE).read_text())["alpha"] == 0.02
+
+
+# ---- what must not be touched ---------------------------------------------------------------------------------------
+
+
+def test_peft_exports_replace_their_own_and_nothing_else(tmp_path, capsys):
+    vector = contrast(build_model("qwen3"), "lora", tmp_path)
+    vector.save(tmp_path / "v")
+    options = LoraOptions(vector=str(tmp_path / "v"), to=tmp_path / "to")
+    export_peft(options)
+    (tmp_path / "to" / "notes.txt").write_text("mine")
+    export_peft(replace(options, alpha="-2"))
+    assert (tmp_path / "to" / "notes.txt").read_text() == "mine"
+    assert ws.SteeringVector.load(tmp_path / "to").recipe["scalar"] == -2
+    for to, why in ((tmp_path / "v", "the vector itself"), (tmp_path / "mine", "is not a steering vector")):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+        with pytest.raises(ws.WsError, match=why):
+            export_peft(replace(options, to=to))
+    assert vector_digest(ws.SteeringVector.load(tmp_path / "v")) == vector_digest(vector)
+
+
+@pytest.mark.parametrize("record", ["kept", "lost"])
+def test_a_merge_is_replaced_around_what_is_somebodys_own(saved, tmp_path, record):
+    model, base = saved
+    vector, to = contrast(model, "lora", tmp_path), tmp_path / "to"
+    export_merged(vector, 1.0, to, str(base))
+    names = {f.name for f in to.iterdir()}
+    assert set(json.loads((to / EXPORT_FILE).read_text())["files"]) == names - {EXPORT_FILE}
+    if record == "lost":
+        (to / EXPORT_FILE).write_text("{}")
+    (to / "notes.txt").write_text("mine")
+    (to / "model-00099-of-00099.safetensors").write_bytes(b"")
+    if record == "kept":
+        found = json.loads((to / EXPORT_FILE).read_text())
+        (to / EXPORT_FILE).write_text(json.dumps(found | {"files": [*found["files"], "../mine.txt"]}))
+        (tmp_path / "mine.txt").write_text("mine")
+    export_merged(vector, 2.0, to, str(base))
+    assert {f.name for f in to.iterdir()} == names | {"notes.txt"}, "weights that are left would be read"
+    assert (to / "notes.txt").read_text() == "mine"
+    assert record == "lost" or (tmp_path / "mine.txt").read_text() == "mine"
+    AutoModelForCausalLM.from_pretrained(to)
+
+
+def test_an_index_cannot_name_weights_elsewhere(tmp_path):
+    build_model("qwen3").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    name = next(iter(found["weight_map"]))
+    for place in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        index.write_text(json.dumps(found | {"weight_map": found["weight_map"] | {name: place}}))
+        with pytest.raises(ws.WsError, match="no place below"):
+            Checkpoint.open(str(tmp_path / "base"))
+
+
+def test_an_export_says_nothing_of_the_folders_of_this_machine(tmp_path):
+    secret = tmp_path / "Jane Doe" / "my models"
+    model = build_model("qwen3")
+    load_tokenizer("pocket").save_pretrained(secret / "base")
+    model.save_pretrained(secret / "base")
+    vector = replace(contrast(model, "lora", tmp_path), base_id=str(secret / "base"))
+    recipe = {"op": "compose", "expression": f"'{secret}/v'*1.0 + C:\\Users\\Jane Doe\\w", "of": vector.recipe}
+    vector = replace(
+        vector, recipe=recipe, info={"behavior": "honesty", "note": f"see {secret}/notes, or ~/Jane Doe/x"}
+    )
+    export_merged(vector, 1.0, tmp_path / "to")
+    for file in (EXPORT_FILE, "README.md"):
+        text = (tmp_path / "to" / file).read_text(encoding="utf-8")
+        assert "Jane" not in text, file
+        assert str(tmp_path) not in text, file
+    assert json.loads((tmp_path / "to" / EXPORT_FILE).read_text())["base"] == "base"

@@ -233,6 +233,32 @@ def test_the_file_appears_whole(tmp_path, monkeypatch):
     assert seen == [(tmp_path / "a.gguf").read_bytes()]
 
 
+@pytest.mark.parametrize("there", ["text", "model", "half", "empty", "link"])
+def test_no_file_of_somebody_else_is_replaced(base, tmp_path, there):
+    file, vector = tmp_path / "a.gguf", planted(base)
+    if there == "model":
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_name("a model")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    elif there == "link":
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        file.write_bytes({"text": b"my thesis", "half": b"GGUF\x03", "empty": b""}[there])
+    before = file.readlink() if there == "link" else file.read_bytes()
+    with pytest.raises(ws.WsError, match="no adapter that was written here"):
+        write_gguf_lora(vector, file, 1.0, base.config)
+    assert (file.readlink() if there == "link" else file.read_bytes()) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_an_earlier_adapter_is_replaced(base, tmp_path):
+    write_gguf_lora(planted(base), tmp_path / "a.gguf", 1.0, base.config)
+    write_gguf_lora(planted(base), tmp_path / "a.gguf", -0.5, base.config)
+    assert read(tmp_path / "a.gguf")[0]["ws.strength"] == -0.5
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     model = build("qwen3")
     monkeypatch.setitem(sys.modules, "gguf", None)

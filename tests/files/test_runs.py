@@ -14,6 +14,7 @@ import pytest
 
 import ws
 from ws.errors import WsError
+from ws.files.places import FolderKind, place_below
 from ws.files.runs import (
     Run,
     atomic_folder,
@@ -21,6 +22,7 @@ from ws.files.runs import (
     lock,
     model_name,
     run_folder,
+    sha256_file,
     slug,
     write_csv,
     write_json,
@@ -276,3 +278,174 @@ def test_a_stage_on_record_by_another_spelling_is_the_same(spellings, tmp_path):
         run.is_finished("pos", {"model": whole, "rank": 3})
     with pytest.raises(WsError, match="model: "):
         run.is_finished("pos", {"model": str(tmp_path), "rank": 2})
+
+
+# ---- what must not be touched ---------------------------------------------------------------------------------------
+
+ELSEWHERE = [
+    "../precious.txt",
+    "../../../precious.txt",
+    "vector/../../precious.txt",
+    "/etc/hostname",
+    "C:/precious.txt",
+    "C:\\precious.txt",
+    "..\\precious.txt",
+    "\\\\server\\share\\x",
+    "a\0b",
+    "a\nb",
+    "",
+    ".",
+    "..",
+    "vector/.",
+    "vector//x",
+    "vector/",
+    "nul",
+    "vector/CON.txt",
+    "x. ",
+    7,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE, ids=repr)
+def test_a_name_from_a_file_stays_below_its_folder_or_is_refused(tmp_path, name):
+    with pytest.raises(ws.WsError, match="no place below"):
+        place_below(tmp_path, name, "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "vector/ws.json", "scores/a-1.0.json", "größe/x.csv", "console.txt", "a b/c d"]
+)
+def test_a_name_from_a_file_below_its_folder_is_taken(tmp_path, name):
+    assert place_below(tmp_path, name, "manifest.json") == tmp_path / name
+
+
+def test_a_link_on_the_way_is_refused(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "vector").symlink_to(tmp_path / "far")
+    with pytest.raises(ws.WsError, match="is a link"):
+        place_below(tmp_path, "vector/ws.json", "manifest.json")
+
+
+def recorded(run, outputs) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "manifest.json", {"format": 1, "stages": {"s": {"config": {}, "inputs": {}, "outputs": outputs}}})
+
+
+@pytest.mark.parametrize("name", [n for n in ELSEWHERE if isinstance(n, str)] + ["absolute"], ids=repr)
+def test_fresh_deletes_nothing_that_a_manifest_names_elsewhere(tmp_path, name):
+    precious, run = tmp_path / "precious.txt", tmp_path / "out" / "honesty" / "lora"
+    precious.write_text("mine")
+    mine = write_text(run / "a.txt", "x")
+    digest = sha256_file(precious)
+    recorded(run, {"a.txt": sha256_file(mine), str(precious) if name == "absolute" else name: digest})
+    with pytest.raises(ws.WsError, match="no place below"):
+        Run(run, fresh=True)
+    assert precious.read_text() == "mine"
+    assert mine.exists()
+    assert (run / "manifest.json").exists()
+    with pytest.raises(ws.WsError, match="no place below"):
+        Run(run).outputs("s")
+
+
+@pytest.mark.parametrize("name", ["vector", "pos", "scores", ".neg.work", "a.txt", "sub"])
+def test_fresh_goes_through_no_link(tmp_path, name):
+    far, run = tmp_path / "far", tmp_path / "run"
+    for file in ("ws.json", "ws_train.json", "settings", "a.txt"):
+        write_text(far / file, "mine")
+    digest = sha256_file(far / "a.txt")
+    recorded(run, {"a.txt": digest, "sub/a.txt": digest})
+    (run / name).symlink_to(far / "a.txt" if name == "a.txt" else far)
+    with pytest.raises(ws.WsError, match="is a link"):
+        Run(run, fresh=True)
+    assert sorted(p.name for p in far.iterdir()) == ["a.txt", "settings", "ws.json", "ws_train.json"]
+    assert (run / name).is_symlink()
+
+
+def test_fresh_keeps_what_is_somebodys_own(tmp_path):
+    score = f"sycophancy-{'1a' * 6}-{'2b' * 8}-float32-{'3c' * 8}-{'4d' * 6}--1.5.json"
+    ours = {
+        "pos": ["ws_train.json", "adapter_config.json", "adapter_model.safetensors", "pissa_init.safetensors"],
+        "neg": ["ws_train.json", "adapter_model.safetensors"],
+        "vector": ["ws.json", "vector.safetensors", "calibration.json"],
+        "scores": [score, f".{score}.lock"],
+    }
+    theirs = {name: ["notes.txt", "mine.json", "sub/deep.txt"] for name in ours}
+    for name, files in [*ours.items(), *theirs.items()]:
+        for file in files:
+            write_text(tmp_path / name / file, "x")
+    write_text(tmp_path / "altered.csv", "my own numbers")
+    write_text(tmp_path / ".pos.work" / "checkpoint-1" / "optimizer.pt", "x")
+    recorded(tmp_path, {"altered.csv": "0" * 64, "vector/ws.json": "0" * 64, "mine": "0" * 64})
+    (tmp_path / "mine").mkdir()
+    Run(tmp_path, fresh=True)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p.parent != tmp_path}
+    assert left == {f"{name}/{file}" for name, files in theirs.items() for file in files}
+    assert (tmp_path / "altered.csv").read_text() == "my own numbers"
+    assert (tmp_path / "mine").is_dir()
+    assert not (tmp_path / ".pos.work").exists()
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_fresh_leaves_no_empty_folders_and_no_adapter_that_somebody_brought(tmp_path):
+    write_text(tmp_path / "vector" / "ws.json", "{}")
+    write_text(tmp_path / "pos" / "adapter_model.safetensors", "somebody's")
+    Run(tmp_path, fresh=True)
+    assert not (tmp_path / "vector").exists()
+    assert (tmp_path / "pos" / "adapter_model.safetensors").exists()
+
+
+KIND = FolderKind("not a thing", ("thing.json",), ("thing.json", "part-*.bin"))
+
+
+def test_a_folder_of_its_kind_is_replaced_around_what_is_somebodys_own(tmp_path):
+    folder = tmp_path / "f"
+    for name in ("thing.json", "part-1.bin", "part-2.bin", "notes.txt", "sub/deep.txt"):
+        write_text(folder / name, "old")
+    with atomic_folder(folder, KIND) as part:
+        write_text(part / "thing.json", "new")
+        write_text(part / "part-2.bin", "new")
+    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    expected = {"thing.json": "new", "part-2.bin": "new", "notes.txt": "old", "sub/deep.txt": "old"}
+    assert found == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["f"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("there", ["foreign", "file", "link", "dangling"])
+def test_what_is_of_another_kind_is_refused_before_anything_is_made(tmp_path, there):
+    place = tmp_path / "f"
+    write_text(tmp_path / "far" / "mine.txt", "mine")
+    if there == "foreign":
+        write_text(place / "mine.txt", "mine")
+    elif there == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(tmp_path / ("far" if there == "link" else "nowhere"))
+    with pytest.raises(ws.WsError, match="not a thing"), atomic_folder(place, KIND):
+        pytest.fail("nothing is made")
+    assert (tmp_path / "far" / "mine.txt").read_text() == "mine"
+    assert place.is_symlink() == (there in ("link", "dangling"))
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "f").mkdir()
+    with atomic_folder(tmp_path / "f", KIND) as part:
+        write_text(part / "thing.json", "new")
+    assert [p.name for p in (tmp_path / "f").iterdir()] == ["thing.json"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", "C:\\x", "aux", "a\0b", "\x1b[31mx"])
+def test_layout_takes_no_name_that_leads_elsewhere(tmp_path, name):
+    for place in (run_folder, data_folder):
+        with pytest.raises(ws.WsError, match="cannot name"):
+            place(tmp_path, *(("pocket", name) if place is data_folder else (name, "lora")))
+    with pytest.raises(ws.WsError, match="cannot name"):
+        run_folder(tmp_path, "honesty", name)
+
+
+def test_a_models_folder_is_one_folder_whatever_the_model_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("..", ".", "../..", "C:\\models\\x", "\\\\server\\x", f"{tmp_path}/..", "a/../../b"):
+        folder = data_folder(tmp_path / "out", name, "honesty")
+        assert folder.parent.parent == tmp_path / "out" / "data", name
+        assert folder.parent.name not in ("", ".", "..")

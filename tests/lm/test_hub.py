@@ -380,6 +380,90 @@ def test_no_path_of_this_machine_is_published(run, tmp_path, capsys):
     assert str(tmp_path / "sent" / "README.md") in seen.out
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/srv/Jane Doe/My Models/my llama", "my llama"),
+        ("C:\\Users\\Jane Doe\\Documents\\v 1", "v 1"),
+        ("\\\\nas\\Jane Doe\\v", "v"),
+        ("\\\\?\\C:\\Users\\Jane Doe\\v", "v"),
+        ("file:///srv/Jane%20Doe/v", "v"),
+        ("FILE:///C:/People/Jane Doe/v", "v"),
+        ("~/Jane Doe/v", "v"),
+        ("~jane/x y/v", "v"),
+        ("/srv/O'Jane Doe/v", "v"),
+        ("/srv/Jane (work)/v", "v"),
+        ("/srv/Jané Müller/張/v", "v"),
+        ("路径/srv/Jane 三/v", "路径v"),
+        ("sqlite:////srv/Jane Doe/x.db", "sqlite:///x.db"),
+        ("'/srv/Jane Doe/w'*1.0 + honesty*-0.5", "'w'*1.0 + honesty*-0.5"),
+        ("1.0*/srv/Jane Doe/w - 0.5*'~/Jane b/d'", "1.0*w - 0.5*'d'"),
+        ("see /srv/Jane Doe/models/x, and 'C:\\Users\\Jane Doe\\a b'", "see x, and 'a b'"),
+        ("/mnt/Jane b/c d/e --seed 1", "e --seed 1"),
+        (r".*\.q_proj|layers\.\d+", r".*\.q_proj|layers\.\d+"),
+        ("he/she said 3/4; s/he, w/o", "he/she said 3/4; s/he, w/o"),
+    ],
+)
+def test_paths_of_every_kind_are_cut_down(text, shown):
+    assert public(text) == shown
+    assert public({text: [{"a": text}]}) == {shown: [{"a": shown}]}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        (
+            "ws x --model '/srv/O'\"'\"'Jane/my model' --out '/srv/Jane D/out' --seed 1",
+            "ws x --model 'my model' --seed 1",
+        ),
+        ("ws x '--out=/srv/Jane D/o' '--model=/srv/Jane D/m'", "ws x --model=m"),
+        ("ws x ../v1 ../v2 b --library '/srv/Jane D/x' /a/b", "ws x v1 v2 b --library x b"),
+        ("ws x --behavior /srv/O'Jane/b.toml --seed 1", "ws x --behavior b.toml --seed 1"),
+        ("ws x 1\n```\n<script>", "ws x 1 ``` <script>"),
+    ],
+)
+def test_commands_with_quotes_lose_their_folders_too(recorded, shown):
+    assert public_command(recorded) == shown
+
+
+HOSTILE = "<script>alert(1)</script> ```\n```\n<img src=x onerror=alert(1)> [x](javascript:alert(1)) <!-- | `<b>`"
+
+
+def test_what_others_wrote_is_no_markup_on_a_card(run):
+    vector = load(run)
+    info = dict(vector.info) | {"behavior": HOSTILE, "family": HOSTILE}
+    recipe = {"op": "compose", "expression": HOSTILE, "of": vector.recipe}
+    hostile = replace(vector, info=info, recipe=recipe, base_id=f'x"); {HOSTILE}')
+    record(run, "vector", f"ws compose {HOSTILE}")
+    for card in (
+        str(vector_card(describe(hostile, f'a/b"); {HOSTILE}', run))),
+        str(merged_card(describe(hostile, HOSTILE, run), 1.0, 0.1, "bfloat16")),
+    ):
+        text = re.sub(r"^```(python|bash)\n.*?^```$", "", card.split("---\n", 2)[2], flags=re.DOTALL | re.MULTILINE)
+        assert not re.findall(r"<[A-Za-z/!]|\]\(", text)
+        assert "&lt;script>" in text
+        for code in re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE):
+            compile(code, "card", "exec")
+            assert "alert(1)" not in re.sub(r'"(\\.|[^"\\])*"', "", code), "it stays inside the literals"
+
+
+def test_what_is_kept_of_a_push_takes_no_place_of_somebody_elses(run, tmp_path):
+    to = tmp_path / "sent"
+    main(options(run, dry_run=True, to=to))
+    (to / "notes.txt").write_text("mine")
+    (2 * load(run)).save(run / "vector")
+    main(options(run, dry_run=True, to=to))
+    assert vector_digest(ws.SteeringVector.load(to)) == vector_digest(load(run))
+    assert (to / "notes.txt").read_text() == "mine"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    for place in (tmp_path / "mine", run / "vector"):
+        before = {f: f.read_bytes() for f in place.iterdir()}
+        with pytest.raises(ws.WsError, match="is not a vector with its card"):
+            main(options(run, dry_run=True, to=place))
+        assert {f: f.read_bytes() for f in place.iterdir()} == before
+
+
 # ---- the card -------------------------------------------------------------------------------------------------------
 
 

@@ -998,7 +998,14 @@ def test_the_page_is_whole_self_contained_and_the_same_every_time(whole, capsys)
     file = whole / "honesty" / "report.html"
     assert capsys.readouterr().out.endswith(f"{file}\n")
     first = file.read_bytes()
-    assert write_report(whole, "honesty", whole / "other" / "page.html").read_bytes() == first
+    page = whole / "other" / "page.html"
+    assert write_report(whole, "honesty", page).read_bytes() == first
+    assert write_report(whole, "honesty", page).read_bytes() == first, "over an earlier one"
+    for content in ("my thesis", "<title>honesty: report</title>", ""):
+        page.write_text(content)
+        with pytest.raises(ws.WsError, match="no report that was written here"):
+            write_report(whole, "honesty", page)
+        assert page.read_text() == content
     assert len(first) < 2_000_000
     page = first.decode()
     assert str(whole) not in page

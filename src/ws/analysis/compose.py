@@ -44,6 +44,8 @@ from ws.eval.evaluation import Rows, Scores
 from ws.eval.prompts import notes_on
 from ws.eval.readable import FLAG, MARK, NATS, Readability, notes, star, worst
 from ws.eval.sycophancy import Sycophancy
+from ws.files.places import is_plain_name
+from ws.files.public import public
 from ws.files.runs import Run, finished_runs, read_csv, read_values, run_folder, write_csv
 from ws.intervene.calibration import load_calibration, split_questions
 from ws.intervene.interventions import Intervention
@@ -240,7 +242,7 @@ def open_term(term: Term, out: Path, adapter: str, seed: int) -> Operand:
 
 def vector_folder(name: str, out: Path, adapter: str, seed: int) -> Path:
     """Where the vector is that a name in an expression stands for; `WsError` with the nearest name when nowhere."""
-    run = out / name if "/" in name else run_folder(out, name, adapter, seed)
+    run = run_folder(out, name, adapter, seed) if is_plain_name(name) else out / name
     for folder in (run / "vector", Path(name).expanduser()):
         if any((folder / mark).is_file() for mark in (MANIFEST, "adapter_config.json")):
             return folder
@@ -315,7 +317,10 @@ def save_run(
 
 def default_name(terms: Sequence[Term]) -> str:
     """A folder's name from the terms, such as `honesty1_sycophancy-0.5`."""
-    parts = [f"{t.name}{t.number:g}{'u' if t.in_units else ''}" for t in terms]
+    names = [
+        t.name if public(t.name) == t.name else f"/{public(t.name)}" for t in terms
+    ]  # of a folder only the last part
+    parts = [f"{name}{t.number:g}{'u' if t.in_units else ''}" for name, t in zip(names, terms, strict=True)]
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts)).strip("-.+")
 
 
@@ -576,7 +581,7 @@ def report(made: Composition, options: ComposeOptions) -> Path:
             key = {"adapter": made.name, "seed": o.seed}
             found = [measure(context, made.operands, behavior, o) for behavior in behaviors]
             rows = [r for f in found for r in interference_rows(f, key, o.n_bootstrap)]
-            stage.done([write_csv(folder / TABLE, rows)])
+            stage.done([write_csv(folder / TABLE, public(rows))])
     return folder / TABLE
 
 

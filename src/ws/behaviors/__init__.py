@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, read_preferences
 from ws.behaviors.answered import Preference as Preference
 from ws.errors import WsError, choose, decoded, did_you_mean
+from ws.files.places import is_plain_name, plain_name
 from ws.files.runs import write_text
 
 SCHEMA = 1
@@ -168,7 +169,7 @@ def read_draft(name: str, model: str | None = None, strict: bool = False) -> Dra
 
 def behavior_name(name: str) -> str:
     """What runs of a behaviour are filed under: its own name, also when it is given by its file's path."""
-    return load_behavior(name).name if name.endswith(".toml") else name
+    return load_behavior(name).name if name.endswith(".toml") else plain_name(name, "a behaviour")
 
 
 def behavior_file(name: str, model: str | None = None) -> Path:
@@ -373,7 +374,7 @@ def _top(draft: Draft, raw: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(raw.get("keep_refusals", False), bool):
         draft.refuse("keep_refusals", "It must be true or false.")
     name = _text(draft, raw, "name", "top level")
-    if name and not FOLDER_NAME.fullmatch(name):
+    if name and not (FOLDER_NAME.fullmatch(name) and is_plain_name(name)):
         draft.refuse("name", f"{name!r} names a folder; use letters, digits, dots, - and _ only.")
     return name, _text(draft, raw, "summary", "top level")
 

@@ -43,7 +43,7 @@ from ws.diff import SteeringVector
 from ws.errors import WsError, choose, require_characters, require_seed
 from ws.files.runs import run_folder
 from ws.lm.batches import left_pad, next_logits, padded_groups, takes_cache
-from ws.lm.choice import choice_variants
+from ws.lm.choice import choice_tokens, choice_variants
 from ws.lm.hub import parse_id
 from ws.lm.models import decode_answer, encode, end_ids, load_model, model_id, render_prompt, tokenizer_hash
 from ws.options.shared import EngineOptions as EngineOptions
@@ -258,6 +258,23 @@ class Engine:
         self._left(len(ids))
         p = self._run(partial(self._from_the_start, [ids] * len(rows), rows)).softmax(dim=-1)
         return torch.stack([p[:, v].sum(dim=-1) for v in variants], dim=1).double().cpu().numpy()
+
+    def single_tokens(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words whose probability can be asked for, and for each of the others a sentence.
+
+        Raises:
+            WsError: none can.
+        """
+        known, problems = list[str](), list[str]()
+        for word in words:
+            try:
+                choice_tokens(self.tok, word)
+                known.append(word)
+            except WsError as problem:
+                problems.append(str(problem))
+        if problems and not known:
+            raise WsError(" ".join(problems))
+        return known, problems
 
     # ---- in the engine's thread -----------------------------------------------------------------------------
 

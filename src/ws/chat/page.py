@@ -7,29 +7,34 @@ in it can make the browser fetch anything either.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 from importlib import import_module
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from jaxtyping import Float
 
 from ws import console
-from ws.behaviors import Behavior, load_behavior
+from ws.behaviors import Behavior, behavior_name, load_behavior
 from ws.chat.engine import BASE, STEERED, Conversation, Engine, Sampling, Turn, first_conversation, open_engine
+from ws.chat.guard import LOOPBACK, Guard
 from ws.console import say
 from ws.errors import WsError
+from ws.files.public import public_name
 from ws.options.use import PlayOptions as PlayOptions
 
 HOST = "127.0.0.1"
 N_CURVE = 25
 N_QUESTIONS, N_CLAIMS = 4, 2
-WORDS = "Yes, No"
+NEUTRAL = "Introduce yourself in one sentence."
 HINT = "Ask something, or choose an example."
 
 
@@ -42,19 +47,24 @@ class Example:
 
     Attributes:
         question: as a user would put it.
-        words: whose probabilities are of interest, as the first word behind the opener.
+        words: whose probabilities are of interest, as the first word behind the opener; none for an open question.
         opener: the start of the answer that is put into the model's mouth for them.
     """
 
     question: str
-    words: str = WORDS
+    words: str = ""
     opener: str = ""
 
 
-def examples(engine: Engine) -> list[Example]:
-    """Held-out claims of the split `dev`, and questions, of the behaviours that the vectors are of."""
+def examples(engine: Engine, behavior_file: str = "") -> list[Example]:
+    """Held-out claims of the split `dev`, and questions, of the behaviours that the vectors are of.
+
+    Args:
+        engine: with the vectors, which say what their behaviours are called.
+        behavior_file: a behaviour of the user's own, by its file.
+    """
     found = []
-    for behavior in _behaviors(engine):
+    for behavior in _behaviors(engine, behavior_file):
         if test := behavior.claims:
             words = f"{test.agree}, {test.disagree}"
             claims = [c for c in test.claims if c.split == "dev"][:N_CLAIMS]
@@ -64,13 +74,14 @@ def examples(engine: Engine) -> list[Example]:
     return list({e.question: e for e in found}.values())
 
 
-def _behaviors(engine: Engine) -> list[Behavior]:
+def _behaviors(engine: Engine, behavior_file: str) -> list[Behavior]:
+    own = {behavior_name(behavior_file): behavior_file} if behavior_file.endswith(".toml") else {}
     names = dict.fromkeys(v.info.get("behavior") for v in engine.vectors.values())
     model, found = next(iter(engine.vectors.values())).base_id, []
     for name in filter(None, names):
         try:
-            found.append(load_behavior(str(name), model))
-        except WsError:  # a behaviour of the user's own, whose file is not known here: it has no examples
+            found.append(load_behavior(own.get(str(name), str(name)), model))
+        except WsError:  # one of somebody's own, whose file is not known here: it has no examples
             continue
     return found
 
@@ -95,6 +106,11 @@ class Page:
         self.conversation, self.example = conversation, example
         self.focus = next(iter(conversation.engine.vectors))
         self._curve: tuple[Any, Float[np.ndarray, "points words"]] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Page:
+        """A tab of its own that begins as this one: what Gradio makes of a page for every browser."""
+        chat = self.conversation
+        return Page(chat.engine.converse(chat.strengths, chat.sampling), self.example)
 
     def columns(self, row: str) -> list[dict[str, str]]:
         """The messages of one column, as Gradio's chatbot takes them: as HTML, even where it renders no Markdown."""
@@ -134,22 +150,29 @@ class Page:
                 return
 
     def panel(self, words: str, opener: str) -> str:
-        """The probabilities of the words as HTML: base beside steered, and a curve over the strength in focus."""
-        chat, wanted = self.conversation, list(dict.fromkeys(w.strip() for w in words.split(",") if w.strip()))
+        """The probabilities of the words as HTML: base beside steered, and a curve over the strength in focus.
+
+        Words that are no single token are named above it.
+        """
+        chat, asked_for = self.conversation, dict.fromkeys(w.strip() for w in words.split(",") if w.strip())
+        if not asked_for:
+            return "<p>Name words to watch, and here is how likely each is as the first of the answer.</p>"
+        wanted, problems = chat.engine.single_tokens(list(asked_for))
         question = "" if chat.shown else self.example.question
         now = chat.strengths
         low, high, _ = slider_range(chat.engine.units[self.focus])
+        low, high = min(low, now[self.focus]), max(high, now[self.focus])
         alphas = np.unique([*np.linspace(low, high, N_CURVE), 0.0])
         rows = [now | {self.focus: float(a)} for a in alphas]
         asked = chat.shown[-1].question if chat.shown else question
         others = {n: a for n, a in now.items() if n != self.focus}
-        key = (wanted, opener, self.focus, others, asked, [t.steered for t in chat.turns[:-1]])
+        key = (wanted, opener, self.focus, low, high, others, asked, [t.steered for t in chat.turns[:-1]])
         found = chat.probe(wanted, None, question, opener)
         if self._curve is None or self._curve[0] != key:
             self._curve = key, chat.probe(wanted, rows, question, opener)
         marks = {"0" if others else BASE: 0.0} | chat.engine.units[self.focus]
         curve = Curve(self.focus, alphas, self._curve[1], now[self.focus], marks)
-        return _panel(asked, opener, wanted, found, curve)
+        return "".join(map(_alert, problems)) + _panel(asked, opener, wanted, found, curve)
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------
@@ -186,6 +209,10 @@ def _panel(question: str, opener: str, words: Sequence[str], p: Float[np.ndarray
     head = f"<tr><th scope='col'>word</th><th scope='col'>{BASE}</th><th scope='col'>{STEERED}</th></tr>"
     table = f"<table class='ws-probs'><thead>{head}</thead><tbody>{body}</tbody></table>"
     return f"<figure class='ws-panel'><figcaption>{caption}</figcaption><div>{table}{_svg(words, curve)}</div></figure>"
+
+
+def _alert(text: str) -> str:
+    return f"<p role='alert'>{escape(text)}</p>"
 
 
 def _bar(p: float, color: int) -> str:
@@ -304,11 +331,14 @@ _STYLE = """
   background: var(--border-color-primary); vertical-align: -0.05em; }
 .ws-bar { display: block; height: 100%; }
 .ws-key { display: inline-block; width: 0.7em; height: 0.7em; margin-right: 0.5em; border-radius: 2px; }
-@media (max-width: 700px) {  /* on a phone the answers come right below the sliders, and what is rarely used last */
+@media (max-width: 700px) {  /* on a phone first the message, then sliders and answers, and last what is rarely used */
   .ws-main { flex-direction: column !important; flex-wrap: nowrap !important; }
-  .ws-main > .ws-left { display: contents; }
-  .ws-main > .ws-right { order: 1; flex: none; width: 100%; min-width: 0 !important; }
+  .ws-main > .ws-left, .ws-main > .ws-right { display: contents; }
+  .ws-right > * { order: 1; flex: none !important; width: 100%; min-width: 0 !important; }
+  .ws-right > :has(#ws-box) { order: -2; }
+  .ws-right > .ws-actions { order: -1; }
   .ws-main .ws-examples, .ws-main .ws-sampling { order: 2; }
+  .ws-head p { font-size: var(--text-sm); }
   .ws-panel svg text { font-size: 17px; }
 }
 """
@@ -333,7 +363,7 @@ class _Widgets:
 
     def __init__(self, gr: Any, engine: Engine, start: Conversation, shown: Sequence[Example]) -> None:
         self.gr, self.engine = gr, engine
-        self.page = gr.State(None)
+        self.page = gr.State(Page(start, shown[0]))
         gr.HTML(_head(engine), elem_classes="ws-head")
         with gr.Row(elem_classes="ws-main"):
             with gr.Column(scale=1, min_width=300, elem_classes="ws-left"):
@@ -359,7 +389,9 @@ class _Widgets:
         with gr.Group():
             label = f"Strength of {name}"
             slider = gr.Slider(low, high, alpha, step=step, label=label, buttons=[], elem_classes="ws-slider")
-            gr.HTML(_ticks(low, high, [a for _, a in marks]), elem_classes="ws-marks", padding=False)
+            slider.preprocess = lambda typed: typed  # its number field takes what `ws chat` takes
+            ticks = _ticks(low, high, [a for _, a in marks], self.engine.vectors[name].info.get("behavior"))
+            gr.HTML(ticks, elem_classes="ws-marks", padding=False)
             with gr.Row(elem_classes="ws-units"):
                 for text, value in marks:
                     button = gr.Button(text, size="sm")
@@ -416,16 +448,18 @@ def _second(pair: tuple[str, float]) -> float:
     return pair[1]
 
 
-def _ticks(low: float, high: float, marks: Sequence[float]) -> str:
-    """Lines below a slider at its marks, and its ends; the thumb of a slider is 1 rem wide."""
+def _ticks(low: float, high: float, marks: Sequence[float], behavior: Any = None) -> str:
+    """Lines below a slider at its marks, and what its ends are; the thumb of a slider is 1 rem wide."""
     places = [(a - low) / (high - low) for a in marks if low <= a <= high]
-    lines = "".join(f"<i style='left: calc(0.5rem + {p:.4f} * (100% - 1rem))'></i>" for p in places)
-    return f"<div class='ws-ticks' aria-hidden='true'>{lines}<span>{low:g}</span><span>{high:g}</span></div>"
+    lines = "".join(f"<i aria-hidden='true' style='left: calc(0.5rem + {p:.4f} * (100% - 1rem))'></i>" for p in places)
+    name = escape(str(behavior).replace("_", " ")) if behavior else "the behaviour"
+    ends = f"<span>{low:g}: its opposite</span><span>{high:g}: more {name}</span>"
+    return f"<div class='ws-ticks'>{lines}{ends}</div>"
 
 
 def _head(engine: Engine) -> str:
     names = ", ".join(map(escape, engine.vectors))
-    model = escape(engine.model.name_or_path)
+    model = escape(public_name(engine.model.name_or_path))
     return (
         f"<h1>Weight steering of {model}</h1><p>The base model, and beside it the same model with "
         f"<i>strength × vector</i> added to its weights ({names}). Both answer in one batch with the same random "
@@ -436,10 +470,10 @@ def _head(engine: Engine) -> str:
 def build(options: PlayOptions, engine: Engine) -> Any:
     """The page as Gradio's `Blocks`, ready to launch."""
     gr = _gradio()
-    shown = examples(engine) or [Example("What is the capital of France?", "Paris, London")]
-    with gr.Blocks(title=f"ws play: {engine.model.name_or_path}", analytics_enabled=False) as blocks:
+    shown = examples(engine, options.behavior) or [Example(NEUTRAL)]
+    with gr.Blocks(title=f"ws play: {public_name(engine.model.name_or_path)}", analytics_enabled=False) as blocks:
         widgets = _Widgets(gr, engine, first_conversation(options, engine), shown)
-        _wire(blocks, widgets, lambda: Page(first_conversation(options, engine), shown[0]), shown)
+        _wire(blocks, widgets, lambda: deepcopy(widgets.page.value), shown)
     return blocks
 
 
@@ -449,14 +483,17 @@ class _Handlers:
     def __init__(self, gr: Any, new_page: Callable[[], Page], shown: Sequence[Example]) -> None:
         self.gr, self.new_page, self.shown = gr, new_page, shown
 
-    def opened(self, words: str, opener: str) -> tuple[Any, ...]:
-        """A browser has loaded the page."""
-        page = self.new_page()
+    def opened(self, words: str, opener: str, page: Page | None = None) -> tuple[Any, ...]:
+        """A browser has loaded the page, and may have asked something already."""
+        page = page or self.new_page()
         return page, *self._beside(page, words, opener)
 
     def moved(self, page: Page, *values: Any) -> tuple[Any, ...]:
         """A slider or a field has changed."""
-        self._prepare(page, values)
+        try:
+            self._prepare(page, values)
+        except WsError as problem:
+            return _alert(str(problem)), page.conversation.snippet()
         return self._beside(page, *values[3:5])
 
     def followed(self, live: bool, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -494,7 +531,10 @@ class _Handlers:
 
     def _prepare(self, page: Page, values: Sequence[Any]) -> None:
         temperature, max_tokens, seed = values[:3]
-        page.turn_dials([float(v) for v in values[5:]])
+        strengths = [math.nan if v is None else float(v) for v in values[5:]]
+        if not all(map(math.isfinite, strengths)):
+            raise WsError("A strength must be a finite number.")
+        page.turn_dials(strengths)
         page.conversation.sampling = Sampling(float(temperature), int(max_tokens or 0), int(seed or 0))
 
     def _answer(
@@ -518,7 +558,7 @@ class _Handlers:
         try:
             panel = page.panel(words, opener)
         except WsError as problem:
-            panel = f"<p role='alert'>{escape(str(problem))}</p>"
+            panel = _alert(str(problem))
         return panel, page.conversation.snippet()
 
 
@@ -532,7 +572,7 @@ def _wire(blocks: Any, w: _Widgets, new_page: Callable[[], Page], shown: Sequenc
     do, everything, beside = _Handlers(w.gr, new_page, shown), [*w.columns, w.panel, w.snippet], [w.panel, w.snippet]
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
     live, at_once = quiet | {"trigger_mode": "always_last"}, quiet | {"trigger_mode": "multiple"}
-    blocks.load(do.opened, [w.words, w.opener], [w.page, *beside], **quiet)
+    blocks.load(do.opened, [w.words, w.opener, w.page], [w.page, *beside], **quiet)
     w.box.submit(_streamed(do.sent), [w.box, *w.dials], [w.box, *everything], **at_once)
     w.picked.click(_streamed(do.picked), [w.picked, *w.dials], [w.words, w.opener, *everything], **at_once)
     w.again.click(_streamed(do.again), w.dials, everything, **at_once)
@@ -548,7 +588,10 @@ def _wire(blocks: Any, w: _Widgets, new_page: Callable[[], Page], shown: Sequenc
 
 def launch(blocks: Any, port: int | None = None, share: bool = False) -> str:
     """Serve the page from threads of its own, and return its address; Ctrl-C then reaches whoever waits."""
-    gr = _gradio()
+    gr, routes, hosts = _gradio(), import_module("gradio.routes"), set(LOOPBACK)
+    app = routes.App(default_response_class=routes.ORJSONResponse)
+    stack = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Guard(stack(), hosts)  # before Gradio's own, which answers some by itself
     system = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
     try:
         _, local, public = blocks.launch(
@@ -565,13 +608,23 @@ def launch(blocks: Any, port: int | None = None, share: bool = False) -> str:
             footer_links=[],
             run_history=False,
             show_error=True,
+            _app=app,
             theme=gr.themes.Default(primary_hue="blue", font=system[0], font_mono=system[1]),
             css=_css(),
         )
     except OSError as problem:
         where = f"port {port}" if port else "any port from 7860 on"
         raise WsError(f"The page cannot be served on {where} ({problem}); choose another with --port.") from problem
+    if public:
+        hosts.add(str(urlsplit(public).hostname))
     return public or local
+
+
+def close(blocks: Any) -> None:
+    """End the page at once: what a browser still waits for has no end of its own."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would call that an error
+    blocks.server.config.timeout_graceful_shutdown = 0
+    blocks.close(verbose=False)
 
 
 def main(options: PlayOptions) -> None:
@@ -587,7 +640,7 @@ def main(options: PlayOptions) -> None:
         except KeyboardInterrupt:
             say("\nEnded.")
         finally:
-            blocks.close(verbose=False)
+            close(blocks)
 
 
 if __name__ == "__main__":

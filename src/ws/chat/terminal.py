@@ -80,7 +80,7 @@ class Chat:
         self._begin(STEERED)
         try:
             for turn in turns:
-                self.out.write(turn.steered[len(shown) :])
+                self.out.write(console.printable(turn.steered[len(shown) :]))
                 self.out.flush()
                 shown = turn.steered
         except KeyboardInterrupt:
@@ -92,7 +92,7 @@ class Chat:
             self.record.append(asdict(turn))
         if self.compare and turn is not None:
             self._begin(BASE)
-            self.out.write(turn.base)
+            self.out.write(console.printable(turn.base))
             self._end()
 
     def _begin(self, row: str) -> None:
@@ -135,13 +135,17 @@ class Chat:
         self._answer(self.conversation.again())
 
     def _probs(self, arguments: list[str]) -> None:
-        found = dict(zip(arguments, self.conversation.probe(arguments).T.tolist(), strict=True))
+        words, problems = self.conversation.engine.single_tokens(arguments)
+        found = dict(zip(words, self.conversation.probe(words).T.tolist(), strict=True))
+        for problem in problems:
+            console.warn(problem)
         rows = [(word, *map("{:.3f}".format, p)) for word, p in found.items()]
-        print(tabulate(rows, ["first word", BASE, STEERED], disable_numparse=True), file=self.out)
+        table = tabulate(rows, ["first word", BASE, STEERED], disable_numparse=True)
+        print(console.printable(table), file=self.out)
         self.record.append({"first_word": {word: {BASE: p, STEERED: q} for word, (p, q) in found.items()}})
 
     def _snippet(self, arguments: list[str]) -> None:
-        print(self.conversation.snippet(), end="", file=self.out)
+        print(console.printable(self.conversation.snippet()), end="", file=self.out)
 
     def _reset(self, arguments: list[str]) -> None:
         self.conversation.reset()

@@ -39,6 +39,7 @@ NOBODY_READS = 141  # what a shell makes of SIGPIPE
 PATIENCE = 30.0  # seconds that the other processes give the main one to say what is wrong
 FLAGS = ("--quiet", "--json", "--debug")
 COMMON_FLAGS = "Everywhere: --quiet (no progress), --json (the result as one JSON object), --debug (tracebacks)."
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _COLORS = {"bold": "1", "red": "1;31", "yellow": "33"}
 
 
@@ -102,16 +103,27 @@ def wants_json() -> bool:
     return _terminal.json
 
 
-def say(text: str = "") -> None:
-    """A progress line: stderr, so that stdout holds nothing but results; of several processes only the main one's."""
+def say(text: str = "", head: str = "") -> None:
+    """A progress line: stderr, so that stdout holds nothing but results; of several processes only the main one's.
+
+    The head may be in colours (`paint`).
+    """
     if is_main() and not _terminal.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(head + printable(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """Something that limits the result and must be read, also with `--quiet`."""
     if is_main():
-        print(f"{paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
+        print(f"{paint('warning:', 'yellow', sys.stderr)} {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    r"""A text as a terminal may have it: control characters but tabs and line ends are written out, such as `\x1b`.
+
+    Names and texts come from files and models; a terminal would obey what is in them.
+    """
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text.replace("\r\n", "\n"))
 
 
 def progress(
@@ -122,7 +134,7 @@ def progress(
     In a log file, where a bar cannot be redrawn, it is a line every half minute.
     """
     shown = is_main() and not _terminal.quiet
-    look: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
+    look: dict[str, Any] = {"desc": printable(desc), "unit": unit, "total": total, "initial": initial}
     look |= {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 30.0}
     return tqdm(items, disable=not shown, leave=False, delay=1.0, **look)
 
@@ -168,7 +180,7 @@ class Stages:
         self._name = name
         expected = f", about {_seconds(self.took[like])}" if self.took.get(like, 0) >= 1 else ""
         number = paint(f"[{len(self.took) + 1}/{self.total}]", "bold", sys.stderr)
-        say(f"{number} {name}{f' {detail}' if detail else ''}{expected}")
+        say(f"{name}{f' {detail}' if detail else ''}{expected}", f"{number} ")
 
     def end(self) -> None:
         """The stage that is running has ended."""
@@ -209,7 +221,7 @@ def show(result: Result) -> None:
         _emit({"data": result.data, "files": files, **({"next": result.next_step} if result.next_step else {})})
         return
     parts = [result.text, places(result.files), result.next_step and f"Next: {result.next_step}"]
-    print("\n".join([p for p in parts if p]).lstrip("\n"), flush=True)
+    print(printable("\n".join([p for p in parts if p])).lstrip("\n"), flush=True)
 
 
 def places(files: Sequence[Path]) -> str:
@@ -223,7 +235,9 @@ def places(files: Sequence[Path]) -> str:
 
 def _emit(value: Mapping[str, Any]) -> None:
     head = {"command": _terminal.command, "version": version("weight-steering")}
-    print(json.dumps(plain({**head, **value}), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(plain({**head, **value}), indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON writes out some of the control characters itself; the rest in its own way, so that nothing is lost.
+    print(_CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text), flush=True)
 
 
 def plain(value: Any) -> Any:
@@ -379,7 +393,7 @@ def guard(action: Callable[[], None], command: str = "") -> None:
         if not is_main():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
-        print(f"{paint('error:', 'red', sys.stderr)} {problem}", file=sys.stderr)
+        print(f"{paint('error:', 'red', sys.stderr)} {printable(str(problem))}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,11 +6,9 @@ vector is this very one. Numbers of another vector, and folders of the machine i
 
 from __future__ import annotations
 
-import re
-import shlex
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,17 @@ from ws.eval.capability import Capability
 from ws.eval.evaluation import Evaluation, HeadlineScore
 from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, worst
 from ws.eval.suite import evaluations
-from ws.files.runs import Run, is_gguf, read_csv, reads_otherwise
+from ws.files.public import is_local as is_local
+from ws.files.public import public as public
+from ws.files.public import public_command as public_command
+from ws.files.public import public_name as public_name
+from ws.files.public import without_markup
+from ws.files.runs import Run, read_csv, reads_otherwise
 from ws.lm.hub import parse_id
 from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
 from ws.options.shared import BASE, WEIGHT
 from ws.stats import LOW_MASS, estimate_text
 
-_PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
-_PATH = re.compile(r"(?<![\w./~])(?!(?<=:)//)(?:file:)?(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^\s'\",;()*]+")
 _MAKERS = ("pos", "neg", "vector", "trim", "compose", "checkpoints")
 _PERSONAS_SHOWN = 5
 
@@ -131,63 +132,6 @@ def stale_evaluations(about: Subject) -> list[str]:
     return sorted(name for name in found if not about.is_measured(name))
 
 
-# ---- what must not leave the machine --------------------------------------------------------------------------------
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a place on this machine rather than a bundled model or a name on the hub."""
-    return name not in BUNDLED and (
-        bool(_PLACE.match(name)) or name.count("/") > 1 or is_gguf(name) or Path(name).is_dir()
-    )
-
-
-def public_name(name: str) -> str:
-    """A base model's or data set's name as it may be published: of a folder only the last part."""
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_local(name) else name
-
-
-def public(value: Any) -> Any:
-    """A JSON value in which every path of a machine is cut down to its last part."""
-    if isinstance(value, Mapping):
-        return {key: public(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [public(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    for known in (Path.cwd(), Path.home()):  # may hold spaces, where the pattern would stop
-        if len(known.parts) > 1:
-            value = value.replace(f"{known}/", "./")
-    return _PATH.sub(lambda found: public_name(found.group()), value)
-
-
-def public_command(command: str) -> str:
-    """A recorded command line that can be typed elsewhere: without `--out`, with folders cut down to their names."""
-    command = re.sub(r"^'(ws [\w-]+)'", r"\1", command.strip())  # so were two words on record once
-    head, *options = re.split(r"\s+(?=--?[A-Za-z])", command)
-    program, *values = head.split(" ", 1)
-    kept = [option for option in options if not re.match(r"--out\b(?!-)", option)]
-    return " ".join([_public_program(program), *(_public_option(text) for text in [*values, *kept])])
-
-
-def _public_program(name: str) -> str:
-    """`sycophancy.py` is on record for `python -m ws.eval.sycophancy`."""
-    stem = name.removesuffix(".py")
-    if stem == name or not stem.isidentifier():
-        return name
-    rooms = ("ws", "ws.eval", "ws.export", "ws.intervene", "ws.analysis", "ws.chat", "ws.sweep")
-    modules = [f"{room}.{stem}" for room in rooms if find_spec(f"{room}.{stem}")]
-    return f"python -m {modules[0]}" if modules else name
-
-
-def _public_option(text: str) -> str:
-    """An option with its values, which are joined by spaces on record: all that follows a path may belong to it."""
-    found = re.fullmatch(r"(--?[\w.-]+)?([ =]?)(.*)", text, re.DOTALL)
-    assert found is not None, "the last group takes whatever there is"
-    flag, gap, value = found.groups(default="")
-    plain = value.strip("'\"")
-    return f"{flag}{gap}{shlex.quote(public_name(plain)) if _PLACE.match(plain) else public(value)}"
-
-
 # ---- the front matter and the words ---------------------------------------------------------------------------------
 
 
@@ -217,7 +161,7 @@ def _is_on_hub(name: str) -> bool:
 
 
 def _card(data: ModelCardData, parts: Sequence[str]) -> ModelCard:
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + without_markup("\n\n".join(parts)) + "\n")
 
 
 def _title(vector: SteeringVector) -> str:
@@ -267,15 +211,15 @@ def _use_vector(about: Subject) -> str:
     vector, base = about.vector, _base(about.vector)
     known = vector.base_id in BUNDLED or _is_on_hub(vector.base_id)
     code = [
-        f'model, tok = ws.load_model("{base if known else f"path/to/{base}"}")',
-        f'with ws.steer(model, ws.SteeringVector.load("{about.place}"), alpha=1.0):',
+        f"model, tok = ws.load_model({_literal(base if known else f'path/to/{base}')})",
+        f"with ws.steer(model, ws.SteeringVector.load({_literal(about.place)}), alpha=1.0):",
         "    ...  # generate or evaluate; the weights are never written",
     ]
     parts = ["## Use", _python("import ws", "", *code)]
     if vector.is_low_rank:
         parts += [
             "It is a PEFT LoRA of scale 1 as well, so at `alpha` 1 it needs nothing but PEFT:",
-            _python(f'model = peft.PeftModel.from_pretrained(model, "{about.place}")'),
+            _python(f"model = peft.PeftModel.from_pretrained(model, {_literal(about.place)})"),
         ]
     return "\n\n".join([*parts, *_calibrated(about)])
 
@@ -285,12 +229,17 @@ def _use_merged(about: Subject) -> str:
         [
             "## Use",
             _python(
-                f'model = transformers.AutoModelForCausalLM.from_pretrained("{about.place}")',
-                f'tok = transformers.AutoTokenizer.from_pretrained("{about.place}")',
+                f"model = transformers.AutoModelForCausalLM.from_pretrained({_literal(about.place)})",
+                f"tok = transformers.AutoTokenizer.from_pretrained({_literal(about.place)})",
             ),
             "The strength is part of the weights; with the vector itself it is a dial.",
         ]
     )
+
+
+def _literal(text: str) -> str:
+    """A text as a Python literal in double quotes, on one line."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _python(*lines: str) -> str:

@@ -29,15 +29,16 @@ from transformers import PreTrainedConfig
 from ws import console
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.export.card import public_name
 from ws.export.source import vector_of
-from ws.files.gguf import gguf_file, gguf_package
+from ws.files.gguf import gguf_file, gguf_package, metadata_of
+from ws.files.public import public_name
 from ws.files.runs import atomic_file
 from ws.lm.models import load_config
 from ws.options.use import GgufOptions as GgufOptions
 
 # The `model_type` of a base to its architecture in `gguf.MODEL_ARCH`; llama.cpp runs Mistral models as Llama ones.
 ARCHITECTURES = {"qwen3": "QWEN3", "qwen2": "QWEN2", "llama": "LLAMA", "mistral": "LLAMA"}
+VECTOR_KEY = "ws.vector_sha256"  # by which an adapter that was written here is known
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _rotated_heads(module: str, config: PreTrainedConfig) -> int | None:
 def write_gguf_lora(
     vector: SteeringVector, file: str | Path, strength: float | int = 1.0, config: PreTrainedConfig | None = None
 ) -> GgufLora:
-    """Write the adapter, all at once; a file that is there is replaced.
+    """Write the adapter, all at once; an earlier one there is replaced.
 
     Args:
         vector: a purely low-rank one.
@@ -182,13 +183,15 @@ def write_gguf_lora(
         config: of the base; None to read that of the base the vector was made for.
 
     Raises:
-        WsError: see `gguf_factors`; no package `gguf`, no such base, or a place that is a folder.
+        WsError: see `gguf_factors`; no package `gguf`, no such base, or a place that holds something else.
     """
     file, gguf = Path(file), gguf_package()
     if strength == 0:
         raise WsError("An adapter of strength 0 would change nothing at any scale; give another --alpha.")
     if file.is_dir():
         raise WsError(f"{file} is a folder; give the adapter's file name.")
+    if (file.exists() or file.is_symlink()) and VECTOR_KEY not in metadata_of(file):
+        raise WsError(f"{file} exists and is no adapter that was written here; choose another place with --to.")
     _check_low_rank(vector)  # before the base is looked for
     config = config or load_config(vector.base_id)
     factors = gguf_factors(vector, config, strength)
@@ -209,7 +212,7 @@ def _describe_in(writer: Any, keys: Any, vector: SteeringVector, name: str, stre
     writer.add_description(", ".join(["Weight steering vector", *told, f"strength {strength:g} at scale 1"]))
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, public_name(vector.base_id))
-    writer.add_string("ws.vector_sha256", vector_digest(vector))
+    writer.add_string(VECTOR_KEY, vector_digest(vector))
     writer.add_float64("ws.strength", float(strength))
     if vector.base_fingerprint is not None:
         writer.add_string("ws.base_fingerprint", vector.base_fingerprint)

@@ -16,6 +16,7 @@ from ws.diff import SteeringVector
 from ws.errors import WsError
 from ws.export.source import strength_text, vector_of
 from ws.files.gguf import gguf_file
+from ws.files.runs import VECTOR
 from ws.lm.models import layer_of, load_model, model_folder
 from ws.options.use import LoraOptions as LoraOptions
 
@@ -88,6 +89,9 @@ def main(options: LoraOptions) -> None:
     alpha = vector.strength(options.alpha)
     name = f"{options.name}{strength_text(alpha)}"
     folder = options.target(f"peft{strength_text(alpha)}")
+    if folder.exists() and folder.resolve() == Path(options.vector or f"{options.run_folder}/vector").resolve():
+        raise WsError(f"{folder} is the vector itself; choose another place with --to.")
+    VECTOR.require(folder)
     low = as_lora(vector, alpha, options.rank, options.max_error, options.model)
     low.save(folder)
     exact = low.recipe.get("op") != "factorise"

@@ -14,8 +14,9 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from torch import Tensor
 from ws import console
 from ws.diff import ParameterChange, SteeringVector, vector_digest, write_step
 from ws.errors import WsError
-from ws.export.card import describe, merged_card, public
+from ws.export.card import describe, merged_card
 from ws.export.source import strength_text, vector_of
+from ws.files.places import FolderKind
+from ws.files.public import public, public_name
 from ws.files.runs import atomic_folder, library_versions, write_json
 from ws.files.tensors import TensorPatcher, copy_with_room, tensor_patcher
 from ws.lm.checkpoints import INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
@@ -76,8 +79,8 @@ def export_merged(
     if alpha == 0 or vector.is_zero:
         what = "At alpha 0" if alpha == 0 else "With a vector that is zero"
         raise WsError(f"{what} the export would be the base itself; give another {'--alpha' if alpha == 0 else 'one'}.")
-    if to.exists() and not (to / EXPORT_FILE).is_file():
-        raise WsError(f"{to} exists and is no export; choose another place with --to.")
+    kind = _kind_of(to)
+    kind.require(to)
     base = Checkpoint.open(model or vector.base_id)
     if to.resolve() == base.folder.resolve():
         raise WsError(f"{to} is the base itself; choose another place with --to.")
@@ -86,15 +89,30 @@ def export_merged(
     if base.untied or vector_here.apart(base.model):
         base = base.untie()
     changes = vector_here.written(base.model)
-    with atomic_folder(to) as part:
+    with atomic_folder(to, kind) as part:
         merge = _write(base, changes, float(alpha), part)
-        facts: dict[str, Any] = {"base": vector.base_id, "fingerprint": vector.base_fingerprint, "alpha": alpha}
-        facts |= {"vector": vector_digest(vector), "recipe": vector.recipe, "info": vector.info}
+        facts: dict[str, Any] = {"base": public_name(vector.base_id), "alpha": alpha}
+        facts |= {
+            "fingerprint": vector.base_fingerprint,
+            "vector": vector_digest(vector),
+            "recipe": vector.recipe,
+            "info": vector.info,
+        }
         facts |= {"lost": merge.lost, "lost_by_module": merge.by_module, "untied": merge.untied}
-        write_json(part / EXPORT_FILE, public(facts | {"versions": library_versions()}))
         about = describe(vector, to.name, run)
         merged_card(about, alpha, merge.lost, "/".join(merge.dtypes)).save(part / "README.md")
+        facts |= {"files": sorted(file.name for file in part.iterdir())}
+        write_json(part / EXPORT_FILE, public(facts | {"versions": library_versions()}))
     return merge
+
+
+def _kind_of(folder: Path) -> FolderKind:
+    """An export, with the names of the files that the one in the folder, if there is one, says are its own."""
+    files = ["*.safetensors", "*.safetensors.index.json"]  # weights that are left would be read beside the new ones
+    if (folder / EXPORT_FILE).is_file():
+        with suppress(ValueError, AttributeError, TypeError):  # a damaged one says nothing
+            files += map(escape, json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8")).get("files", ()))
+    return FolderKind("no export", (EXPORT_FILE,), tuple(files))
 
 
 def _require_base(vector: SteeringVector, base: Checkpoint) -> None:

@@ -16,13 +16,16 @@ from tabulate import tabulate
 from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES
 from ws.errors import WsError
-from ws.export.card import Subject, describe, is_local, public, public_name, stale_evaluations, vector_card
+from ws.export.card import Subject, describe, stale_evaluations, vector_card
 from ws.export.source import vector_of
+from ws.files.places import FolderKind
+from ws.files.public import is_local, public, public_name
 from ws.files.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
 from ws.lm import hub
 from ws.options.use import PushOptions as PushOptions
 
 PEFT_CONFIG, CARD = "adapter_config.json", "README.md"
+KIND = FolderKind("not a vector with its card", (MANIFEST, CARD), (*VECTOR_FILES, CARD))
 
 
 def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
@@ -41,9 +44,7 @@ def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
     """
     if not (source / MANIFEST).is_file():
         raise WsError(f"{source} is a plain PEFT adapter; load it as a vector and save that, then push the result.")
-    if folder.exists() and not all((folder / name).is_file() for name in (MANIFEST, CARD)):
-        raise WsError(f"{folder} exists and is not a vector with its card; choose another place by --to.")
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, KIND) as part:
         for name in VECTOR_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
@@ -51,7 +52,7 @@ def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
             if (part / name).is_file():
                 _clean(part / name)
         write_text(part / CARD, str(vector_card(about)))
-    return sorted(folder.iterdir())
+    return sorted(set(folder.iterdir()) - set(KIND.others(folder)))
 
 
 def _clean(file: Path) -> None:
@@ -72,6 +73,8 @@ def main(options: PushOptions) -> None:
     hub.check_name(o.repo)
     source = _source(o)
     behavior = o.behavior if o.behavior.endswith(".toml") else None
+    if o.to is not None:
+        KIND.require(o.to)
     about = describe(vector_of(o), o.repo, _run(o, source), behavior, o.license)
     with tempfile.TemporaryDirectory() as scratch:
         folder = o.to or Path(scratch) / "vector"

@@ -123,6 +123,14 @@ def read_header(file: Path) -> GgufBase:
     return GgufBase(file, header.architecture, _PLAIN.get(most) or GGML_NAME.get(most, f"type {most}"), bits)
 
 
+def metadata_of(file: Path) -> dict[str, Any]:
+    """The metadata in the header of a GGUF file of any type; none where it is no such file."""
+    try:
+        return dict(read_gguf_metadata(str(file))[0])
+    except (*_BROKEN, OSError):
+        return {}
+
+
 def gguf_package() -> Any:
     """The package `gguf`, which an extra installs; `WsError` without it."""
     try:

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,23 @@ from filelock import FileLock, Timeout
 
 from ws import console
 from ws.errors import WsError
+from ws.files.places import FolderKind, place_below, plain_name, require_no_link
 
 RUN_MANIFEST = "manifest.json"
-DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
-BUNDLED_MODELS = ("pocket", "smollm2", "tiny-random")
+DEFAULT_MODEL, BUNDLED = "Qwen/Qwen3-0.6B", ("pocket", "tiny-random")
+BUNDLED_MODELS = (*BUNDLED, "smollm2")  # with the one that a package carries
 DEFAULT_OUT = Path("out")
 DEMO_OUT = DEFAULT_OUT / "demo"  # what `ws demo` makes is in nobody's way
-VECTOR_MANIFEST = "ws.json"  # in the folder of a vector
+VECTOR_MANIFEST, TRAIN_FILE = "ws.json", "ws_train.json"  # in the folder of a vector, and of a trained adapter
+PISSA_INIT_FILE = "pissa_init.safetensors"
+# What is in them besides is somebody's own.
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+VECTOR_FILES = (VECTOR_MANIFEST, "calibration.json", "vector.safetensors", *_PEFT_FILES)
+VECTOR = FolderKind("not a steering vector", (VECTOR_MANIFEST,), VECTOR_FILES)
+ADAPTER = FolderKind("not an adapter that `ws train` made", (TRAIN_FILE,), (*_PEFT_FILES, PISSA_INIT_FILE, TRAIN_FILE))
+_OURS = {"pos": ADAPTER, "neg": ADAPTER, "vector": VECTOR}
+# Of evaluation, model, dtype, tokenizer, subject and strength; see `ws.eval.context`.
+_SCORES = re.compile(r"\.?[\w.-]+-[0-9a-f]{8,}-[0-9a-f]{8,}-\w+-[0-9a-f]{8,}-\w+-[-+.\de]+\.json(\.lock)?")
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------
@@ -68,17 +79,17 @@ def slug(name: str) -> str:
     named = model_name(name)
     if is_gguf(named):
         return Path(named).stem
-    return Path(named).name or "root" if Path(named).is_absolute() else named.replace("/", "--")
+    return Path(named).name or "root" if Path(named).is_absolute() else re.sub(r"[/\\:]", "--", named)
 
 
 def data_folder(out: Path, model: str, behavior: str) -> Path:
     """`out/data/<model>/<behavior>`: the contrast pairs, shared by all adapters and seeds."""
-    return out / "data" / slug(model) / behavior
+    return out / "data" / plain_name(slug(model), "the pairs of a model") / plain_name(behavior, "a behaviour's pairs")
 
 
 def run_folder(out: Path, behavior: str, adapter: str, seed: int = 0) -> Path:
     """`out/<behavior>/<adapter>`, with `seed-<n>` below it for every seed but 0."""
-    top = out / behavior / adapter
+    top = out / plain_name(behavior, "a behaviour's runs") / plain_name(adapter, "a run")
     return top if seed == 0 else top / f"seed-{seed}"
 
 
@@ -119,8 +130,19 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not."""
+def atomic_folder(folder: Path, kind: FolderKind | None = None) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not.
+
+    Args:
+        folder: the place.
+        kind: what is written; files of somebody's own in a folder of this kind stay there.
+
+    Raises:
+        WsError: something of another kind is there.
+    """
+    if kind is not None:
+        kind.require(folder)
+    folder = folder.resolve() if folder.name in ("", "..") else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(folder, "part")
     aside = [part]
@@ -128,6 +150,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield part
         while True:  # another writer may put its own there between the two renames
+            if kind is not None and folder.is_dir() and not folder.is_symlink():
+                new = [path.name for path in part.iterdir()]
+                if kind.others(folder, new):
+                    _replace_ours(folder, part, kind)
+                    break
             try:
                 part.rename(folder)
                 break
@@ -140,6 +167,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         for path in aside:
             _delete(path)
+
+
+def _replace_ours(folder: Path, part: Path, kind: FolderKind) -> None:
+    """Put the files of `part` in the place of ours, file by file: what is somebody's own is never moved.
+
+    The markers are the first to go and the last to come, so that half of it is not taken for the whole.
+    """
+    new = sorted(part.iterdir(), key=lambda path: path.name in kind.markers)
+    others = {path.name for path in kind.others(folder, [path.name for path in new])}
+    ours = [path for path in folder.iterdir() if path.name not in others]
+    for path in sorted(ours, key=lambda path: path.name not in kind.markers):
+        _delete(path)
+    for path in new:
+        path.rename(folder / path.name)
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -350,7 +391,7 @@ class Run:
 
     def outputs(self, name: str) -> list[Path]:
         """The files that a finished stage wrote."""
-        return [self.folder / path for path in self.facts(name)["outputs"]]
+        return [self._place(path) for path in self.facts(name)["outputs"]]
 
     def stage(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Stage | None:
         """The stage to carry out, or None when it is finished with this configuration and these inputs.
@@ -424,10 +465,18 @@ class Run:
             write_json(self.folder / RUN_MANIFEST, manifest)
 
     def _whole(self, outputs: Mapping[str, str]) -> bool:
-        return all((f := self.folder / p).is_file() and sha256_file(f) == digest for p, digest in outputs.items())
+        return all((f := self._place(p)).is_file() and sha256_file(f) == digest for p, digest in outputs.items())
+
+    def _place(self, name: Any) -> Path:
+        """The file of a recorded output."""
+        return place_below(self.folder, name, self.folder / RUN_MANIFEST)
 
     def _forget(self) -> None:
-        """Delete the recorded outputs and work folders, and only those: nothing else in the folder is ours."""
+        """Delete what was made here, and only that: nothing else in the folder is ours.
+
+        Raises:
+            WsError: the manifest names a place outside, or a link leads there; then nothing is deleted.
+        """
         if not self.folder.is_dir():
             return
         with ExitStack() as others:
@@ -440,12 +489,32 @@ class Run:
             stages = self.manifest["stages"]
         except WsError:  # a damaged manifest is the very thing --fresh is the way out of
             stages = {}
-        for record in stages.values():
-            for path in record.get("outputs", {}):
-                (self.folder / path).unlink(missing_ok=True)
-        for name in ("pos", "neg", "vector", "scores", ".pos.work", ".neg.work"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        outputs = (record.get("outputs", {}).items() for record in stages.values())
+        recorded = {self._place(name): digest for name, digest in chain.from_iterable(outputs)}
+        folders = [self.folder / name for name in (*_OURS, "scores")]
+        work = [self.folder / name for name in (".pos.work", ".neg.work")]
+        for path in [*recorded, *folders, *work]:
+            require_no_link(path)
+        # What has changed since is somebody's work: it stays until it is written anew.
+        made = [path for path, digest in recorded.items() if path.is_file() and sha256_file(path) == digest]
+        for path in [*made, *chain.from_iterable(map(_made_in, folders)), *work]:
+            _delete(path)
+        for folder in folders:
+            with suppress(OSError):  # what is not empty holds files of somebody's own
+                folder.rmdir()
         (self.folder / RUN_MANIFEST).unlink(missing_ok=True)
+
+
+def _made_in(folder: Path) -> list[Path]:
+    """The files in `pos`, `neg`, `vector` or `scores` of a run that were made by a run."""
+    if not folder.is_dir():
+        return []
+    if folder.name == "scores":
+        return [path for path in folder.iterdir() if _SCORES.fullmatch(path.name)]
+    kind = _OURS[folder.name]
+    is_ours = all((folder / marker).is_file() for marker in kind.markers)
+    others = kind.others(folder)
+    return [path for path in folder.iterdir() if is_ours and path not in others and not path.is_dir()]
 
 
 def _command() -> str:

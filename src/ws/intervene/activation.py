@@ -36,6 +36,7 @@ from ws.behaviors.acting import preference_margins
 from ws.console import progress
 from ws.data import Pair, answer_ids, prompt_ids
 from ws.errors import WsError, choose, require_strength
+from ws.files.places import FolderKind
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json
 from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
 from ws.lm.choice import score_choices
@@ -45,6 +46,7 @@ from ws.steer import Alpha, Dial, uncompiled
 
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS = "activation.json", "activation.safetensors"
+KIND = FolderKind("not an activation vector", (MANIFEST,), (MANIFEST, WEIGHTS))
 POSITIONS = ("last", "all")
 START_BATCH = 64
 
@@ -165,9 +167,7 @@ class ActivationVector:
     def save(self, folder: str | Path) -> Path:
         """Write the vector as a folder, all at once and bit for bit; an activation vector there is replaced."""
         folder = Path(folder)
-        if folder.exists() and not (folder / MANIFEST).is_file():
-            raise WsError(f"{folder} exists and is not an activation vector; choose another place.")
-        with atomic_folder(folder) as part:
+        with atomic_folder(folder, KIND) as part:
             save_file({"vectors": self.vectors.cpu().contiguous()}, part / WEIGHTS)
             manifest = {
                 "format": FORMAT_VERSION,

@@ -25,6 +25,7 @@ from ws.console import progress
 from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
 from ws.files.gguf import gguf_file
+from ws.files.places import place_below
 from ws.files.tensors import DTYPES
 from ws.lm.hub import find
 from ws.lm.models import (
@@ -171,9 +172,10 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             f"The folder {folder} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
         )
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if absent := [name for name in names if not (folder / name).is_file()]:
+    files = tuple(place_below(folder, name, index) for name in names)
+    if absent := [file.name for file in files if not file.is_file()]:
         raise WsError(f"The checkpoint {folder} lacks {', '.join(absent)}; download it again.")
-    return tuple(folder / name for name in names)
+    return files
 
 
 def _keys(file: Path) -> list[str]:

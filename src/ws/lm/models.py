@@ -46,10 +46,10 @@ from transformers.pytorch_utils import Conv1D
 from ws.console import quiet_transformers, say
 from ws.errors import WsError, choose, did_you_mean, shortened
 from ws.files.gguf import SMOLLM2, gguf_file, read_header, without_bars
+from ws.files.runs import BUNDLED as BUNDLED
 from ws.files.runs import DEFAULT_MODEL, model_name, sha256_file, sha256_json
 from ws.lm.hub import hub_is_out_of_reach
 
-BUNDLED = ("pocket", "tiny-random")
 PACKED = ("8bit", "4bit")
 SAMPLES_PER_TENSOR = 32
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")

@@ -11,12 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ws import console
+from ws.errors import WsError
 from ws.files.runs import write_text
 from ws.options.use import ReportOptions as ReportOptions
 from ws.report.data import read_contents
 from ws.report.page import render
 
 PAGE = "report.html"
+_MARK = b'<meta name="generator" content="ws report">'  # by which a report is known
 
 
 def write_report(out: Path, behavior: str, to: Path | None = None) -> Path:
@@ -25,11 +27,13 @@ def write_report(out: Path, behavior: str, to: Path | None = None) -> Path:
     Args:
         out: where runs are.
         behavior: a behaviour's name or its TOML file.
-        to: the file to write; None for `out/<behavior>/report.html`.
+        to: the file to write, where nothing or an earlier report is; None for `out/<behavior>/report.html`.
 
     Raises:
-        WsError: no run of the behaviour has a vector.
+        WsError: no run of the behaviour has a vector, or a place that holds something else.
     """
+    if to is not None and to.exists() and not (to.is_file() and _MARK in to.read_bytes()[:4096]):
+        raise WsError(f"{to} exists and is no report that was written here; choose another place with --to.")
     contents = read_contents(out, behavior)
     return write_text(to or out / contents.name / PAGE, render(contents))
 

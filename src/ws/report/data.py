@@ -24,6 +24,7 @@ from ws.delta import LinearDelta
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import WsError, did_you_mean
 from ws.eval.suite import evaluations
+from ws.files.public import public
 from ws.files.runs import (
     DEFAULT_OUT,
     RUN_MANIFEST,
@@ -259,8 +260,8 @@ def _is_null(adapter: str) -> bool:
 
 
 def _brief(problem: Exception, folder: Path) -> str:
-    """A message without the folder of this machine that it may name."""
-    return str(problem).replace(f"{folder}/", "").replace(str(folder), "the run's folder").rstrip(".")
+    """A message without the folders of this machine that it may name."""
+    return str(public(str(problem).replace(f"{folder}/", "").replace(str(folder), "the run's folder"))).rstrip(".")
 
 
 def _behavior(name: str, first: Result) -> tuple[Behavior | None, int | None]:

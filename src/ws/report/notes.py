@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ws.analysis.compare_tables import NULLS
 from ws.eval.suite import evaluations
-from ws.export.card import public_name
+from ws.files.public import public_name
 from ws.report.data import Contents, Gap
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, evaluation_at
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ws.eval.suite import evaluations
-from ws.export.card import public_name
+from ws.files.public import public_name
 from ws.report import sections, tables
 from ws.report.curves import Curve, curves_of, foundations_of
 from ws.report.data import Contents

@@ -11,7 +11,7 @@ from ws.eval.airisk import Airisk
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import headline
-from ws.export.card import public, public_command, public_name
+from ws.files.public import public, public_command, public_name
 from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
 from ws.report.data import Contents, Norms
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS
