@@ -24,6 +24,10 @@ test-consumers *args:
 test *args:
     uv run pytest {{args}}
 
+# every reader against random damage (about ten minutes); `WS_FUZZ_SECONDS=200 just fuzz` for longer
+fuzz *args:
+    uv run pytest tests/files/test_damaged.py -m slow {{args}}
+
 # style, types and the import contract
 lint:
     uv run ruff check .

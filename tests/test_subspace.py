@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from scipy.stats import beta as beta_law
 from scipy.stats import kstest
 
@@ -215,13 +217,16 @@ def test_the_base_is_decomposed_once(qwen3, tmp_path, monkeypatch):
         BaseSpectra(qwen3, tmp_path).of(GATE)
 
 
-def test_a_damaged_cache_is_named(qwen3, tmp_path):
+def test_a_damaged_cache_is_computed_again(qwen3, tmp_path, capsys):
     spectra = BaseSpectra(qwen3, tmp_path)
-    spectra.of(GATE)
+    whole = spectra.of(GATE)
     (file,) = spectra.folder.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ws.WsError, match=r"gate_proj.safetensors is damaged .* delete it"):
-        spectra.of(GATE)
+    content = file.read_bytes()
+    for damaged in (content[:-9], b"", save({"u": torch.ones(2)})):
+        file.write_bytes(damaged)
+        assert torch.equal(spectra.of(GATE).s, whole.s)
+        assert re.search(r"gate_proj.safetensors .*is made again", capsys.readouterr().err)
+        assert file.read_bytes() == content
 
 
 def test_what_cannot_be_measured_is_refused(qwen3, tmp_path):

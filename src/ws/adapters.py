@@ -9,7 +9,6 @@ tensors look alike is therefore refused, by an allow-list of fields per family. 
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import peft
 import torch
 from jaxtyping import Float
@@ -29,7 +29,6 @@ from peft.tuners.oft.layer import OFTRotationModule
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_PLACES
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -37,12 +36,15 @@ from transformers.pytorch_utils import Conv1D
 from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose, shortened
+from ws.files.reading import read_json
 from ws.files.runs import PISSA_INIT_FILE as PISSA_INIT_FILE
+from ws.files.tensors import read_tensors
 from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
 from ws.lm.probe import probe_adapter, start_again
 
 MIN_LIKENESS = 0.3  # cosine between a trained product of factors and the one it began as
 MAX_RANK = 65536  # more than any layer has use for
+AGAIN = "train or download it again"  # what to do about a damaged adapter
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -201,26 +203,27 @@ def _check_known(stored: Mapping[str, Any], config: PeftConfig, folder: Path) ->
         )
 
 
+# What families read of a config. PEFT takes any value and fails later.
+_VALUES: dict[str, Any] = {
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict[str, float] | None),
+    **dict.fromkeys(("r", "lora_alpha", "oft_block_size", "eps", "num_cayley_neumann_terms"), float),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"), str | list[str] | None
+    ),
+    "layers_to_transform": int | list[int] | None,
+}
+
+
 def _check_values(config: PeftConfig, folder: Path) -> None:
-    """Refuse values of a type that the fields families read do not have; PEFT takes any and fails later."""
-    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
-        if name in ("rank_pattern", "alpha_pattern"):
-            fits = not value or (isinstance(value, Mapping) and all(map(_is_number, value.values())))
-        elif name in ("r", "lora_alpha", "oft_block_size", "eps", "num_cayley_neumann_terms"):
-            fits = _is_number(value)
-        elif name == "layers_to_transform":
-            fits = value is None or all(isinstance(v, int) for v in (value if isinstance(value, list) else [value]))
-        elif name in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"):
-            several = isinstance(value, (list, set)) and all(isinstance(v, str) for v in value)
-            fits = value is None or isinstance(value, str) or several
-        else:
-            continue
-        if not fits:
-            raise WsError(f"The adapter {folder} has {_settings({name: value}, [name])}, which is no value for it.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Refuse values of a type that the fields families read do not have."""
+    for name in _VALUES.keys() & {f.name for f in fields(config)}:
+        value = getattr(config, name)
+        try:
+            msgspec.convert(list(value) if isinstance(value, set) else value, _VALUES[name])
+        except msgspec.ValidationError as problem:
+            raise WsError(
+                f"The adapter {folder} has {_settings({name: value}, [name])}, which is no value for it."
+            ) from problem
 
 
 def _settings(values: Mapping[str, Any], names: Collection[str]) -> str:
@@ -665,11 +668,14 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
         if missing:
             raise WsError(f"The adapter {folder} lacks {', '.join(sorted(missing))} for {name}.")
         module = _base_module(base, name, folder)
-        _check_place(config, name, base, folder)
-        size = _adapted_size(fam, trained) if module is None else linear_size(module)
-        assert size is not None
-        view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
-        deltas[name] = fam.extract(config, view)
+        try:
+            _check_place(config, name, base, folder)
+            size = _adapted_size(fam, trained) if module is None else linear_size(module)
+            assert size is not None
+            view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
+            deltas[name] = fam.extract(config, view)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as problem:
+            raise WsError(f"The adapter {folder} does not fit together at {name} ({problem}); {AGAIN}.") from problem
     if fam.name == "pissa" and not initial:
         console.warn(
             f"the PiSSA adapter {folder} holds no initial factors; they were taken from this base again, as PEFT does. "
@@ -684,7 +690,7 @@ def _read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise WsError(f"The adapter {folder} has no adapter_model.safetensors; pickled adapters are never loaded.")
-    return _read_config(folder), {k: t.float() for k, t in load_file(weights).items()}
+    return _read_config(folder), {k: t.float() for k, t in read_tensors(weights, AGAIN).items()}
 
 
 def _read_config(folder: Path) -> PeftConfig:
@@ -695,7 +701,7 @@ def _read_config(folder: Path) -> PeftConfig:
     """
     file = folder / "adapter_config.json"
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json(file, dict[str, Any], AGAIN)
         kind = stored["peft_type"]
         if kind not in list(PeftType):
             raise WsError(f"The adapter {folder} is of type {kind!r}, which PEFT {peft.__version__} does not know.")
@@ -704,7 +710,7 @@ def _read_config(folder: Path) -> PeftConfig:
             config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
     except KeyError as problem:
         raise WsError(f"The file {file} is not a PEFT config ({problem} is missing).") from problem
-    except (ValueError, TypeError, AttributeError, RuntimeError) as problem:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as problem:  # whatever PEFT makes of other values
         raise WsError(f"The file {file} is not a PEFT config ({problem}).") from problem
     _check_known(stored, config, folder)
     for notice in notices:
@@ -716,7 +722,7 @@ def _read_config(folder: Path) -> PeftConfig:
 
 def _read_initial(folder: Path) -> dict[str, dict[str, Tensor]]:
     file = folder / PISSA_INIT_FILE
-    return group_tensors(load_file(file), _LORA_TENSORS, folder) if file.is_file() else {}
+    return group_tensors(read_tensors(file, AGAIN), _LORA_TENSORS, folder) if file.is_file() else {}
 
 
 def group_tensors(tensors: Mapping[str, Tensor], known: frozenset[str], folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import statistics
 from collections import Counter
@@ -28,9 +29,19 @@ from ws import console
 from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
 from ws.behaviors.acting import acted, base_findings, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
-from ws.behaviors.tables import evenly, json_lines
-from ws.errors import WsError, did_you_mean, require_characters, require_seed, shortened
+from ws.behaviors.tables import evenly
+from ws.errors import (
+    DamagedError,
+    WsError,
+    decoded,
+    did_you_mean,
+    disk_errors,
+    require_characters,
+    require_seed,
+    shortened,
+)
 from ws.files.public import without_markup
+from ws.files.reading import disguise, json_lines, kept, read_bytes, read_json
 from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
 from ws.lm.choice import ChoiceScores, score_choices
 from ws.lm.generation import PLAIN, generate, without_end
@@ -461,10 +472,9 @@ def read_pairs(folder: str | Path) -> list[Pair]:
 
 def hashed_pairs(file: Path) -> tuple[list[Pair], str]:
     """The pairs of a file and its SHA-256, from one reading: what is recorded is what was used."""
-    try:
-        content = file.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as problem:
-        raise WsError(f"There are no contrast pairs at {file}; make them with `ws data`.") from problem
+    if not file.exists():
+        raise WsError(f"There are no contrast pairs at {file}; make them with `ws data`.")
+    content = read_bytes(file, "make contrast pairs with `ws data`")
     return parse_pairs(content, str(file)), hashlib.sha256(content).hexdigest()
 
 
@@ -481,11 +491,11 @@ def parse_pairs(content: bytes, where: str) -> list[Pair]:
             if pair.id in lines:
                 raise WsError(f"its id {pair.id!r} is that of line {lines[pair.id]}, too.")
         except WsError as problem:
-            raise WsError(f"{where} line {number} is not a contrast pair: {problem}") from problem
+            raise DamagedError(f"{where} line {number} is not a contrast pair: {problem}") from problem
         lines[pair.id] = number
         pairs.append(pair)
     if not pairs:
-        raise WsError(f"{where} holds no pairs.")
+        raise DamagedError(f"{where} holds no pairs{f' ({why})' if (why := disguise(content)) else ''}.")
     return pairs
 
 
@@ -604,12 +614,14 @@ def _sample_all(
     finished = -(-len(pairs) // size)
     with (
         console.progress(total=len(jobs), initial=len(pairs), desc="pairs", unit="pair") as bar,
+        disk_errors(begun.file),
         begun.file.open("a", encoding="utf-8") as out,
     ):
         for number, batch in enumerate(batches[finished:], start=finished):
             made = _sample_batch(model, tok, behavior, batch, config, number)
             out.write(pair_lines(made))
             out.flush()
+            os.fsync(out.fileno())
             pairs += made
             bar.update(len(made))
     return pairs
@@ -627,18 +639,24 @@ class _Partial:
 
     def resume(self, batch: int, total: int) -> list[Pair]:
         """The pairs of whole batches on disk; a torn batch at the end is cut off, because its seed covers all of it."""
-        first, pairs = json.dumps({"settings": self.settings}), list[Pair]()
-        if self.file.is_file():
-            # Split at newlines only: answers may hold separators that `splitlines` splits at. What follows the last
-            # newline is a line that a kill has torn.
-            begun, *whole = self.file.read_bytes().split(b"\n")[:-1] or [b""]
-            if begun.decode("utf-8", errors="replace") == first:
-                kept = len(whole) if len(whole) == total else len(whole) // batch * batch
-                pairs = parse_pairs(b"\n".join(whole[:kept]), str(self.file)) if kept else []
-            else:
-                console.say(f"{self.file} was begun with other settings, which are not on record; it starts over.")
+        first = json.dumps({"settings": self.settings})
+        pairs = (
+            kept(self.file, lambda file: _whole_batches(file, first, batch, total), "the sampling starts over") or []
+        )
         write_text(self.file, f"{first}\n{pair_lines(pairs)}")
         return pairs
+
+
+def _whole_batches(file: Path, first: str, batch: int, total: int) -> list[Pair]:
+    """The pairs of the batches that a file has whole; none if its first line is another one."""
+    # Split at newlines only: answers may hold separators that `splitlines` splits at. What follows the last newline is
+    # a line that a kill has torn.
+    begun, *whole = read_bytes(file, "move it away").split(b"\n")[:-1] or [b""]
+    if begun.decode("utf-8", errors="replace") != first:
+        console.say(f"{file} was begun with other settings, which are not on record; it starts over.")
+        return []
+    n = len(whole) if len(whole) == total else len(whole) // batch * batch
+    return parse_pairs(b"\n".join(whole[:n]), str(file)) if n else []
 
 
 def _batched(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
@@ -941,8 +959,8 @@ def main(command: DataCommand) -> None:
     model, tok = load_model(command.model, command.device, command.dtype)
     folder = data_folder(command.out, command.model, behavior.name)
     generate_pairs(model, tok, behavior, folder, command.data, command.fresh)
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    text = (folder / "card.md").read_text(encoding="utf-8").rstrip()
+    card = read_json(folder / "card.json", dict[str, Any], "sample again, with --fresh")
+    text = decoded(read_bytes(folder / "card.md", "sample again, with --fresh"), "card.md").rstrip()
     replicated = shared_with(ReplicateConfig, command, behavior=name, pairs=None, columns=(), fresh=False)
     following = console.command_line("ws replicate", replicated, always=("model", "behavior"))
     console.show(console.Result(text, {"card": card}, [folder / PAIRS_FILE, folder / "card.md"], following))

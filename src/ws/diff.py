@@ -8,29 +8,41 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import msgspec
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ws import console
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
-from ws.errors import WsError, require_strength, shortened
+from ws.errors import DamagedError, WsError, require_strength, shortened
 from ws.files.places import place_below
 from ws.files.public import public
-from ws.files.runs import VECTOR, VECTOR_FILES, atomic_folder, library_versions, model_name, sha256_file, slug
-from ws.files.tensors import tensor_writer
+from ws.files.reading import kept, read_json
+from ws.files.runs import (
+    VECTOR,
+    VECTOR_FILES,
+    atomic_folder,
+    library_versions,
+    model_name,
+    recover,
+    sha256_file,
+    slug,
+    write_json,
+)
+from ws.files.tensors import read_tensors, tensor_writer
 from ws.lm.checkpoints import Checkpoint, Difference
 from ws.lm.hub import find
 from ws.lm.models import (
@@ -55,6 +67,7 @@ from ws.options.make import DiffOptions as DiffOptions
 T = TypeVar("T")
 
 FORMAT_VERSION, CALIBRATION_FORMAT = 1, 1
+RECALIBRATE = "calibrate again, with --fresh"  # what to do about a calibration that cannot be read
 MANIFEST, CALIBRATION, NATIVE_WEIGHTS, _, PEFT_WEIGHTS = VECTOR_FILES
 
 
@@ -145,12 +158,13 @@ class SteeringVector:
             None if is_packed(model) else fingerprint(model)
         )  # packed weights are like no others, not even the base's
         family, deltas = read_adapter(folder, model)
-        stamp = _read_json(Path(folder) / "ws_train.json") if (Path(folder) / "ws_train.json").is_file() else {}
-        trained_on = stamp.get("base_fingerprint")
-        require_base(model, stamp.get("base_id", ""), trained_on, f"The adapter {folder} was trained on")
+        file = Path(folder) / "ws_train.json"
+        stamp = read_json(file, _TrainStamp, "train it again") if file.exists() else _TrainStamp()
+        trained_on = stamp.base_fingerprint
+        require_base(model, stamp.base_id, trained_on, f"The adapter {folder} was trained on")
         source = {"adapter": Path(folder).name, "sha256": sha256_file(Path(folder) / PEFT_WEIGHTS)}
         info = {"family": family, "depth": layer_count(model)}
-        return cls(deltas, model_id(model), trained_on or mark, source | stamp.get("recipe", {}), info)
+        return cls(deltas, model_id(model), trained_on or mark, source | stamp.recipe, info)
 
     @classmethod
     def from_checkpoints(
@@ -527,6 +541,7 @@ class SteeringVector:
         tensors = stored._peft_tensors() if low_rank else stored._native_tensors()
         with atomic_folder(folder, VECTOR) as part:
             save_file({k: t.contiguous() for k, t in tensors.items()}, part / weights)
+            stored._take_along(folder / CALIBRATION, part)
             if low_rank:
                 stored._peft_config().save_pretrained(str(part))
             modules: dict[str, dict[str, Any]] = {
@@ -537,6 +552,12 @@ class SteeringVector:
             base = {"id": self.base_id, "fingerprint": self.base_fingerprint}
             write_manifest(part, weights, dtype, base, self.info, self.recipe, modules)
         return folder
+
+    def _take_along(self, calibration: Path, part: Path) -> None:
+        """Copy the calibration of what is replaced if it is of this very vector, which is made again when damaged."""
+        units = kept(calibration, read_units, "it goes with the vector that is replaced")
+        if units is not None and units.subject == vector_digest(self):
+            shutil.copyfile(calibration, part / CALIBRATION)
 
     @classmethod
     def load(cls, folder: str | Path) -> SteeringVector:
@@ -552,34 +573,28 @@ class SteeringVector:
         Raises:
             WsError: no vector there, a half-written or altered folder, or a newer format.
         """
+        recover(Path(folder).parent)
         folder = find(folder, VECTOR_FILES)
-        if not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST).exists():
             if (folder / "adapter_config.json").is_file():
                 return cls._from_foreign_lora(folder)
             if (folder / "vector" / MANIFEST).is_file():
                 return cls.load(folder / "vector")
             raise WsError(f"{folder} is not a steering vector: {MANIFEST} is missing (half-written?); make it again.")
-        manifest = _read_json(folder / MANIFEST)
-        if manifest.get("format") != FORMAT_VERSION:
-            raise WsError(f"{folder} has vector format {manifest.get('format')}; this version reads {FORMAT_VERSION}.")
-        file = place_below(folder, manifest["weights"]["file"], folder / MANIFEST)
-        if not file.is_file() or sha256_file(file) != manifest["weights"]["sha256"]:
-            raise WsError(
-                f"The weights in {folder} are missing or differ from their recorded hash; make the vector again."
-            )
-        tensors = {k: t.float() for k, t in load_file(file).items()}
-        deltas = deltas_from_tensors(manifest["modules"], tensors, folder, manifest.get("kinds", {}))
-        deltas |= {name: deltas[first] for name, first in manifest.get("shared", {}).items()}
-        base = manifest["base"]
-        units = read_calibrated(folder / CALIBRATION, _units)
-        return cls(deltas, base["id"], base["fingerprint"], manifest["recipe"], manifest["info"], units)
+        manifest, tensors = read_saved(folder, VectorManifest)
+        deltas = deltas_from_tensors(manifest.modules, tensors, folder, manifest.kinds)
+        deltas |= {name: deltas[first] for name, first in manifest.shared.items()}
+        units = kept(folder / CALIBRATION, read_units, "its strengths are not used; calibrate again")
+        base = manifest.base
+        return cls(deltas, base.id, base.fingerprint, manifest.recipe, manifest.info, units)
 
     @classmethod
     def _from_foreign_lora(cls, folder: Path) -> SteeringVector:
         from ws.adapters import read_adapter
 
         family, deltas = read_adapter(folder, None)
-        base = str(_read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "unknown")
+        config = read_json(folder / "adapter_config.json", dict[str, Any], "make or download it again")
+        base = str(config.get("base_model_name_or_path") or "unknown")
         source = {"adapter": folder.name, "sha256": sha256_file(folder / PEFT_WEIGHTS)}
         return cls(deltas, base, None, source, {"family": family})
 
@@ -643,7 +658,70 @@ def write_manifest(
     stored = {"file": weights, "sha256": sha256_file(folder / weights), "dtype": str(dtype)[6:]}
     manifest = {"format": FORMAT_VERSION, "base": base, "info": public(info), "recipe": public(recipe), **modules}
     manifest |= {"weights": stored, "versions": library_versions()}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, manifest)
+
+
+class _TrainStamp(msgspec.Struct):
+    """What `ws.train` says of an adapter that it has saved."""
+
+    base_id: str = ""
+    base_fingerprint: str | None = None
+    recipe: dict[str, Any] = {}
+
+
+class StoredBase(msgspec.Struct):
+    """What a vector's manifest says of the base."""
+
+    id: str
+    fingerprint: str | None
+
+
+class StoredWeights(msgspec.Struct):
+    """What it says of the weights; another file than these would be none that `save` writes."""
+
+    sha256: str
+    file: Literal["vector.safetensors", "adapter_model.safetensors", "activation.safetensors"]
+
+
+class SavedManifest(msgspec.Struct, kw_only=True):
+    """What the manifest of anything holds that was saved with its base: a vector of weights, or of activations."""
+
+    base: StoredBase
+    weights: StoredWeights
+    info: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+class VectorManifest(SavedManifest):
+    """A vector's `ws.json`; see `write_manifest`."""
+
+    modules: dict[str, tuple[int, int]]
+    kinds: dict[str, Literal["linear", "embedding", "scale"]] = {}
+    shared: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        names = {*self.kinds, *self.shared, *self.shared.values()}
+        if absent := sorted(names - self.modules.keys()):
+            raise ValueError(f"{absent[0]} is not among its modules")
+        if any(size < 1 for sizes in self.modules.values() for size in sizes):
+            raise ValueError("a module has a size below 1")
+
+
+Saved = TypeVar("Saved", bound=SavedManifest)
+
+
+def read_saved(folder: Path, kind: type[Saved], name: str = MANIFEST) -> tuple[Saved, dict[str, Tensor]]:
+    """The manifest, by its name, of a saved vector, and its tensors in float32.
+
+    Raises:
+        DamagedError: a manifest that is none, or weights that are not the ones on record.
+        WsError: a newer format.
+    """
+    manifest = read_json(folder / name, kind, "make the vector again", FORMAT_VERSION)
+    file = place_below(folder, manifest.weights.file, folder / name)
+    if not file.is_file() or sha256_file(file) != manifest.weights.sha256:
+        raise DamagedError(f"The weights {file} are missing or differ from their recorded hash; make the vector again.")
+    return manifest, {name: tensor.float() for name, tensor in read_tensors(file, "make the vector again").items()}
 
 
 def write_step(target: Tensor, before: Tensor, step: Tensor) -> tuple[float, float]:
@@ -674,19 +752,21 @@ def deltas_from_tensors(
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
     peft = {"lora_A.weight": "v", "lora_B.weight": "u"}
     for key, tensor in tensors.items():
-        if ":" in key:
-            name, coordinate = key.rsplit(":", 1)
-        else:
-            stem, which, leaf = key.rsplit(".", 2)
-            name, coordinate = stem.removeprefix("base_model.model."), peft.get(f"{which}.{leaf}", "?")
+        name, _, coordinate = key.rpartition(":")
+        if not name:
+            stem, _, leaf = key.rpartition(".lora_")
+            name, coordinate = stem.removeprefix("base_model.model."), peft.get(f"lora_{leaf}", "?")
         if name not in parts or coordinate not in COORDINATES:
-            raise WsError(f"{folder} holds a tensor that belongs to no module of the vector: {key}.")
+            raise DamagedError(f"{folder} holds a tensor that belongs to no module of the vector: {key}.")
         parts[name][coordinate] = tensor
-    kinds = kinds or {}
-    return {
-        n: LinearDelta(int(sizes[n][0]), int(sizes[n][1]), **coords, kind=kinds.get(n, "linear"))
-        for n, coords in parts.items()
-    }
+    kinds, deltas = kinds or {}, dict[str, LinearDelta]()
+    for name, coordinates in parts.items():
+        try:
+            d_out, d_in = sizes[name]
+            deltas[name] = LinearDelta(d_out, d_in, **coordinates, kind=kinds.get(name, "linear"))
+        except (WsError, IndexError) as problem:  # the latter where a tensor has too few dimensions
+            raise DamagedError(f"{folder} holds no change of {name}: {problem}; make the vector again.") from problem
+    return deltas
 
 
 _UNITS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))u")
@@ -710,29 +790,38 @@ def parse_number(text: str) -> float:
     return require_strength(alpha, "A strength")
 
 
-def read_calibrated(file: Path, parse: Callable[[Any], T]) -> T | None:
-    """What `parse` makes of a file of calibrated strengths, None when there is no file.
+class StoredSide(msgspec.Struct):
+    """The strength of one sign."""
 
-    Raises:
-        WsError: a file that cannot be read, of another format, or damaged.
-    """
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values["format"] != CALIBRATION_FORMAT:
-            raise WsError(f"{file} has format {values['format']}; this version reads {CALIBRATION_FORMAT}.")
-        return parse(values)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise WsError(f"{file} cannot be read ({problem}); calibrate again, with --fresh.") from problem
-    except (ValueError, KeyError, TypeError) as problem:
-        raise WsError(f"{file} is damaged ({problem!r}); calibrate again, with --fresh.") from problem
+    alpha: float
+    converged: bool
 
 
-def _units(values: Any) -> Units:
-    sides = [float(s["alpha"]) if s["converged"] is True else None for s in (values["negative"], values["positive"])]
-    made_on = (str(values.get(name) or "") for name in ("tokenizer", "model"))
-    return Units(str(values["subject"]), sides[0], sides[1], *made_on)
+class StoredUnits(msgspec.Struct):
+    """What a calibration says of the strengths; the rest of it is `ws.intervene.calibration.Calibration`."""
+
+    subject: str
+    negative: StoredSide
+    positive: StoredSide
+    tokenizer: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        check_signs(self.negative, self.positive)
+
+
+def check_signs(negative: Any, positive: Any) -> None:
+    """`ValueError` when a strength that converged does not have the sign it is for."""
+    for sign, side in ((-1, negative), (1, positive)):
+        if side.converged and not sign * side.alpha > 0:
+            raise ValueError(f"its strength {sign:+d}u is {side.alpha:g}, which has another sign")
+
+
+def read_units(file: Path) -> Units:
+    """The strengths in a calibration file; `DamagedError` when they cannot be read."""
+    stored = read_json(file, StoredUnits, RECALIBRATE, CALIBRATION_FORMAT)
+    negative, positive = (side.alpha if side.converged else None for side in (stored.negative, stored.positive))
+    return Units(stored.subject, negative, positive, stored.tokenizer or "", stored.model or "")
 
 
 def _leaves(delta: LinearDelta, module: nn.Module) -> list[str]:
@@ -748,13 +837,6 @@ def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
 
 def _weight(module: nn.Module | None) -> Tensor | None:
     return None if module is None else weight_of(module)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as problem:
-        raise WsError(f"{file} cannot be read ({problem}); the folder may be half-written, make it again.") from problem
 
 
 def vector_digest(vector: SteeringVector) -> str:

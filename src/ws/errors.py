@@ -1,11 +1,16 @@
-"""The one exception a user is meant to see, and the sentence-making helpers around it."""
+"""The one exception a user is meant to see, its kinds, and the sentence-making helpers around it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
+from pathlib import Path
 
 
 class WsError(Exception):
@@ -50,6 +55,58 @@ def shortened(value: object, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
 
 
+class DamagedError(WsError):
+    """A file that cannot be read back: missing, cut, of another kind, or with values that make no sense."""
+
+
+class DiskError(WsError):
+    """The operating system refuses to write or read. What is half done stays, and the same command goes on from it."""
+
+
+_REFUSALS = {
+    errno.ENOSPC: "make room and run the same again, which goes on from what is finished",
+    errno.EDQUOT: "make room and run the same again, which goes on from what is finished",
+    errno.EFBIG: "raise the limit (`ulimit -f`) or choose another file system, and run the same again",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "change the permissions, or choose another place",
+    errno.EPERM: "change the permissions, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "it is a file, or lies below one; choose another place",
+    errno.EEXIST: "something else is in its place; move that away, or choose another place",
+    errno.EISDIR: "move that folder away, or choose another place",
+    errno.ENOTEMPTY: "move away what is in it, or choose another place",
+    errno.ELOOP: "its links lead in a circle; choose another place",
+    errno.EMFILE: "raise the limit (`ulimit -n`), or do less at once",
+    errno.EIO: "the device may be failing; choose another one",
+}
+_HIDDEN = re.compile(r"\.(part|old)-\w*-\d+-")  # a name of `ws.files.writing` that nobody has asked for
+
+
+@contextmanager
+def disk_errors(place: Path | str = "The output") -> Iterator[None]:
+    """Inside, what the operating system refuses is a `DiskError` that names the path; `place` where it is not known."""
+    try:
+        yield
+    except WsError:
+        raise
+    except Exception as problem:
+        code = problem.errno if isinstance(problem, OSError) else _code(str(problem))
+        if code not in _REFUSALS:
+            raise
+        # What is renamed has two names, and the second is the one that it gets.
+        named = [getattr(problem, name, None) for name in ("filename2", "filename")]
+        where = next((os.fsdecode(n) for n in named if isinstance(n, (str, bytes))), place)
+        where = place if _HIDDEN.search(str(where)) else where
+        raise DiskError(f"{where} cannot be used ({os.strerror(code)}): {_REFUSALS[code]}.") from problem
+
+
+def _code(message: str) -> int | None:
+    """The number of the refusal in the message of a compiled library (safetensors; torch, which knows but one)."""
+    if number := re.search(r"\(os error (\d+)\)", message):
+        return int(number[1])
+    return errno.ENOSPC if "PytorchStreamWriter failed" in message or "unexpected pos" in message else None
+
+
 def decoded(content: bytes, where: str) -> str:
     """A file's bytes as text: UTF-8, with or without a byte order mark.
 
@@ -61,7 +118,7 @@ def decoded(content: bytes, where: str) -> str:
     except UnicodeDecodeError as problem:
         at = problem.start
         line, place = content.count(b"\n", 0, at) + 1, at - content.rfind(b"\n", 0, at)
-        raise WsError(
+        raise DamagedError(
             f"{where} line {line} is not UTF-8: byte 0x{content[at]:02x} at position {place}; save the file as UTF-8."
         ) from problem
 

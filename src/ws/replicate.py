@@ -34,7 +34,7 @@ from ws.data import (
     pairs_settings,
     sample_answers,
 )
-from ws.diff import SteeringVector, vector_digest
+from ws.diff import CALIBRATION, VECTOR_FILES, SteeringVector, vector_digest
 from ws.errors import WsError, choose, require_strength
 from ws.eval.before import require_readable
 from ws.eval.confounds import agreement_verdict
@@ -300,7 +300,8 @@ def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: Replic
             raise WsError("Both arms came out identical, so the vector is zero; give more pairs or a higher --lr.")
         vector.save(folder)
         geometry = _geometry(sides, vector, model)
-        stage.done([f for f in folder.iterdir() if f.is_file()], geometry=geometry)
+        # A calibration, which may have come along from a damaged vector, is not part of it.
+        stage.done([f for n in VECTOR_FILES if n != CALIBRATION and (f := folder / n).is_file()], geometry=geometry)
     return vector
 
 
@@ -576,7 +577,7 @@ def main(config: ReplicateConfig) -> None:
         files.append(write_report(config.out, config.behavior))
         following = f"read {reading.pairs / 'card.md'} for confounds, then {_next(reading, config)}"
     measured = Sycophancy.stage if reading.false_claims else Preferences.stage
-    dtype = str(Run(reading.folder).facts(measured)["config"]["dtype"])
+    dtype = str(Run(reading.folder).facts(measured).get("config", {}).get("dtype"))
     text = "\n\n".join([render(reading, config.n_bootstrap), *rounding_notes([dtype])])
     console.show(console.Result(text, as_data(reading), files, following))
 

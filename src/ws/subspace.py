@@ -28,8 +28,9 @@ average over. Shares of several modules are averaged with their energies as weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy.stats import beta
 from tabulate import tabulate
 from torch import Tensor
@@ -61,9 +61,11 @@ from ws.analysis.geometry import (
 )
 from ws.delta import LinearDelta
 from ws.diff import PEFT_WEIGHTS, SteeringVector, vector_digest
-from ws.errors import WsError
+from ws.errors import DamagedError, WsError
 from ws.files.plots import save_svg
+from ws.files.reading import kept
 from ws.files.runs import atomic_file, finished_runs, lock, read_csv, read_values, sha256_file, slug, write_csv
+from ws.files.tensors import read_tensors
 from ws.lm.models import fingerprint, layer_of, load_model
 from ws.options.use import SubspaceOptions as SubspaceOptions
 from ws.run import FinishedRun, open_options
@@ -176,7 +178,7 @@ class BaseSpectra:
             u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
             return {"u": u, "s": s, "v": vh.T}
 
-        return Spectrum(**self._kept(name, decompose))
+        return Spectrum(**self._kept(name, {"u", "s", "v"}, decompose))
 
     def readout(self) -> Float[Tensor, "hidden hidden"] | None:
         """Right singular vectors of the unembedding as columns, weakest first; None for a model without one.
@@ -192,18 +194,24 @@ class BaseSpectra:
             gram = torch.stack([e.double().T @ e.double() for e in parts]).sum(dim=0)
             return {"v": torch.linalg.eigh(gram).eigenvectors}
 
-        return self._kept("unembedding", decompose)["v"]
+        return self._kept("unembedding", {"v"}, decompose)["v"]
 
-    def _kept(self, name: str, decompose: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _kept(self, name: str, names: Set[str], decompose: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         file = self.folder / f"{name}.safetensors"
         with lock(self.folder):  # runs side by side need the same ones: one computes them, the others wait
-            if not file.is_file():
+            tensors = kept(file, partial(_read_spectrum, names=names))
+            if tensors is None:
+                tensors = {k: t.float().cpu().contiguous() for k, t in decompose().items()}
                 with atomic_file(file) as part:
-                    save_file({k: t.float().cpu().contiguous() for k, t in decompose().items()}, part)
-        try:
-            return {k: t.to(self.model.device) for k, t in load_file(file).items()}
-        except SafetensorError as problem:
-            raise WsError(f"{file} is damaged ({problem}); delete it, and it is computed again.") from problem
+                    save_file(tensors, part)
+        return {k: t.to(self.model.device) for k, t in tensors.items()}
+
+
+def _read_spectrum(file: Path, names: Set[str]) -> dict[str, Tensor]:
+    tensors = read_tensors(file)
+    if tensors.keys() != names:
+        raise DamagedError(f"{file} holds other tensors than {', '.join(sorted(names))}; make it again.")
+    return tensors
 
 
 # ---- a vector -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ whole model on each of them) and take the same steps as one process would.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -36,12 +36,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ws import console
 from ws.adapters import AdapterSpec, family, peft_config
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
-from ws.errors import WsError, choose, require_seed
+from ws.errors import DiskError, WsError, choose, disk_errors, require_seed
+from ws.files.reading import read_json
 from ws.files.runs import (
     ADAPTER,
     PISSA_INIT_FILE,
@@ -53,16 +55,19 @@ from ws.files.runs import (
     lock,
     model_flag,
     run_folder,
+    sha256_file,
     sha256_json,
     write_json,
     write_text,
 )
+from ws.files.writing import flush
 from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
 from ws.options.make import MIN_VALIDATION, SIGNS, held_out
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
 from ws.options.make import train_preset as train_preset
 
+SEAL = "sealed.json"
 _NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 T = TypeVar("T")
 
@@ -128,8 +133,9 @@ def train_adapter(
                     facts = _fit(peft_model, tok, train, validation, work, config, seed)
                 stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))
-        except WsError:
-            _remove(work)
+        except WsError as problem:
+            if not isinstance(problem, DiskError):  # after which the same command goes on
+                _remove(work)
             raise
         _remove(work)
     if fingerprint(model) != base["base_fingerprint"]:
@@ -140,7 +146,7 @@ def train_adapter(
 def _begin(work: Path, settings: str) -> None:
     """Leave nothing in the work folder that was begun with other settings or on other examples."""
     file = work / "settings"
-    if work.exists() and (not file.is_file() or file.read_text(encoding="utf-8") != settings):
+    if work.exists() and (not file.is_file() or file.read_bytes() != settings.encode()):
         console.say(f"{work} was begun with other settings or on other pairs; the training starts over.")
         shutil.rmtree(work)
     write_text(file, settings)
@@ -396,7 +402,14 @@ class _Trainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # trainer_state.json comes next and says that the checkpoint is whole
+        self.accelerator.wait_for_everyone()  # the main process seals the checkpoint when all have written theirs
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with disk_errors(folder):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            _seal(folder)
 
 
 def _fit(
@@ -535,21 +548,44 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
         )
 
 
-def _last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint whose files are all there; one that a kill left half-written is deleted.
+def _seal(checkpoint: Path) -> None:
+    """Record what a checkpoint consists of, once all of it is on the disk."""
+    flush(checkpoint)
+    write_json(checkpoint / SEAL, {f.name: sha256_file(f) for f in _files(checkpoint)})
 
-    The number of processes may differ from that of the interrupted training.
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(f for f in checkpoint.iterdir() if f.name != SEAL)
+
+
+class _State(msgspec.Struct):
+    """What the Trainer's own state says of the checkpoint that it will take in the end."""
+
+    best_model_checkpoint: str | None = None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was sealed and is what it was then."""
+    try:
+        return read_json(checkpoint / SEAL, dict[str, str]) == {f.name: sha256_file(f) for f in _files(checkpoint)}
+    except (WsError, OSError):
+        return False
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that can be gone on from; what a kill or a broken disk has damaged is deleted.
+
+    The one with the best validation loss so far, which the training ends with, must be whole, too. The number of
+    processes may differ from that of the interrupted training.
     """
-    found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for folder in found:
-        needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if all(any(folder.glob(name)) for name in needed):
+    folders = [p for p in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdecimal()]
+    for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(folder):
+            best = read_json(folder / "trainer_state.json", _State).best_model_checkpoint
+            if best is None or _is_whole(Path(best)):
                 return str(folder)
-        except (OSError, json.JSONDecodeError):
-            pass
-        shutil.rmtree(folder)
+        console.say(f"{folder} is damaged or half written; the training goes on from before it.")
+        shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
@@ -608,8 +644,8 @@ def train_stage(
             return False
         try:
             facts = train_adapter(model, tok, kept, sign, adapter, folder, config, seed)
-        except WsError:  # nothing of it is left, so better settings need no --fresh
-            if console.is_main():
+        except WsError as problem:
+            if console.is_main() and not isinstance(problem, DiskError):  # nothing of it is left: no need of --fresh
                 run.drop(sign)
             raise
         if console.is_main():

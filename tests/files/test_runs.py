@@ -167,18 +167,21 @@ def test_a_lock_that_is_taken_can_stop_instead(tmp_path):
     assert pool_free.submit(ask).result() is None
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
-    (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "mine").touch()
-    (tmp_path / "f").symlink_to(tmp_path / "far")
+@pytest.mark.parametrize("there", [True, False], ids=["there", "dangling"])
+def test_a_link_is_written_through(tmp_path, there):
+    far = tmp_path / "far"
+    if there:
+        far.mkdir()
+        (far / "earlier").touch()
+    (tmp_path / "f").symlink_to(far)
     with atomic_folder(tmp_path / "f") as part:
         (part / "new").touch()
-    assert [p.name for p in (tmp_path / "f").iterdir()] == ["new"]
-    assert [p.name for p in (tmp_path / "far").iterdir()] == ["mine"]
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "file"):
-        pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "far", "file"]
+    (tmp_path / "t").symlink_to(far / "text")
+    write_text(tmp_path / "t", "x")
+    assert (tmp_path / "f").is_symlink()
+    assert (tmp_path / "t").is_symlink()
+    assert sorted(p.name for p in far.iterdir()) == ["new", "text"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "far", "t"]
 
 
 def test_of_many_writers_one_whole_result_stays(tmp_path):

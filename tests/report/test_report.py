@@ -370,7 +370,7 @@ def test_a_damaged_vector_is_left_out_and_named(whole):
     (run_folder(whole, "honesty", "lora", 1) / "vector" / "ws.json").write_text("{")
     contents = read_contents(whole, "honesty")
     assert [r.name for r in contents.results] == ["lora seed 0", "delora seed 0", "delora seed 1"]
-    assert "Vector: vector/ws.json cannot be read" in left_out(contents)
+    assert "Vector: vector/ws.json is damaged" in left_out(contents)
     assert str(whole) not in render(contents)
 
 

@@ -38,6 +38,7 @@ from ws.eval.evaluation import Evaluation, Rows, Scores
 from ws.eval.prompts import notes_by_score
 from ws.eval.readable import FLAG, MARK, Readability, notes, rounding_notes, worst
 from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
+from ws.files.reading import kept
 from ws.files.runs import read_csv, write_csv
 from ws.lm.models import tokenizer_hash, weight_of
 from ws.options.check import ControlOptions as ControlOptions
@@ -233,13 +234,17 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     return [r for r in mine if (r["control"], int(r["draw"])) in wanted and float(r["alpha"]) in alphas]
 
 
+def _read_controls(file: Path) -> list[dict[str, str]]:
+    return read_csv(file, ("vector", "control", "eval_hash", "score"), ("draw", "alpha", "shift"))
+
+
 class _Table:
     """`controls.csv` of one vector: rows of another vector in the same folder are forgotten."""
 
     def __init__(self, file: Path, vector_mark: str) -> None:
         self.file, self.vector_mark = file, vector_mark
-        self.rows: Rows = [dict(r) for r in read_csv(file)] if file.is_file() else []
-        self.rows = [r for r in self.rows if r["vector"] == vector_mark and FLAG in r]  # older ones have no masses
+        rows = kept(file, _read_controls, "its vectors are measured again") or []
+        self.rows: Rows = [dict(r) for r in rows if r["vector"] == vector_mark and FLAG in r]  # older: no masses
 
     def has(self, evaluation: Evaluation, control: str, draw: int, alpha: float) -> bool:
         """Whether a shift is on record."""

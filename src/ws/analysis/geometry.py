@@ -20,7 +20,6 @@ The null is easy to beat: in so many dimensions, directions without any relation
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -31,13 +30,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta
-from ws.diff import MANIFEST, NATIVE_WEIGHTS, PEFT_WEIGHTS, SteeringVector, deltas_from_tensors
+from ws.diff import MANIFEST, NATIVE_WEIGHTS, PEFT_WEIGHTS, SteeringVector, VectorManifest, deltas_from_tensors
 from ws.errors import WsError
+from ws.files.reading import read_json
+from ws.files.tensors import open_tensors
 from ws.lm.models import layer_of, require_base, weight_of, weight_size
 
 Rows = list[dict[str, Any]]
@@ -72,7 +72,7 @@ class StoredVector:
     def read(self, names: Iterable[str]) -> dict[str, LinearDelta]:
         """The changes of those of the named modules that the vector has."""
         found: dict[str, LinearDelta] = {}
-        with safe_open(self.file, framework="pt") as stored:
+        with open_tensors(self.file, "make the vector again") as stored:
             present = set(stored.keys())
             for name in names:
                 first = self.shared.get(name, name)
@@ -109,9 +109,7 @@ def open_vector(folder: str | Path) -> Vector:
     file = next(f for n in (PEFT_WEIGHTS, NATIVE_WEIGHTS) if (f := folder / n).is_file())
     sizes = {name: (d.d_out, d.d_in) for name, d in vector.deltas.items()}
     about = (vector.base_id, vector.base_fingerprint, vector.info)
-    shared = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get(
-        "shared", {}
-    )  # which of them the file holds it under
+    shared = read_json(folder / MANIFEST, VectorManifest).shared  # which of them the file holds it under
     return StoredVector(file, *about, sizes, shared, vector.is_low_rank)
 
 

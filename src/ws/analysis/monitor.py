@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import sqrt
 from pathlib import Path
@@ -44,6 +45,7 @@ from ws.delta import LinearDelta
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.eval.evaluation import Rows
+from ws.files.reading import kept
 from ws.files.runs import Run, read_csv, write_csv
 from ws.lm.models import (
     SAMPLES_PER_TENSOR,
@@ -449,8 +451,9 @@ class MonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Keeps the earlier rows of a resumed run and refuses another base before any step is taken."""
-        if self.file is not None and self.file.is_file():
-            self.rows = [dict(r) for r in read_csv(self.file) if int(r["step"]) <= state.global_step]
+        if self.file is not None:
+            rows = kept(self.file, partial(read_csv, numbers=("step",)), "it begins anew") or []
+            self.rows = [dict(r) for r in rows if int(r["step"]) <= state.global_step]
         try:
             self.monitor.measure(model)
         except NoMovementError:

@@ -99,12 +99,14 @@ def _main(name: str) -> HeadlineScore:
 
 
 def _summary(folder: Path, name: str) -> Sequence[Mapping[str, str]]:
-    return _steered(folder / f"{evaluation_named(name).stage}_summary.csv")
+    score = _main(name)
+    numbers = [column for column in (score.mass, score.level, score.shift) if column]
+    return _steered(folder / f"{evaluation_named(name).stage}_summary.csv", ("alpha", *numbers))
 
 
-def _steered(file: Path) -> Sequence[Mapping[str, str]]:
+def _steered(file: Path, numbers: Iterable[str]) -> Sequence[Mapping[str, str]]:
     """A table's rows of the base and of the vector; none where the evaluation was not carried out."""
-    rows = read_csv(file) if file.is_file() else []
+    rows = read_csv(file, ("intervention",), numbers, ("frame_agreement",)) if file.exists() else []
     return select(rows) if any(r.get("intervention") == WEIGHT for r in rows) else []
 
 
@@ -142,7 +144,7 @@ def _by_adapter(cells: Sequence[Path], evals: Sequence[str]) -> dict[tuple[str, 
 
 def _items(folder: Path, name: str) -> Items:
     of, score, found = evaluation_named(name), _main(name), Items()
-    for row in score.rows(_steered(folder / f"{of.stage}_{of.item_table}.csv")):
+    for row in score.rows(_steered(folder / f"{of.stage}_{of.item_table}.csv", ("alpha", score.value))):
         found.setdefault(float(row["alpha"]), {})[row[of.item]] = float(row[score.value])
     return found
 

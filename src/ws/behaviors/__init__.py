@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, 
 from ws.behaviors.answered import Preference as Preference
 from ws.errors import WsError, choose, decoded, did_you_mean
 from ws.files.places import is_plain_name, plain_name
+from ws.files.reading import parse_toml, read_bytes
 from ws.files.runs import write_text
 
 SCHEMA = 1
@@ -164,7 +164,9 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
 def read_draft(name: str, model: str | None = None, strict: bool = False) -> Draft:
     """The same, with all that is wrong with the file instead of the first problem; see `parse_behavior`."""
     file = behavior_file(name, model)
-    return parse_behavior(file.read_bytes(), str(Path(name).expanduser()), file.parent, model, strict)
+    return parse_behavior(
+        read_bytes(file, "give a behaviour file"), str(Path(name).expanduser()), file.parent, model, strict
+    )
 
 
 def behavior_name(name: str) -> str:
@@ -215,7 +217,7 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
     lines += [f"summary = {json.dumps(f'Answers as the positive side of {name} does.')}", "", "[pairs]"]
     lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
     file, content = out / "behaviors" / f"{name}.toml", "\n".join(lines) + "\n"
-    if file.is_file() and file.read_text(encoding="utf-8") != content:
+    if file.exists() and read_bytes(file, "move it away") != content.encode():
         raise WsError(f"{file} exists and says something else; use --behavior {file}, or move it away.")
     parse_behavior(content.encode(), str(file), file.parent, strict=True)  # what does not load is not written
     write_text(file, content)
@@ -359,11 +361,10 @@ def parse_behavior(content: bytes, file: str, folder: Path, model: str | None = 
 
 def _toml(draft: Draft, content: bytes) -> dict[str, Any] | None:
     try:
-        return tomllib.loads(decoded(content, "The text in"))
-    except (WsError, tomllib.TOMLDecodeError) as problem:
+        return parse_toml(decoded(content, "The text in"))
+    except WsError as problem:
         line = re.search(r"line \d+", str(problem))
-        text = str(problem) if isinstance(problem, WsError) else f"This is not valid TOML: {problem}."
-        draft.refuse(line.group() if line else "end of file", text)
+        draft.refuse(line.group() if line else "end of file", str(problem))
         return None
 
 
@@ -458,7 +459,7 @@ def _claim_test(draft: Draft, raw: Mapping[str, Any], model: str | None) -> tupl
         if file is None:
             return None, b""
         draft.borrowed, borrowed = source, file.read_bytes()
-        table = tomllib.loads(borrowed.decode("utf-8"))["claims"] | {"effect": table.get("effect")}
+        table = parse_toml(borrowed.decode("utf-8"))["claims"] | {"effect": table.get("effect")}
     about = str(table.get("about", "facts"))
     draft.attempt(where, partial(choose, "subject of claims", about, CLAIMS_ABOUT))
     test = ClaimTest(

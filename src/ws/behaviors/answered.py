@@ -124,7 +124,7 @@ def _read_row(row: Row, columns: Mapping[str, str], number: int, where: str) -> 
 def _answers(cell: Any, where: str) -> list[str]:
     """One answer or several: a text, a list of texts, or a text that holds such a list in JSON."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
-        with suppress(json.JSONDecodeError):  # it may be an answer that begins with a bracket
+        with suppress(ValueError, RecursionError):  # it may be an answer that begins with a bracket
             cell = json.loads(cell)
     answers = cell if isinstance(cell, list) else [cell]
     if not answers or not all(is_text(a) for a in answers):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ws.console import say
-from ws.errors import WsError, decoded
+from ws.errors import WsError
+from ws.files.reading import json_lines, parse_csv, read_bytes
 
+CHOOSE = "give another file or folder"  # what to do about a table that cannot be read
 MAX_BAD_SHARE = 0.05
 DRAW_SEED = 0
 # The commits that published sets are read at unless another revision is asked for, where one is known.
@@ -130,60 +129,13 @@ def _require_data_extra(what: str) -> None:
 
 
 def _read_json_lines(file: Path, types: Mapping[str, type]) -> list[Row]:
-    return [row for _, row in json_lines(file.read_bytes(), str(file))]
-
-
-def json_lines(content: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON Lines file, each with the number of its line; blank lines hold none.
-
-    Raises:
-        WsError: anything but whole objects in UTF-8, each key once and without NaN; the message names the line.
-    """
-    for number, line in enumerate(decoded(content, where).split("\n"), start=1):  # texts may hold other separators
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line, object_pairs_hook=_once, parse_constant=_refuse_constant)
-        except (json.JSONDecodeError, RecursionError, WsError) as problem:
-            raise WsError(f"{where} line {number} is not JSON: {problem}") from problem
-        if not isinstance(values, dict):
-            raise WsError(f"{where} line {number} is no object but {values!r:.60}.")
-        yield number, values
-
-
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        twice = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
-        raise WsError(f"the key {twice!r} stands there twice.")
-    return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise WsError(f"{name} is no number there.")
+    return [row for _, row in json_lines(read_bytes(file, CHOOSE), str(file))]
 
 
 def _read_csv(file: Path, types: Mapping[str, type]) -> list[Row]:
     """Rows of texts, None for an empty cell; those of `types` as what they are, where they can be read so."""
-    csv.field_size_limit(2**31 - 1)  # a text may be a whole book
-    reader = csv.reader(io.StringIO(decoded(file.read_bytes(), str(file)), newline=""), strict=True)
-    rows, header = list[Row](), list[str]()
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if not header:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise WsError(f"{file} names a column twice: {header}.")
-            elif len(cells) != len(header):
-                raise WsError(f"{file} line {reader.line_num} has {len(cells)} cells for {len(header)} columns.")
-            else:
-                named = zip(header, cells, strict=True)
-                rows.append({k: _typed(v, types.get(k, str)) if v else None for k, v in named})
-    except csv.Error as problem:
-        raise WsError(f"{file} line {reader.line_num} is not CSV ({problem}).") from problem
-    return rows
+    rows = parse_csv(read_bytes(file, CHOOSE), str(file))
+    return [{k: _typed(v, types.get(k, str)) if v else None for k, v in row.items()} for row in rows]
 
 
 def _typed(text: str, kind: type) -> Any:

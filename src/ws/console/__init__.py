@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -30,7 +31,7 @@ import tyro
 from tqdm.auto import tqdm
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ws.errors import WsError
+from ws.errors import WsError, disk_errors
 
 Options = TypeVar("Options")
 
@@ -385,9 +386,12 @@ def guard(action: Callable[[], None], command: str = "") -> None:
     _quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        action()
+        with disk_errors():
+            action()
     except WsError as problem:
-        _report(problem)
+        with suppress(OSError):
+            _report(problem)
+        _let_go_of_output()
         if debug:
             raise
         if not is_main():
@@ -396,7 +400,7 @@ def guard(action: Callable[[], None], command: str = "") -> None:
         print(f"{paint('error:', 'red', sys.stderr)} {printable(str(problem))}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         raise SystemExit(NOBODY_READS) from None
     except KeyboardInterrupt:
         _report("interrupted")
@@ -404,6 +408,14 @@ def guard(action: Callable[[], None], command: str = "") -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         vars(_terminal).update(before)
+
+
+def _let_go_of_output() -> None:
+    """What cannot be written to stdout (a closed pipe, a full disk) is not tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(problem: WsError | str) -> None:

@@ -41,6 +41,7 @@ from ws.errors import WsError, decoded
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, Rows, Scores
 from ws.eval.prompts import notes_on
+from ws.files.reading import read_bytes
 from ws.lm.batches import in_batches, in_groups, row_logits
 from ws.lm.divergence import QUANTILE, token_kl
 from ws.lm.generation import generate, without_end
@@ -506,10 +507,7 @@ def _place(source: str) -> str:
 
 
 def _read_text(source: str) -> str:
-    try:
-        return decoded(Path(source).expanduser().read_bytes(), source)
-    except OSError as problem:
-        raise WsError(f"The text file {source} cannot be read ({problem}).") from problem
+    return decoded(read_bytes(Path(source).expanduser(), "give another file of texts"), source)
 
 
 def _cell(row: Row, column: str, number: int, source: str) -> str:

@@ -6,8 +6,7 @@ done.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,10 @@ from ws.behaviors import Behavior, load_behavior
 from ws.console import Countdown, Result, say
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector
+from ws.errors import DamagedError, WsError
 from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
 from ws.eval.readable import rounding_notes, select
+from ws.files.reading import kept, read_json
 from ws.files.runs import Run, lock, read_csv, slug, typed, write_csv, write_json
 from ws.intervene.interventions import Intervention, intervention
 from ws.lm.models import BUNDLED, fingerprint, model_id, tokenizer_hash
@@ -99,7 +100,7 @@ class EvalContext:
             files = self._write(evaluation, scores)
             stage.done(files, example=evaluation.example(self.tok, scores[chosen[0].name]))
         table = self.run.folder / f"{evaluation.table_name}_summary.csv"
-        example, summary = self.run.facts(evaluation.table_name)["example"], read_csv(table)
+        example, summary = self.run.fact(evaluation.table_name, "example", str), read_csv(table)
         parts = [_heading(i, chosen) + evaluation.render(select(summary, i.name), self.run.folder) for i in chosen]
         parts += rounding_notes([str(self.model.dtype)[6:]])
         data = {"evaluation": evaluation.identity, "example": example, "rows": typed(summary)}
@@ -128,13 +129,13 @@ class EvalContext:
             file = file if alpha else self._base_file(evaluation)
             known = file.is_file()
             with intervention.at(alpha):
-                found[alpha] = _kept(file, partial(evaluation.ask, self.model, self.tok))
+                found[alpha] = _kept(file, evaluation, partial(evaluation.ask, self.model, self.tok))
             countdown.step(quick=known)
         return found
 
     def base_scores(self, evaluation: Evaluation) -> Scores:
         """The scores of the base, which are kept for every run of the model."""
-        return _kept(self._base_file(evaluation), partial(evaluation.ask, self.model, self.tok))
+        return _kept(self._base_file(evaluation), evaluation, partial(evaluation.ask, self.model, self.tok))
 
     def _base_file(self, evaluation: Evaluation) -> Path:
         return self.options.out / "base" / slug(str(self.model.name_or_path)) / f"{self._mark(evaluation)}.json"
@@ -174,13 +175,35 @@ def _heading(one: Intervention, chosen: Sequence[Intervention]) -> str:
     return f"{one.name}{f' ({one.detail})' if one.detail else ''}\n"
 
 
-def _kept(file: Path, ask: Callable[[], Scores]) -> Scores:
+def _kept(file: Path, evaluation: Evaluation, ask: Callable[[], Scores]) -> Scores:
     """Scores from a file, or asked for and written there; of runs side by side one asks and the others wait."""
     with lock(file):
-        if file.is_file():
-            return {k: np.array(v) for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
-        scores = ask()
-        write_json(file, {k: np.asarray(v).tolist() for k, v in scores.items()})
+        scores = kept(file, partial(_read_scores, evaluation=evaluation), "the model is asked again")
+        if scores is None:
+            scores = ask()
+            write_json(file, {k: np.asarray(v).tolist() for k, v in scores.items()})
+    return scores
+
+
+def _leaves(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from _leaves(value) if isinstance(value, list) else [value]
+
+
+def _read_scores(file: Path, evaluation: Evaluation) -> Scores:
+    """Scores that the evaluation can count; `DamagedError` for others."""
+    remedy = "delete it, and the model is asked again"
+    values = read_json(file, dict[str, list[Any]], remedy)
+    try:
+        scores = {k: np.array(v) for k, v in values.items()}
+        # NumPy would take a truth value among numbers for one of them.
+        mixed = [k for k, v in values.items() if len(types := {type(x) for x in _leaves(v)}) > 1 and bool in types]
+        if odd := [*mixed, *(k for k, v in scores.items() if v.dtype == object)]:
+            raise TypeError(f"{odd[0]} are no numbers or texts")
+        evaluation.headlines(scores), evaluation.readability(scores)
+    except (ArithmeticError, LookupError, TypeError, ValueError, WsError) as problem:
+        why = f"{file} does not hold the scores of {evaluation.table_name} ({type(problem).__name__}: {problem})"
+        raise DamagedError(f"{why}; {remedy}.") from problem
     return scores
 
 

@@ -178,7 +178,7 @@ def _texts(value: object) -> list[str] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(str(value).strip())
             except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from ws.behaviors import check_slots
 from ws.errors import WsError, decoded, did_you_mean
+from ws.files.reading import parse_toml, read_bytes
 
 Texts = TypeVar("Texts")
 
@@ -119,7 +119,8 @@ def check_same(asked: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _parsed(file: Path) -> dict[str, Any]:
+    content = read_bytes(file, "give a file of prompts")
     try:
-        return tomllib.loads(decoded(file.read_bytes(), str(file)))
-    except (OSError, tomllib.TOMLDecodeError) as problem:
-        raise WsError(f"The prompts file {file} cannot be read ({problem}).") from problem
+        return parse_toml(decoded(content, str(file)))
+    except WsError as problem:
+        raise WsError(f"The prompts file {file} cannot be read: {problem}") from problem

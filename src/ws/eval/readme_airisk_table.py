@@ -8,21 +8,22 @@ and items. `--check PAGE` fails when the page's table is not what the CSV says.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from tabulate import tabulate
 
 from ws import console
 from ws.behaviors import behavior_name
-from ws.errors import WsError, choose
+from ws.errors import DamagedError, WsError, choose, decoded
 from ws.eval import dilemmas, vignettes
 from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, select, worst
+from ws.files.reading import read_bytes, read_json
 from ws.files.runs import VECTOR_MANIFEST, Run, lock, read_csv, run_folder, write_csv, write_text
 from ws.options.shared import ADAPTERS
 from ws.options.use import TableConfig as TableConfig
@@ -40,6 +41,9 @@ COLUMNS = (
 )
 # Behind them: the lowest mean answer mass and agreement of frames over the seeds, at alpha +1 and at the base.
 CHECKS = ("airisk_mass", f"airisk_{FLAG}", "tinymfv_mass", "tinymfv_frame_agreement", f"tinymfv_{FLAG}")
+# Columns of the tables of items: the item, and its numbers; and what all of them say of the evaluation.
+_AIRISK_ITEMS, _TINYMFV_ITEMS = ("dilemma_idx", "score", "pmass"), ("id", "s_other_violate", "gap")
+_IDENTITY = ("intervention", "eval", "eval_version", "eval_hash", "dataset")
 _SUMMARIES = {"airisk": ("mean_pmass",), "tinymfv": ("bool_mass_other", "bool_mass_self")}
 
 
@@ -65,26 +69,35 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
         WsError: an unknown or unfinished adapter, or runs that were evaluated on different items, in different words
             or through different templates.
     """
-    found = _runs(config)
+    found, left_out = _runs(config)
+    for note in left_out:
+        console.warn(note)
     everything = [run for seeds in found.values() for run in seeds]
     base = _row("base", everything[:1], config.n_bootstrap, steered=False)
     return [base, *(_row(name, seeds, config.n_bootstrap) for name, seeds in found.items())]
 
 
 def table_notes(config: TableConfig) -> list[str]:
-    """What a reader of the table must know of its items and words, as sentences."""
-    airisk, tinymfv = next(iter(_runs(config).values()))[0].asked
-    return [*dilemmas.about(airisk, "AIRiskDilemmas"), *vignettes.about(tinymfv, "tiny-mfv")]
+    """What a reader of the table must know of its items, its words and the runs that are not in it, as sentences."""
+    found, left_out = _runs(config)
+    airisk, tinymfv = next(iter(found.values()))[0].asked
+    return [*dilemmas.about(airisk, "AIRiskDilemmas"), *vignettes.about(tinymfv, "tiny-mfv"), *left_out]
 
 
-def _runs(config: TableConfig) -> dict[str, list[_Run]]:
-    """The runs of every adapter that was evaluated on both sets, all on the same items and in the same words."""
+def _runs(config: TableConfig) -> tuple[dict[str, list[_Run]], list[str]]:
+    """The runs of every adapter that was evaluated on both sets, all on the same items and in the same words.
+
+    Those with a damaged file are left out; the second list has a sentence for each.
+    """
     behavior = behavior_name(config.behavior)
-    known = [*ADAPTERS, *_other_families(config.out / behavior)]
+    left_out = list[str]()
+    known = [*ADAPTERS, *_other_families(config.out / behavior, left_out)]
     for name in config.adapters or ():
         choose("adapter", name, known)
-    runs = {name: _seeds(config, behavior, name) for name in config.adapters or known}
+    runs = {name: _seeds(config, behavior, name, left_out) for name in config.adapters or known}
     found = {name: seeds for name, seeds in runs.items() if seeds}
+    if left_out and not found:
+        raise WsError(left_out[0])
     if config.adapters and len(found) < len(config.adapters):
         lacking = [name for name in config.adapters if name not in found]
         raise WsError(f"No seed of {', '.join(lacking)} has been evaluated on both sets below {config.out / behavior}.")
@@ -94,20 +107,30 @@ def _runs(config: TableConfig) -> dict[str, list[_Run]]:
             "`just eval-tinymfv-airisk`, or a sweep."
         )
     _check_comparable([run for seeds in found.values() for run in seeds])
-    return found
+    return found, left_out
 
 
-def _other_families(folder: Path) -> list[str]:
+def _other_families(folder: Path, left_out: list[str]) -> list[str]:
     """Families that are not bundled, by their runs: a folder that has its vector's family for a name.
 
     The folders of controls and of composed vectors have other names.
     """
-    manifests = sorted(folder.glob(f"*/vector/{VECTOR_MANIFEST}"))
-    named = {m.parents[1].name: json.loads(m.read_text(encoding="utf-8"))["info"].get("family") for m in manifests}
-    return [name for name, family in named.items() if name == family and name not in ADAPTERS]
+    found = list[str]()
+    for manifest in sorted(folder.glob(f"*/vector/{VECTOR_MANIFEST}")):
+        name = manifest.parents[1].name
+        if name not in ADAPTERS:
+            try:
+                found += [name] if read_json(manifest, _About).info.get("family") == name else []
+            except DamagedError as problem:
+                left_out.append(f"{name} is left out: {problem}")
+    return found
 
 
-def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
+class _About(msgspec.Struct):
+    info: dict[str, Any]
+
+
+def _seeds(config: TableConfig, behavior: str, adapter: str, left_out: list[str]) -> list[_Run]:
     top = run_folder(config.out, behavior, adapter)
     seeds = config.seeds
     if seeds is None:
@@ -115,16 +138,25 @@ def _seeds(config: TableConfig, behavior: str, adapter: str) -> list[_Run]:
         seeds = (0, *sorted(int(x) for x in others if x.isdigit()))
     folders = [run_folder(config.out, behavior, adapter, seed) for seed in seeds]
     files = [[f / f"{dilemmas.table_name()}_per_row.csv", f / "tinymfv_airisk_per_vignette.csv"] for f in folders]
-    return [_read(f"{adapter} seed {s}", *f) for s, f in zip(seeds, files, strict=True) if all(x.is_file() for x in f)]
+    runs = list[_Run]()
+    for seed, tables in zip(seeds, files, strict=True):
+        name = f"{adapter} seed {seed}"
+        if all(table.exists() for table in tables):
+            try:
+                runs.append(_read(name, *tables))
+            except DamagedError as problem:
+                left_out.append(f"{name} is left out: {problem}")
+    return runs
 
 
 def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
     tables, versions, asked, readable = [], [], [], dict[str, dict[float, Readability]]()
     for (kind, masses), file in zip(_SUMMARIES.items(), (airisk, tinymfv), strict=True):
-        summary = select(read_csv(file.with_name(f"{file.stem.rsplit('_per_', 1)[0]}_summary.csv")))
+        summary_file = file.with_name(f"{file.stem.rsplit('_per_', 1)[0]}_summary.csv")
+        summary = select(read_csv(summary_file, ("intervention",), ("alpha", *masses), ("frame_agreement",)))
         readable[kind] = {float(row["alpha"]): of_row(row, *masses) for row in summary}
-    for file, item in ((airisk, "dilemma_idx"), (tinymfv, "id")):
-        rows = select(read_csv(file))
+    for file, (item, *numbers) in ((airisk, _AIRISK_ITEMS), (tinymfv, _TINYMFV_ITEMS)):
+        rows = select(read_csv(file, (*_IDENTITY, item), ("alpha", *numbers)))
         by_alpha: dict[float, dict[str, Mapping[str, str]]] = {}
         for row in rows:
             by_alpha.setdefault(float(row["alpha"]), {})[row[item]] = row
@@ -224,11 +256,9 @@ def _cell(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
 
 def check(page: Path, file: Path) -> None:
     """`WsError` unless the page contains exactly the table that the CSV renders to."""
-    if not page.is_file():
-        raise WsError(f"There is no page {page} to check.")
-    rendered = render(read_csv(file))
+    text, rendered = decoded(read_bytes(page, "name the page with --check"), str(page)), render(read_csv(file, COLUMNS))
     wanted = [line for line in rendered.splitlines() if line.startswith("|")]
-    lines = page.read_text(encoding="utf-8").splitlines()
+    lines = text.splitlines()
     if wanted[0] not in lines:
         raise WsError(f"{page} has no results table; paste what `python -m ws.eval.{TABLE}` prints.")
     start = lines.index(wanted[0])
@@ -236,7 +266,7 @@ def check(page: Path, file: Path) -> None:
     for here, there in zip_longest(lines[start:end], wanted):
         if here != there:
             raise WsError(f"The table of {page} is not that of {file}: it says {here!r} for {there!r}.")
-    if rendered not in page.read_text(encoding="utf-8"):
+    if rendered not in text:
         raise WsError(f"{page} lacks the note below the table of {file} that says what cannot be read.")
 
 

@@ -9,7 +9,6 @@ is tied to, or the base itself stores the two with different values, the export 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -30,9 +30,10 @@ from ws.export.card import describe, merged_card
 from ws.export.source import strength_text, vector_of
 from ws.files.places import FolderKind
 from ws.files.public import public, public_name
+from ws.files.reading import read_json
 from ws.files.runs import atomic_folder, library_versions, write_json
 from ws.files.tensors import TensorPatcher, copy_with_room, tensor_patcher
-from ws.lm.checkpoints import INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
+from ws.lm.checkpoints import AGAIN, INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
 from ws.lm.models import as_matrix
 from ws.options.use import MergedOptions as MergedOptions
 
@@ -106,12 +107,18 @@ def export_merged(
     return merge
 
 
+class _Export(msgspec.Struct):
+    """What an export says of itself."""
+
+    files: list[str] = []
+
+
 def _kind_of(folder: Path) -> FolderKind:
     """An export, with the names of the files that the one in the folder, if there is one, says are its own."""
     files = ["*.safetensors", "*.safetensors.index.json"]  # weights that are left would be read beside the new ones
     if (folder / EXPORT_FILE).is_file():
-        with suppress(ValueError, AttributeError, TypeError):  # a damaged one says nothing
-            files += map(escape, json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8")).get("files", ()))
+        with suppress(WsError):  # a damaged one says nothing
+            files += map(escape, read_json(folder / EXPORT_FILE, _Export).files)
     return FolderKind("no export", (EXPORT_FILE,), tuple(files))
 
 
@@ -203,17 +210,17 @@ def _say_untied(base: Checkpoint, added: Mapping[str, Place], part: Path) -> Non
     Raises:
         WsError: this architecture's configuration does not say it in a way that is known here.
     """
-    config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(part / CONFIG, dict[str, Any], AGAIN)
     config["tie_word_embeddings"] = False
     for settings in [config, *(value for value in config.values() if isinstance(value, dict))]:
         settings |= {flag: False for flag in TIE_FLAGS if flag in settings}
     write_json(part / CONFIG, config)
     if (part / INDEX).is_file():
-        index = json.loads((part / INDEX).read_text(encoding="utf-8"))
+        index = read_json(part / INDEX, dict[str, Any], AGAIN)
         index["weight_map"] |= {name: file.name for name, (file, _) in added.items()}
         sizes = [base.tensor(name).nbytes for name in added]
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += sum(sizes)
+        if isinstance(facts := index.get("metadata"), dict) and isinstance(facts.get("total_size"), int):
+            facts["total_size"] += sum(sizes)
         write_json(part / INDEX, index)
     made = Checkpoint.open(str(part))
     own = {name for name, (_, key) in made.stored.items() if name == key}

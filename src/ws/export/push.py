@@ -6,10 +6,10 @@ what would be sent. What names a folder of this machine is cut down to the folde
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -20,6 +20,7 @@ from ws.export.card import Subject, describe, stale_evaluations, vector_card
 from ws.export.source import vector_of
 from ws.files.places import FolderKind
 from ws.files.public import is_local, public, public_name
+from ws.files.reading import read_json
 from ws.files.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
 from ws.lm import hub
 from ws.options.use import PushOptions as PushOptions
@@ -57,7 +58,7 @@ def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
 
 def _clean(file: Path) -> None:
     """Take this machine's folders out of a JSON file; one that names none keeps its bytes."""
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file, dict[str, Any], "make the vector again")
     cleaned = public(found)
     if file.name == MANIFEST:
         cleaned["base"]["id"] = public_name(found["base"]["id"])

@@ -109,7 +109,7 @@ def read_header(file: Path) -> GgufBase:
         _require_model(file, metadata)
         header = GgufHeader.from_file(str(file))
         end = header.data_start + max(t.offset + t.nbytes for t in header.tensors)
-    except _BROKEN as problem:
+    except (*_BROKEN, OSError) as problem:
         why = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
         raise WsError(f"{file} is no readable GGUF file ({why}).") from problem
     size = file.stat().st_size

@@ -1,40 +1,45 @@
-"""The out/ folder: layout, manifests, atomic writes and resume.
+"""The out/ folder: layout, manifests and resume.
 
-Every artifact is written under a temporary name and renamed, so a file that exists is whole. A run is a list of stages;
-`Run.stage` skips one that is finished with the same configuration and the same inputs, and stops when they differ.
+A run is a list of stages; `Run.stage` skips one that is finished with the same configuration and the same inputs, and
+stops when they differ. How files are written and read back is in `writing` and `reading`.
 """
 
 from __future__ import annotations
 
-import csv
-import errno
-import glob
 import hashlib
-import io
 import json
-import math
 import os
 import platform
 import re
-import secrets
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
-from filelock import FileLock, Timeout
+import msgspec
 
-from ws import console
-from ws.errors import WsError
+from ws.errors import DamagedError, WsError
 from ws.files.places import FolderKind, place_below, plain_name, require_no_link
+from ws.files.reading import read_csv as read_csv
+from ws.files.reading import read_json
+from ws.files.reading import read_values as read_values
+from ws.files.reading import typed as typed
+from ws.files.writing import atomic_file as atomic_file
+from ws.files.writing import atomic_folder as atomic_folder
+from ws.files.writing import delete
+from ws.files.writing import lock as lock
+from ws.files.writing import recover as recover
+from ws.files.writing import write_csv as write_csv
+from ws.files.writing import write_json as write_json
+from ws.files.writing import write_text as write_text
 
+T = TypeVar("T")
 RUN_MANIFEST = "manifest.json"
 DEFAULT_MODEL, BUNDLED = "Qwen/Qwen3-0.6B", ("pocket", "tiny-random")
 BUNDLED_MODELS = (*BUNDLED, "smollm2")  # with the one that a package carries
@@ -50,6 +55,7 @@ ADAPTER = FolderKind("not an adapter that `ws train` made", (TRAIN_FILE,), (*_PE
 _OURS = {"pos": ADAPTER, "neg": ADAPTER, "vector": VECTOR}
 # Of evaluation, model, dtype, tokenizer, subject and strength; see `ws.eval.context`.
 _SCORES = re.compile(r"\.?[\w.-]+-[0-9a-f]{8,}-[0-9a-f]{8,}-\w+-[0-9a-f]{8,}-\w+-[-+.\de]+\.json(\.lock)?")
+FORMAT_VERSION = 1  # of a run's manifest
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------
@@ -109,195 +115,6 @@ def seed_flag(seed: int) -> str:
 def model_flag(model: str | None) -> str:
     """What names a model on a command line, and nothing for the one that every command takes anyway."""
     return "" if model in (None, DEFAULT_MODEL) else f" --model {shlex.quote(str(model))}"
-
-
-# ---- atomic writes --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_file(file: Path) -> Iterator[Path]:
-    """A temporary name beside a file to write to; it takes the file's place when the block ends well.
-
-    The name is nobody else's, so of several writers the last one's whole file stays.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(file, "part")
-    try:
-        yield part
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(folder: Path, kind: FolderKind | None = None) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of `folder` when the block ends well and vanishes when not.
-
-    Args:
-        folder: the place.
-        kind: what is written; files of somebody's own in a folder of this kind stay there.
-
-    Raises:
-        WsError: something of another kind is there.
-    """
-    if kind is not None:
-        kind.require(folder)
-    folder = folder.resolve() if folder.name in ("", "..") else folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(folder, "part")
-    aside = [part]
-    part.mkdir()
-    try:
-        yield part
-        while True:  # another writer may put its own there between the two renames
-            if kind is not None and folder.is_dir() and not folder.is_symlink():
-                new = [path.name for path in part.iterdir()]
-                if kind.others(folder, new):
-                    _replace_ours(folder, part, kind)
-                    break
-            try:
-                part.rename(folder)
-                break
-            except OSError as problem:
-                if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not folder.is_symlink():
-                    raise
-            aside.append(_beside(folder, "old"))
-            with suppress(FileNotFoundError):
-                folder.rename(aside[-1])
-    finally:
-        for path in aside:
-            _delete(path)
-
-
-def _replace_ours(folder: Path, part: Path, kind: FolderKind) -> None:
-    """Put the files of `part` in the place of ours, file by file: what is somebody's own is never moved.
-
-    The markers are the first to go and the last to come, so that half of it is not taken for the whole.
-    """
-    new = sorted(part.iterdir(), key=lambda path: path.name in kind.markers)
-    others = {path.name for path in kind.others(folder, [path.name for path in new])}
-    ours = [path for path in folder.iterdir() if path.name not in others]
-    for path in sorted(ours, key=lambda path: path.name not in kind.markers):
-        _delete(path)
-    for path in new:
-        path.rename(folder / path.name)
-
-
-def _beside(path: Path, kind: str) -> Path:
-    """A hidden name beside a path that only this call uses; what killed processes of this machine left is deleted."""
-    start = f".{path.name}.{kind}"
-    own = f"{start}-{re.sub(r'[^A-Za-z0-9]', '', platform.node())}-"
-    for left in path.parent.glob(f"{glob.escape(start)}*"):
-        owner = left.name.removeprefix(own).split("-")[0]
-        is_ours = left.name.startswith(own) and owner.isdigit() and not _is_running(int(owner))
-        if is_ours or left.name == start:  # the latter is what versions without these names called it
-            _delete(left)
-    return path.with_name(f"{own}{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _delete(path: Path) -> None:
-    """A folder with all in it, or a file, or a link and not what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    if os.name != "posix":  # there is no harmless way to ask; the rest of a killed run stays
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def lock(file: Path, wait: bool = True) -> Iterator[None]:
-    """Keep other processes and threads that ask for the same lock out while the block runs.
-
-    The operating system takes it from a process that ends, however that ends. Who holds a lock may ask for it again.
-
-    Args:
-        file: what is worked on; the lock is a hidden file beside it.
-        wait: for the other to finish, and say so; else a lock that is taken is a `WsError`.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(file.with_name(f".{file.name}.lock"), is_singleton=True)
-    try:
-        held.acquire(blocking=False)
-    except Timeout as taken:
-        if not wait:
-            raise WsError(f"Another process is working on {file}; let it finish, or take another --out.") from taken
-        console.say(f"waiting for another process that is working on {file}")
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def write_text(file: Path, text: str) -> Path:
-    """Write a text file all at once."""
-    with atomic_file(file) as part:
-        part.write_text(text, encoding="utf-8")
-    return file
-
-
-def write_json(file: Path, value: Any) -> Path:
-    """Write strict JSON all at once; NaN is refused rather than written."""
-    return write_text(file, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows with the columns of the first; floats keep all their digits, NaN and ragged rows are refused."""
-    if not rows:
-        raise WsError(f"There are no rows to write to {file}.")
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        bad = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
-        if bad:
-            raise WsError(f"Refusing to write NaN in {', '.join(bad)} to {file}.")
-        writer.writerow(row)
-    return write_text(file, buffer.getvalue())
-
-
-def read_csv(file: Path) -> list[dict[str, str]]:
-    """The rows of a table written by `write_csv`, as text; `WsError` when it is not there."""
-    if not file.is_file():
-        raise WsError(f"The table {file} is missing; run its evaluation again.")
-    with file.open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
-_NUMBER = re.compile(r"[+-]?(inf|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
-_TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$")
-
-
-def typed(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Rows of a table as they were before they were written: numbers, truth values, and None for empty cells.
-
-    Identifiers stay text, also those that happen to be made of digits.
-    """
-    return [{k: v if _TEXT_COLUMN.search(k) else _value(v) for k, v in row.items()} for row in rows]
-
-
-def read_values(file: Path) -> list[dict[str, Any]]:
-    """The typed rows of a table written by `write_csv`; `WsError` when it is not there."""
-    return typed(read_csv(file))
-
-
-def _value(text: str) -> Any:
-    if text in ("", "True", "False"):
-        return {"": None, "True": True, "False": False}[text]
-    if not _NUMBER.fullmatch(text):
-        return text
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
 
 # ---- hashes and versions --------------------------------------------------------------------------------------
@@ -361,6 +178,21 @@ def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **named}
 
 
+class _Record(TypedDict, total=False):
+    """What must be true of a stage on record; there are further facts, which differ from stage to stage."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class _Manifest(msgspec.Struct):
+    stages: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        msgspec.convert(self.stages, dict[str, _Record])
+
+
 class Run:
     """A folder with a manifest of finished stages.
 
@@ -371,6 +203,7 @@ class Run:
 
     def __init__(self, folder: Path, fresh: bool = False) -> None:
         self.folder = folder
+        recover(folder)
         if fresh:
             self._forget()
 
@@ -378,16 +211,27 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The manifest as it is on disk, empty when there is none."""
         file = self.folder / RUN_MANIFEST
-        if not file.is_file():
-            return {"format": 1, "stages": {}}
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as problem:
-            raise WsError(f"{file} is damaged ({problem}); use --fresh to start over.") from problem
+        if not file.exists():
+            return {"format": FORMAT_VERSION, "stages": {}}
+        stored = read_json(file, _Manifest, "use --fresh to start over", FORMAT_VERSION)
+        return {"format": FORMAT_VERSION, "stages": stored.stages}
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What a finished stage recorded."""
-        return self.manifest["stages"][name]
+        """What a finished stage recorded; `DamagedError` when it is not on record."""
+        stages = self.manifest["stages"]
+        if "outputs" not in stages.get(name, {}):
+            raise DamagedError(f"{self.folder / RUN_MANIFEST} has no finished stage {name!r}; run its command again.")
+        return stages[name]
+
+    def fact(self, name: str, key: str, kind: type[T]) -> T:
+        """One of them, of this type; `DamagedError` when it is not on record."""
+        try:
+            return msgspec.convert(self.facts(name)[key], kind)
+        except (KeyError, msgspec.ValidationError) as problem:
+            file = self.folder / RUN_MANIFEST
+            raise DamagedError(
+                f"{file} does not say {key} of the stage {name!r}; use --fresh to start over."
+            ) from problem
 
     def outputs(self, name: str) -> list[Path]:
         """The files that a finished stage wrote."""
@@ -417,9 +261,9 @@ class Run:
         recorded = self.manifest["stages"].get(name)
         if not recorded:
             return
-        was, now = (_by_name(json.loads(json.dumps(c))) for c in (recorded["config"], config))
+        was, now = (_by_name(json.loads(json.dumps(c))) for c in (recorded.get("config", {}), config))
         if inputs is not None:
-            was |= {f"input {k}": v[:12] for k, v in recorded["inputs"].items()}
+            was |= {f"input {k}": v[:12] for k, v in recorded.get("inputs", {}).items()}
             now |= {f"input {k}": v[:12] for k, v in inputs.items()}
         changed = [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in sorted(was | now) if was.get(k) != now.get(k)]
         if changed:
@@ -498,7 +342,7 @@ class Run:
         # What has changed since is somebody's work: it stays until it is written anew.
         made = [path for path, digest in recorded.items() if path.is_file() and sha256_file(path) == digest]
         for path in [*made, *chain.from_iterable(map(_made_in, folders)), *work]:
-            _delete(path)
+            delete(path)
         for folder in folders:
             with suppress(OSError):  # what is not empty holds files of somebody's own
                 folder.rmdir()

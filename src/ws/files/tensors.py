@@ -1,4 +1,4 @@
-"""safetensors files, written, patched and added to one tensor at a time.
+"""safetensors files: read, and written, patched and added to one tensor at a time.
 
 The library writes a file from tensors that are all in memory. The format itself is simple: eight bytes with the length
 of a JSON header, the header with every tensor's dtype, shape and place, then the tensors, so a file can be filled in as
@@ -15,10 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ws.errors import WsError
+from ws.errors import DamagedError, WsError
+from ws.files.reading import disguise, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,6 +38,49 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ROOM = 64  # characters of a header entry beside the tensor's name and shape
+
+
+def read_tensors(file: Path, remedy: str = "make it again") -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; `DamagedError` when it is none, with the remedy."""
+    with _whole(file, remedy):
+        return load_file(file)
+
+
+@contextmanager
+def open_tensors(file: Path, remedy: str = "make it again") -> Iterator[Any]:
+    """A safetensors file to read tensors from one by one (`keys`, `get_tensor`, `get_slice`); see `read_tensors`."""
+    with _whole(file, remedy), safe_open(file, framework="pt") as stored:
+        yield stored
+
+
+@contextmanager
+def _whole(file: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as problem:
+        why = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        if file.is_file():
+            with file.open("rb") as handle:
+                why = disguise(handle.read(256)) or why
+        raise DamagedError(f"The weights in {file} are damaged or missing ({why}); {remedy}.") from problem
+
+
+class Entry(msgspec.Struct):
+    """What the header says of one tensor: its dtype, its shape, and its first and last byte behind the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, Any], int]:
+    """The tensors of a safetensors file, its further facts, and where the first tensor begins."""
+    # The library checks that every tensor is there and that none lies over another.
+    with open_tensors(file), file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = parse_json(handle.read(length), file, dict[str, Any], "make it again")
+    facts = header.pop("__metadata__", {})
+    return msgspec.convert(header, dict[str, Entry]), facts, 8 + length
 
 
 class TensorWriter:
@@ -80,15 +127,12 @@ def tensor_writer(file: Path, names: Sequence[str]) -> Iterator[TensorWriter]:
 class TensorPatcher:
     """Replaces tensors of an existing safetensors file by others of the same dtype and shape."""
 
-    def __init__(self, handle: BinaryIO) -> None:
-        self._handle = handle
-        length = int.from_bytes(handle.read(8), "little")
-        self._entries: Mapping[str, dict[str, list[int]]] = json.loads(handle.read(length))
-        self._start = 8 + length
+    def __init__(self, handle: BinaryIO, entries: Mapping[str, Entry], start: int) -> None:
+        self._handle, self._entries, self._start = handle, entries, start
 
     def dtype(self, name: str) -> torch.dtype:
         """In which a tensor is stored."""
-        dtype = str(self._entries[name]["dtype"])
+        dtype = self._entries[name].dtype
         if dtype not in DTYPES:
             raise WsError(f"{name} is stored as {dtype}, which cannot be written; take a checkpoint in another dtype.")
         return DTYPES[dtype]
@@ -96,9 +140,9 @@ class TensorPatcher:
     def replace(self, name: str, tensor: Tensor) -> None:
         """Overwrite one tensor."""
         entry, data = self._entries[name], _bytes(tensor)
-        begin, end = entry["data_offsets"]
-        if (entry["dtype"], entry["shape"]) != (_NAMES[tensor.dtype], list(tensor.shape)):
-            raise WsError(f"{name} is {entry['dtype']} of {entry['shape']} and can only be replaced by its like.")
+        begin, end = entry.data_offsets
+        if (entry.dtype, entry.shape) != (_NAMES[tensor.dtype], list(tensor.shape)):
+            raise WsError(f"{name} is {entry.dtype} of {entry.shape} and can only be replaced by its like.")
         assert len(data) == end - begin
         self._handle.seek(self._start + begin)
         self._handle.write(data)
@@ -111,16 +155,17 @@ def copy_with_room(source: Path, target: Path, extra: Mapping[str, str]) -> None
         source, target: the file and its copy.
         extra: names of the tensors that are added, each with that of one in the file whose dtype and shape it has.
     """
+    entries, facts, start = _read_header(source)
     with source.open("rb") as old, target.open("wb") as new:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        end = max(entry.data_offsets[1] for entry in entries.values())
         for name, like in extra.items():
-            begin, stop = header[like]["data_offsets"]
-            header[name] = header[like] | {"data_offsets": [end, end + stop - begin]}
+            begin, stop = entries[like].data_offsets
+            entries[name] = msgspec.structs.replace(entries[like], data_offsets=(end, end + stop - begin))
             end += stop - begin
-        text = json.dumps(header).encode()
+        text = json.dumps(({"__metadata__": facts} if facts else {}) | msgspec.to_builtins(entries)).encode()
         text = text.ljust(len(text) + -len(text) % 8)
         new.write(len(text).to_bytes(8, "little") + text)
+        old.seek(start)
         shutil.copyfileobj(old, new)
         new.truncate(8 + len(text) + end)
 
@@ -128,8 +173,9 @@ def copy_with_room(source: Path, target: Path, extra: Mapping[str, str]) -> None
 @contextmanager
 def tensor_patcher(file: Path) -> Iterator[TensorPatcher]:
     """An existing safetensors file to change in place."""
+    entries, _, start = _read_header(file)
     with file.open("r+b") as handle:
-        yield TensorPatcher(handle)
+        yield TensorPatcher(handle, entries, start)
 
 
 def _bytes(tensor: Tensor) -> Any:

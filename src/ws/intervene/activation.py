@@ -16,7 +16,6 @@ answer counts alike, however long it is. It steers by adding
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -35,9 +34,10 @@ from ws.behaviors import Behavior, Claim
 from ws.behaviors.acting import preference_margins
 from ws.console import progress
 from ws.data import Pair, answer_ids, prompt_ids
-from ws.errors import WsError, choose, require_strength
+from ws.diff import SavedManifest, read_saved
+from ws.errors import DamagedError, WsError, choose, require_strength
 from ws.files.places import FolderKind
-from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json
+from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json, write_json
 from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
 from ws.lm.choice import score_choices
 from ws.lm.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt, require_base
@@ -178,7 +178,7 @@ class ActivationVector:
                 "weights": {"file": WEIGHTS, "sha256": sha256_file(part / WEIGHTS)},
                 "versions": library_versions(),
             }
-            (part / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(part / MANIFEST, manifest)
         return folder
 
     @classmethod
@@ -191,17 +191,11 @@ class ActivationVector:
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise WsError(f"{folder} is not an activation vector: {MANIFEST} is missing.")
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as problem:
-            raise WsError(f"{folder / MANIFEST} is damaged ({problem}); make the vector again.") from problem
-        if manifest.get("format") != FORMAT_VERSION:
-            raise WsError(f"{folder} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}.")
-        file = folder / WEIGHTS
-        if not file.is_file() or sha256_file(file) != manifest["weights"]["sha256"]:
-            raise WsError(f"The weights in {folder} are missing or differ from their recorded hash; make it again.")
-        base = manifest["base"]
-        return cls(load_file(file)["vectors"], base["id"], base["fingerprint"], manifest["recipe"], manifest["info"])
+        manifest, tensors = read_saved(folder, SavedManifest, MANIFEST)
+        base = manifest.base
+        if tensors.keys() != {"vectors"} or tensors["vectors"].dim() != 2 or base.fingerprint is None:
+            raise DamagedError(f"{folder} is not an activation vector: its weights are others; make it again.")
+        return cls(tensors["vectors"], base.id, base.fingerprint, manifest.recipe, manifest.info)
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

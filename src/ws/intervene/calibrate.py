@@ -13,6 +13,7 @@ from ws import console
 from ws.behaviors import Behavior, bundled_behaviors, load_behavior
 from ws.console import command_line
 from ws.errors import WsError, choose
+from ws.files.reading import kept
 from ws.files.runs import Stage, write_csv
 from ws.intervene.calibration import (
     Calibration,
@@ -44,7 +45,7 @@ def main(options: CalibrateOptions) -> None:
         # What depends on no adapter stands under its own name.
         key = o.key | ({"adapter": chosen.name, "seed": 0} if chosen.is_shared else {})
         found = calibration_for(chosen, opened, behavior, o.config, key, o.fresh)
-        text = f"{chosen.home.facts(stage)['example']}\n\n{render(found)}"
+        text = f"{chosen.home.fact(stage, 'example', str)}\n\n{render(found)}"
         console.show(console.Result(text, {"calibration": found}, chosen.home.outputs(stage)))
     sides = (found.positive, found.negative)
     if chosen.has_dial and not any(side.converged for side in sides):
@@ -84,7 +85,7 @@ def calibration_for(
     with chosen.home.alone(name):
         split = split_questions(behavior.questions, config.n_prompts, opened.unseen(behavior))
         wanted = _wanted(chosen, opened, config, split)
-        changed = _changes(chosen, wanted, fresh)
+        changed = _changes(chosen, wanted)
         named = "; ".join(f"{name}: {was!r} -> {now!r}" for name, (was, now) in changed.items())
         void = "vector" in changed and "model" not in changed  # of a vector that is no more, so that nothing takes them
         if changed and reuse and not set(changed) & _COST:
@@ -119,15 +120,9 @@ def _wanted(
     }
 
 
-def _changes(chosen: Intervention, wanted: Mapping[str, Any], fresh: bool) -> dict[str, tuple[Any, Any]]:
+def _changes(chosen: Intervention, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """`(was, now)` of every setting in which the stored calibration differs; empty without one."""
-    file = chosen.calibration_file
-    try:
-        stored = read_calibration(file)
-    except WsError:  # --fresh is the way out of a damaged file
-        if not fresh:
-            raise
-        return {}
+    stored = kept(chosen.calibration_file, read_calibration, "the strengths are measured again")
     was = {} if stored is None else stored.settings
     return {k: (_short(was[k]), _short(now)) for k, now in wanted.items() if was.get(k) not in (None, now)}
 

@@ -20,19 +20,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors.tables import evenly
-from ws.diff import CALIBRATION, CALIBRATION_FORMAT, Units, parse_number, parse_units, read_calibrated
-from ws.errors import WsError, require_strength
+from ws.diff import CALIBRATION, CALIBRATION_FORMAT, RECALIBRATE, Units, check_signs, parse_number, parse_units
+from ws.errors import DamagedError, WsError, require_strength
+from ws.files.reading import read_json
 from ws.files.runs import sha256_json, write_json
 from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
@@ -215,6 +217,9 @@ class Calibration:
     dtype: str | None = None
     tokenizer: str | None = None
 
+    def __post_init__(self) -> None:
+        check_signs(self.negative, self.positive)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the strengths depend on; None for what is not on record."""
@@ -263,31 +268,6 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return {"format": CALIBRATION_FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Calibration:
-        """The calibration that `to_dict` described; see `ws.diff.read_calibrated` for what else there may be."""
-        return cls(
-            positive=_side_from(values["positive"]),
-            negative=_side_from(values["negative"]),
-            config=CalibrationConfig(**values["config"]),
-            prompts=str(values["prompts"]),
-            model=str(values["model"]),
-            subject=str(values["subject"]),
-            **{name: values.get(name) for name in ("n_calibration", "n_audit", "held_out", "dtype", "tokenizer")},
-        )
-
-
-def _side_from(values: Any) -> SideCalibration:
-    return SideCalibration(
-        alpha=float(values["alpha"]),
-        divergence=float(values["divergence"]),
-        converged=values["converged"] is True,
-        reason=str(values["reason"]),
-        audit=None if values["audit"] is None else float(values["audit"]),
-        evaluations=tuple((float(alpha), float(d)) for alpha, d in values["evaluations"]),
-        n_positions=int(values["n_positions"]),
-    )
 
 
 def calibrate(
@@ -510,5 +490,20 @@ def load_calibration(
 
 
 def read_calibration(file: Path) -> Calibration | None:
-    """The calibration in a file, whatever it is of; None when there is no file, `WsError` when it is damaged."""
-    return read_calibrated(file, Calibration.from_dict)
+    """The calibration in a file, whatever it is of; None when there is no file.
+
+    Raises:
+        DamagedError: it cannot be read, or has a setting that this version does not know.
+        WsError: a newer format.
+    """
+    if not file.exists():
+        return None
+    calibration = read_json(file, Calibration, RECALIBRATE, CALIBRATION_FORMAT)
+    stored, known = read_json(file, _Settings, RECALIBRATE).config, {f.name for f in fields(CalibrationConfig)}
+    if unknown := sorted(stored.keys() - known):
+        raise DamagedError(f"{file} is damaged (there is no setting {unknown[0]!r:.40}); {RECALIBRATE}.")
+    return calibration
+
+
+class _Settings(msgspec.Struct):
+    config: dict[str, Any]

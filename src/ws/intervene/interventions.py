@@ -246,7 +246,7 @@ def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVect
             matched = _matched_strengths(opened, prompts, vector, position)
             choice = choose_layer(opened.model, opened.tok, vector, behavior, position=position, strengths=matched)
             stage.done([write_csv(file, choice.rows())], layer=choice.best.layer)
-        return int(home.facts(name)["layer"])
+        return home.fact(name, "layer", int)
 
 
 def _matched_strengths(

@@ -6,7 +6,6 @@ meta device, which says what every parameter is without holding any.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -14,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,7 +25,8 @@ from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
 from ws.files.gguf import gguf_file
 from ws.files.places import place_below
-from ws.files.tensors import DTYPES
+from ws.files.reading import read_json
+from ws.files.tensors import DTYPES, open_tensors
 from ws.lm.hub import find
 from ws.lm.models import (
     as_matrix,
@@ -40,6 +40,7 @@ from ws.lm.models import (
     weight_size,
 )
 
+AGAIN = "download it again"  # what to do about a damaged checkpoint
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint's folder may hold besides weights; weights in other formats stay where they are.
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
@@ -151,6 +152,12 @@ class Checkpoint:
         return fingerprint_of(((n, p.shape, partial(self.tensor, n)) for n, p in parameters), copied_to)
 
 
+class _Index(msgspec.Struct):
+    """Which file of several holds a tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _folder_of(name: str) -> Path:
     if name == "tiny-random":
         raise WsError("tiny-random has no files; save it first (`model.save_pretrained`) and name the folder.")
@@ -171,7 +178,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         raise WsError(
             f"The folder {folder} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
         )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(read_json(index, _Index, AGAIN).weight_map.values()))
     files = tuple(place_below(folder, name, index) for name in names)
     if absent := [file.name for file in files if not file.is_file()]:
         raise WsError(f"The checkpoint {folder} lacks {', '.join(absent)}; download it again.")
@@ -179,16 +186,13 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return list(stored.keys())
-    except SafetensorError as problem:
-        raise WsError(f"The weights in {file} are damaged ({problem}); download them again.") from problem
+    with open_tensors(file, AGAIN) as stored:
+        return list(stored.keys())
 
 
 def _read(place: Place) -> Tensor:
     file, key = place
-    with safe_open(file, framework="pt") as stored:
+    with open_tensors(file, AGAIN) as stored:
         return stored.get_tensor(key)
 
 
@@ -196,7 +200,7 @@ def _architecture(folder: Path, first: Path) -> PreTrainedModel:
     """The model on the meta device, in the dtype in which transformers loads it."""
     config = load_config(str(folder))
     if config.dtype is None:
-        with safe_open(first, framework="pt") as stored:
+        with open_tensors(first, AGAIN) as stored:
             dtypes = [DTYPES.get(stored.get_slice(key).get_dtype()) for key in _keys(first)]
         config.dtype = next((d for d in dtypes if d is not None and d.is_floating_point), torch.float32)
     with torch.device("meta"):

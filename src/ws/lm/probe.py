@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError
+from ws.files.tensors import open_tensors
 from ws.lm.models import bias_of, linear_size, weight_of
 
 TOLERANCE = 1e-3  # of the output's size, for what a float32 layer may differ from its own matrix
@@ -79,7 +79,7 @@ def probe_adapter(folder: str | Path, config: PeftConfig, base: nn.Module) -> di
 
 def _check_tensors(model: PeftModel, folder: str | Path) -> None:
     """Every stored tensor has its place in PEFT's model, and every one of the model's is stored; PEFT only warns."""
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+    with open_tensors(Path(folder) / "adapter_model.safetensors") as file:
         stored = set(file.keys())
     placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     embeddings = get_peft_model_state_dict(model, save_embedding_layers=True).keys()

@@ -140,6 +140,10 @@ def _curve(score: HeadlineScore, adapter: str, contents: Contents) -> Curve | No
         return Curve(score, adapter, seeds, (), "seeds were asked different items and are not pooled", items)
     alphas = sorted(set.intersection(*({p.alpha for p in points} for points in seeds.values())))
     known = _from_sweep(score, adapter, contents.pooled, seeds)
+    ids = items[runs[0].seed].get(0.0, {}).keys()
+    torn = not ids or any(of.get(a, {}).keys() != ids for of in items.values() for a in (0.0, *alphas))
+    if torn and not all(a in known for a in alphas):
+        return Curve(score, adapter, seeds, (), "a seed's table of items lacks some; seeds are not pooled", items)
     pooled = tuple(known[a] if a in known else _pool(a, seeds, items) for a in alphas)
     pooled = tuple(replace(p, kl=divergence_at(runs, p.alpha)) for p in pooled)
     whole = all(a in known for a in alphas)

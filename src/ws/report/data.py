@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, TypeVar
 
-from safetensors.torch import load_file
+import msgspec
 from torch import Tensor
 
 from ws.analysis.compare_tables import NULLS
@@ -22,19 +21,12 @@ from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavi
 from ws.console import command_line
 from ws.delta import LinearDelta
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
-from ws.errors import WsError, did_you_mean
+from ws.errors import DamagedError, WsError, did_you_mean
 from ws.eval.suite import evaluations
 from ws.files.public import public
-from ws.files.runs import (
-    DEFAULT_OUT,
-    RUN_MANIFEST,
-    Run,
-    data_folder,
-    finished_runs,
-    reads_otherwise,
-    seed_flag,
-    typed,
-)
+from ws.files.reading import read_csv, read_json, typed
+from ws.files.runs import DEFAULT_OUT, Run, data_folder, finished_runs, reads_otherwise, seed_flag
+from ws.files.tensors import read_tensors
 from ws.intervene.calibration import Calibration, read_calibration
 from ws.lm.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.lm.models import layer_of as decoder_layer
@@ -47,12 +39,17 @@ from ws.report.scores import (
     needed_numbers,
     needed_texts,
     of,
+    pooled_numbers,
     shown_scores,
 )
 
 Row = Mapping[str, str]
-_CONTROL = frozenset({"control", "score", "alpha", "shift", "eval_hash"})
+T = TypeVar("T")
+_CONTROL = frozenset({"control", "score", "eval_hash", "vector"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
+_COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random")
+# Columns of numbers that tables of some evaluations have.
+_FURTHER = ("frame_agreement", "mass_other_violate", "frames_agree_other_violate")
 _LABELLED = frozenset({"value_class", "protocol"})
 OTHER_TEXT = "made with another tokenizer or chat template"
 UNCERTAIN = "shown, but it is not on record which vector gave them"
@@ -228,8 +225,9 @@ def read_contents(out: Path, name: str) -> Contents:
     known, effect = _behavior(name, results[0])
     nulls = tuple(dict.fromkeys(adapter for adapter, _, _ in folders if _is_null(adapter)))
     compare = _compare(out / behavior, results, gaps)
-    wanted, needs = len(results) > 1, frozenset({"adapter", "n_seeds", "alpha"})
-    pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, needs)
+    numbers, wanted = ("n_seeds", "alpha"), len(results) > 1
+    sparse = [name for score in shown_scores() for name in pooled_numbers(score)]
+    pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, ("adapter",), numbers, sparse)
     card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), gaps)
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
     place = "" if out == DEFAULT_OUT or out.is_absolute() else str(out)
@@ -364,11 +362,11 @@ class _Reader:
     def table(self, stage: str, use: str, file: str, command: str) -> None:
         """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
         path = self.folder / f"{stage}_{file}.csv"
-        if not path.is_file():
+        if not path.exists():
             cls = evaluation_at(stage)
             return None if cls is not None and is_extra(cls) else self.gap(stage, "missing", command)
-        rows = read_rows(path)
-        if not rows or not _holds(rows, *_needed(stage, use)):
+        rows = read_rows(path, *_needed(stage, use), _FURTHER)
+        if not rows:
             return self.gap(stage, "damaged", command)
         if "intervention" not in rows[0]:
             return self.gap(stage, "made by an older version, which did not say what was done to the model", command)
@@ -400,21 +398,19 @@ class _Reader:
 
     def controls(self) -> list[Row]:
         """The rows of `controls.csv` that are of this very vector."""
-        rows = read_rows(self.folder / "controls.csv") or []
-        kept = [r for r in rows if r.get("vector") == self.digest[:12] and r.keys() >= _CONTROL]
+        rows = read_rows(self.folder / "controls.csv", _CONTROL, ("alpha", "shift"))
+        kept = [r for r in rows or () if r["vector"] == self.digest[:12]]
         if self.reads_otherwise("controls"):
             self.gap("controls", OTHER_TEXT, "ws check controls")
             return []
         if not kept:
-            self.gap("controls", "made with another vector" if rows else "missing", "ws check controls")
+            why = "damaged" if rows is None else "made with another vector" if rows else "missing"
+            self.gap("controls", why, "ws check controls")
         return kept
 
     def samples(self) -> list[Mapping[str, Any]]:
         """The answers in `samples.json`."""
-        found = _read_json(self.folder / "samples.json")
-        keys = {"alpha", "question", "answer"}
-        good = isinstance(found, list) and all(isinstance(s, dict) and keys <= s.keys() for s in found)
-        good = good and all(isinstance(s["alpha"], (int, float)) for s in found)
+        found = _read_json(self.folder / "samples.json", list[_Sample])
         recorded = self.stages.get("reading", {}).get("inputs", {}).get("vector")
         if recorded not in (None, self.digest):
             self.gap("samples", "made with another vector", "ws replicate")
@@ -422,12 +418,12 @@ class _Reader:
         if self.reads_otherwise("reading"):
             self.gap("samples", OTHER_TEXT, "ws replicate")
             return []
-        if not good or not found:
-            self.gap("samples", "missing", "ws replicate")
+        if not found:
+            self.gap("samples", "damaged" if (self.folder / "samples.json").exists() else "missing", "ws replicate")
             return []
         if recorded is None:
             self.gap("samples", UNCERTAIN, "ws replicate")
-        return found
+        return [msgspec.to_builtins(sample) for sample in found]
 
     def others(self) -> dict[str, list[Row]]:
         """Summaries of dilemmas that `table_files` does not name, of this very vector."""
@@ -435,13 +431,14 @@ class _Reader:
         for stage in sorted(self.stages):
             if not stage.startswith("airisk_") or stage == DILEMMAS:
                 continue
-            rows = read_rows(self.folder / f"{stage}_summary.csv")
+            texts, numbers = _needed(DILEMMAS, "summary")
+            rows = read_rows(self.folder / f"{stage}_summary.csv", texts | _LABELLED, numbers)
             kept = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]
             if self.stages[stage].get("inputs", {}).get("weight") != self.digest:
                 self.gap("dilemmas", f"{stage} was made with another vector", "ws eval airisk")
             elif self.reads_otherwise(stage):
                 self.gap("dilemmas", f"{stage} was {OTHER_TEXT}", "ws eval airisk")
-            elif not kept or not _holds(kept, *_needed(DILEMMAS, "summary")) or not kept[0].keys() >= _LABELLED:
+            elif not kept:
                 self.gap("dilemmas", f"{stage} is damaged", "ws eval airisk")
             else:
                 found[stage] = kept
@@ -449,7 +446,7 @@ class _Reader:
 
     def norms(self, vector: SteeringVector) -> Norms | None:
         """Module by module: from `ws subspace`, from the bundled base, or, where `W` is not needed, per weight."""
-        rows = read_rows(self.folder / "subspace_per_layer.csv") or []
+        rows = read_rows(self.folder / "subspace_per_layer.csv", ("kind",), ("relative_norm",), ("layer",)) or []
         if rows and self.stages.get("subspace", {}).get("inputs", {}).get("vector") == self.digest:
             inside = [r for r in rows if r["layer"]]
             return Norms(RELATIVE, {(r["kind"], int(r["layer"])): 100 * float(r["relative_norm"]) for r in inside})
@@ -472,22 +469,15 @@ def _needed(stage: str, use: str) -> tuple[set[str], set[str]]:
     return set().union(*texts), set().union(*numbers)
 
 
-def _holds(rows: Sequence[Row], texts: set[str], numbers: set[str]) -> bool:
-    """Whether a table has its columns, and numbers where they belong."""
-    try:
-        return all(math.isfinite(float(row[n])) for row in rows for n in numbers) and texts <= rows[0].keys()
-    except (KeyError, ValueError):
-        return False
-
-
 @cache
 def _bundled(base: str) -> tuple[Mapping[str, Tensor], str]:
     """The weights of a base that comes with the package, and their fingerprint; of the files, without building it."""
     if base not in BUNDLED:
         return {}, ""
     file = Path(model_folder(base)) / "model.safetensors"
-    tensors = load_file(file) if file.is_file() else dict(load_model(base, device="cpu")[0].named_parameters())
-    return tensors, fingerprint_of((name, t.shape, partial(tensors.get, name)) for name, t in tensors.items())
+    whole = file.is_file()
+    tensors = read_tensors(file) if whole else dict(load_model(base, device="cpu")[0].named_parameters())
+    return tensors, fingerprint_of((name, t.shape, partial(tensors.__getitem__, name)) for name, t in tensors.items())
 
 
 def _relative(vector: SteeringVector) -> dict[tuple[str, int], float] | None:
@@ -520,7 +510,8 @@ def _cells(vector: SteeringVector, size: Callable[[str, Any], float]) -> dict[tu
 
 def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[dict[str, Any]]:
     """`compare.csv`, when the strengths in it are those of the calibrations that are stored now."""
-    rows = typed(_optional_table(folder / "compare.csv", "compare", "ws compare", gaps, needs=_COMPARE))
+    file = folder / "compare.csv"
+    rows = typed(_optional_table(file, "compare", "ws compare", gaps, texts=_COMPARE, sparse=_COMPARE_NUMBERS))
     ours = [r for r in rows if r.get("intervention") == WEIGHT and r.get("part") in ("-1u", "+1u")]
     if not all(_same_strength(row, results) for row in ours):
         gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
@@ -547,42 +538,72 @@ def _same_strength(row: Mapping[str, Any], results: Sequence[Result]) -> bool:
 
 
 def _optional_table(
-    file: Path, what: str, command: str, gaps: list[Gap], wanted: bool = True, needs: frozenset[str] = frozenset()
+    file: Path,
+    what: str,
+    command: str,
+    gaps: list[Gap],
+    wanted: bool = True,
+    texts: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+    sparse: Iterable[str] = (),
 ) -> list[Row]:
-    rows = read_rows(file) if file.is_file() else []
-    if rows and needs <= rows[0].keys():
+    if rows := read_rows(file, texts, numbers, sparse):
         return rows
-    if file.is_file() or wanted:
-        gaps.append(Gap(what, "damaged" if file.is_file() else "missing", command))
+    if file.exists() or wanted:
+        gaps.append(Gap(what, "damaged" if file.exists() else "missing", command))
     return []
 
 
 def _card(file: Path, tokenizer: str, gaps: list[Gap]) -> Mapping[str, Any] | None:
-    found, manifest = _read_json(file), _read_json(file.with_name(RUN_MANIFEST)) or {"stages": {}}
-    if reads_otherwise(manifest["stages"].get("pairs", {}), tokenizer):
+    try:
+        stages = Run(file.parent).manifest["stages"]
+    except WsError:
+        stages = {}
+    if reads_otherwise(stages.get("pairs", {}), tokenizer):
         gaps.append(Gap("card", OTHER_TEXT, "ws data --fresh"))
         return None
-    if not isinstance(found, dict) or not {"kept", "positive", "negative"} <= found.keys():
-        gaps.append(Gap("card", "missing" if not file.is_file() else "damaged", "ws data"))
+    if _read_json(file, _Card) is None:
+        gaps.append(Gap("card", "damaged" if file.exists() else "missing", "ws data"))
         return None
-    return found
+    return _read_json(file, dict[str, Any])
 
 
-def read_rows(file: Path) -> list[Row] | None:
-    """The rows of a table, none when there is no such file; None when it is not a table, or holds NaN or infinity."""
-    if not file.is_file():
-        return []
+class _Card(msgspec.Struct):
+    """What must be true of a data card; it says more than this."""
+
+    kept: int
+    positive: dict[str, Any]
+    negative: dict[str, Any]
+    dropped: dict[str, int] = {}
+    refusals: dict[str, Any] = {}
+    samples: list[Any] = []
+    confounds: list[str] = []
+
+
+class _Sample(msgspec.Struct):
+    """An answer that a run keeps."""
+
+    alpha: float
+    question: str
+    answer: str
+
+
+def read_rows(
+    file: Path, texts: Iterable[str] = (), numbers: Iterable[str] = (), sparse: Iterable[str] = ()
+) -> list[Row] | None:
+    """The rows of a table with these columns (see `ws.files.reading.read_csv`), none when there is no such file.
+
+    None when it is not a table, lacks a column, or holds NaN or infinity.
+    """
     try:
-        with file.open(encoding="utf-8", newline="") as handle:
-            rows: list[Row] = [dict(row) for row in csv.DictReader(handle)]
-    except (OSError, UnicodeDecodeError, csv.Error):
+        rows = list[Row](read_csv(file, texts, numbers, sparse)) if file.exists() else []
+    except DamagedError:
         return None
-    ragged = any(None in row or None in row.values() for row in rows)
-    return None if ragged or any(v in ("nan", "inf", "-inf") for row in rows for v in row.values()) else rows
+    return None if any(v in ("nan", "inf", "-inf") for row in rows for v in row.values()) else rows
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, kind: type[T] | GenericAlias) -> T | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return read_json(file, kind) if file.exists() else None
+    except DamagedError:
         return None

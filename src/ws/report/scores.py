@@ -39,6 +39,13 @@ def pooled_name(score: HeadlineScore) -> str | None:
     return of(score).name if of(score).scores[0].key == score.key else None
 
 
+def pooled_numbers(score: HeadlineScore) -> list[str]:
+    """The columns of `sweep_pooled.csv` that hold its numbers, where it is there."""
+    name = pooled_name(score)
+    parts = [f"{column}{end}" for column in ("level", score.shift) for end in ("", "_ci_lo", "_ci_hi", "_p")]
+    return [f"{name}_{part}" for part in (*parts, "n", "mass")] if name else []
+
+
 def needed_texts(score: HeadlineScore) -> dict[str, set[str]]:
     """The columns with texts that its tables must have, by use."""
     return {"summary": {"eval_hash"}, "items": {of(score).item}}

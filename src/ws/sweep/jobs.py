@@ -7,7 +7,6 @@ again does only the rest.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shlex
 import signal
@@ -23,11 +22,14 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ws import console
-from ws.errors import WsError, choose
+from ws.errors import DamagedError, WsError, choose, disk_errors
+from ws.files.reading import read_json
 from ws.files.runs import write_json
 
-STATE = "state.json"
+STATE, FORMAT_VERSION = "state.json", 1
 DONE, KEPT, FAILED, NOT_RUN, QUEUED = "done", "kept", "failed", "not run", "queued"
 GRACE = 10.0  # seconds a command gets to put its things in order when the queue is interrupted
 _PR_SET_PDEATHSIG = 1
@@ -88,6 +90,19 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 # ---- what is finished ---------------------------------------------------------------------------------------------
 
 
+class _Finished(msgspec.Struct):
+    """A job that is done: its command, when those before it had ended, how long it took, and when it ended."""
+
+    command: list[str]
+    after: dict[str, str]
+    seconds: float
+    finished: str
+
+
+class _State(msgspec.Struct):
+    jobs: dict[str, _Finished]
+
+
 class Ledger:
     """What became of the jobs of a graph, in `folder/state.json` as far as later runs need it.
 
@@ -102,13 +117,13 @@ class Ledger:
     def __init__(self, folder: Path, jobs: Sequence[Job], fresh: bool = False) -> None:
         self.folder, self.jobs = folder, in_order(jobs)
         self.outcomes: dict[str, Outcome] = {}
-        self.finished = self._read()
+        self.finished = self._read(fresh)
         for job in self.jobs:
-            record = {} if fresh else self.finished.pop(job.name, {})
-            self.finished.pop(job.name, None)
-            if record.get("command") == list(job.command) and record["after"] == self._runs(job):
+            record = self.finished.pop(job.name, None)
+            same = record is not None and not fresh and record.command == list(job.command)
+            if record is not None and same and record.after == self._runs(job):
                 self.finished[job.name] = record
-                self.outcomes[job.name] = Outcome(job.name, KEPT, record["seconds"], str(self.log(job)))
+                self.outcomes[job.name] = Outcome(job.name, KEPT, record.seconds, str(self.log(job)))
             else:
                 self.log(job).unlink(missing_ok=True)
         self._write()
@@ -129,8 +144,7 @@ class Ledger:
         self.outcomes[job.name] = outcome
         if outcome.state == DONE:
             now = datetime.now(UTC).isoformat()
-            record = {"command": list(job.command), "after": self._runs(job), "seconds": outcome.seconds}
-            self.finished[job.name] = record | {"finished": now}
+            self.finished[job.name] = _Finished(list(job.command), self._runs(job), outcome.seconds, now)
             self._write()
         self.countdown.step()
         what = f"failed ({outcome.problem})" if outcome.state == FAILED else outcome.state
@@ -142,17 +156,22 @@ class Ledger:
         return [self.outcomes.get(job.name, Outcome(job.name, NOT_RUN)) for job in self.jobs]
 
     def _runs(self, job: Job) -> dict[str, str]:
-        return {name: self.finished[name]["finished"] for name in job.after if name in self.finished}
+        return {name: self.finished[name].finished for name in job.after if name in self.finished}
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, fresh: bool) -> dict[str, _Finished]:
         file = self.folder / STATE
+        if not file.exists():
+            return {}
         try:
-            return json.loads(file.read_text(encoding="utf-8"))["jobs"] if file.is_file() else {}
-        except (json.JSONDecodeError, KeyError) as problem:
-            raise WsError(f"{file} is damaged ({problem!r}); delete it to start over.") from problem
+            return read_json(file, _State, "use --fresh to start over", FORMAT_VERSION).jobs
+        except DamagedError:
+            if fresh:
+                return {}
+            raise
 
     def _write(self) -> None:
-        write_json(self.folder / STATE, {"format": 1, "jobs": self.finished})
+        state = _State(self.finished)
+        write_json(self.folder / STATE, {"format": FORMAT_VERSION, **msgspec.to_builtins(state)})
 
 
 # ---- one command --------------------------------------------------------------------------------------------------
@@ -225,7 +244,7 @@ def attempt(
     """Run a job's command in `folder` with additions to the environment, and append what it prints to the log."""
     start, file = time.perf_counter(), folder / log
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("ab", buffering=0) as out:
+    with disk_errors(file), file.open("ab", buffering=0) as out:
         out.write(f"$ {shlex.join(job.command)}\n".encode())
         options = {"env": {**os.environ, **environment}, "cwd": folder, "stdin": subprocess.DEVNULL}
         try:
