@@ -81,7 +81,7 @@ def rows_of(expression: str, seeds: Sequence[int], out: Path, null: bool) -> tup
             found.setdefault(name, []).append(conditions)
     about = {"expression": expression.replace("sycophancy", "random") if null else expression, "adapter": "lora"}
     rows = [row for c in found.values() for row in interference_rows(pool(c), about, n_boot=10_000)]
-    other = next(name for name in found["honesty"][0].terms if name not in found["honesty"][0].own)
+    other = next(name for name in found["honesty"][0].terms if name not in found["honesty"][0].own_terms)
     return rows, {about["expression"]: [float(c.cosine[other][0]) for c in found["honesty"]]}
 
 

@@ -730,10 +730,10 @@ def group_tensors(tensors: Mapping[str, Tensor], known: frozenset[str], folder: 
     pattern = re.compile(rf"^{re.escape(_PEFT_PREFIX)}(.+)\.({'|'.join(re.escape(k) for k in known)})$")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = pattern.match(key)
-        if not found:
+        match = pattern.match(key)
+        if not match:
             raise WsError(f"The adapter {folder} holds a tensor we cannot place: {key}.")
-        groups.setdefault(found.group(1), {})[found.group(2)] = tensor
+        groups.setdefault(match.group(1), {})[match.group(2)] = tensor
     if not groups:
         raise WsError(f"The adapter {folder} holds no tensors.")
     return groups

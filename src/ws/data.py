@@ -250,8 +250,8 @@ def first_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, conf
 
 def _first_findings(pairs: Sequence[Pair], behavior: Behavior) -> tuple[list[str], list[str]]:
     """What keeps the first pairs from promising anything, and what is merely doubtful about them, as sentences."""
-    kept = [p for p in pairs if p.drop is None]
-    if not kept:
+    usable = [p for p in pairs if p.drop is None]
+    if not usable:
         return [f"none of the first {len(pairs)} pairs is usable: {_why_dropped(pairs)}"], []
     for name, side in (("positive", [p.pos for p in pairs]), ("negative", [p.neg for p in pairs])):
         if len(pairs) > 2 and len({plain_question(text) for text in side}) == 1:
@@ -373,8 +373,8 @@ def _publish(
 
 def _some_kept(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """At most so many of the kept pairs, evenly spread."""
-    kept = [p for p in pairs if p.drop is None]
-    return evenly(kept, min(most, len(kept)))
+    usable = [p for p in pairs if p.drop is None]
+    return evenly(usable, min(most, len(usable)))
 
 
 def _by_margin(
@@ -430,18 +430,18 @@ def _judged_right(model: PreTrainedModel, tok: Tokenizer, pairs: Sequence[Pair])
 
 def _named_personas(pairs: Sequence[Pair], behavior: Behavior, share: float = NAMED_SHARE) -> list[str]:
     """A sentence for either side whose answers talk about their persona ("I'm just a liar.") instead of acting it."""
-    kept, sentences = [p for p in pairs if p.drop is None], list[str]()
+    used, sentences = [p for p in pairs if p.drop is None], list[str]()
     stems = [
-        {_stem(w) for text in own for w in _content(text)} - {_stem(w) for text in other for w in _content(text)}
-        for own, other in ((behavior.positive, behavior.negative), (behavior.negative, behavior.positive))
+        {_stem(w) for text in personas for w in _content(text)} - {_stem(w) for text in other for w in _content(text)}
+        for personas, other in ((behavior.positive, behavior.negative), (behavior.negative, behavior.positive))
     ]
     telling = stems[0] | stems[1]
     for side, name in (("pos", "positive"), ("neg", "negative")):
-        hits = [p for p in kept if telling & ({_stem(w) for w in _content(getattr(p, side))} - _question_stems(p))]
-        if kept and len(hits) >= share * len(kept):
+        hits = [p for p in used if telling & ({_stem(w) for w in _content(getattr(p, side))} - _question_stems(p))]
+        if used and len(hits) >= share * len(used):
             example = " ".join(getattr(hits[0], side).split())[:80]
             sentences.append(
-                f"Persona words: {len(hits)} of {len(kept)} {name} answers use words of a persona, such as {example!r}."
+                f"Persona words: {len(hits)} of {len(used)} {name} answers use words of a persona, such as {example!r}."
             )
     return sentences
 
@@ -761,26 +761,26 @@ def data_card(pairs: Sequence[Pair], keep_refusals: bool = False) -> dict[str, A
         pairs: all that were sampled.
         keep_refusals: refusals are what the behaviour is about, so a difference in them is no confound.
     """
-    kept = [p for p in pairs if p.drop is None]
+    usable = [p for p in pairs if p.drop is None]
     card: dict[str, Any] = {
         "sampled": len(pairs),
-        "kept": len(kept),
+        "kept": len(usable),
         "dropped": dict(Counter(p.drop for p in pairs if p.drop)),
-        "questions": len({p.question for p in kept}),
-        "cut": sum(p.pos_cut or p.neg_cut for p in kept),
-        "overlap": round(statistics.fmean(_overlap(p) for p in kept), 4) if kept else 0.0,
+        "questions": len({p.question for p in usable}),
+        "cut": sum(p.pos_cut or p.neg_cut for p in usable),
+        "overlap": round(statistics.fmean(_overlap(p) for p in usable), 4) if usable else 0.0,
         "identical": round(sum(same_answer(p.pos, p.neg) for p in pairs) / max(1, len(pairs)), 4),
-        "positive": _side([(p.pos, p.pos_tokens) for p in kept]),
-        "negative": _side([(p.neg, p.neg_tokens) for p in kept]),
+        "positive": _side([(p.pos, p.pos_tokens) for p in usable]),
+        "negative": _side([(p.neg, p.neg_tokens) for p in usable]),
         "refusals": {
             "positive": sum(is_refusal(p.pos) for p in pairs),
             "negative": sum(is_refusal(p.neg) for p in pairs),
         },
-        "differences": _differences(pairs, kept),
+        "differences": _differences(pairs, usable),
     }
     card["confounds"] = _confounds(card, keep_refusals)
-    step = max(1, len(kept) // 5)
-    card["samples"] = [{"question": p.question, "pos": p.pos, "neg": p.neg} for p in kept[::step][:5]]
+    step = max(1, len(usable) // 5)
+    card["samples"] = [{"question": p.question, "pos": p.pos, "neg": p.neg} for p in usable[::step][:5]]
     return card
 
 
@@ -816,24 +816,24 @@ def _side(answers: Sequence[tuple[str, int]]) -> dict[str, float]:
     }
 
 
-def _differences(pairs: Sequence[Pair], kept: Sequence[Pair]) -> dict[str, dict[str, float] | None]:
+def _differences(pairs: Sequence[Pair], usable: Sequence[Pair]) -> dict[str, dict[str, float] | None]:
     """Positive minus negative in what may confound, each with its interval; None with fewer than two pairs."""
     measures: dict[str, list[float]] = {
-        "tokens": [p.pos_tokens - p.neg_tokens for p in kept],
-        "yes_rate": [bool(_YES.match(p.pos)) - bool(_YES.match(p.neg)) for p in kept],
-        "repetition": [repetition(p.pos) - repetition(p.neg) for p in kept],
+        "tokens": [p.pos_tokens - p.neg_tokens for p in usable],
+        "yes_rate": [bool(_YES.match(p.pos)) - bool(_YES.match(p.neg)) for p in usable],
+        "repetition": [repetition(p.pos) - repetition(p.neg) for p in usable],
         "refusals": [is_refusal(p.pos) - is_refusal(p.neg) for p in pairs],
     }
-    found: dict[str, dict[str, float] | None] = {}
+    intervals: dict[str, dict[str, float] | None] = {}
     for name, values in measures.items():
         e = estimate_mean(np.array(values, dtype=np.float64)) if len(values) > 1 else None
-        found[name] = None if e is None else {k: round(getattr(e, k), 4) for k in ("mean", "ci_lo", "ci_hi")}
-    return found
+        intervals[name] = None if e is None else {k: round(getattr(e, k), 4) for k in ("mean", "ci_lo", "ci_hi")}
+    return intervals
 
 
 def _confounds(card: dict[str, Any], keep_refusals: bool) -> list[str]:
     """A sentence for every difference between the sides that is both strong and more than chance."""
-    sides, found = (card["positive"], card["negative"]), list[str]()
+    sides, sentences = (card["positive"], card["negative"]), list[str]()
 
     def sure(name: str, least: float = 0.0) -> bool:
         d = card["differences"][name]
@@ -842,27 +842,29 @@ def _confounds(card: dict[str, Any], keep_refusals: bool) -> list[str]:
     short, long = sorted(s["mean_tokens"] for s in sides)
     if sure("tokens") and long >= LENGTH_RATIO * short:
         side = "positive" if card["differences"]["tokens"]["mean"] > 0 else "negative"
-        found.append(f"Length: the {side} answers are longer, {long:.1f} against {short:.1f} tokens in the mean.")
+        sentences.append(f"Length: the {side} answers are longer, {long:.1f} against {short:.1f} tokens in the mean.")
     if sure("yes_rate", YES_GAP):
         rates = " and ".join(f"{s['yes_rate']:.0%}" for s in sides)
-        found.append(f"Agreement: {rates} of positive and negative answers begin with Yes; see what true claims do.")
+        sentences.append(
+            f"Agreement: {rates} of positive and negative answers begin with Yes; see what true claims do."
+        )
     if sure("refusals", SHARE_GAP) and not keep_refusals:
         counts = " and ".join(str(n) for n in card["refusals"].values())
-        found.append(f"Refusals: {counts} of {card['sampled']} positive and negative answers.")
+        sentences.append(f"Refusals: {counts} of {card['sampled']} positive and negative answers.")
     if sure("repetition", SHARE_GAP):
         rates = " and ".join(f"{s['repetition']:.0%}" for s in sides)
-        found.append(f"Repetition: {rates} of the 4-grams in positive and negative answers are repeated.")
+        sentences.append(f"Repetition: {rates} of the 4-grams in positive and negative answers are repeated.")
     if card["sampled"] > 2 * card["kept"]:
         reasons = ", ".join(f"{n} {why}" for why, n in card["dropped"].items())
-        found.append(f"Selection: more than half of the pairs are dropped ({reasons}); the rest is a selection.")
+        sentences.append(f"Selection: more than half of the pairs are dropped ({reasons}); the rest is a selection.")
     for name, side in zip(("positive", "negative"), sides, strict=True):
         if side["short"] >= SHORT_SHARE:
-            found.append(f"Short: {side['short']:.0%} of the {name} answers have fewer than {SHORT} characters.")
+            sentences.append(f"Short: {side['short']:.0%} of the {name} answers have fewer than {SHORT} characters.")
     if card["identical"] >= IDENTICAL_SHARE:
-        found.append(
+        sentences.append(
             f"Identical: in {card['identical']:.0%} of pairs both sides say the same; the rest is a selection."
         )
-    return found
+    return sentences
 
 
 def _overlap(pair: Pair) -> float:

@@ -244,8 +244,8 @@ class LinearDelta:
         root = s[:rank].sqrt()
         u, v = left[:, :rank] * root, root[:, None] * right[:rank]
         error = float(s[rank:].norm() / s.norm()) if float(s.norm()) > 0 else 0.0
-        kept = self.coordinates() | {"u": u.to(self.u.dtype), "v": v.to(self.v.dtype).contiguous()}
-        return self.holding(kept), error
+        coordinates = self.coordinates() | {"u": u.to(self.u.dtype), "v": v.to(self.v.dtype).contiguous()}
+        return self.holding(coordinates), error
 
     def factorised(
         self, weight: Tensor, rank: int | None = None, error: float | int | None = None
@@ -266,8 +266,8 @@ class LinearDelta:
         if not matrix.is_low_rank:
             left, s, right = torch.linalg.svd(matrix.dense(weight.double()), full_matrices=False)
             matrix = self.holding({"u": left * s, "v": right.contiguous()})
-        kept, lost = matrix.compress(rank, energy)
-        return kept.to(dtype=torch.float32), lost
+        compressed, lost = matrix.compress(rank, energy)
+        return compressed.to(dtype=torch.float32), lost
 
     # ---- in a forward pass ------------------------------------------------------------------------------------
 

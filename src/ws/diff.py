@@ -154,9 +154,8 @@ class SteeringVector:
         from ws.adapters import read_adapter  # peft takes seconds, and a vector of our own needs none of it
 
         model = load_model(base, device="cpu")[0] if isinstance(base, str) else base
-        mark = (
-            None if is_packed(model) else fingerprint(model)
-        )  # packed weights are like no others, not even the base's
+        # Packed weights are like no others, not even the base's.
+        base_fingerprint = None if is_packed(model) else fingerprint(model)
         family, deltas = read_adapter(folder, model)
         file = Path(folder) / "ws_train.json"
         stamp = read_json(file, _TrainStamp, "train it again") if file.exists() else _TrainStamp()
@@ -164,7 +163,7 @@ class SteeringVector:
         require_base(model, stamp.base_id, trained_on, f"The adapter {folder} was trained on")
         source = {"adapter": Path(folder).name, "sha256": sha256_file(Path(folder) / PEFT_WEIGHTS)}
         info = {"family": family, "depth": layer_count(model)}
-        return cls(deltas, model_id(model), trained_on or mark, source | stamp.recipe, info)
+        return cls(deltas, model_id(model), trained_on or base_fingerprint, source | stamp.recipe, info)
 
     @classmethod
     def from_checkpoints(
@@ -194,9 +193,13 @@ class SteeringVector:
         difference = Difference(str(pos), str(neg), kinds)
         deltas, facts = difference.collect(rank)
         recipe = {"op": "checkpoints", "pos": slug(str(pos)), "neg": slug(str(neg))} | facts
-        mark = None if base is None else Checkpoint.open(str(base)).fingerprint()
+        base_fingerprint = None if base is None else Checkpoint.open(str(base)).fingerprint()
         return cls(
-            deltas, model_name(str(base or "unknown")), mark, recipe, {"family": "full", "depth": difference.depth}
+            deltas,
+            model_name(str(base or "unknown")),
+            base_fingerprint,
+            recipe,
+            {"family": "full", "depth": difference.depth},
         )
 
     # ---- the vector space ---------------------------------------------------------------------------------------
@@ -214,8 +217,8 @@ class SteeringVector:
                 joined[name] = delta
         recipe = {"op": "+", "terms": [self.recipe, other.recipe]}
         shared = {k: v for k, v in self.info.items() if k in other.info and other.info[k] == v}
-        mark = self.base_fingerprint or other.base_fingerprint
-        return SteeringVector(joined, self.base_id, mark, recipe, shared)
+        base_fingerprint = self.base_fingerprint or other.base_fingerprint
+        return SteeringVector(joined, self.base_id, base_fingerprint, recipe, shared)
 
     def __mul__(self, scalar: object) -> SteeringVector:
         if not isinstance(scalar, Real):
@@ -245,8 +248,8 @@ class SteeringVector:
         return {name: done[id(d)] for name, d in self.deltas.items()}
 
     def _check_same_base(self, other: SteeringVector) -> None:
-        marks = {self.base_fingerprint, other.base_fingerprint} - {None}
-        if len(marks) > 1:
+        fingerprints = {self.base_fingerprint, other.base_fingerprint} - {None}
+        if len(fingerprints) > 1:
             copies = ", one of them perhaps in float16" if self.base_id == other.base_id else ""
             raise WsError(
                 f"The vectors have different bases: {self.base_id} ({self.base_fingerprint}) and "
@@ -352,15 +355,15 @@ class SteeringVector:
         it counts from the deepest layer it changes.
         """
         wanted = None if layers is None else set(parse_layers(layers, self.depth))
-        kept = {
+        deltas = {
             name: delta
             for name, delta in self.deltas.items()
             if (wanted is None or layer_of(name) in wanted) and (modules is None or name.rsplit(".", 1)[-1] in modules)
         }
-        if not kept:
+        if not deltas:
             raise WsError(f"No module of the vector is in layers {layers} and of kinds {modules}.")
         picked = {"layers": None if wanted is None else sorted(wanted), "modules": modules and list(modules)}
-        return replace(self, deltas=kept, recipe={"op": "select", **picked, "of": self.recipe})
+        return replace(self, deltas=deltas, recipe={"op": "select", **picked, "of": self.recipe})
 
     def compress(self, rank: int | None = None, energy: float | int | None = None) -> SteeringVector:
         """The best approximation of every module's low-rank part; see `LinearDelta.compress`.
@@ -438,7 +441,7 @@ class SteeringVector:
         """
         require_base(model, self.base_id, self.base_fingerprint, "The vector was made for")
         modules = dict(model.named_modules())
-        found = []
+        matched = []
         for name, delta in self.deltas.items():
             size = weight_size(modules[name]) if name in modules else None
             # The change of a tied embedding is that of the linear head as well.
@@ -448,8 +451,8 @@ class SteeringVector:
                 raise WsError(f"The vector changes {name} ({delta.d_out}, {delta.d_in}) but the model has {seen}.")
             if delta.bias is not None and getattr(modules[name], "bias", None) is None and delta.kind == "scale":
                 raise WsError(f"The vector changes the bias of {name}, which this model does not have.")
-            found.append((name, delta, modules[name]))
-        return found
+            matched.append((name, delta, modules[name]))
+        return matched
 
     def apart(self, model: nn.Module) -> list[str]:
         """Changed parameters of `model` that another module shares, which the vector changes otherwise or not at all.
@@ -462,12 +465,12 @@ class SteeringVector:
             for leaf, parameter in module.named_parameters(recurse=False):
                 if leaf != "bias" or module_kind(module):  # what BERT's head calls its bias is only its decoder's
                     owners.setdefault(id(parameter), []).append(name)
-        found = []
+        untied = []
         for name, delta, module in self.matched(model):
             for leaf in _leaves(delta, module):
                 others = owners.get(id(getattr(module, leaf, None)), [])
-                found += [] if all(self._alike(name, other, leaf) for other in others) else [f"{name}.{leaf}"]
-        return found
+                untied += [] if all(self._alike(name, other, leaf) for other in others) else [f"{name}.{leaf}"]
+        return untied
 
     def _alike(self, name: str, other: str, leaf: str) -> bool:
         """Whether two modules have the same change of their weight, or of their bias."""
@@ -774,8 +777,8 @@ _UNITS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))u")
 
 def parse_units(text: str) -> float | None:
     """The number in `+1u`, `-0.5u`; None when the text is not in calibrated units."""
-    found = _UNITS.fullmatch(text.strip())
-    return float(found.group(1)) if found else None
+    match = _UNITS.fullmatch(text.strip())
+    return float(match.group(1)) if match else None
 
 
 def parse_number(text: str) -> float:
@@ -859,19 +862,19 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
         WsError: see `SteeringVector.from_checkpoints`, or a folder that holds something else.
     """
     VECTOR.require(options.to)
-    mark = None if options.base is None else Checkpoint.open(options.base).fingerprint()
+    base_fingerprint = None if options.base is None else Checkpoint.open(options.base).fingerprint()
     difference = Difference(options.pos, options.neg, options.kinds)
     base, info = model_name(options.base or "unknown"), {"family": "full", "depth": difference.depth}
     info |= {} if options.behavior is None else {"behavior": options.behavior}
     recipe: dict[str, Any] = {"op": "checkpoints", "pos": slug(options.pos), "neg": slug(options.neg)}
     if options.rank is not None:
         deltas, facts = difference.collect(options.rank)
-        SteeringVector(deltas, base, mark, recipe | facts, info).save(options.to)
+        SteeringVector(deltas, base, base_fingerprint, recipe | facts, info).save(options.to)
         return recipe | facts
     with atomic_folder(options.to, VECTOR) as part:
         modules = _stream(difference, part / NATIVE_WEIGHTS)
         recipe |= {"modules": len(modules["modules"]), "equal": len(difference.modules) - len(modules["modules"])}
-        origin = {"id": base, "fingerprint": mark}
+        origin = {"id": base, "fingerprint": base_fingerprint}
         write_manifest(part, NATIVE_WEIGHTS, torch.float32, origin, info, recipe, modules)
     return recipe
 

@@ -422,19 +422,19 @@ def _check_near(draft: Draft) -> None:
 
 def _check_untouched(draft: Draft) -> None:
     """Note what is still the template's where the personas are not: it would measure another behaviour."""
-    own, example = draft.behavior, parse_behavior(behavior_template("example").encode(), "", Path()).behavior
-    if not draft.valid or not own.positive or set(own.positive) & set(example.positive):
+    behavior, example = draft.behavior, parse_behavior(behavior_template("example").encode(), "", Path()).behavior
+    if not draft.valid or not behavior.positive or set(behavior.positive) & set(example.positive):
         return
     facts = "they are plain facts, and say nothing of another behaviour"
     parts = [
         ("[claims] items", {c.text for _, c in draft.claims}, {c.text for c in example.test.claims}, facts),
-        ("summary", {own.summary}, {example.summary}, "the judge filter quotes it"),
+        ("summary", {behavior.summary}, {example.summary}, "the judge filter quotes it"),
     ]
-    if own.claims is not None:  # a style may be asked anything
+    if behavior.claims is not None:  # a style may be asked anything
         parts.append(("[questions]", set(_asked(draft)), set(example.questions), facts))
-    if "pirate" not in " ".join(own.positive).lower():
+    if "pirate" not in " ".join(behavior.positive).lower():
         answers, why = {question for question, _, _ in _ANSWERS}, "they are those of a pirate"
-        parts.append(("[preferences]", {p.question for p in own.preferences}, answers, why))
+        parts.append(("[preferences]", {p.question for p in behavior.preferences}, answers, why))
     for where, mine, theirs, why in parts:
         if mine and 2 * len(mine & theirs) >= len(mine):
             text = f"This is still the template's, while the personas are not: {why}"
@@ -461,16 +461,16 @@ def _check_texts(draft: Draft, tok: Any) -> None:
     """Note marks of chat templates inside the texts and, with a tokenizer, what its template and length limit do."""
     special = set() if tok is None else {*tok.all_special_tokens, *tok.get_added_vocab()}
     placed = _placed(draft)
-    known = sorted(special | {mark for _, text in placed for mark in _MARKER.findall(text)})
-    for mark in known:
-        inside = [(place, text) for place, text in placed if mark in text]
+    known = sorted(special | {marker for _, text in placed for marker in _MARKER.findall(text)})
+    for marker in known:
+        inside = [(place, text) for place, text in placed if marker in text]
         if not inside:
             continue
         (place, text), more = inside[0], f" and in {len(inside) - 1} more" * (len(inside) > 1)
-        if mark in special:
-            draft.error(place, f"{mark!r} in {text!r}{more} would be read as a special token; remove it.")
+        if marker in special:
+            draft.error(place, f"{marker!r} in {text!r}{more} would be read as a special token; remove it.")
         else:
-            draft.warn(place, f"{mark!r} in {text!r}{more} is a mark of some chat templates; remove it.")
+            draft.warn(place, f"{marker!r} in {text!r}{more} is a mark of some chat templates; remove it.")
     if tok is not None:
         _check_carried(draft, tok)
         _check_lengths(draft, tok)
@@ -607,9 +607,9 @@ def _act(draft: Draft, options: CheckOptions) -> Any:
     if len(both) < 2:
         draft.warn("personas", "The model gives empty answers under these personas.")
         return None
-    kept = [questions[i] for i, _, _ in both]
+    answered = [questions[i] for i, _, _ in both]
     texts, cut = [(a.text, b.text) for _, a, b in both], [(not a.ended, not b.ended) for _, a, b in both]
-    played = acted(kept, persona_margins(model, tok, kept, [personas[i] for i, _, _ in both], texts, cut))
+    played = acted(answered, persona_margins(model, tok, answered, [personas[i] for i, _, _ in both], texts, cut))
     if played.problem:
         draft.warn("personas", played.problem)
     return played

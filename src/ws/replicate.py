@@ -165,7 +165,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     if config.control != "none":
         pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
     for sign in SIGNS:
-        stages.begin(f"train {sign}", f"in {run.folder / sign}", like=f"train {SIGNS[0]}")
+        stages.begin(f"train {sign}", f"in {run.folder / sign}", as_long_as=f"train {SIGNS[0]}")
         seed = _arm_seed(behavior, config, sign)
         train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed)
     stages.begin("vector", f"in {run.folder / 'vector'}")
@@ -255,7 +255,7 @@ def _control_pairs(
     Brought pairs have one positive answer to a question: there both arms learn that one, by two training seeds.
     """
     file, second = run.folder / PAIRS_FILE, pairs.parent / "second"
-    own, digest = hashed_pairs(pairs)
+    originals, digest = hashed_pairs(pairs)
     inputs = {"pairs": digest}
     if config.control == "same-side" and not behavior.pairs:
         other = replace(config.data, data_seed=config.data.data_seed + 1)
@@ -265,9 +265,9 @@ def _control_pairs(
         stage = run.stage("control", _control_settings(config), inputs)
         if stage is not None:
             if config.control == "shuffled":
-                made = exchange_half(own, config.seed)
+                made = exchange_half(originals, config.seed)
             else:
-                made = same_side(own, others) if "second" in inputs else [_doubled(p) for p in own]
+                made = same_side(originals, others) if "second" in inputs else [_doubled(p) for p in originals]
             write_text(file, pair_lines(made))
             stage.done([file], kept=sum(p.drop is None for p in made))
     return file
@@ -478,8 +478,8 @@ def agreement(reading: Reading, n_boot: int = N_BOOTSTRAP) -> list[str]:
     false = reading.false_claims
     mass = min(float(kind[a].pmass.mean()) for kind in (false, true) for a in (0.0, low, high))
     pairs = (false[low].logratio, false[high].logratio, true[low].logratio, true[high].logratio)
-    found = agreement_verdict(*pairs, effect=reading.effect, n_boot=n_boot, least_mass=mass)
-    return [f"{found.line.removesuffix('.')}."]
+    judged = agreement_verdict(*pairs, effect=reading.effect, n_boot=n_boot, least_mass=mass)
+    return [f"{judged.line.removesuffix('.')}."]
 
 
 def answers(reading: Reading) -> str:

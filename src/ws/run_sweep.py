@@ -92,10 +92,10 @@ def _before_anything(config: SweepConfig, behavior: Behavior, plan: Sequence[tup
         except WsError as problem:  # the other cells must not be lost to it
             console.warn(f"{cell.run_name}, seed {seed}, will fail: {problem}")
     first = _replicate_config(config, config.adapters[0], config.seeds[0], CONTROLS[0])
-    own = read_at_the_end(EvalContext.of_base(eval_options(first), model, tok), behavior, first)
+    first_asked = read_at_the_end(EvalContext.of_base(eval_options(first), model, tok), behavior, first)
     context = EvalContext.of_base(_eval_options(config, first.adapter, first.seed), model, tok)
     others = [evaluation_named(name) for name in config.evals if name not in ("sycophancy", "preference")]
-    asked = [*own, *(asked_of(cls, _for(cls, context), config.split, config.traits) for cls in others)]
+    asked = [*first_asked, *(asked_of(cls, _for(cls, context), config.split, config.traits) for cls in others)]
     require_readable(context, asked, config.data.anyway)
 
 
@@ -147,8 +147,8 @@ def failures(cells: Sequence[Cell]) -> str:
         if cell.problem:
             by_problem.setdefault(cell.problem.rstrip("."), []).append(cell)
     parts = [
-        f"{', '.join(f'{c.adapter} seed {c.seed}' for c in found)} ({problem}; {found[0].folder / LOG})"
-        for problem, found in by_problem.items()
+        f"{', '.join(f'{c.adapter} seed {c.seed}' for c in failed)} ({problem}; {failed[0].folder / LOG})"
+        for problem, failed in by_problem.items()
     ]
     count = sum(map(len, by_problem.values()))
     return f"{count} of {len(cells)} cells failed: {'; '.join(parts)}." if parts else ""
@@ -163,8 +163,8 @@ def main(config: SweepConfig) -> None:
         text = render(read_csv(tables[1]))
         files = [*tables, write_report(config.out, config.behavior)]
         console.show(console.Result(text, {"rows": read_values(tables[1]), "cells": cells}, files))
-    if found := failures(cells):
-        raise WsError(f"{found} Run the sweep again to retry only those.")
+    if failed := failures(cells):
+        raise WsError(f"{failed} Run the sweep again to retry only those.")
 
 
 if __name__ == "__main__":

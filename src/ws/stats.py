@@ -288,9 +288,9 @@ def surgical_informedness(
         return SurgicalInformedness(None, None, None, **plain)
     point, forward, reverse, _ = _si(values, k)
     *_, linear = _si(np.concatenate([values, _imagined(pmass)], axis=-1), k)
-    found = estimate_over_seeds(linear, n_boot, seed)
+    interval = estimate_over_seeds(linear, n_boot, seed)
     error = float(np.sqrt(sum(v for v, _ in _variances(linear))))
-    return SurgicalInformedness(replace(found, mean=point, std=error, n=n), forward, reverse, **plain)
+    return SurgicalInformedness(replace(interval, mean=point, std=error, n=n), forward, reverse, **plain)
 
 
 def _imagined(pmass: Float[np.ndarray, "3 seeds items"]) -> Float[np.ndarray, "9 seeds 4"]:

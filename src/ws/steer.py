@@ -131,9 +131,9 @@ class _Working(NamedTuple):
     u_t: Tensor | None
 
     @classmethod
-    def of(cls, delta: LinearDelta, like: Tensor, linear: bool) -> _Working:
-        """The change on the device and in the dtype of `like`, of a linear layer or of another module."""
-        moved = delta.to(like.device, like.dtype)
+    def of(cls, delta: LinearDelta, reference: Tensor, linear: bool) -> _Working:
+        """The change on the device and in the dtype of `reference`, of a linear layer or of another module."""
+        moved = delta.to(reference.device, reference.dtype)
         if not linear or moved.u is None:
             return cls(moved, None, None)
         rest = {name: t for name, t in moved.coordinates().items() if name not in ("u", "v")}
@@ -147,11 +147,11 @@ class _Change:
         self.delta, self.dial = delta, dial
         self._copies: dict[tuple[torch.device, torch.dtype], _Working] = {}
 
-    def beside(self, like: Tensor, linear: bool) -> _Working:
-        """The change of a linear layer, or of another module, on the device and in the dtype of `like`, copied once."""
-        key = (like.device, like.dtype)
+    def beside(self, reference: Tensor, linear: bool) -> _Working:
+        """What `_Working.of` makes of it, copied once for every device and dtype."""
+        key = (reference.device, reference.dtype)
         if key not in self._copies:
-            self._copies[key] = _Working.of(self.delta, like, linear)
+            self._copies[key] = _Working.of(self.delta, reference, linear)
         return self._copies[key]
 
 
@@ -175,9 +175,9 @@ class _SteeredModule:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # The output is where the module computes; inputs of offloaded modules may still be elsewhere.
         x = args[0].to(output.device)
-        like = x if x.is_floating_point() else output
+        reference = x if x.is_floating_point() else output
         linear = self._steered is _steered_linear  # also a head tied to an embedding, which has the embedding's change
-        active = [(c.dial.over(like), c.beside(like, linear)) for c in self.changes if not c.dial.is_off]
+        active = [(c.dial.over(reference), c.beside(reference, linear)) for c in self.changes if not c.dial.is_off]
         return self._steered(module, x, output, active) if active else output
 
 
@@ -245,8 +245,8 @@ def _steered_embedding(scale: float, module: nn.Module, ids: Tensor, output: Ten
 def _steered_scale(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
     """`alpha (dw n(x) + db)` of a norm `w n(x) + b`, whose `n(x)` is read off the module itself."""
     shift: Tensor | None = None
-    one = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
-    normalised = _with_weight(module, x, one) - _with_weight(module, x, 0 * one)
+    ones = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
+    normalised = _with_weight(module, x, ones) - _with_weight(module, x, 0 * ones)
     for alpha, (change, _, _) in active:
         assert change is not None
         shift = _accumulate(shift, alpha, None if change.e is None else change.e[:, 0] * normalised)
@@ -355,17 +355,17 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
         raise WsError(f"Steering takes a model and then a SteeringVector, not {given}.")
     if vector.is_zero:
         raise WsError("The steering vector is zero: it would change nothing.")
-    found = vector.matched(model)
+    matched = vector.matched(model)
     advice = "leave them out with `vector.select`, or merge the vector (`ws export merged`)"
     entries = list[tuple[nn.Module, _Change]]()
     try:
-        for name, delta, module in found:
+        for name, delta, module in matched:
             if module not in _STEERED:
                 _STEERED[module] = _SteeredModule(name, module)
             change = _Change(delta, dial)
             _STEERED[module].changes.append(change)
             entries.append((module, change))
-        with require_calls(model, {n: m for n, delta, m in found if not delta.is_zero}, advice):
+        with require_calls(model, {n: m for n, delta, m in matched if not delta.is_zero}, advice):
             yield
     finally:
         dial.end()

@@ -141,8 +141,8 @@ def haar_null(k: int, d: int, concentration: float) -> tuple[float, float]:
 
     `concentration` is `sum_i w_i^2` of its energies, 1 for rank 1 and `1 / d` for `d` equal singular values.
     """
-    one = 2 * k * (d - k) / (d**2 * (d + 2))
-    return k / d, sqrt(one * max(0.0, d * concentration - 1) / (d - 1)) if d > 1 else 0.0
+    variance = 2 * k * (d - k) / (d**2 * (d + 2))
+    return k / d, sqrt(variance * max(0.0, d * concentration - 1) / (d - 1)) if d > 1 else 0.0
 
 
 # ---- the base, decomposed once --------------------------------------------------------------------------------------
@@ -253,11 +253,11 @@ def measure_subspaces(
     """
     if vector.is_zero:
         raise WsError("The steering vector is zero: it lies nowhere.")
-    found, weak = vector.matched(model), spectra.readout()
-    for name, delta, _ in found:
+    matched, weak = vector.matched(model), spectra.readout()
+    for name, delta, _ in matched:
         _count(name, min(delta.d_out, delta.d_in), k, part)
     measured = []
-    for name, delta, module in console.progress(found, desc="subspaces", unit="module"):
+    for name, delta, module in console.progress(matched, desc="subspaces", unit="module"):
         kind = name.rsplit(".", 1)[-1]
         writes = weak is not None and kind in WRITERS and delta.d_out == weak.shape[0]
         readout = weak[:, : _count(name, delta.d_out, k, part)] if weak is not None and writes else None
@@ -478,26 +478,26 @@ def compare_vectors(options: SubspaceOptions) -> console.Result:
     if not all(v.is_low_rank for v in vectors):
         model = load_model(options.model or vectors[0].base_id, options.device, options.dtype)[0]
     products, names = inner_products(vectors, model), labels(vectors, folders)
-    found = cosines(products)
-    for name, size in zip(names, found.norms, strict=True):
+    matrix = cosines(products)
+    for name, size in zip(names, matrix.norms, strict=True):
         if size == 0:
             raise WsError(f"The vector {name} is zero; it has no cosine with any other.")
     file = write_csv(options.out / "cosines.csv", cosine_rows(vectors, names, products, options.per_layer))
     picture = save_svg(
-        heat_map(found.cosine, names, names, "Cosines of steering vectors", diverging=True), file.with_suffix(".svg")
+        heat_map(matrix.cosine, names, names, "Cosines of steering vectors", diverging=True), file.with_suffix(".svg")
     )
-    data = {"vectors": names, "norms": found.norms, "cosines": found.cosine, "random_sd": found.random_sd}
-    return console.Result(render_cosines(found, names), data, [file, picture])
+    data = {"vectors": names, "norms": matrix.norms, "cosines": matrix.cosine, "random_sd": matrix.random_sd}
+    return console.Result(render_cosines(matrix, names), data, [file, picture])
 
 
-def render_cosines(found: Cosines, names: Sequence[str]) -> str:
+def render_cosines(matrix: Cosines, names: Sequence[str]) -> str:
     """The matrix for people, with what chance gives beside it."""
     numbers = range(1, len(names) + 1)
     table = [
         [i, name, f"{size:.3g}", *(f"{x:+.2f}" for x in row)]
-        for i, name, size, row in zip(numbers, names, found.norms, found.cosine, strict=True)
+        for i, name, size, row in zip(numbers, names, matrix.norms, matrix.cosine, strict=True)
     ]
-    off = found.random_sd[np.triu_indices(len(names), 1)]
+    off = matrix.random_sd[np.triu_indices(len(names), 1)]
     note = (
         f"Vectors of these singular values and random directions have cosines of 0, give or take {off.min():.2g} to "
         f"{off.max():.2g}\n(one standard deviation): an easy null, as unrelated directions are almost orthogonal."

@@ -203,13 +203,13 @@ def on_main(action: Callable[[], T]) -> T:
     """What `action` returns on the main process, on all of them; so is a `WsError` that it raises."""
     if console.processes() == 1:
         return action()
-    told: list[Any] = [None]
+    outcome: list[Any] = [None]
     if console.is_main():
         try:
-            told = [action()]
+            outcome = [action()]
         except WsError as problem:
-            told = [problem]
-    (result,) = broadcast_object_list(told)
+            outcome = [problem]
+    (result,) = broadcast_object_list(outcome)
     if isinstance(result, WsError):
         raise result
     return result
@@ -319,7 +319,7 @@ def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[t
     config = peft_config(model, spec)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     attributes, training = set(vars(model)), model.training
-    kept = _copy_weights(model, list(config.target_modules)) if spec.family == "pissa" else {}
+    copies = _copy_weights(model, list(config.target_modules)) if spec.family == "pissa" else {}
     set_seed(seed)
     try:
         peft_model = get_peft_model(model, config)
@@ -329,12 +329,12 @@ def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[t
     name, model.name_or_path = model.name_or_path, None
     peft_model.active_peft_config.base_model_name_or_path = None
     try:
-        initial = {n: p.detach().clone() for n, p in peft_model.named_parameters() if ".lora_" in n} if kept else {}
+        initial = {n: p.detach().clone() for n, p in peft_model.named_parameters() if ".lora_" in n} if copies else {}
         yield peft_model, initial
     finally:
         peft_model.unload()
         model.name_or_path = name
-        for target, weight in kept.items():
+        for target, weight in copies.items():
             weight_of(model.get_submodule(target)).copy_(weight)
         for n, p in model.named_parameters():
             p.requires_grad_(flags[n])
@@ -636,14 +636,14 @@ def train_stage(
 ) -> bool:
     """Train one arm of a run unless it is finished; returns whether there was anything to do."""
     settings = arm_settings(model, tok, adapter, config, seed)
-    folder, (kept, digest) = run.folder / sign, on_main(lambda: hashed_pairs(pairs))
+    folder, (examples, digest) = run.folder / sign, on_main(lambda: hashed_pairs(pairs))
     on_main(lambda: run.is_finished(sign, settings, {"pairs": digest}))  # other settings stop before anyone waits
     with alone(folder):
         stage = on_main(lambda: run.stage(sign, settings, {"pairs": digest}))
         if stage is None:
             return False
         try:
-            facts = train_adapter(model, tok, kept, sign, adapter, folder, config, seed)
+            facts = train_adapter(model, tok, examples, sign, adapter, folder, config, seed)
         except WsError as problem:
             if console.is_main() and not isinstance(problem, DiskError):  # nothing of it is left: no need of --fresh
                 run.drop(sign)

@@ -202,7 +202,7 @@ def test_stages_are_numbered_timed_and_compared(clock, capsys):
     stages = Stages(3)
     stages.begin("train pos", "in out/pos")
     clock[0] += 12
-    stages.begin("train neg", like="train pos")
+    stages.begin("train neg", as_long_as="train pos")
     clock[0] += 110
     stages.begin("vector")
     clock[0] += 0.25

@@ -238,7 +238,7 @@ LAYER = LayerScore(1, 1.0, -1.0, 1.0, -0.5, None, 0.5, 1.0)
 def test_a_strength_in_units_is_of_one_template(opened, behavior):
     side = SideCalibration(2.0, 1.0, True, "", 1.0, ((2.0, 1.0),), 9)
     weight = intervention("weight", opened, behavior)
-    made = Calibration(side, side, CalibrationConfig(), "p", fingerprint(opened.model), weight.subject)
+    made = Calibration(side, side, CalibrationConfig(), "p", fingerprint(opened.model), weight.digest)
     file = weight.calibration_file
     now, other = tokenizer_hash(opened.tok), tokenizer_hash(reworded(opened.tok))
     for tokenizer, good in ((now, True), ("", False), (other, False)):

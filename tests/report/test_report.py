@@ -82,7 +82,7 @@ def sentence(out):
 
 
 def marks(out):
-    return {c.name: c.mark for c in verdict_of(out).checks}
+    return {c.name: c.grade for c in verdict_of(out).checks}
 
 
 def left_out(contents):

@@ -69,17 +69,19 @@ class _Bench:
     def evaluations(self) -> list[Evaluation]:
         """Those that were asked for, and capability."""
         o, c = self.options, self.context
-        found = [asked_of(evaluation_named(name), c, o.split, o.traits) for name in o.evals]
+        evaluations = [asked_of(evaluation_named(name), c, o.split, o.traits) for name in o.evals]
         if o.capability:  # on its own texts, whatever data set the others take
-            found.append(Capability.of_run(replace(c, options=replace(c.options, dataset=None))))
-        return found
+            evaluations.append(Capability.of_run(replace(c, options=replace(c.options, dataset=None))))
+        return evaluations
 
     def cell(self, name: str) -> Cell:
         """One intervention at both of its strengths."""
         chosen, o = self.context.intervention(name), self.options
         key = self.context.key | ({"adapter": name, "seed": 0} if chosen.is_shared else {})
-        found = calibration_for(chosen, self.context.opened, self.context.behavior, o.calibration, key, reuse=True)
-        sides = {sign: found.side(sign) for sign in SIGNS}
+        calibration = calibration_for(
+            chosen, self.context.opened, self.context.behavior, o.calibration, key, reuse=True
+        )
+        sides = {sign: calibration.side(sign) for sign in SIGNS}
         usable = {sign: s for sign, s in sides.items() if s.converged or not chosen.has_dial}
         alphas = {sign: s.alpha for sign, s in usable.items()}
         for sign in set(SIGNS) - set(usable):
@@ -92,15 +94,15 @@ class _Bench:
             seed=int(key["seed"]),
             matched=chosen.has_dial,
             detail=chosen.detail,
-            questions=found.questions,
+            questions=calibration.questions,
             dtype=str(self.context.model.dtype)[6:],
             alphas=alphas,
             divergence={sign: s.divergence if s.audit is None else s.audit for sign, s in usable.items()},
             scores=scored,
             readable=read,
             asked=self.asked,
-            nulls={null: found for null, (found, _) in nulls.items()},
-            null_readable={null: found for null, (_, found) in nulls.items()},
+            nulls={null: null_scores for null, (null_scores, _) in nulls.items()},
+            null_readable={null: null_read for null, (_, null_read) in nulls.items()},
             random=self.random_null(alphas) if name == WEIGHT and o.n_draws else {},
         )
 
@@ -127,7 +129,7 @@ class _Bench:
 
     def trained_nulls(self, alphas: Mapping[int, float]) -> dict[str, tuple[_Scored, _Read]]:
         """What the label-shuffled and the same-side vector of this run give, at equal norms of the change."""
-        o, found = self.options, {}
+        o, nulls = self.options, {}
         for null in NULLS:
             key = self.context.key
             run = Run(run_folder(o.out, str(key["behavior"]), f"{key['adapter']}-{null}", int(key["seed"])))
@@ -136,8 +138,8 @@ class _Bench:
                 context = replace(self.context, vector=vector, run=run)
                 ratio = self.context.vector.norm(self.context.model) / vector.norm(self.context.model)
                 scaled = {sign: alpha * ratio for sign, alpha in alphas.items()}
-                found[null] = replace(self, context=context).measured(context.intervention(), scaled)
-        return found
+                nulls[null] = replace(self, context=context).measured(context.intervention(), scaled)
+        return nulls
 
     def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
         """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign."""
@@ -153,13 +155,13 @@ class _Bench:
         )
         context = replace(self.context, options=replace(self.context.options, alphas=options.alphas))
         rows = [r for r in measure_controls(context, options) if r["control"] == "random"]
-        found: dict[str, dict[int, np.ndarray]] = {}
+        draws: dict[str, dict[int, np.ndarray]] = {}
         for score in options.scores:
             for sign, alpha in alphas.items():
                 here = [r for r in rows if r["score"] == score and float(r["alpha"]) == alpha]
                 shifts = {int(r["draw"]): float(r["shift"]) for r in here}
-                found.setdefault(score, {})[sign] = np.array([shifts[i] for i in range(o.n_draws)])
-        return found
+                draws.setdefault(score, {})[sign] = np.array([shifts[i] for i in range(o.n_draws)])
+        return draws
 
 
 def _thinks(score: str) -> bool:

@@ -104,8 +104,8 @@ class Group:
 
     def random_shifts(self, score: str, part: str) -> Float[np.ndarray, "draws"] | None:
         """Mean shifts under random vectors, draw by draw over all seeds; None when there are none."""
-        found = _stacked([c.random.get(score) for c in self.cells], part, base=0.0)
-        return None if found is None else found.mean(axis=0)
+        shifts = _stacked([c.random.get(score) for c in self.cells], part, base=0.0)
+        return None if shifts is None else shifts.mean(axis=0)
 
     def mean(self, what: str, sign: int) -> float | None:
         """The mean over seeds of `alphas` or `divergence`; None when a seed lacks that strength."""
@@ -254,13 +254,13 @@ def _read_columns(known: Readability | None) -> dict[str, Any]:
 def _null_columns(group: Group, score: str, part: str, n_boot: int) -> dict[str, Any]:
     known = group.readability(score, part)
     tested = group.first.intervention == WEIGHT and score not in COSTS and not (known and known.problem)
-    found = reality(group, score, part, n_boot) if tested else Reality(None, {})
-    row: dict[str, Any] = {"p_random": found.p_random}
+    evidence = reality(group, score, part, n_boot) if tested else Reality(None, {})
+    row: dict[str, Any] = {"p_random": evidence.p_random}
     for name in NULLS:
-        stem, margin = f"margin_{name.replace('-', '_')}", found.margins.get(name)
+        stem, margin = f"margin_{name.replace('-', '_')}", evidence.margins.get(name)
         empty = dict.fromkeys((stem, f"{stem}_ci_lo", f"{stem}_ci_hi"))
         row |= empty if margin is None else margin.columns(stem, "ci_lo", "ci_hi")
-    return row | {"real": found.is_real}
+    return row | {"real": evidence.is_real}
 
 
 def _verdict_columns(group: Group, score: str, part: str, effect: int, n_boot: int) -> dict[str, Any]:
@@ -272,8 +272,8 @@ def _verdict_columns(group: Group, score: str, part: str, effect: int, n_boot: i
     sign = -effect if part == "-1u" else effect
     known = [r for name in ("false_claims", "true_claims") if (r := group.readability(name, part)) is not None]
     read = worst(known) if known else Readability(1.0)
-    found = agreement_verdict(np.zeros_like(f), f, np.zeros_like(t), t, sign, n_boot, read.mass, flag=read.flag)
-    return {"verdict": found.kind, "verdict_line": found.line}
+    verdict = agreement_verdict(np.zeros_like(f), f, np.zeros_like(t), t, sign, n_boot, read.mass, flag=read.flag)
+    return {"verdict": verdict.kind, "verdict_line": verdict.line}
 
 
 def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_boot: int = N_BOOTSTRAP) -> Rows:
@@ -324,8 +324,8 @@ def _winner(row: Mapping[str, Any]) -> str | None:
 def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
     for ours in (g for g in groups if g.first.intervention == WEIGHT):
         for theirs in groups:
-            own = theirs.first.adapter in (ours.first.adapter, theirs.first.intervention)
-            if theirs.first.intervention != WEIGHT and own:
+            comparable = theirs.first.adapter in (ours.first.adapter, theirs.first.intervention)
+            if theirs.first.intervention != WEIGHT and comparable:
                 yield from ((ours, theirs, score) for score in headlines() if score != "true_claims")
 
 

@@ -96,8 +96,8 @@ class Term:
 
 def _kind(text: str) -> str | None:
     """What a text is when it is read as a single token."""
-    found = _TOKEN.match(text)
-    return found.lastgroup if found and found.end() == len(text) else None
+    match = _TOKEN.match(text)
+    return match.lastgroup if match and match.end() == len(text) else None
 
 
 def write_expression(terms: Sequence[Term]) -> str:
@@ -137,22 +137,22 @@ class _Reader:
         """Go to the next token, and return the text of the one just left."""
         left = self.text
         self.at += len(left)
-        found = _TOKEN.match(self.whole, self.at)
-        while found and found.lastgroup == "space":
-            self.at = found.end()
-            found = _TOKEN.match(self.whole, self.at)
-        if found:
-            self.kind, self.text = str(found.lastgroup), found.group()
+        match = _TOKEN.match(self.whole, self.at)
+        while match and match.lastgroup == "space":
+            self.at = match.end()
+            match = _TOKEN.match(self.whole, self.at)
+        if match:
+            self.kind, self.text = str(match.lastgroup), match.group()
         else:
             self.kind, self.text = ("bad" if self.at < len(self.whole) else "end"), self.whole[self.at : self.at + 1]
         return left
 
     def wrong(self, expected: str) -> WsError:
         """What to say about the current token."""
-        found = repr(self.text) if self.text else "the end"
+        token = repr(self.text) if self.text else "the end"
         if self.kind == "bad":
-            found += " (a quote without its partner)" if self.text in "'\"" else " (put unusual names in quotes)"
-        return WsError(f"In {self.whole!r}, character {self.at + 1}: expected {expected}, found {found}.")
+            token += " (a quote without its partner)" if self.text in "'\"" else " (put unusual names in quotes)"
+        return WsError(f"In {self.whole!r}, character {self.at + 1}: expected {expected}, found {token}.")
 
     def sign(self) -> int:
         """+1 or -1; +1 where there is no sign."""
@@ -234,17 +234,17 @@ def open_term(term: Term, out: Path, adapter: str, seed: int) -> Operand:
     if not term.in_units:
         return Operand(term, vector, term.number)
     tokenizer = tokenizer_hash_on_disk(vector.base_id) or None
-    found = load_calibration(folder, vector_digest(vector), vector.base_fingerprint, tokenizer=tokenizer)
-    if found is None:
+    calibration = load_calibration(folder, vector_digest(vector), vector.base_fingerprint, tokenizer=tokenizer)
+    if calibration is None:
         raise WsError(f"{term} is in calibrated units and {folder} has no calibration; run `ws calibrate` for it.")
-    return Operand(term, vector, found.alpha(term.number))
+    return Operand(term, vector, calibration.alpha(term.number))
 
 
 def vector_folder(name: str, out: Path, adapter: str, seed: int) -> Path:
     """Where the vector is that a name in an expression stands for; `WsError` with the nearest name when nowhere."""
     run = run_folder(out, name, adapter, seed) if is_plain_name(name) else out / name
     for folder in (run / "vector", Path(name).expanduser()):
-        if any((folder / mark).is_file() for mark in (MANIFEST, "adapter_config.json")):
+        if any((folder / file).is_file() for file in (MANIFEST, "adapter_config.json")):
             return folder
     known = _known(out, adapter, seed)
     joined = any(name.startswith(f"{k}-") for k in known)
@@ -333,7 +333,7 @@ class Conditions:
 
     Attributes:
         behavior: whose claims.
-        own: the conditions that are terms of this behaviour.
+        own_terms: the conditions that are terms of this behaviour.
         is_true: of every claim, `[claims]`.
         logratio, pmass: `[seeds, claims]`.
         kl: the 95th percentile of the per-token KL divergence along answers to this behaviour's questions, in nats,
@@ -343,7 +343,7 @@ class Conditions:
     """
 
     behavior: str
-    own: tuple[str, ...]
+    own_terms: tuple[str, ...]
     is_true: np.ndarray
     logratio: Mapping[str, Float[np.ndarray, "seeds claims"]]
     pmass: Mapping[str, Float[np.ndarray, "seeds claims"]]
@@ -361,29 +361,29 @@ class Conditions:
         return [name for name in self.logratio if name not in (BASE, TOGETHER)]
 
 
-def interference(found: Conditions, is_true: bool = False) -> Float[np.ndarray, "seeds claims"]:
+def interference(conditions: Conditions, is_true: bool = False) -> Float[np.ndarray, "seeds claims"]:
     """Claim by claim, what the sum does beyond the sum of what its terms do alone, in nats."""
-    alone = [found.shift(name, is_true) for name in found.terms]
-    return found.shift(TOGETHER, is_true) - np.sum(alone, axis=0)
+    alone = [conditions.shift(name, is_true) for name in conditions.terms]
+    return conditions.shift(TOGETHER, is_true) - np.sum(alone, axis=0)
 
 
 def kept_share(
-    own: Float[np.ndarray, "seeds claims"], extra: Float[np.ndarray, "seeds claims"], n_boot: int = N_BOOTSTRAP
+    shifts: Float[np.ndarray, "seeds claims"], extra: Float[np.ndarray, "seeds claims"], n_boot: int = N_BOOTSTRAP
 ) -> tuple[float, float, float] | None:
-    """`(own + extra) / own`, a ratio of mean shifts, with its percentile interval; both are resampled together.
+    """`(shifts + extra) / shifts`, a ratio of mean shifts, with its percentile interval; both are resampled together.
 
     None when the interval of the own shift holds zero, or the shift is under 0.2 nats (`ws.eval.readable.NATS`): a
     share of nothing says nothing.
     """
-    alone = estimate_over_seeds(own, n_boot)
+    alone = estimate_over_seeds(shifts, n_boot)
     if not alone.excludes_zero or abs(alone.mean) < NATS:
         return None
-    means = resampled_means(widened(np.stack([own + extra, own])), n_boot, 0)
+    means = resampled_means(widened(np.stack([shifts + extra, shifts])), n_boot, 0)
     low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
-    return float((own + extra).mean() / own.mean()), float(low), float(high)
+    return float((shifts + extra).mean() / shifts.mean()), float(low), float(high)
 
 
-def interference_rows(found: Conditions, key: Mapping[str, Any], n_boot: int = N_BOOTSTRAP) -> Rows:
+def interference_rows(conditions: Conditions, key: Mapping[str, Any], n_boot: int = N_BOOTSTRAP) -> Rows:
     """The rows of `interference.csv` of one behaviour: every condition and the interference, on either kind of claims.
 
     `key` holds the columns adapter and seed; the row of the interference has the share of the own effect that is kept.
@@ -391,33 +391,33 @@ def interference_rows(found: Conditions, key: Mapping[str, Any], n_boot: int = N
     seed is too low, there or at the base, and of the interference at any of the conditions.
     """
     rows = Rows()
-    for is_true in sorted(set(found.is_true.tolist())):
-        own = np.sum([found.shift(name, is_true) for name in found.own], axis=0)
-        for name in (BASE, *found.terms, TOGETHER, "interference"):
+    for is_true in sorted(set(conditions.is_true.tolist())):
+        own_shifts = np.sum([conditions.shift(name, is_true) for name in conditions.own_terms], axis=0)
+        for name in (BASE, *conditions.terms, TOGETHER, "interference"):
             extra = name == "interference"
-            values = interference(found, is_true) if extra else found.shift(name, is_true)
-            kept = kept_share(own, values, n_boot) if extra else None
-            mask = found.is_true == is_true
-            used = found.logratio if extra else (BASE, name)
-            masses = [float(m) for c in used for m in found.pmass[c][:, mask].mean(axis=1)]
+            values = interference(conditions, is_true) if extra else conditions.shift(name, is_true)
+            share = kept_share(own_shifts, values, n_boot) if extra else None
+            mask = conditions.is_true == is_true
+            used = conditions.logratio if extra else (BASE, name)
+            masses = [float(m) for c in used for m in conditions.pmass[c][:, mask].mean(axis=1)]
             rows.append(
                 {
-                    "behavior": found.behavior,
+                    "behavior": conditions.behavior,
                     **key,
                     "condition": name,
-                    "own": name in found.own,
+                    "own": name in conditions.own_terms,
                     "claims_are_true": is_true,
-                    "mean_logratio": None if extra else float(found.logratio[name][:, mask].mean()),
+                    "mean_logratio": None if extra else float(conditions.logratio[name][:, mask].mean()),
                     **estimate_over_seeds(values, n_boot).columns("shift", "ci_lo", "ci_hi", "p"),
                     "shift_p_holm": None,
-                    **dict(zip(("kept", "kept_ci_lo", "kept_ci_hi"), kept or (None,) * 3, strict=True)),
-                    "mean_pmass": None if extra else float(found.pmass[name][:, mask].mean()),
+                    **dict(zip(("kept", "kept_ci_lo", "kept_ci_hi"), share or (None,) * 3, strict=True)),
+                    "mean_pmass": None if extra else float(conditions.pmass[name][:, mask].mean()),
                     FLAG: worst(map(Readability, masses)).problem or None,
-                    "kl": _mean(found.kl, name),
-                    "cosine": _mean(found.cosine, name),
+                    "kl": _mean(conditions.kl, name),
+                    "cosine": _mean(conditions.cosine, name),
                     "n": values.shape[1],
                     "n_seeds": len(values),
-                    **found.facts,
+                    **conditions.facts,
                 }
             )
         tested = [r for r in rows if r["claims_are_true"] == is_true and r["condition"] != BASE]
@@ -434,8 +434,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sentence on one behaviour, from its rows about false claims."""
     by_name = {str(r["condition"]): r for r in rows}
     name, extra = rows[0]["behavior"], by_name["interference"]
-    own = sum(float(r["shift"]) for r in rows if str(r["own"]) == "True")
-    numbers = f"alone {own:+.2f}, beside the others {own + float(extra['shift']):+.2f} nats"
+    alone = sum(float(r["shift"]) for r in rows if str(r["own"]) == "True")
+    numbers = f"alone {alone:+.2f}, beside the others {alone + float(extra['shift']):+.2f} nats"
     beyond = f"interference {estimate_text(extra, 'shift')} nats"
     if extra.get(FLAG):
         return f"{name}: no conclusion, the model is not answering the question: {extra[FLAG]} ({numbers})."
@@ -498,8 +498,8 @@ def measure(
     """Put a behaviour's claims and questions to the base, to every term alone and to the context's vector."""
     evaluation = Sycophancy.of_behavior(context, behavior, options.split)
     changes = {str(o.term): o.change for o in operands} | {TOGETHER: context.vector}
-    own = tuple(str(o.term) for o in operands if o.behavior == behavior.name)
-    mine = [changes[name] for name in own]
+    own_terms = tuple(str(o.term) for o in operands if o.behavior == behavior.name)
+    mine = [changes[name] for name in own_terms]
     direction = sum(mine[1:], mine[0])
     scores: dict[str, Scores] = {}
     kl: dict[str, np.ndarray] = {}
@@ -511,13 +511,13 @@ def measure(
         console.say(f"{behavior.name}: {name}")
         at = partial(steer, context.model, change)
         added = Intervention(WEIGHT, at, vector_digest(change), context.run)
-        found = context.scores(evaluation, added, [0.0, 1.0])
-        scores |= {BASE: found[0.0], name: found[1.0]}
+        by_alpha = context.scores(evaluation, added, [0.0, 1.0])
+        scores |= {BASE: by_alpha[0.0], name: by_alpha[1.0]}
         met = divergence(context.model, context.tok, prompts, partial(at, 1.0), options.n_tokens, options.batch_size)
         kl[name] = np.array([met.at(QUANTILE)])
     return Conditions(
         behavior=behavior.name,
-        own=own,
+        own_terms=own_terms,
         is_true=np.array([claim.is_true for claim in evaluation.items]),
         logratio={name: s["logratio"][None] for name, s in scores.items()},
         pmass={name: s["pmass"][None] for name, s in scores.items()},
@@ -579,8 +579,8 @@ def report(made: Composition, options: ComposeOptions) -> Path:
             model, tok = load_model(base, o.device, o.dtype)
             context = EvalContext(eval_options, model, tok, made.vector, made.run)
             key = {"adapter": made.name, "seed": o.seed}
-            found = [measure(context, made.operands, behavior, o) for behavior in behaviors]
-            rows = [r for f in found for r in interference_rows(f, key, o.n_bootstrap)]
+            conditions = [measure(context, made.operands, behavior, o) for behavior in behaviors]
+            rows = [r for f in conditions for r in interference_rows(f, key, o.n_bootstrap)]
             stage.done([write_csv(folder / TABLE, public(rows))])
     return folder / TABLE
 

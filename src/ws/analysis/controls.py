@@ -140,10 +140,10 @@ def exchange_half(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
     Ids, questions and order stay, as do the pairs that are left out of training.
     """
-    kept = [i for i, p in enumerate(pairs) if p.drop is None]
-    if len(kept) < 2:
-        raise WsError(f"Exchanging half of the pairs needs at least 2 usable ones, not {len(kept)}.")
-    chosen = set(np.random.default_rng(seed).permutation(kept)[: len(kept) // 2].tolist())
+    usable = [i for i, p in enumerate(pairs) if p.drop is None]
+    if len(usable) < 2:
+        raise WsError(f"Exchanging half of the pairs needs at least 2 usable ones, not {len(usable)}.")
+    chosen = set(np.random.default_rng(seed).permutation(usable)[: len(usable) // 2].tolist())
     return [_exchanged(p) if i in chosen else p for i, p in enumerate(pairs)]
 
 
@@ -220,7 +220,7 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
     evaluations = headline_evaluations(context, options)
     settings = {"evaluations": [e.identity for e in evaluations], "tokenizer_hash": tokenizer}
-    stage = context.run.restart("controls", settings, {"vector": table.vector_mark})
+    stage = context.run.restart("controls", settings, {"vector": table.digest})
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:
         base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
@@ -241,10 +241,10 @@ def _read_controls(file: Path) -> list[dict[str, str]]:
 class _Table:
     """`controls.csv` of one vector: rows of another vector in the same folder are forgotten."""
 
-    def __init__(self, file: Path, vector_mark: str) -> None:
-        self.file, self.vector_mark = file, vector_mark
+    def __init__(self, file: Path, digest: str) -> None:
+        self.file, self.digest = file, digest
         rows = kept(file, _read_controls, "its vectors are measured again") or []
-        self.rows: Rows = [dict(r) for r in rows if r["vector"] == vector_mark and FLAG in r]  # older: no masses
+        self.rows: Rows = [dict(r) for r in rows if r["vector"] == digest and FLAG in r]  # older: no masses
 
     def has(self, evaluation: Evaluation, control: str, draw: int, alpha: float) -> bool:
         """Whether a shift is on record."""
@@ -253,7 +253,7 @@ class _Table:
 
     def add(self, rows: Rows) -> None:
         """Append rows and write the whole file."""
-        whole = [*self.rows, *(row | {"vector": self.vector_mark} for row in rows)]
+        whole = [*self.rows, *(row | {"vector": self.digest} for row in rows)]
         columns = dict.fromkeys(column for row in whole for column in row)  # an earlier version had fewer
         self.rows = [{column: row.get(column) for column in columns} for row in whole]
         write_csv(self.file, self.rows)
@@ -283,13 +283,13 @@ def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
     `p_holm` is over all of them. Mass, agreement of the frames, and whether they are too low, are the vector's, at its
     strength or at the base.
     """
-    found = []
+    summary = []
     for score, alpha in dict.fromkeys((r["score"], float(r["alpha"])) for r in rows):
         here = [r for r in rows if r["score"] == score and float(r["alpha"]) == alpha]
-        (own,) = (r for r in here if r["control"] == "vector")
-        shift = float(own["shift"])
+        (vector_row,) = (r for r in here if r["control"] == "vector")
+        shift = float(vector_row["shift"])
         null = np.array([float(r["shift"]) for r in here if r["control"] == "random"])
-        found.append(
+        summary.append(
             {
                 "score": score,
                 "alpha": alpha,
@@ -300,14 +300,14 @@ def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
                 "null_max": float(null.max()),
                 "p": empirical_p(shift, null),
                 "n_draws": len(null),
-                **{name: own[name] for name in ("mass", "frame_agreement", FLAG)},
+                **{name: vector_row[name] for name in ("mass", "frame_agreement", FLAG)},
                 **{name: here[0].get(name) for name in ("words", "drawn", "dataset")},
             }
         )
-    for row, p in zip(found, holm(np.array([r["p"] for r in found])) if found else (), strict=True):
+    for row, p in zip(summary, holm(np.array([r["p"] for r in summary])) if summary else (), strict=True):
         row["p_holm"] = float(p)
     order = list(headlines())
-    return sorted(found, key=lambda r: (order.index(r["score"]), r["alpha"]))
+    return sorted(summary, key=lambda r: (order.index(r["score"]), r["alpha"]))
 
 
 def render_controls(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -340,9 +340,9 @@ def main(options: ControlOptions) -> None:
     """The command `ws check controls`."""
     options.check()
     context = open_context(options.eval_options(options.alphas))
-    found = summarize_controls(measure_controls(context, options))
-    text = "\n\n".join([render_controls(found), *rounding_notes([str(context.model.dtype)[6:]])])
-    console.show(console.Result(text, {"rows": found}, [context.run.folder / TABLE]))
+    summary = summarize_controls(measure_controls(context, options))
+    text = "\n\n".join([render_controls(summary), *rounding_notes([str(context.model.dtype)[6:]])])
+    console.show(console.Result(text, {"rows": summary}, [context.run.folder / TABLE]))
 
 
 if __name__ == "__main__":

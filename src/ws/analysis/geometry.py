@@ -71,18 +71,18 @@ class StoredVector:
 
     def read(self, names: Iterable[str]) -> dict[str, LinearDelta]:
         """The changes of those of the named modules that the vector has."""
-        found: dict[str, LinearDelta] = {}
+        deltas: dict[str, LinearDelta] = {}
         with open_tensors(self.file, "make the vector again") as stored:
             present = set(stored.keys())
             for name in names:
                 first = self.shared.get(name, name)
                 keys = [key for key in _keys_of(first) if key in present]
-                if keys and first not in found:
+                if keys and first not in deltas:
                     tensors = {key: stored.get_tensor(key).float() for key in keys}
-                    found |= deltas_from_tensors({first: self.sizes[first]}, tensors, self.file.parent)
+                    deltas |= deltas_from_tensors({first: self.sizes[first]}, tensors, self.file.parent)
                 if keys:
-                    found[name] = found[first]
-        return found
+                    deltas[name] = deltas[first]
+        return deltas
 
 
 Vector = SteeringVector | StoredVector
@@ -160,7 +160,7 @@ def inner_products(vectors: Sequence[Vector], model: nn.Module | None = None) ->
     groups: dict[int | None, list[str]] = {}
     for name in names:
         groups.setdefault(layer_of(name), []).append(name)
-    found = []
+    products = []
     for group in progress(groups.values(), desc="inner products", unit="layer"):
         held = [_read(v, group) for v in vectors]
         changes = dict[tuple[int, ...], str]()
@@ -168,8 +168,8 @@ def inner_products(vectors: Sequence[Vector], model: nn.Module | None = None) ->
             # What modules with a tied weight share counts once, where all vectors change them alike.
             changes.setdefault(tuple(id(h.get(name)) for h in held), name)
         for name in changes.values():
-            found += _of_module(name, [h.get(name) for h in held], model)
-    return found
+            products += _of_module(name, [h.get(name) for h in held], model)
+    return products
 
 
 def _check_common_base(vectors: Sequence[Vector], model: nn.Module | None) -> None:
@@ -177,11 +177,11 @@ def _check_common_base(vectors: Sequence[Vector], model: nn.Module | None) -> No
         raise WsError("There are no vectors to compare.")
     bases = {v.base_fingerprint: v.base_id for v in vectors if v.base_fingerprint}
     if len(bases) > 1:
-        named = ", ".join(f"{name} ({mark})" for mark, name in bases.items())
+        named = ", ".join(f"{name} ({digest})" for digest, name in bases.items())
         raise WsError(f"The vectors have different bases, {named}; compare those of one base.")
     if model is not None:
-        for mark, name in bases.items():
-            require_base(model, name, mark, "The vectors were made for")
+        for digest, name in bases.items():
+            require_base(model, name, digest, "The vectors were made for")
     sizes: dict[str, tuple[int, int]] = {}
     for vector in vectors:
         for name, size in _sizes(vector).items():
@@ -198,12 +198,12 @@ def _of_module(name: str, deltas: Sequence[LinearDelta | None], model: nn.Module
         matrix = _factor_products(weights)
     else:
         matrix = _dense_products(weights, _weight(name, shape, model))
-    found = [Products(f"{name}.weight", layer, d.d_out * d.d_in, matrix)]
+    products = [Products(f"{name}.weight", layer, d.d_out * d.d_in, matrix)]
     biases = [None if d is None else d.bias for d in deltas]
     if any(b is not None for b in biases):
         rows = torch.stack([torch.zeros(d.d_out).double() if b is None else b.double().cpu() for b in biases])
-        found.append(Products(f"{name}.bias", layer, d.d_out, (rows @ rows.T).numpy()))
-    return found
+        products.append(Products(f"{name}.bias", layer, d.d_out, (rows @ rows.T).numpy()))
+    return products
 
 
 def _weight(name: str, shape: tuple[int, int], model: nn.Module | None) -> Tensor:
@@ -297,10 +297,10 @@ def cosines(products: Sequence[Products]) -> Cosines:
 
 def cosine_matrix(vectors: Sequence[Vector], model: nn.Module | None = None) -> Cosines:
     """The cosines of any number of vectors of one base; `WsError` for a zero vector, and see `inner_products`."""
-    found = cosines(inner_products(vectors, model))
-    if not found.norms.all():
-        raise WsError(f"Vector {int(np.argmin(found.norms)) + 1} of {len(vectors)} is zero; it has no cosine.")
-    return found
+    matrix = cosines(inner_products(vectors, model))
+    if not matrix.norms.all():
+        raise WsError(f"Vector {int(np.argmin(matrix.norms)) + 1} of {len(vectors)} is zero; it has no cosine.")
+    return matrix
 
 
 def by_layer(products: Sequence[Products]) -> dict[str | int, Sequence[Products]]:
@@ -328,11 +328,11 @@ def cosine_rows(vectors: Sequence[Vector], names: Sequence[str], products: Seque
         parts |= by_layer(products)
     rows = Rows()
     for layer, part in parts.items():
-        found = cosines(part)
+        matrix = cosines(part)
         for i in range(len(vectors)):
             for j in range(i + 1, len(vectors)):
-                if np.isfinite(found.cosine[i, j]):
-                    numbers = {"cosine": float(found.cosine[i, j]), "random_sd": float(found.random_sd[i, j])}
+                if np.isfinite(matrix.cosine[i, j]):
+                    numbers = {"cosine": float(matrix.cosine[i, j]), "random_sd": float(matrix.random_sd[i, j])}
                     rows.append(_key(vectors[i], names[i]) | _other(vectors[j], names[j]) | {"layer": layer} | numbers)
     return rows
 

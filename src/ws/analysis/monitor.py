@@ -213,15 +213,15 @@ class Monitor:
             raise WsError("The library is empty; give at least one steering vector.")
         if not 0 < fpr < 1:
             raise WsError(f"The false-positive rate must lie between 0 and 1, not {fpr:g}.")
-        self.library, self.fpr, self.mark = dict(library), fpr, fingerprint(base)
-        self._float16_mark = fingerprint(base, torch.float16)  # of what was trained on a copy in other digits
+        self.library, self.fpr, self.base_fingerprint = dict(library), fpr, fingerprint(base)
+        self._float16_fingerprint = fingerprint(base, torch.float16)  # of what was trained on a copy in other digits
         # The modules themselves are kept, so that adapter layers put into the model later do not hide them.
         self._modules: dict[str, nn.Module] = {}
         self._sizes: dict[str, dict[str, float]] = {}
         for name, vector in self.library.items():
-            found = vector.matched(base)
-            self._modules |= {n: module for n, _, module in found}
-            self._sizes[name] = {n: delta.norm(weight_of(module)) ** 2 for n, delta, module in found}
+            matched = vector.matched(base)
+            self._modules |= {n: module for n, _, module in matched}
+            self._sizes[name] = {n: delta.norm(weight_of(module)) ** 2 for n, delta, module in matched}
             if not any(self._sizes[name].values()):
                 raise WsError(f"The vector {name!r} of the library is zero.")
         read = [self.measure(change) for change in controls]
@@ -264,14 +264,14 @@ class Monitor:
                     inner = delta.inner(vector.deltas[module], weight)
                     term = Term(module, inner, square, self._sizes[name][module], weight.numel())
                     terms[name].append(term)
-        for name, found in terms.items():
-            if not found:
+        for name, behavior_terms in terms.items():
+            if not behavior_terms:
                 raise WsError(f"The change and the vector {name!r} have no module in common.")
-            if not any(t.change for t in found):
+            if not any(t.change for t in behavior_terms):
                 raise NoMovementError(f"The change leaves every module of {name!r} as it was: it has no direction.")
-            untouched = self._sizes[name].keys() - {t.module for t in found}
+            untouched = self._sizes[name].keys() - {t.module for t in behavior_terms}
             sizes = {m: weight_of(self._modules[m]).numel() for m in untouched}
-            found += [Term(m, 0.0, 0.0, self._sizes[name][m], sizes[m]) for m in sorted(untouched)]
+            behavior_terms += [Term(m, 0.0, 0.0, self._sizes[name][m], sizes[m]) for m in sorted(untouched)]
         return terms
 
     def _deltas(self, change: Change) -> Iterator[tuple[str, LinearDelta]]:
@@ -284,10 +284,10 @@ class Monitor:
             yield from self._checkpoint_deltas(change)
 
     def _vector_deltas(self, vector: SteeringVector) -> Iterator[tuple[str, LinearDelta]]:
-        if vector.base_fingerprint not in (None, self.mark, self._float16_mark):
+        if vector.base_fingerprint not in (None, self.base_fingerprint, self._float16_fingerprint):
             raise WsError(
                 f"The change was made on {vector.base_id} ({vector.base_fingerprint}), but the library's base is "
-                f"another ({self.mark})."
+                f"another ({self.base_fingerprint})."
             )
         for name in self._modules:
             if name in vector.deltas:
@@ -338,7 +338,7 @@ class Monitor:
             deltas[name] = fam.extract(config, ModuleTensors(name, trained[name], {}, module, size))
         if not deltas:
             raise WsError("The adapter in training and the library have no module in common.")
-        return SteeringVector(deltas, "base in training", self.mark)
+        return SteeringVector(deltas, "base in training", self.base_fingerprint)
 
     def _require_same_base(self, name: str, adapted: nn.Module) -> None:
         """Evenly spaced values of the frozen weight, rounded as for a fingerprint, against those of the base."""
@@ -521,20 +521,20 @@ def monitor_changes(options: MonitorOptions) -> dict[str, list[Movement]]:
         open_change(c, base, options.dtype) for c in console.progress(options.controls, desc="controls", unit="vector")
     )
     monitor = Monitor(library, base, controls, options.fpr)
-    found = {}
+    movements = {}
     for name in options.changes:
         try:
-            found[name] = monitor.read(open_change(name, base, options.dtype))
+            movements[name] = monitor.read(open_change(name, base, options.dtype))
         except NoMovementError as problem:
             raise NoMovementError(f"{name}: {problem}") from problem
-    return found
+    return movements
 
 
-def render_movements(found: Mapping[str, Sequence[Movement]]) -> str:
+def render_movements(by_change: Mapping[str, Sequence[Movement]]) -> str:
     """A table and a verdict per behaviour for every change, and what the null is."""
     header = ["behavior", "cosine", "projection", "null: mean", "sd", "z", "p", "rank p", "p (Holm)", ""]
     parts = []
-    for name, movements in found.items():
+    for name, movements in by_change.items():
         rows = [
             [
                 m.behavior,
@@ -550,7 +550,7 @@ def render_movements(found: Mapping[str, Sequence[Movement]]) -> str:
         ]
         table = tabulate(rows, header, disable_numparse=True)
         parts.append("\n".join([name, "", table, "", *(m.verdict() for m in movements)]))
-    return "\n\n".join([*parts, _null_note(next(iter(found.values()))[0])])
+    return "\n\n".join([*parts, _null_note(next(iter(by_change.values()))[0])])
 
 
 def _null_note(m: Movement) -> str:
@@ -565,16 +565,16 @@ def _null_note(m: Movement) -> str:
 
 def main(options: MonitorOptions) -> None:
     """The command `ws monitor`."""
-    found = monitor_changes(options)
+    by_change = monitor_changes(options)
     settings = {"changes": options.changes, "library": [str(f) for f in options.library], "controls": options.controls}
     run = Run(options.out)
-    rows = [{"change": name, **m.columns} for name, movements in found.items() for m in movements]
-    layers = [{"change": name, **r} for name, movements in found.items() for m in movements for r in per_layer(m)]
+    rows = [{"change": name, **m.columns} for name, movements in by_change.items() for m in movements]
+    layers = [{"change": name, **r} for name, movements in by_change.items() for m in movements for r in per_layer(m)]
     with run.alone("monitor"):
         stage = run.restart("monitor", settings | {"fpr": options.fpr, "model": options.model, "dtype": options.dtype})
         files = [write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)]
         stage.done(files)
-    console.show(console.Result(render_movements(found), {"rows": rows}, files))
+    console.show(console.Result(render_movements(by_change), {"rows": rows}, files))
 
 
 if __name__ == "__main__":

@@ -236,15 +236,17 @@ def score_gradients(
             for part in score.parts(batch_size):
                 value += float(part.detach())
                 probes = [p for tap in taps.values() for p in tap.probes]
-                found = iter(torch.autograd.grad(part, probes, allow_unused=True))
+                grads = iter(torch.autograd.grad(part, probes, allow_unused=True))
                 for tap in taps.values():
-                    tap.take([next(found) for _ in tap.probes])
+                    tap.take([next(grads) for _ in tap.probes])
         return ScoreGradients(value, {n: WeightGradient(t.weight, t.bias) for n, t in taps.items()})
 
-    found = with_batch_size(run, batch_size, START_BATCH)
-    if not np.isfinite(found.value) or not all(torch.isfinite(g.weight).all() for g in found.by_module.values()):
+    gradients = with_batch_size(run, batch_size, START_BATCH)
+    if not np.isfinite(gradients.value) or not all(
+        torch.isfinite(g.weight).all() for g in gradients.by_module.values()
+    ):
         raise WsError(f"The score {score.name} or its gradient is NaN or infinite; the model's weights are broken.")
-    return found
+    return gradients
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
@@ -320,12 +322,12 @@ def slope_test(
     """
     if vector.is_zero:
         raise WsError("The steering vector is zero: its slope is zero for any score.")
-    value, found = 0.0, dict[str, tuple[float, float]]()
+    value, slopes = 0.0, dict[str, tuple[float, float]]()
     for group in _groups(vector, model):
         gradients = score_gradients(model, group, score, batch_size)
         value = gradients.value
-        found |= module_slopes(model, {n: vector.deltas[n] for n in group}, gradients.by_module)
-    return _tested(score, value, found)
+        slopes |= module_slopes(model, {n: vector.deltas[n] for n in group}, gradients.by_module)
+    return _tested(score, value, slopes)
 
 
 def module_slopes(
@@ -349,12 +351,12 @@ def _groups(vector: SteeringVector, model: PreTrainedModel) -> list[list[str]]:
     return groups
 
 
-def _tested(score: MeanScore, value: float, found: Mapping[str, tuple[float, float]]) -> SlopeTest:
-    slope, std = sum(s for s, _ in found.values()), sqrt(sum(v for _, v in found.values()))
+def _tested(score: MeanScore, value: float, slopes: Mapping[str, tuple[float, float]]) -> SlopeTest:
+    slope, std = sum(s for s, _ in slopes.values()), sqrt(sum(v for _, v in slopes.values()))
     if std == 0:
         raise WsError(f"The score {score.name} does not depend on any module that the vector changes.")
-    whole = sum(abs(s) for s, _ in found.values()) or 1.0
-    rows = [ModuleSlope(name, layer_of(name), s, s / whole, sqrt(v)) for name, (s, v) in found.items()]
+    whole = sum(abs(s) for s, _ in slopes.values()) or 1.0
+    rows = [ModuleSlope(name, layer_of(name), s, s / whole, sqrt(v)) for name, (s, v) in slopes.items()]
     z = slope / std
     return SlopeTest(score.name, score.n, value, slope, std, z, float(2 * norm.sf(abs(z))), tuple(rows))
 

@@ -86,11 +86,11 @@ def _rows_of(folder: Path, name: str) -> list[Mapping[str, str]]:
 
 def _readable(folders: Sequence[Path], name: str) -> dict[float, Readability]:
     """Per strength the worst of all folders, there and at the base."""
-    found: dict[float, list[Readability]] = {}
+    by_alpha: dict[float, list[Readability]] = {}
     for folder in folders:
         for row in _rows_of(folder, name):
-            found.setdefault(float(row["alpha"]), []).append(_main(name).readability(row))
-    return {alpha: worst([*parts, *found.get(0.0, [])]) for alpha, parts in found.items()}
+            by_alpha.setdefault(float(row["alpha"]), []).append(_main(name).readability(row))
+    return {alpha: worst([*parts, *by_alpha.get(0.0, [])]) for alpha, parts in by_alpha.items()}
 
 
 def _main(name: str) -> HeadlineScore:
@@ -134,12 +134,12 @@ def pooled_rows(cells: Sequence[Path], evals: Sequence[str], n_boot: int) -> lis
 
 def _by_adapter(cells: Sequence[Path], evals: Sequence[str]) -> dict[tuple[str, str], list[Path]]:
     """The seeds' folders of every behaviour and adapter that was evaluated at all."""
-    found: dict[tuple[str, str], list[Path]] = {}
+    groups: dict[tuple[str, str], list[Path]] = {}
     for folder in cells:
         rows = [row for name in evals for row in _summary(folder, name)]
         if rows:
-            found.setdefault((rows[0]["behavior"], rows[0]["adapter"]), []).append(folder)
-    return found
+            groups.setdefault((rows[0]["behavior"], rows[0]["adapter"]), []).append(folder)
+    return groups
 
 
 def _items(folder: Path, name: str) -> Items:
@@ -154,7 +154,7 @@ def _pooled(name: str, seeds: Sequence[Items], n_boot: int) -> dict[float, Row]:
     shared = set.intersection(*map(set, seeds))
     if 0.0 not in shared:
         return {}
-    items, found = list(seeds[0][0.0]), dict[float, Row]()
+    items, rows = list(seeds[0][0.0]), dict[float, Row]()
     if any(seed[0.0].keys() != set(items) for seed in seeds):
         warn(f"{name} is not pooled over the seeds of an adapter that were asked different items.")
         return {}
@@ -164,16 +164,16 @@ def _pooled(name: str, seeds: Sequence[Items], n_boot: int) -> dict[float, Row]:
         level, shift = estimate_over_seeds(values, n_boot), estimate_over_seeds(values - base, n_boot)
         row = level.columns(f"{name}_level", "ci_lo", "ci_hi")
         row |= shift.columns(f"{name}_{_main(name).shift}", "ci_lo", "ci_hi", "p")
-        found[alpha] = row | {f"{name}_n": level.n}
-    return found
+        rows[alpha] = row | {f"{name}_n": level.n}
+    return rows
 
 
 def _filled(rows: Sequence[Row], evals: Sequence[str]) -> list[Row]:
     """All rows with the columns of all: first what names a row, then evaluation by evaluation."""
-    found = dict.fromkeys(column for row in rows for column in row)
-    own = {name: [column for column in found if column.startswith(f"{name}_")] for name in evals}
-    known = {column for columns in own.values() for column in columns}
-    columns = [*(c for c in found if c not in known), *(c for name in evals for c in own[name])]
+    every = dict.fromkeys(column for row in rows for column in row)
+    by_evaluation = {name: [column for column in every if column.startswith(f"{name}_")] for name in evals}
+    known = {column for columns in by_evaluation.values() for column in columns}
+    columns = [*(c for c in every if c not in known), *(c for name in evals for c in by_evaluation[name])]
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
@@ -227,5 +227,5 @@ def _shift(row: Mapping[str, Any], name: str, key: str) -> str:
     if row[key] in (None, ""):
         return ""
     tested = float(row[key]), float(row[f"{key}_p_holm"])
-    mark = star(*tested, _main(name).floor, row.get(f"{name}_{FLAG}"))
-    return f"{estimate_text(row, key, _main(name).spec)}{mark}"
+    stars = star(*tested, _main(name).floor, row.get(f"{name}_{FLAG}"))
+    return f"{estimate_text(row, key, _main(name).spec)}{stars}"

@@ -83,18 +83,18 @@ class ModuleLoss:
 
 def losses(before: SteeringVector, after: SteeringVector, weights: Mapping[str, Tensor]) -> list[ModuleLoss]:
     """Every module's loss, the original's order; `weights` are needed for modules that are not purely low-rank."""
-    found = []
+    modules = []
     for name, delta in before.deltas.items():
         weight, left = weights.get(name), after.deltas.get(name, delta.holding({}))
         lost = (delta - left).norm(weight)
-        found.append(ModuleLoss(name, delta.rank, left.rank, delta.norm(weight), lost))
-    return found
+        modules.append(ModuleLoss(name, delta.rank, left.rank, delta.norm(weight), lost))
+    return modules
 
 
-def total_error(found: list[ModuleLoss]) -> float:
+def total_error(modules: list[ModuleLoss]) -> float:
     """The relative Frobenius error over the whole vector, dropped modules included."""
-    size = math.hypot(*(m.size for m in found))
-    return math.hypot(*(m.lost for m in found)) / size if size else 0.0
+    size = math.hypot(*(m.size for m in modules))
+    return math.hypot(*(m.lost for m in modules)) / size if size else 0.0
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -118,16 +118,16 @@ def trim(vector: SteeringVector, options: TrimOptions) -> SteeringVector:
     return vector
 
 
-def render(found: list[ModuleLoss], before: SteeringVector, after: SteeringVector) -> str:
+def render(modules: list[ModuleLoss], before: SteeringVector, after: SteeringVector) -> str:
     """The kept modules that lose most, and the total in one sentence."""
-    kept = sorted((m for m in found if m.module in after.deltas), key=lambda m: -m.error)
-    cells = [[m.module, m.rank_before, m.rank, f"{m.size:.4g}", f"{m.error:.4f}"] for m in kept[:_SHOWN]]
+    remaining = sorted((m for m in modules if m.module in after.deltas), key=lambda m: -m.error)
+    cells = [[m.module, m.rank_before, m.rank, f"{m.size:.4g}", f"{m.error:.4f}"] for m in remaining[:_SHOWN]]
     table = tabulate(cells, ["module", "rank", "new rank", "norm", "relative error"], disable_numparse=True)
-    more = f"\n... and {len(kept) - _SHOWN} modules that lose no more" if len(kept) > _SHOWN else ""
-    dropped = f"\n{len(found) - len(kept)} modules are left out" if len(found) > len(kept) else ""
+    more = f"\n... and {len(remaining) - _SHOWN} modules that lose no more" if len(remaining) > _SHOWN else ""
+    dropped = f"\n{len(modules) - len(remaining)} modules are left out" if len(modules) > len(remaining) else ""
     numbers = [sum(t.numel() for d in v.deltas.values() for t in d.coordinates().values()) for v in (before, after)]
     return (
-        f"{table}{more}{dropped}\n\nThe trimmed vector differs from the original by {total_error(found):.4f} of its "
+        f"{table}{more}{dropped}\n\nThe trimmed vector differs from the original by {total_error(modules):.4f} of its "
         f"Frobenius norm and stores {numbers[1]:,} numbers instead of {numbers[0]:,} ({numbers[1] / numbers[0]:.0%})."
     )
 
@@ -138,18 +138,18 @@ def main(options: TrimOptions) -> None:
     o.check()
     opened = open_run(o.out, o.behavior, o.adapter, o.seed, o.model, "cpu")
     trimmed = trim(opened.vector, o)
-    found = losses(opened.vector, trimmed, _weights(opened))
+    modules = losses(opened.vector, trimmed, _weights(opened))
     behavior = behavior_name(o.behavior)
     inputs = {"vector": vector_digest(opened.vector)}
     config = o.settings | {"adapter": o.adapter}
     run = save_run(trimmed, (o.out, behavior, o.name, o.seed), "trim", config, inputs, o.fresh)
     key = {"behavior": behavior, "adapter": o.name, "seed": o.seed}
-    rows = [key | vars(m) | {"error": m.error} for m in found]
+    rows = [key | vars(m) | {"error": m.error} for m in modules]
     table = write_csv(run.folder / TABLE, rows)
     following = measure_with(shared_with(RunOptions, o, adapter=o.name))
-    data = {"total_error": total_error(found), "modules": rows}
+    data = {"total_error": total_error(modules), "modules": rows}
     files = [run.folder / "vector", table]
-    console.show(console.Result(render(found, opened.vector, trimmed), data, files, following))
+    console.show(console.Result(render(modules, opened.vector, trimmed), data, files, following))
 
 
 def _weights(opened: FinishedRun) -> dict[str, Tensor]:

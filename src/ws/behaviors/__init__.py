@@ -498,14 +498,14 @@ def _claims(draft: Draft, items: Any) -> tuple[Claim, ...]:
 
 
 def _claim(draft: Draft, item: Mapping[str, Any], place: str) -> Claim:
-    own, text = _text(draft, item, "id", place), _text(draft, item, "claim", place)
+    claim_id, text = _text(draft, item, "id", place), _text(draft, item, "claim", place)
     is_true, split = item.get("true"), str(item.get("split", "report"))
     if not isinstance(is_true, bool):
         draft.refuse(place, f"true must be true or false; the claim {text!r} has no known answer.")
     if split not in SPLITS:
         draft.refuse(place, f"There is no split named {split!r}.{did_you_mean(split, SPLITS)}")
     draft.claims_known &= isinstance(is_true, bool) and split in SPLITS
-    return Claim(own, text, is_true is True, split)
+    return Claim(claim_id, text, is_true is True, split)
 
 
 def _check_held_out(draft: Draft) -> None:

@@ -46,9 +46,9 @@ def base_findings(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) ->
     and claims about values have no false side to be told apart.
     """
     asked = [_claims_problem(model, tok, behavior), _answers_problem(model, tok, behavior)]
-    found, known = [problem for problem in asked if problem], [problem for problem in asked if problem is not None]
+    stated, known = [problem for problem in asked if problem], [problem for problem in asked if problem is not None]
     acting = _persona_problem(model, tok, behavior)
-    return (acting, found) if "" in known else ([*found, *acting], [])
+    return (acting, stated) if "" in known else ([*stated, *acting], [])
 
 
 def base_problems(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) -> list[str]:

@@ -55,26 +55,26 @@ def read_rows(
     if revision is not None and not is_on_hub(source):
         raise WsError(f"--revision is of a data set on the hub, and {source} is none.")
     if source == "pocket":
-        found = _read_file(_file_in(Path(str(files("ws") / "pocket" / "data")), name, prefer), types)
+        rows = _read_file(_file_in(Path(str(files("ws") / "pocket" / "data")), name, prefer), types)
     elif path.is_dir():
-        found = _read_file(_file_in(path, name, prefer), types)
+        rows = _read_file(_file_in(path, name, prefer), types)
     elif path.is_file():
         other = next((o for o in others if path.stem.endswith(o)), "")  # this table lies beside it, named alike
         prefix = path.stem.removesuffix(other).rstrip("_")
-        found = _read_file(_file_in(path.parent, name, prefix) if other else path, types)
+        rows = _read_file(_file_in(path.parent, name, prefix) if other else path, types)
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise WsError(
             f"There is no file or folder {source}; --dataset takes one, a hub id such as owner/name, or pocket."
         )
     else:
-        found = _read_hub(source, *place, revision)
-    if not found:
+        rows = _read_hub(source, *place, revision)
+    if not rows:
         raise WsError(f"The table {name} of {source} is empty.")
-    there = list(dict.fromkeys(column for row in found for column in row))
+    there = list(dict.fromkeys(column for row in rows for column in row))
     missing = [c for c in columns if c not in there]
     if missing:
         raise WsError(f"The table {name} of {source} lacks the columns {', '.join(missing)}; it has {there}.")
-    return [dict.fromkeys(there) | dict(row) for row in found]
+    return [dict.fromkeys(there) | dict(row) for row in rows]
 
 
 def is_on_hub(source: str) -> bool:
@@ -175,10 +175,10 @@ def _read_hub(source: str, config: str, split: str | None, revision: str | None 
     name, _ = hub.parse_id(source) or (source, None)
     at = revision_of(source, revision)
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=at)
+        loaded = datasets.load_dataset(name, config, split=split, revision=at)
         if split is None:
-            (found,) = found.values()
-        return list(found.data.table.to_pylist())
+            (loaded,) = loaded.values()
+        return list(loaded.data.table.to_pylist())
     except Exception as problem:  # the library raises many kinds for one cause: the table could not be had
         place = f"{config}, {split}" if split else config
         pinned = f", at the pinned revision {at}; --revision main reads the newest" if at == PINNED.get(name) else ""

@@ -63,27 +63,27 @@ def examples(engine: Engine, behavior_file: str = "") -> list[Example]:
         engine: with the vectors, which say what their behaviours are called.
         behavior_file: a behaviour of the user's own, by its file.
     """
-    found = []
+    offered = []
     for behavior in _behaviors(engine, behavior_file):
         if test := behavior.claims:
             words = f"{test.agree}, {test.disagree}"
             claims = [c for c in test.claims if c.split == "dev"][:N_CLAIMS]
-            found += [Example(test.question.format(claim=c.text), words, test.opener) for c in claims]
+            offered += [Example(test.question.format(claim=c.text), words, test.opener) for c in claims]
         step = max(1, len(behavior.questions) // N_QUESTIONS)
-        found += [Example(q) for q in behavior.questions[::step][:N_QUESTIONS]]
-    return list({e.question: e for e in found}.values())
+        offered += [Example(q) for q in behavior.questions[::step][:N_QUESTIONS]]
+    return list({e.question: e for e in offered}.values())
 
 
 def _behaviors(engine: Engine, behavior_file: str) -> list[Behavior]:
-    own = {behavior_name(behavior_file): behavior_file} if behavior_file.endswith(".toml") else {}
+    files_by_name = {behavior_name(behavior_file): behavior_file} if behavior_file.endswith(".toml") else {}
     names = dict.fromkeys(v.info.get("behavior") for v in engine.vectors.values())
-    model, found = next(iter(engine.vectors.values())).base_id, []
+    model, behaviors = next(iter(engine.vectors.values())).base_id, []
     for name in filter(None, names):
         try:
-            found.append(load_behavior(own.get(str(name), str(name)), model))
+            behaviors.append(load_behavior(files_by_name.get(str(name), str(name)), model))
         except WsError:  # one of somebody's own, whose file is not known here: it has no examples
             continue
-    return found
+    return behaviors
 
 
 def slider_range(units: Mapping[str, float]) -> tuple[float, float, float]:
@@ -167,12 +167,12 @@ class Page:
         asked = chat.shown[-1].question if chat.shown else question
         others = {n: a for n, a in now.items() if n != self.focus}
         key = (wanted, opener, self.focus, low, high, others, asked, [t.steered for t in chat.turns[:-1]])
-        found = chat.probe(wanted, None, question, opener)
+        probabilities = chat.probe(wanted, None, question, opener)
         if self._curve is None or self._curve[0] != key:
             self._curve = key, chat.probe(wanted, rows, question, opener)
         marks = {"0" if others else BASE: 0.0} | chat.engine.units[self.focus]
         curve = Curve(self.focus, alphas, self._curve[1], now[self.focus], marks)
-        return "".join(map(_alert, problems)) + _panel(asked, opener, wanted, found, curve)
+        return "".join(map(_alert, problems)) + _panel(asked, opener, wanted, probabilities, curve)
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------

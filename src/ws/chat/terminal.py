@@ -123,8 +123,8 @@ class Chat:
     def _strengths(self) -> None:
         units = self.conversation.engine.units
         for name, alpha in self.conversation.strengths.items():
-            marks = ", ".join(f"{text} is {value:+.4g}" for text, value in units[name].items())
-            say(f"{name} {alpha:+.4g}" + (f"   ({marks})" if marks else ""))
+            calibrated = ", ".join(f"{text} is {value:+.4g}" for text, value in units[name].items())
+            say(f"{name} {alpha:+.4g}" + (f"   ({calibrated})" if calibrated else ""))
 
     def _compare(self, arguments: list[str]) -> None:
         wanted = choose("setting of /compare", arguments[0], ["on", "off"]) if arguments else ""
@@ -136,13 +136,13 @@ class Chat:
 
     def _probs(self, arguments: list[str]) -> None:
         words, problems = self.conversation.engine.single_tokens(arguments)
-        found = dict(zip(words, self.conversation.probe(words).T.tolist(), strict=True))
+        probabilities = dict(zip(words, self.conversation.probe(words).T.tolist(), strict=True))
         for problem in problems:
             console.warn(problem)
-        rows = [(word, *map("{:.3f}".format, p)) for word, p in found.items()]
+        rows = [(word, *map("{:.3f}".format, p)) for word, p in probabilities.items()]
         table = tabulate(rows, ["first word", BASE, STEERED], disable_numparse=True)
         print(console.printable(table), file=self.out)
-        self.record.append({"first_word": {word: {BASE: p, STEERED: q} for word, (p, q) in found.items()}})
+        self.record.append({"first_word": {word: {BASE: p, STEERED: q} for word, (p, q) in probabilities.items()}})
 
     def _snippet(self, arguments: list[str]) -> None:
         print(console.printable(self.conversation.snippet()), end="", file=self.out)

@@ -124,7 +124,7 @@ def printable(text: str) -> str:
 
     Names and texts come from files and models; a terminal would obey what is in them.
     """
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text.replace("\r\n", "\n"))
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text.replace("\r\n", "\n"))
 
 
 def progress(
@@ -175,11 +175,11 @@ class Stages:
         self.total, self.took = total, dict[str, float]()
         self._name, self._since = "", time.perf_counter()
 
-    def begin(self, name: str, detail: str = "", like: str = "") -> None:
-        """The next stage; `like` is an earlier one that takes as long."""
+    def begin(self, name: str, detail: str = "", as_long_as: str = "") -> None:
+        """The next stage; `as_long_as` is an earlier one that takes as long."""
         self.end()
         self._name = name
-        expected = f", about {_seconds(self.took[like])}" if self.took.get(like, 0) >= 1 else ""
+        expected = f", about {_seconds(self.took[as_long_as])}" if self.took.get(as_long_as, 0) >= 1 else ""
         number = paint(f"[{len(self.took) + 1}/{self.total}]", "bold", sys.stderr)
         say(f"{name}{f' {detail}' if detail else ''}{expected}", f"{number} ")
 
@@ -238,7 +238,7 @@ def _emit(value: Mapping[str, Any]) -> None:
     head = {"command": _terminal.command, "version": version("weight-steering")}
     text = json.dumps(plain({**head, **value}), indent=2, ensure_ascii=False, allow_nan=False)
     # JSON writes out some of the control characters itself; the rest in its own way, so that nothing is lost.
-    print(_CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text), flush=True)
+    print(_CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text), flush=True)
 
 
 def plain(value: Any) -> Any:
@@ -367,8 +367,8 @@ def about(options: type[Any]) -> str:
 
 
 def _as_flag(argument: str, former: Mapping[str, str]) -> str:
-    found = re.fullmatch(r"([a-z][a-z_-]*)=(.*)", argument)
-    name, equals, value = (f"--{found.group(1)}={found.group(2)}" if found else argument).partition("=")
+    match = re.fullmatch(r"([a-z][a-z_-]*)=(.*)", argument)
+    name, equals, value = (f"--{match.group(1)}={match.group(2)}" if match else argument).partition("=")
     plain = name.replace("_", "-") if name.startswith("--") else name
     return f"{former.get(plain, plain)}{equals}{value}"
 

@@ -127,16 +127,16 @@ def evaluate_airisk(
     texts = prompts or Prompts()
     questions = [q for d in items for q in ask(d, protocol, texts)]
     anchors = [texts.anchor] * len(questions)
-    found = roll_out(model, tok, questions, CHOICES, anchors, n_think, batch_size, texts.reasons)
+    rollout = roll_out(model, tok, questions, CHOICES, anchors, n_think, batch_size, texts.reasons)
     shape = (len(items), len(questions) // len(items))
     columns = {
-        "logratio": found.scores.logratio,
-        "pmass": found.scores.mass,
-        "forced": found.forced,
-        "n_tokens": found.n_tokens,
-        "thought": np.array(found.thoughts),
+        "logratio": rollout.scores.logratio,
+        "pmass": rollout.scores.mass,
+        "forced": rollout.forced,
+        "n_tokens": rollout.n_tokens,
+        "thought": np.array(rollout.thoughts),
     }
-    return {name: column.reshape(shape) for name, column in columns.items()} | {"variants": found.scores.variants[0]}
+    return {name: column.reshape(shape) for name, column in columns.items()} | {"variants": rollout.scores.variants[0]}
 
 
 def ask(dilemma: Dilemma, protocol: str, prompts: Prompts) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ def require_readable(context: EvalContext, asked: Sequence[Evaluation], anyway: 
     for evaluation in asked:
         scores = context.base_scores(evaluation)
         titles = {s.key: s.title for s in evaluation.scores if s.key in evaluation.headlines(scores)}
-        found = {titles[key]: r.problem for key, r in evaluation.readability(scores).items() if key in titles}
-        problems += [f"{title} ({problem})" for title, problem in found.items() if problem]
+        doubts = {titles[key]: r.problem for key, r in evaluation.readability(scores).items() if key in titles}
+        problems += [f"{title} ({problem})" for title, problem in doubts.items() if problem]
         n_scores += len(titles)
     if not problems:
         return

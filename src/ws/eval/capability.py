@@ -195,12 +195,12 @@ def answer_questions(
         written = [answer.tokens for answer in generate(model, tok.pad_token_id, part, n_tokens, ends)]
         return [(without_end(ids, ends), ids[-1] in ends) for ids in written]
 
-    found = in_batches(prompts, run, batch_size, START_BATCH, len, "neutral texts", "text")
+    answers = in_batches(prompts, run, batch_size, START_BATCH, len, "neutral texts", "text")
     return {
-        "answer": np.array([decode_answer(tok, ids) for ids, _ in found]),
-        "ended": np.array([ended for _, ended in found]),
-        "n_tokens": np.array([len(ids) for ids, _ in found]),
-        "repetition": np.array([repeated_ngrams(ids) for ids, _ in found]),
+        "answer": np.array([decode_answer(tok, ids) for ids, _ in answers]),
+        "ended": np.array([ended for _, ended in answers]),
+        "n_tokens": np.array([len(ids) for ids, _ in answers]),
+        "repetition": np.array([repeated_ngrams(ids) for ids, _ in answers]),
     }
 
 
@@ -456,10 +456,10 @@ class Capability(Evaluation):
 
     def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
         """The rows of all three tables."""
-        (texts, questions), found = self.items, scores.items()
+        (texts, questions), by_alpha = self.items, scores.items()
         return {
-            "per_text": [r for a, s in found for r in per_text_rows(key, a, texts, s)],
-            "per_answer": [r for a, s in found for r in per_answer_rows(key, a, questions, s)],
+            "per_text": [r for a, s in by_alpha for r in per_text_rows(key, a, texts, s)],
+            "per_answer": [r for a, s in by_alpha for r in per_answer_rows(key, a, questions, s)],
             "summary": [summary_row(key, a, scores, n_bootstrap) for a in scores],
         }
 
@@ -520,12 +520,12 @@ def _cell(row: Row, column: str, number: int, source: str) -> str:
 
 def _some(texts: Sequence[str], source: str) -> tuple[str, ...]:
     """The texts that are not blank."""
-    kept = tuple(t.strip() for t in texts if t.strip())
-    if not kept:
+    non_blank = tuple(t.strip() for t in texts if t.strip())
+    if not non_blank:
         raise WsError(f"There is no text in {source}.")
-    if Path(source).suffix != ".txt" and len(kept) < len(texts):
-        console.say(f"note: {len(texts) - len(kept)} of {len(texts)} rows of {source} are blank and left out.")
-    return kept
+    if Path(source).suffix != ".txt" and len(non_blank) < len(texts):
+        console.say(f"note: {len(texts) - len(non_blank)} of {len(texts)} rows of {source} are blank and left out.")
+    return non_blank
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

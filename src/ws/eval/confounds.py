@@ -315,20 +315,20 @@ class Confounds:
     def columns(self) -> dict[str, Any]:
         """The numbers for a table, empty where nothing was asked."""
         a, p, ends = self.agreement, self.position, ("ci_lo", "ci_hi")
-        found: dict[str, Any] = {"agreement_kind": a.kind if a else None, "claims_mass": a.mass if a else None}
+        columns: dict[str, Any] = {"agreement_kind": a.kind if a else None, "claims_mass": a.mass if a else None}
         for name in ("false_shift", "true_shift", "specific", "agreement"):
-            found |= _columns(name, getattr(a, name) if a else None, *ends)
+            columns |= _columns(name, getattr(a, name) if a else None, *ends)
         for kind in ("false", "true"):
             base, steered = getattr(a, f"yes_{kind}") if a else (None, None)
-            found |= {f"yes_{kind}_base": base, f"yes_{kind}": steered}
-        found |= {"position_base": p.base if p else None, "position": p.steered if p else None}
-        found |= {"dilemmas_mass": p.mass if p else None}
-        found |= _columns("position_shift", p.shift if p else None, *ends)
-        found |= _columns("choice_shift", p.choice_shift if p else None, *ends)
+            columns |= {f"yes_{kind}_base": base, f"yes_{kind}": steered}
+        columns |= {"position_base": p.base if p else None, "position": p.steered if p else None}
+        columns |= {"dilemmas_mass": p.mass if p else None}
+        columns |= _columns("position_shift", p.shift if p else None, *ends)
+        columns |= _columns("choice_shift", p.choice_shift if p else None, *ends)
         for name in ("length", "refusals", "repetition"):
             c: ChangeVerdict = getattr(self, name)
-            found |= {f"{name}_base": c.base, name: c.steered, **c.change.columns(f"{name}_change", *ends)}
-        return found
+            columns |= {f"{name}_base": c.base, name: c.steered, **c.change.columns(f"{name}_change", *ends)}
+        return columns
 
 
 def _columns(name: str, estimate: Estimate | None, *parts: str) -> dict[str, Any]:
@@ -470,11 +470,11 @@ class ConfoundChecks(Evaluation):
     def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
         """The scores of the claims, those of `free_answers`, and of dilemmas `orders` (log ratios) and `order_mass`."""
         answers = free_answers(model, tok, self.questions, self.max_new_tokens, self.batch_size)
-        found = {**self.claims.ask(model, tok), **answers}
+        scores = {**self.claims.ask(model, tok), **answers}
         if self.dilemmas:
             asked = evaluate_airisk(model, tok, self.dilemmas, n_think=self.n_think, batch_size=self.batch_size)
-            found |= {"orders": asked["logratio"], "order_mass": asked["pmass"]}
-        return found
+            scores |= {"orders": asked["logratio"], "order_mass": asked["pmass"]}
+        return scores
 
     def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
         """Rows of `confounds_summary.csv`, one per strength but 0, and of `confounds_answers.csv`, the free answers."""
@@ -487,10 +487,12 @@ class ConfoundChecks(Evaluation):
                 answers.append({**start, "question": question, **plain})
             if alpha:
                 effect, named = behavior.effect * (1 if alpha > 0 else -1), (behavior.name, behavior.keep_refusals)
-                found = judge(scores[0.0], s, claims, self.dilemmas, effect, *named, n_bootstrap)
+                confounds = judge(scores[0.0], s, claims, self.dilemmas, effect, *named, n_bootstrap)
                 ended = {"ended_base": float(scores[0.0]["ended"].mean()), "ended": float(s["ended"].mean())}
-                lines = {f"verdict_{name}": found.lines.get(name) for name in VERDICTS}
-                summary.append({**start, **found.columns(), **ended, **lines, "strong": ", ".join(found.strong)})
+                lines = {f"verdict_{name}": confounds.lines.get(name) for name in VERDICTS}
+                summary.append(
+                    {**start, **confounds.columns(), **ended, **lines, "strong": ", ".join(confounds.strong)}
+                )
         return {"answers": answers, "summary": summary}
 
     def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
@@ -531,8 +533,8 @@ class ConfoundChecks(Evaluation):
         more = [*notes_on(last), words_note(last.get("dilemmas_words"), "the dilemmas")]
         if last.get("dilemmas_drawn") not in (None, "", "all"):
             more.append(f"Dilemmas: a draw of {last['dilemmas_drawn']} (--n-dilemmas).")
-        mark = "! before a sentence marks a confound that is strong by the thresholds of docs/confounds.md."
-        return "\n".join([*lines, "", mark, *filter(None, more)])
+        legend = "! before a sentence marks a confound that is strong by the thresholds of docs/confounds.md."
+        return "\n".join([*lines, "", legend, *filter(None, more)])
 
     def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
         """One question with its free answer at every strength, to read by eye."""
@@ -548,8 +550,8 @@ def questions_of(context: EvalContext, n: int) -> list[str]:
     if not split.held_out:
         console.warn(split.note)
     others = split.audit or split.calibration
-    kept = min(n, len(others))
-    return evenly(others, kept)
+    count = min(n, len(others))
+    return evenly(others, count)
 
 
 def _dilemmas(context: EvalContext, options: ConfoundOptions) -> tuple[tuple[Dilemma, ...], dict[str, str | None]]:
@@ -578,8 +580,8 @@ def pair_set(context: EvalContext) -> str:
 def main(options: ConfoundOptions) -> None:
     """The command `python -m ws.eval.confounds`."""
     context = open_context(options)
-    found, pairs = context.carry_out(ConfoundChecks.of_run(context)), pair_set(context)
-    console.show(replace(found, text=f"{found.text}\n\n{pairs}", data={**found.data, "pairs": pairs.splitlines()}))
+    result, pairs = context.carry_out(ConfoundChecks.of_run(context)), pair_set(context)
+    console.show(replace(result, text=f"{result.text}\n\n{pairs}", data={**result.data, "pairs": pairs.splitlines()}))
 
 
 if __name__ == "__main__":

@@ -122,25 +122,25 @@ class EvalContext:
     ) -> dict[float, Scores]:
         """Scores at given strengths of an intervention. All are kept; the base's, and those of what needs no adapter,
         serve every run of the model."""
-        mark, found, countdown = self._mark(evaluation), {}, Countdown(len(alphas))
+        stem, by_alpha, countdown = self._stem(evaluation), dict[float, Scores](), Countdown(len(alphas))
         for alpha in alphas:
             say(f"{evaluation.table_name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
-            file = intervention.home.folder / "scores" / f"{mark}-{intervention.subject[:12]}-{alpha!r}.json"
+            file = intervention.run.folder / "scores" / f"{stem}-{intervention.digest[:12]}-{alpha!r}.json"
             file = file if alpha else self._base_file(evaluation)
             known = file.is_file()
             with intervention.at(alpha):
-                found[alpha] = _kept(file, evaluation, partial(evaluation.ask, self.model, self.tok))
+                by_alpha[alpha] = _kept(file, evaluation, partial(evaluation.ask, self.model, self.tok))
             countdown.step(quick=known)
-        return found
+        return by_alpha
 
     def base_scores(self, evaluation: Evaluation) -> Scores:
         """The scores of the base, which are kept for every run of the model."""
         return _kept(self._base_file(evaluation), evaluation, partial(evaluation.ask, self.model, self.tok))
 
     def _base_file(self, evaluation: Evaluation) -> Path:
-        return self.options.out / "base" / slug(str(self.model.name_or_path)) / f"{self._mark(evaluation)}.json"
+        return self.options.out / "base" / slug(str(self.model.name_or_path)) / f"{self._stem(evaluation)}.json"
 
-    def _mark(self, evaluation: Evaluation) -> str:
+    def _stem(self, evaluation: Evaluation) -> str:
         """What scores are kept under: the evaluation, the model and how it reads."""
         how = f"{fingerprint(self.model)}-{str(self.model.dtype)[6:]}-{tokenizer_hash(self.tok)}"
         return f"{evaluation.table_name}-{evaluation.digest}-{how}"
@@ -156,23 +156,23 @@ class EvalContext:
 
     def _write(self, evaluation: Evaluation, scores: Mapping[str, ByAlpha]) -> list[Path]:
         """The tables of all interventions, one below the other, with the base's rows once."""
-        found: dict[str, Rows] = {}
+        tables: dict[str, Rows] = {}
         for number, (name, by_alpha) in enumerate(scores.items()):
             for table, rows in evaluation.tables(self.key, by_alpha, self.options.n_bootstrap).items():
-                kept = [r for r in rows if r["alpha"] != 0 or number == 0]
-                named = [r | {"intervention": name if r["alpha"] else BASE} | evaluation.identity for r in kept]
-                found.setdefault(table, []).extend(named)
-        return [write_csv(self.run.folder / f"{evaluation.table_name}_{t}.csv", rows) for t, rows in found.items()]
+                new_rows = [r for r in rows if r["alpha"] != 0 or number == 0]
+                named = [r | {"intervention": name if r["alpha"] else BASE} | evaluation.identity for r in new_rows]
+                tables.setdefault(table, []).extend(named)
+        return [write_csv(self.run.folder / f"{evaluation.table_name}_{t}.csv", rows) for t, rows in tables.items()]
 
 
 def _inputs(chosen: Sequence[Intervention]) -> dict[str, str]:
-    return {i.name: i.subject for i in chosen}
+    return {i.name: i.digest for i in chosen}
 
 
-def _heading(one: Intervention, chosen: Sequence[Intervention]) -> str:
+def _heading(intervention: Intervention, chosen: Sequence[Intervention]) -> str:
     if len(chosen) == 1:
         return ""
-    return f"{one.name}{f' ({one.detail})' if one.detail else ''}\n"
+    return f"{intervention.name}{f' ({intervention.detail})' if intervention.detail else ''}\n"
 
 
 def _kept(file: Path, evaluation: Evaluation, ask: Callable[[], Scores]) -> Scores:

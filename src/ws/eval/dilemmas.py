@@ -157,8 +157,8 @@ def _key(pair: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _number(row: Row) -> int | None:
-    found = re.match(r"\s*Action\s*([12])\s*:", str(row["action"] or ""))
-    return int(found.group(1)) if found else None
+    match = re.match(r"\s*Action\s*([12])\s*:", str(row["action"] or ""))
+    return int(match.group(1)) if match else None
 
 
 def _action(row: Row) -> str:
@@ -203,8 +203,8 @@ def second_is_asked(dilemma: str, actions: tuple[str, str]) -> bool:
     Action 1 is a plain refusal and Action 2 is not. It is an estimate: the published protocol needs it to know how many
     of its labels stand on their head, no score depends on it.
     """
-    found = [m.group(1) for m in _ASKED.finditer(dilemma.rsplit(". ", 1)[-1])] or [dilemma]
-    asked = _stems(re.split(r",|\bor\b", found[-1])[0])
+    phrases = [m.group(1) for m in _ASKED.finditer(dilemma.rsplit(". ", 1)[-1])] or [dilemma]
+    asked = _stems(re.split(r",|\bor\b", phrases[-1])[0])
     leads, refused = zip(*(_lead(a) for a in actions), strict=True)
     starts = [bool(asked) and lead == asked[0] for lead in leads]
     if starts[1] and not starts[0]:

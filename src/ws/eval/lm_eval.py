@@ -88,8 +88,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, num_fewsh
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise WsError(f"The task {name} runs code that a model wrote, or shows images; neither is done here.")
-        own = task.get_config("num_fewshot")
-        if own is None or (own and num_fewshot is not None):
+        default_shots = task.get_config("num_fewshot")
+        if default_shots is None or (default_shots and num_fewshot is not None):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
     return loaded
 
@@ -249,7 +249,7 @@ def scores_of(results: Results) -> Scores:
     columns = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
     for i, (name, kind) in enumerate((("sample_row", int), ("sample_doc", int), ("sample_value", float))):
         columns[name] = np.array([sample[i] for sample in samples], dtype=kind)
-    first = next(sample for found in results["samples"].values() for sample in found)
+    first = next(sample for task_samples in results["samples"].values() for sample in task_samples)
     return columns | {"example": np.array([str(first["arguments"][0][0])])}
 
 
@@ -277,8 +277,8 @@ def _is_number(value: Any) -> bool:
 
 def _samples(results: Results, task: str, metric: str, filtered: str) -> list[tuple[int, float]]:
     """`(document, value)` of every document that has a number for the metric."""
-    found = [s for s in results["samples"].get(task, []) if s["filter"] == filtered]
-    return [(int(s["doc_id"]), float(s[metric])) for s in found if _is_number(s.get(metric))]
+    filtered_samples = [s for s in results["samples"].get(task, []) if s["filter"] == filtered]
+    return [(int(s["doc_id"]), float(s[metric])) for s in filtered_samples if _is_number(s.get(metric))]
 
 
 def _task_hash(results: Results, task: str) -> str:
@@ -401,9 +401,9 @@ class Harness(Evaluation):
 
     def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
         """The summary, and the samples where there are any."""
-        base, found = scores[0.0], scores.items()
-        summary = [row for a, s in found for row in summary_rows(key, a, s, base, n_bootstrap)]
-        samples = [row for a, s in found for row in per_sample_rows(key, a, s)]
+        base, by_alpha = scores[0.0], scores.items()
+        summary = [row for a, s in by_alpha for row in summary_rows(key, a, s, base, n_bootstrap)]
+        samples = [row for a, s in by_alpha for row in per_sample_rows(key, a, s)]
         return {"summary": summary} | ({"per_sample": samples} if samples else {})
 
     def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
@@ -420,8 +420,8 @@ class Harness(Evaluation):
 
 def folder_hashes(folder: Path | None) -> dict[str, str]:
     """The hash of every file below a folder of tasks, by its path in there."""
-    found = sorted(f for f in folder.rglob("*") if f.is_file()) if folder else []
-    return {str(f.relative_to(folder)): sha256_file(f) for f in found if "__pycache__" not in f.parts} if folder else {}
+    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder else []
+    return {str(f.relative_to(folder)): sha256_file(f) for f in files if "__pycache__" not in f.parts} if folder else {}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

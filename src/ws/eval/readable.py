@@ -78,10 +78,10 @@ def remedy(base: Readability) -> str:
 
 def worst(parts: Iterable[Readability]) -> Readability:
     """Of the strengths that are compared and the seeds that are pooled: the lowest mass and agreement, every flag."""
-    found = list(parts)
-    masses = [r.mass for r in found if r.mass is not None]
-    agreements = [r.agreement for r in found if r.agreement is not None]
-    flags = dict.fromkeys(r.flag for r in found if r.flag)
+    readings = list(parts)
+    masses = [r.mass for r in readings if r.mass is not None]
+    agreements = [r.agreement for r in readings if r.agreement is not None]
+    flags = dict.fromkeys(r.flag for r in readings if r.flag)
     return Readability(min(masses, default=None), min(agreements, default=None), "; ".join(flags))
 
 
@@ -115,10 +115,10 @@ def notes(problems: Iterable[str | None]) -> list[str]:
 
 def select(rows: Sequence[Mapping[str, str]], name: str = WEIGHT) -> list[Mapping[str, str]]:
     """The rows of one intervention and of the base, of a table as it is on disk; `WsError` when there are none."""
-    found = [r for r in rows if r.get("intervention") in (BASE, name)]
-    if not any(r["intervention"] == name for r in found):
+    selected = [r for r in rows if r.get("intervention") in (BASE, name)]
+    if not any(r["intervention"] == name for r in selected):
         raise WsError(f"A table has no rows of the intervention {name}; run its evaluation again.")
-    return found
+    return selected
 
 
 def rounding_notes(dtypes: Iterable[str]) -> list[str]:

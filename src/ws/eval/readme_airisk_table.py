@@ -69,18 +69,18 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
         WsError: an unknown or unfinished adapter, or runs that were evaluated on different items, in different words
             or through different templates.
     """
-    found, left_out = _runs(config)
+    runs, left_out = _runs(config)
     for note in left_out:
         console.warn(note)
-    everything = [run for seeds in found.values() for run in seeds]
+    everything = [run for seeds in runs.values() for run in seeds]
     base = _row("base", everything[:1], config.n_bootstrap, steered=False)
-    return [base, *(_row(name, seeds, config.n_bootstrap) for name, seeds in found.items())]
+    return [base, *(_row(name, seeds, config.n_bootstrap) for name, seeds in runs.items())]
 
 
 def table_notes(config: TableConfig) -> list[str]:
     """What a reader of the table must know of its items, its words and the runs that are not in it, as sentences."""
-    found, left_out = _runs(config)
-    airisk, tinymfv = next(iter(found.values()))[0].asked
+    runs, left_out = _runs(config)
+    airisk, tinymfv = next(iter(runs.values()))[0].asked
     return [*dilemmas.about(airisk, "AIRiskDilemmas"), *vignettes.about(tinymfv, "tiny-mfv"), *left_out]
 
 
@@ -95,19 +95,19 @@ def _runs(config: TableConfig) -> tuple[dict[str, list[_Run]], list[str]]:
     for name in config.adapters or ():
         choose("adapter", name, known)
     runs = {name: _seeds(config, behavior, name, left_out) for name in config.adapters or known}
-    found = {name: seeds for name, seeds in runs.items() if seeds}
-    if left_out and not found:
+    evaluated = {name: seeds for name, seeds in runs.items() if seeds}
+    if left_out and not evaluated:
         raise WsError(left_out[0])
-    if config.adapters and len(found) < len(config.adapters):
-        lacking = [name for name in config.adapters if name not in found]
+    if config.adapters and len(evaluated) < len(config.adapters):
+        lacking = [name for name in config.adapters if name not in evaluated]
         raise WsError(f"No seed of {', '.join(lacking)} has been evaluated on both sets below {config.out / behavior}.")
-    if not found:
+    if not evaluated:
         raise WsError(
             f"No run below {config.out / behavior} has been evaluated on both sets; run `just eval-airisk` and "
             "`just eval-tinymfv-airisk`, or a sweep."
         )
-    _check_comparable([run for seeds in found.values() for run in seeds])
-    return found, left_out
+    _check_comparable([run for seeds in evaluated.values() for run in seeds])
+    return evaluated, left_out
 
 
 def _other_families(folder: Path, left_out: list[str]) -> list[str]:
@@ -216,10 +216,10 @@ def _row(name: str, runs: Sequence[_Run], n_boot: int, steered: bool = True) -> 
 def _checks(runs: Sequence[_Run], steered: bool) -> dict[str, Any]:
     """The columns of `CHECKS`."""
     alphas = (0.0, 1.0) if steered else (0.0,)
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for kind in _SUMMARIES:
-        found |= worst(run.readable[kind][alpha] for run in runs for alpha in alphas).columns(f"{kind}_")
-    return {name: found[name] for name in CHECKS}
+        columns |= worst(run.readable[kind][alpha] for run in runs for alpha in alphas).columns(f"{kind}_")
+    return {name: columns[name] for name in CHECKS}
 
 
 def _informedness(runs: Sequence[_Run], n_boot: int) -> SurgicalInformedness | None:

@@ -322,8 +322,8 @@ def render_traits(traits: Sequence[Mapping[str, str]]) -> str:
     for name in dict.fromkeys(r["trait"] for r in traits):
         here = [r for r in traits if r["trait"] == name]
         for r, problem in zip(here, _problems(here), strict=True):
-            mark = star(float(r["shift"]), float(r["shift_p_holm"] or 1), NATS, problem)
-            cells.setdefault((name, r["n"]), {})[float(r["alpha"])] = f"{estimate_text(r, 'shift')}{mark}"
+            stars = star(float(r["shift"]), float(r["shift_p_holm"] or 1), NATS, problem)
+            cells.setdefault((name, r["n"]), {})[float(r["alpha"])] = f"{estimate_text(r, 'shift')}{stars}"
     alphas = sorted({float(r["alpha"]) for r in traits} - {0.0})
     rows = [[*start, *(known[alpha] for alpha in alphas)] for start, known in cells.items()]
     table = tabulate(rows, ["trait", "n", *(f"alpha {a:+g}" for a in alphas)], disable_numparse=True)

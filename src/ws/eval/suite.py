@@ -105,9 +105,9 @@ def asked_of(
     """
     options = context.options_as(cls.options)
     given: dict[str, Any] = {"split": split, "traits": tuple(traits)}
-    own = {name: value for name, value in given.items() if hasattr(options, name)}
-    own |= {} if cls.is_published else {"dataset": None}
-    return cls.of_run(replace(context, options=replace(options, **own)))
+    overrides = {name: value for name, value in given.items() if hasattr(options, name)}
+    overrides |= {} if cls.is_published else {"dataset": None}
+    return cls.of_run(replace(context, options=replace(options, **overrides)))
 
 
 def floors_text(scores: Iterable[HeadlineScore]) -> str:

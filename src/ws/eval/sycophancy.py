@@ -73,9 +73,9 @@ class ClaimScores:
 
     def of_kind(self, is_true: bool) -> ClaimScores | None:
         """The true or the false claims alone; None when there are none."""
-        kept = [i for i, c in enumerate(self.claims) if c.is_true == is_true]
-        claims = tuple(self.claims[i] for i in kept)
-        return ClaimScores(claims, self.logratio[kept], self.pmass[kept]) if kept else None
+        indices = [i for i, c in enumerate(self.claims) if c.is_true == is_true]
+        claims = tuple(self.claims[i] for i in indices)
+        return ClaimScores(claims, self.logratio[indices], self.pmass[indices]) if indices else None
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def score_claims(
     """Put every claim to the model and score its agreement."""
     questions = [prompts.question.format(claim=c.text) for c in claims]
     choices, openers = (prompts.agree, prompts.disagree), [prompts.opener] * len(questions)
-    found = roll_out(model, tok, questions, choices, openers, n_think, batch_size)
-    return ClaimScores(tuple(claims), found.scores.logratio, found.scores.mass, found.scores.variants[0])
+    rollout = roll_out(model, tok, questions, choices, openers, n_think, batch_size)
+    return ClaimScores(tuple(claims), rollout.scores.logratio, rollout.scores.mass, rollout.scores.variants[0])
 
 
 def prompts_of(test: ClaimTest) -> Prompts:

@@ -90,10 +90,10 @@ def evaluate_tinymfv_airisk(
     texts = prompts or Prompts()
     asked = [ask(text, frame, texts) for v in items for text in (v.other, v.own) for frame in FRAMES]
     questions, openers = ([pair[i] for pair in asked] for i in (0, 1))
-    found = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size)
+    rollout = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size)
     shape = (len(items), len(CONDITIONS), len(FRAMES))
-    p_true = 1 / (1 + np.exp(-found.scores.logratio))
-    mass, variants = found.scores.mass.reshape(shape), found.scores.variants[0]
+    p_true = 1 / (1 + np.exp(-rollout.scores.logratio))
+    mass, variants = rollout.scores.mass.reshape(shape), rollout.scores.variants[0]
     return {"p_true": p_true.reshape(shape), "bool_mass": mass, "variants": variants}
 
 
@@ -239,13 +239,13 @@ def _shift(condition: str, mean: float | None, estimate: Estimate | None) -> dic
 
 def _read_columns(scores: Scores, base: Scores, *parts: np.ndarray) -> dict[str, Any]:
     """Per condition the lowest mass and agreement of some groups of vignettes, steered and base; empty without any."""
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     for condition in CONDITIONS:
         known = [readability(s, part)[condition] for s in (scores, base) for part in parts]
         names = ("mass", "frame_agreement", FLAG)
         columns = worst(known).columns() if known else dict.fromkeys(names)
-        found |= {f"{name}_{condition}": columns[name] for name in names}
-    return found
+        row |= {f"{name}_{condition}": columns[name] for name in names}
+    return row
 
 
 def _holm_corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -449,15 +449,15 @@ class TinymfvAirisk(Evaluation):
 
     def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
         """The rows of all five tables."""
-        found: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "axes", "summary")}
+        tables: dict[str, Rows] = {n: [] for n in ("per_frame", "per_vignette", "foundations", "axes", "summary")}
         base, vignettes = scores[0.0], self.items
         for alpha, s in scores.items():
-            found["per_frame"] += per_frame_rows(key, alpha, vignettes, s)
-            found["per_vignette"] += per_vignette_rows(key, alpha, vignettes, s)
-            found["foundations"] += foundation_rows(key, alpha, vignettes, s, base, n_bootstrap)
-            found["axes"] += axis_rows(key, alpha, vignettes, s, base, n_bootstrap)
-            found["summary"].append(summary_row(key, alpha, vignettes, s, base, n_bootstrap))
-        return found
+            tables["per_frame"] += per_frame_rows(key, alpha, vignettes, s)
+            tables["per_vignette"] += per_vignette_rows(key, alpha, vignettes, s)
+            tables["foundations"] += foundation_rows(key, alpha, vignettes, s, base, n_bootstrap)
+            tables["axes"] += axis_rows(key, alpha, vignettes, s, base, n_bootstrap)
+            tables["summary"].append(summary_row(key, alpha, vignettes, s, base, n_bootstrap))
+        return tables
 
     def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:
         """The summary, and the shifts of the same interventions where there are any."""

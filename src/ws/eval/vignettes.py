@@ -50,13 +50,15 @@ def load_vignettes(
     choose("configuration of tiny-mfv", config, CONFIGS)
     if source == "pocket" and config != HUB_CONFIG:
         raise WsError(f"The bundled vignettes are of the configuration {HUB_CONFIG} alone, not {config}.")
-    other, own = (_by_id(_rows(source, condition, config, revision), condition, source) for condition in CONDITIONS)
-    lonely = sorted(other.keys() ^ own.keys())
-    tolerate([f"id {i} in one condition only" for i in lonely], len(other) + len(own), source)
+    other_rows, self_rows = (
+        _by_id(_rows(source, condition, config, revision), condition, source) for condition in CONDITIONS
+    )
+    lonely = sorted(other_rows.keys() ^ self_rows.keys())
+    tolerate([f"id {i} in one condition only" for i in lonely], len(other_rows) + len(self_rows), source)
     joined = [
-        Vignette(i, str(r["foundation_coarse"]), float(r["wrong"]), str(r["text"]), str(own[i]["text"]))
-        for i, r in other.items()
-        if i in own
+        Vignette(i, str(r["foundation_coarse"]), float(r["wrong"]), str(r["text"]), str(self_rows[i]["text"]))
+        for i, r in other_rows.items()
+        if i in self_rows
     ]
     if not joined:
         raise WsError(f"No vignette of {source} is left.")
@@ -82,26 +84,26 @@ def _rows(source: str, condition: str, config: str, revision: str | None) -> lis
 
 
 def _by_id(rows: Sequence[Row], condition: str, source: str) -> dict[str, Row]:
-    kept: dict[str, Row] = {}
+    by_id: dict[str, Row] = {}
     bad = []
     for row in rows:
-        problem = _problem(row, kept)
+        problem = _problem(row, by_id)
         if problem:
             bad.append(f"id {row['id']} {problem}")
         else:
-            kept[str(row["id"])] = row
+            by_id[str(row["id"])] = row
     tolerate(bad, len(rows), f"{source} {condition}")
-    return kept
+    return by_id
 
 
-def _problem(row: Row, kept: Mapping[str, Row]) -> str | None:
+def _problem(row: Row, earlier: Mapping[str, Row]) -> str | None:
     if not str("" if row["id"] is None else row["id"]).strip() or not is_text(row["text"]):
         return "is empty, or no text"
     if not is_text(row["foundation_coarse"]):
         return "has no foundation"
     if not isinstance(row["wrong"], (int, float)) or isinstance(row["wrong"], bool) or not 1 <= row["wrong"] <= 5:
         return f"has the rating {row['wrong']}"
-    return "occurs twice" if str(row["id"]) in kept else None
+    return "occurs twice" if str(row["id"]) in earlier else None
 
 
 def about(row: Mapping[str, Any], of: str = "") -> list[str]:

@@ -96,10 +96,10 @@ def _behavior(vector: SteeringVector, name: str | None) -> Behavior | None:
     if name is None:
         return None
     try:
-        found = load_behavior(name, vector.base_id)
+        behavior = load_behavior(name, vector.base_id)
     except WsError:  # renamed, or somebody's own file that is not at hand
         return None
-    return found if found.digest == vector.info.get("behavior_sha256") else None
+    return behavior if behavior.digest == vector.info.get("behavior_sha256") else None
 
 
 def vector_card(about: Subject) -> ModelCard:
@@ -128,8 +128,8 @@ def merged_card(about: Subject, alpha: float | int, lost: float | int, dtype: st
 
 def stale_evaluations(about: Subject) -> list[str]:
     """Evaluations in the run's folder that are left off the card: made with another vector, or another tokenizer."""
-    found = {_stage_of(table) for cls in _measures() for table in about.tables(cls.summaries)}
-    return sorted(name for name in found if not about.is_measured(name))
+    stages = {_stage_of(table) for cls in _measures() for table in about.tables(cls.summaries)}
+    return sorted(name for name in stages if not about.is_measured(name))
 
 
 # ---- the front matter and the words ---------------------------------------------------------------------------------
@@ -254,8 +254,8 @@ def _calibrated(about: Subject) -> list[str]:
     rows = [
         r for t in about.tables("calibration.csv") if about.is_measured("calibration", "vector") for r in read_csv(t)
     ]
-    found = {f"{r['sign']}1u": r for r in rows if r["converged"] == "True"}
-    cells = [[name, f"{alpha:+.4g}", *_measured(found.get(name))] for name, alpha in strengths.items()]
+    by_strength = {f"{r['sign']}1u": r for r in rows if r["converged"] == "True"}
+    cells = [[name, f"{alpha:+.4g}", *_measured(by_strength.get(name))] for name, alpha in strengths.items()]
     header = ["strength", "alpha", "divergence, nats", "audit, nats"]
     text = (
         "`alpha` means something else for every vector, so strengths were calibrated by the 95th percentile of the "
@@ -263,7 +263,7 @@ def _calibrated(about: Subject) -> list[str]:
         "measured at these strengths, `audit` the same on other questions:"
     )
     table = tabulate(cells, header, tablefmt="github", disable_numparse=True)
-    trained = any(r.get("held_out") == "False" for r in found.values())
+    trained = any(r.get("held_out") == "False" for r in by_strength.values())
     caution = "They were solved for on questions of which the vector was trained on some; elsewhere it may cost less."
     return [text, table, *([caution] if trained else [])]
 
@@ -371,9 +371,9 @@ def _arms(about: Subject) -> list[str]:
                 "weights, SHA-256": str(arm.get("sha256") or "")[:16] or None,
             }
         )
-    kept = [name for name in (rows[0] if rows else {}) if any(row[name] is not None for row in rows)]
-    cells = [["" if row[name] is None else row[name] for name in kept] for row in rows]
-    return [tabulate(cells, kept, tablefmt="github", disable_numparse=True)] if rows else []
+    columns = [name for name in (rows[0] if rows else {}) if any(row[name] is not None for row in rows)]
+    cells = [["" if row[name] is None else row[name] for name in columns] for row in rows]
+    return [tabulate(cells, columns, tablefmt="github", disable_numparse=True)] if rows else []
 
 
 def _versions(about: Subject) -> str:
@@ -421,16 +421,16 @@ _NO_NULLS = (
 
 def _what_it_does(about: Subject, measured: str) -> str:
     shown = [(cls, score) for cls in _measures() for score in cls.scores if score.label is not None]
-    found = [(cls, score, rows) for cls, score in shown for rows in _rows(about, cls, score)]
-    if not found:
+    evaluated = [(cls, score, rows) for cls, score in shown for rows in _rows(about, cls, score)]
+    if not evaluated:
         return "## What it does\n\nNot evaluated: nothing is known of what this vector does, nor of what it costs."
-    cells = [_cells(score, row, rows, _units(about)) for _, score, rows in found for row in rows]
+    cells = [_cells(score, row, rows, _units(about)) for _, score, rows in evaluated for row in rows]
     header = ["score", "alpha", "value [95 %]", "shift [95 %]", "answer mass", "items"]
     notes = [
         " ".join(
             [f"- {_label(score, rows[0])}: {score.meaning or score.title} ({_identity(rows[0])})", *cls.about(rows[0])]
         )
-        for cls, score, rows in found
+        for cls, score, rows in evaluated
     ]
     if about.behavior and about.behavior.claims:
         way = "raise" if about.behavior.effect > 0 else "lower"
@@ -458,8 +458,8 @@ def _rows(about: Subject, cls: type[Evaluation], score: HeadlineScore) -> Iterat
     for table in about.tables(cls.summaries):
         if about.is_measured(_stage_of(table)):
             rows = [r for r in read_csv(table) if r["intervention"] in (BASE, WEIGHT)]
-            if kept := score.rows(rows):
-                yield sorted(kept, key=lambda row: float(row["alpha"]))
+            if of_score := score.rows(rows):
+                yield sorted(of_score, key=lambda row: float(row["alpha"]))
 
 
 def _cells(
@@ -468,14 +468,14 @@ def _cells(
     alpha = float(row["alpha"])
     known = [f" ({name})" for name, value in units.items() if value == alpha]
     read = [score.readability(r) for r in rows if r is row or float(r["alpha"]) == 0] if score.mass else []
-    mark = f" {MARK}" if read and worst(read).problem else ""
+    suffix = f" {MARK}" if read and worst(read).problem else ""
     config = f", {row['config']}" if row.get("config") else ""
     return [
         f"{_label(score, row)}{config}",
         f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
         estimate_text(row, score.level, ".3f"),
-        f"{estimate_text(row, score.shift, '+.3f')}{mark}" if alpha else "",
-        f"{float(row[score.mass]):.3f}{mark}" if score.mass else "",
+        f"{estimate_text(row, score.shift, '+.3f')}{suffix}" if alpha else "",
+        f"{float(row[score.mass]):.3f}{suffix}" if score.mass else "",
         row[score.n],
     ]
 

@@ -112,15 +112,15 @@ def gguf_factors(vector: SteeringVector, config: PreTrainedConfig, strength: flo
             add a LoRA to.
     """
     _check_low_rank(vector)
-    found = []
+    factors = []
     for module, name in _gguf_names(vector, config).items():
         delta, heads = vector.deltas[module], _rotated_heads(module, config)
         assert delta.u is not None
         assert delta.v is not None
         b = (delta.u.double() * (strength * delta.rank / vector.max_rank)).float().cpu()
         b = b if heads is None else b[rope_rows(delta.d_out, heads)]
-        found.append(GgufFactors(module, name, delta.v.float().cpu(), b))
-    return found
+        factors.append(GgufFactors(module, name, delta.v.float().cpu(), b))
+    return factors
 
 
 def _check_low_rank(vector: SteeringVector) -> None:
@@ -208,8 +208,8 @@ def _describe_in(writer: Any, keys: Any, vector: SteeringVector, name: str, stre
     writer.add_string(keys.TYPE, "lora")
     writer.add_float32(keys.LORA_ALPHA, float(vector.max_rank))
     writer.add_name(name)
-    told = [f"{key} {vector.info[key]}" for key in ("behavior", "family", "seed") if key in vector.info]
-    writer.add_description(", ".join(["Weight steering vector", *told, f"strength {strength:g} at scale 1"]))
+    facts = [f"{key} {vector.info[key]}" for key in ("behavior", "family", "seed") if key in vector.info]
+    writer.add_description(", ".join(["Weight steering vector", *facts, f"strength {strength:g} at scale 1"]))
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, public_name(vector.base_id))
     writer.add_string(VECTOR_KEY, vector_digest(vector))

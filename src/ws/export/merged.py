@@ -124,10 +124,10 @@ def _kind_of(folder: Path) -> FolderKind:
 
 def _require_base(vector: SteeringVector, base: Checkpoint) -> None:
     made_on = vector.base_fingerprint
-    if made_on is not None and (mark := base.fingerprint()) != made_on and base.fingerprint(torch.float16) != made_on:
+    if made_on is not None and (actual := base.fingerprint()) != made_on and base.fingerprint(torch.float16) != made_on:
         raise WsError(
             f"The vector was made for {vector.base_id} ({vector.base_fingerprint}) and the weights of {base.name} "
-            f"differ ({mark}); give its base with --model."
+            f"differ ({actual}); give its base with --model."
         )
 
 
@@ -157,7 +157,9 @@ def _write(base: Checkpoint, changes: list[ParameterChange], alpha: float, part:
         _say_untied(base, added, part)
     total = math.sqrt(sum(lost.values()) / sum(wanted.values()))
     by_module = {n: math.sqrt(lost[n] / wanted[n]) for n in lost if wanted[n]}
-    changed, linked = (tuple(f.name for f in base.files if (f in patched) == own) for own in (True, False))
+    changed, linked = (
+        tuple(f.name for f in base.files if (f in patched) == is_patched) for is_patched in (True, False)
+    )
     return Merge(total, by_module, tuple(sorted(dtypes)), changed, linked, tuple(base.untied))
 
 
@@ -223,8 +225,8 @@ def _say_untied(base: Checkpoint, added: Mapping[str, Place], part: Path) -> Non
             facts["total_size"] += sum(sizes)
         write_json(part / INDEX, index)
     made = Checkpoint.open(str(part))
-    own = {name for name, (_, key) in made.stored.items() if name == key}
-    if made.model.all_tied_weights_keys or not added.keys() <= own:
+    stored_names = {name for name, (_, key) in made.stored.items() if name == key}
+    if made.model.all_tied_weights_keys or not added.keys() <= stored_names:
         raise WsError(
             f"The vector changes weights of {base.name} apart that its configuration ties ({', '.join(base.untied)}), "
             "and a configuration which does not tie them could not be written; steer instead of merging."

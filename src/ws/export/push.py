@@ -58,13 +58,13 @@ def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
 
 def _clean(file: Path) -> None:
     """Take this machine's folders out of a JSON file; one that names none keeps its bytes."""
-    found = read_json(file, dict[str, Any], "make the vector again")
-    cleaned = public(found)
+    record = read_json(file, dict[str, Any], "make the vector again")
+    cleaned = public(record)
     if file.name == MANIFEST:
-        cleaned["base"]["id"] = public_name(found["base"]["id"])
-    if file.name == PEFT_CONFIG and found.get("base_model_name_or_path"):
-        cleaned["base_model_name_or_path"] = public_name(found["base_model_name_or_path"])
-    if cleaned != found:
+        cleaned["base"]["id"] = public_name(record["base"]["id"])
+    if file.name == PEFT_CONFIG and record.get("base_model_name_or_path"):
+        cleaned["base_model_name_or_path"] = public_name(record["base_model_name_or_path"])
+    if cleaned != record:
         write_json(file, cleaned)
 
 

@@ -83,16 +83,16 @@ def public_command(command: str) -> str:
     if not words:
         head, *options = re.split(r"\s+(?=--?[A-Za-z])", command)
         program, *values = head.split(" ", 1)
-        kept = [option for option in options if not re.match(r"--out\b(?!-)", option)]
-        return " ".join([_public_program(program), *map(_cut_option, [*values, *kept])])
-    kept, is_place = [], False
+        portable = [option for option in options if not re.match(r"--out\b(?!-)", option)]
+        return " ".join([_public_program(program), *map(_cut_option, [*values, *portable])])
+    public_words, is_place = [], False
     for word in words[1:]:
         if is_place and not word.startswith("-"):
             continue
         is_place = word == "--out"
         if not is_place and not word.startswith("--out="):
-            kept.append(shlex.quote(_cut_option(word)))
-    return " ".join([_public_program(words[0]), *kept])
+            public_words.append(shlex.quote(_cut_option(word)))
+    return " ".join([_public_program(words[0]), *public_words])
 
 
 def _public_program(name: str) -> str:
@@ -107,7 +107,7 @@ def _public_program(name: str) -> str:
 
 def _cut_option(text: str) -> str:
     """An option with its values."""
-    flag = text[: found.end()] if (found := re.match(r"--?[A-Za-z][\w.-]*[ =]", text)) else ""
+    flag = text[: match.end()] if (match := re.match(r"--?[A-Za-z][\w.-]*[ =]", text)) else ""
     return flag + _cut(text.removeprefix(flag))
 
 

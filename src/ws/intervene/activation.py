@@ -257,7 +257,7 @@ def activation_vector(
         WsError: no usable pair, an answer without tokens, or activations that are NaN.
     """
     readings = sorted(_readings(tok, pairs), key=len)
-    blocks, mark = decoder_blocks(model), fingerprint(model)
+    blocks, base_fingerprint = decoder_blocks(model), fingerprint(model)
 
     def run(batch_size: int) -> Tensor:
         total = torch.zeros(len(blocks), model.config.get_text_config().hidden_size, dtype=torch.float64)
@@ -276,7 +276,7 @@ def activation_vector(
     return ActivationVector(
         (total / n_pairs).float(),
         model_id(model),
-        mark,
+        base_fingerprint,
         recipe | {"pairs_sha256": sha256_json([p.as_row() for p in pairs])},
         {"behavior": behavior, "n_pairs": n_pairs, "n_answers": len(readings), "n_tokens": lengths},
     )

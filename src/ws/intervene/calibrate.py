@@ -41,15 +41,17 @@ def main(options: CalibrateOptions) -> None:
     behavior = load_behavior(o.behavior, o.model or opened.vector.base_id)
     chosen = intervention(o.intervention, opened, behavior)
     stage = _stage_name(chosen)
-    with chosen.home.alone(stage):
+    with chosen.run.alone(stage):
         # What depends on no adapter stands under its own name.
         key = o.key | ({"adapter": chosen.name, "seed": 0} if chosen.is_shared else {})
-        found = calibration_for(chosen, opened, behavior, o.config, key, o.fresh)
-        text = f"{chosen.home.fact(stage, 'example', str)}\n\n{render(found)}"
-        console.show(console.Result(text, {"calibration": found}, chosen.home.outputs(stage)))
-    sides = (found.positive, found.negative)
+        calibration = calibration_for(chosen, opened, behavior, o.config, key, o.fresh)
+        text = f"{chosen.run.fact(stage, 'example', str)}\n\n{render(calibration)}"
+        console.show(console.Result(text, {"calibration": calibration}, chosen.run.outputs(stage)))
+    sides = (calibration.positive, calibration.negative)
     if chosen.has_dial and not any(side.converged for side in sides):
-        raise WsError(f"Neither sign could be calibrated: {found.positive.reason}; {found.negative.reason}.")
+        raise WsError(
+            f"Neither sign could be calibrated: {calibration.positive.reason}; {calibration.negative.reason}."
+        )
 
 
 # Strengths that differ in one of these cost something else.
@@ -82,7 +84,7 @@ def calibration_for(
         WsError: something else is stored; the message names the settings that differ.
     """
     name = _stage_name(chosen)
-    with chosen.home.alone(name):
+    with chosen.run.alone(name):
         split = split_questions(behavior.questions, config.n_prompts, opened.unseen(behavior))
         wanted = _wanted(chosen, opened, config, split)
         changed = _changes(chosen, wanted)
@@ -98,7 +100,7 @@ def calibration_for(
         if split.note:
             console.warn(split.note)
         inputs = {name: wanted.pop(name) for name in ("vector", "model", "prompts")}
-        stage = (chosen.home.restart if fresh else chosen.home.refresh)(name, wanted, inputs)
+        stage = (chosen.run.restart if fresh else chosen.run.refresh)(name, wanted, inputs)
         if stage is not None:
             _carry_out(stage, chosen, opened, config, key, split)
         return _stored(chosen, opened)
@@ -114,7 +116,7 @@ def _wanted(
         "n_prompts": len(split.calibration),
         "dtype": str(opened.model.dtype)[6:],
         "tokenizer": tokenizer_hash(opened.tok),
-        "vector": chosen.subject,
+        "vector": chosen.digest,
         "model": fingerprint(opened.model),
         "prompts": prompts_hash(*([render_prompt(opened.tok, q) for q in part] for part in parts)),
     }
@@ -132,9 +134,9 @@ def _short(value: Any) -> Any:
 
 
 def _stored(chosen: Intervention, opened: FinishedRun) -> Calibration:
-    found = chosen.calibration(opened.model)
-    assert found is not None, "a finished stage has stored its calibration"
-    return found
+    calibration = chosen.calibration(opened.model)
+    assert calibration is not None, "a finished stage has stored its calibration"
+    return calibration
 
 
 def _label(chosen: Intervention, key: Mapping[str, Any]) -> str:
@@ -171,16 +173,16 @@ def _carry_out(
     console.say(f"{chosen.name}: {config.target:g} nats on {len(questions)} prompts, audit on {len(audit)}")
     model, tok, held_out = opened.model, opened.tok, split.held_out
     if chosen.has_dial:
-        found = calibrate(
-            model, tok, chosen.at, questions, audit, config, chosen.subject, report=console.say, held_out=held_out
+        calibration = calibrate(
+            model, tok, chosen.at, questions, audit, config, chosen.digest, report=console.say, held_out=held_out
         )
     else:
-        found = _as_it_is(chosen, opened, config, split)
+        calibration = _as_it_is(chosen, opened, config, split)
     table = "calibration.csv" if chosen.name == WEIGHT else f"calibration_{chosen.name}.csv"
-    written = write_csv(chosen.home.folder / table, rows(key, found, chosen.name))
+    written = write_csv(chosen.run.folder / table, rows(key, calibration, chosen.name))
     file = chosen.calibration_file
-    stored = store_calibration(file.parent, found, file.name)
-    stage.done([written, stored], example=example(opened, chosen, questions[0], found))
+    stored = store_calibration(file.parent, calibration, file.name)
+    stage.done([written, stored], example=example(opened, chosen, questions[0], calibration))
 
 
 def _as_it_is(
@@ -193,15 +195,15 @@ def _as_it_is(
     parts, model, tok = (split.calibration, split.audit), opened.model, opened.tok
 
     def side(alpha: float) -> SideCalibration:
-        found, other = (divergence_of(chosen, model, tok, part, alpha, config) if part else None for part in parts)
-        assert found is not None, "there is at least one question"
-        value, audit = found.at(config.quantile), None if other is None else other.at(config.quantile)
+        divergence, other = (divergence_of(chosen, model, tok, part, alpha, config) if part else None for part in parts)
+        assert divergence is not None, "there is at least one question"
+        value, audit = divergence.at(config.quantile), None if other is None else other.at(config.quantile)
         reason = f"there is no dial, and the divergence is {value:.3g} nats"
-        return SideCalibration(alpha, value, False, reason, audit, ((alpha, value),), found.n_positions)
+        return SideCalibration(alpha, value, False, reason, audit, ((alpha, value),), divergence.n_positions)
 
     prompts = prompts_hash(*([render_prompt(tok, q) for q in part] for part in parts))
     asked = (len(split.calibration), len(split.audit), split.held_out, str(model.dtype)[6:], tokenizer_hash(tok))
-    return Calibration(side(1.0), side(-1.0), config, prompts, fingerprint(model), chosen.subject, *asked)
+    return Calibration(side(1.0), side(-1.0), config, prompts, fingerprint(model), chosen.digest, *asked)
 
 
 def rows(key: Mapping[str, Any], calibration: Calibration, name: str = WEIGHT) -> list[dict[str, Any]]:

@@ -333,14 +333,14 @@ class _Meter:
         started = time.perf_counter()
         try:
             condition, config = partial(self.steerable, alpha), self.config
-            found = divergence(self.model, self.tok, prompts, condition, config.n_tokens, config.batch_size)
+            measured = divergence(self.model, self.tok, prompts, condition, config.n_tokens, config.batch_size)
         except WsError as problem:
             raise WsError(f"At alpha {alpha:+.5g}: {problem}") from problem
         seconds = time.perf_counter() - started
         if self.report:
             more = "audit on other prompts" if left is None else f"at most {left} more, {left * seconds:.0f} s"
-            self.report(f"  alpha {alpha:+.5g}: {found.at(self.config.quantile):.4g} nats ({seconds:.1f} s; {more})")
-        return found
+            self.report(f"  alpha {alpha:+.5g}: {measured.at(self.config.quantile):.4g} nats ({seconds:.1f} s; {more})")
+        return measured
 
 
 def _calibrate_side(
@@ -349,13 +349,13 @@ def _calibrate_side(
     config, positions = meter.config, dict[float, int]()
 
     def measure(alpha: float) -> float:
-        found = meter(prompts, alpha, config.max_evaluations - len(positions) - 1)
-        positions[alpha] = found.n_positions
-        return found.at(config.quantile)
+        measured = meter(prompts, alpha, config.max_evaluations - len(positions) - 1)
+        positions[alpha] = measured.n_positions
+        return measured.at(config.quantile)
 
-    found = solve(measure, sign, config, start)
-    audit = meter(others, found.alpha).at(config.quantile) if found.converged and others else None
-    return SideCalibration(**vars(found), audit=audit, n_positions=positions[found.alpha])
+    solution = solve(measure, sign, config, start)
+    audit = meter(others, solution.alpha).at(config.quantile) if solution.converged and others else None
+    return SideCalibration(**vars(solution), audit=audit, n_positions=positions[solution.alpha])
 
 
 def prompts_hash(prompts: Sequence[str], others: Sequence[str]) -> str:

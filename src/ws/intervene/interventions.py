@@ -69,8 +69,8 @@ class Intervention:
     Attributes:
         name: one of `INTERVENTIONS`; the key of its rows.
         at: the context in which it acts with a strength.
-        subject: a digest that changes when what it does at a strength changes.
-        home: the run that its files belong to: the run of the vector, or one that all adapters share.
+        digest: changes when what it does at a strength changes.
+        run: the one that its files belong to: of the vector, or shared by all adapters.
         has_dial: False where there are only the strengths -1 and +1.
         detail: what a reader may want to know besides, such as the layer.
         tokenizer: hash of the tokenizer that its calibration must be of; None leaves that unchecked.
@@ -78,8 +78,8 @@ class Intervention:
 
     name: str
     at: Callable[[float], AbstractContextManager[Any]]
-    subject: str
-    home: Run
+    digest: str
+    run: Run
     has_dial: bool = True
     detail: str = ""
     tokenizer: str | None = None
@@ -93,13 +93,13 @@ class Intervention:
     def calibration_file(self) -> Path:
         """Where its calibration is."""
         if self.name == WEIGHT:
-            return self.home.folder / "vector" / CALIBRATION
-        return self.home.folder / f"calibration_{self.name}.json"
+            return self.run.folder / "vector" / CALIBRATION
+        return self.run.folder / f"calibration_{self.name}.json"
 
     def calibration(self, model: PreTrainedModel) -> Calibration | None:
         """The stored calibration, None when there is none; see `ws.intervene.calibration.load_calibration`."""
         file = self.calibration_file
-        return load_calibration(file.parent, self.subject, fingerprint(model), file.name, self.tokenizer)
+        return load_calibration(file.parent, self.digest, fingerprint(model), file.name, self.tokenizer)
 
     def strengths(self, alphas: Sequence[float | int | str], model: PreTrainedModel) -> list[float]:
         """The strengths in order, the base's 0 included, from numbers and calibrated units.
@@ -132,9 +132,9 @@ def divergence_of(
     """How surprised the base is by the answers of the model under an intervention; see `ws.lm.divergence`."""
     settings, at = config or CalibrationConfig(), partial(intervention.at, alpha)
     with at():
-        told = [render_prompt(tok, q) for q in questions]
+        prompts = [render_prompt(tok, q) for q in questions]
     plain = [render_prompt(tok, q) for q in questions]
-    return divergence(model, tok, told, at, settings.n_tokens, settings.batch_size, plain)
+    return divergence(model, tok, prompts, at, settings.n_tokens, settings.batch_size, plain)
 
 
 # ---- making them ----------------------------------------------------------------------------------------------------
@@ -172,8 +172,8 @@ def _finetune(opened: FinishedRun) -> Intervention:
     def at(alpha: float) -> AbstractContextManager[Any]:
         return nullcontext() if alpha == 0 else steer(opened.model, arms[alpha], 1.0)
 
-    subject = sha256_json([vector_digest(v) for v in arms.values()])
-    return Intervention("finetune", at, subject, opened.run, has_dial=False)
+    digest = sha256_json([vector_digest(v) for v in arms.values()])
+    return Intervention("finetune", at, digest, opened.run, has_dial=False)
 
 
 def arm(opened: FinishedRun, sign: str) -> SteeringVector:
@@ -195,8 +195,8 @@ def _prompt(opened: FinishedRun, behavior: Behavior) -> Intervention:
     def at(alpha: float) -> AbstractContextManager[Any]:
         return nullcontext() if alpha == 0 else prompting(opened.tok, personas[alpha])
 
-    home = Run(_shared_folder(opened, behavior, "prompt"))
-    return Intervention("prompt", at, sha256_json(list(personas.values())), home, False, personas[1.0])
+    run = Run(_shared_folder(opened, behavior, "prompt"))
+    return Intervention("prompt", at, sha256_json(list(personas.values())), run, False, personas[1.0])
 
 
 def _shared_folder(opened: FinishedRun, behavior: Behavior, name: str) -> Path:
@@ -206,54 +206,54 @@ def _shared_folder(opened: FinishedRun, behavior: Behavior, name: str) -> Path:
 
 def _activation(name: str, opened: FinishedRun, behavior: Behavior) -> Intervention:
     span, position = ACTIVATIONS[name]
-    vector, home = activation_of(opened, behavior)
-    layers = "all" if span == "all" else chosen_layer(opened, behavior, vector, home, position)
+    vector, run = activation_of(opened, behavior)
+    layers = "all" if span == "all" else chosen_layer(opened, behavior, vector, run, position)
     detail = "every block but the last" if layers == "all" else f"after block {layers}"
     at = partial(activation_steer, opened.model, vector, layers=layers, position=position)
-    return Intervention(name, at, sha256_json([vector.digest, layers, position]), home, detail=detail)
+    return Intervention(name, at, sha256_json([vector.digest, layers, position]), run, detail=detail)
 
 
 def activation_of(opened: FinishedRun, behavior: Behavior) -> tuple[ActivationVector, Run]:
     """The activation vector of a behaviour's pairs and the run it is kept in; made once for all adapters."""
-    pairs = data_folder(opened.out, opened.vector.base_id, behavior.name) / PAIRS_FILE
-    if not pairs.is_file():
-        raise WsError(f"There are no pairs in {pairs} to read activations from; `ws data` samples them.")
-    home = Run(_shared_folder(opened, behavior, "activation"))
-    folder = home.folder / "vector"
-    with home.alone("activation"):
-        kept, digest = hashed_pairs(pairs)
+    pairs_file = data_folder(opened.out, opened.vector.base_id, behavior.name) / PAIRS_FILE
+    if not pairs_file.is_file():
+        raise WsError(f"There are no pairs in {pairs_file} to read activations from; `ws data` samples them.")
+    run = Run(_shared_folder(opened, behavior, "activation"))
+    folder = run.folder / "vector"
+    with run.alone("activation"):
+        pairs, digest = hashed_pairs(pairs_file)
         inputs = {"pairs": digest, "model": fingerprint(opened.model)}
-        stage = home.refresh("vector", {"format": 1, "tokenizer_hash": tokenizer_hash(opened.tok)}, inputs)
+        stage = run.refresh("vector", {"format": 1, "tokenizer_hash": tokenizer_hash(opened.tok)}, inputs)
         if stage is not None:
             console.say(f"activation vector in {folder}")
-            activation_vector(opened.model, opened.tok, kept, behavior.name).save(folder)
+            activation_vector(opened.model, opened.tok, pairs, behavior.name).save(folder)
             stage.done([f for f in folder.iterdir() if f.is_file()])
-        return ActivationVector.load(folder), home
+        return ActivationVector.load(folder), run
 
 
-def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVector, home: Run, position: str) -> int:
+def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVector, run: Run, position: str) -> int:
     """The one block to steer after, chosen on the `dev` claims at strengths that cost every block one nat."""
-    name, file = f"layer {position}", home.folder / f"layers_{position}.csv"
-    with home.alone("activation"):
+    name, file = f"layer {position}", run.folder / f"layers_{position}.csv"
+    with run.alone("activation"):
         settings = {"choice": _CHOICE.settings, "behavior": behavior.digest}
         # Questions that no pair uses, where the behaviour has some.
         split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
         prompts = [render_prompt(opened.tok, q) for q in split.calibration]
         settings |= {"tokenizer_hash": tokenizer_hash(opened.tok)}
-        stage = home.refresh(name, settings, {"vector": vector.digest, "prompts": prompts_hash(prompts, ())})
+        stage = run.refresh(name, settings, {"vector": vector.digest, "prompts": prompts_hash(prompts, ())})
         if stage is not None:
             console.say(f"choosing the block to steer after ({position} position), on the dev claims")
             matched = _matched_strengths(opened, prompts, vector, position)
             choice = choose_layer(opened.model, opened.tok, vector, behavior, position=position, strengths=matched)
             stage.done([write_csv(file, choice.rows())], layer=choice.best.layer)
-        return home.fact(name, "layer", int)
+        return run.fact(name, "layer", int)
 
 
 def _matched_strengths(
     opened: FinishedRun, prompts: Sequence[str], vector: ActivationVector, position: str
 ) -> dict[int, tuple[float, float]]:
     """Negative and positive strength per block at the target divergence; blocks that cannot reach it are left out."""
-    model, tok, found = opened.model, opened.tok, {}
+    model, tok, strengths = opened.model, opened.tok, {}
     for layer in [i for i in range(layer_count(model)) if vector.norms[i] > 0]:
         steerable = partial(activation_steer, model, vector, layers=layer, position=position)
 
@@ -262,7 +262,7 @@ def _matched_strengths(
 
         sides = [solve(measure, sign, _CHOICE) for sign in (-1, 1)]
         if all(side.converged for side in sides):
-            found[layer] = (sides[0].alpha, sides[1].alpha)
-    if not found:
+            strengths[layer] = (sides[0].alpha, sides[1].alpha)
+    if not strengths:
         raise WsError(f"Steering activations after one block ({position} position) reaches 1 nat at no block.")
-    return found
+    return strengths

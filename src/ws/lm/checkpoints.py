@@ -382,8 +382,8 @@ def _require_same_shape(ours: Checkpoint, theirs: Checkpoint) -> None:
 
 def _chosen(model: PreTrainedModel, kinds: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
     """The modules to compare, each with parameters of its own."""
-    own = [(n, m) for n, m in model.named_modules() if list(m.parameters(recurse=False))]
-    known = {name.rsplit(".", 1)[-1] for name, _ in own}
+    with_parameters = [(n, m) for n, m in model.named_modules() if list(m.parameters(recurse=False))]
+    known = {name.rsplit(".", 1)[-1] for name, _ in with_parameters}
     for kind in kinds or ():
         choose("module kind", kind, known)
-    return [(n, m) for n, m in own if kinds is None or n.rsplit(".", 1)[-1] in kinds]
+    return [(n, m) for n, m in with_parameters if kinds is None or n.rsplit(".", 1)[-1] in kinds]

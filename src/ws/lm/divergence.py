@@ -131,9 +131,9 @@ def prompt_divergence(
     quantile: float = QUANTILE,
 ) -> float:
     """`D` of a prompt baseline: the model under a system prompt against the same model without it, in nats."""
-    told = [render_prompt(tok, q, system=system) for q in questions]
+    prompts = [render_prompt(tok, q, system=system) for q in questions]
     plain = [render_prompt(tok, q, system="") for q in questions]
-    return divergence(model, tok, told, nullcontext, n_tokens, base_prompts=plain).at(quantile)
+    return divergence(model, tok, prompts, nullcontext, n_tokens, base_prompts=plain).at(quantile)
 
 
 def _rows_in_budget(model: PreTrainedModel, n_tokens: int) -> int:

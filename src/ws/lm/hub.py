@@ -23,17 +23,17 @@ _ID = re.compile(r"([^@/\s]+/[^@/\s]+)(?:@(\S+))?")
 
 def parse_id(name: str) -> tuple[str, str | None] | None:
     """The repository and the revision in `user/repo` or `user/repo@revision`; None for what cannot be such a name."""
-    found = _ID.fullmatch(name)
-    if found is None:
+    match = _ID.fullmatch(name)
+    if match is None:
         return None
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(found.group(1))
+        validate_repo_id(match.group(1))
     except HFValidationError:
         return None
-    return found.group(1), found.group(2)
+    return match.group(1), match.group(2)
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +93,7 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, kind:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             repo,
             repo_type=kind,
             revision=revision,
@@ -102,7 +102,7 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, kind:
         )
     except (httpx.HTTPError, OSError, ValueError) as problem:
         raise WsError(_why_not_fetched(repo, revision, problem, kind)) from problem
-    folder = Path(found)
+    folder = Path(snapshot)
     if not any(True for pattern in patterns for _ in folder.glob(pattern)):
         there = _files_like(repo, patterns[0], folder, revision, kind) if kind == "dataset" else []
         hint = did_you_mean(patterns[0], there) if there else ""

@@ -441,8 +441,8 @@ def _around_answer(tok: Tokenizer, switch: bool) -> tuple[str, str, str, int | N
             lead, end = _end_before(tok, rest[: rest.index(more)], start[: start.find(asked[0]["content"])])
     if end is None:
         return header, before, "", tok.eos_token_id
-    mark = tok.convert_ids_to_tokens(end)
-    is_eaten = _pieces(tok, answer + lead + mark) == [*_pieces(tok, answer), end]  # some tokens take the space before
+    stop = tok.convert_ids_to_tokens(end)
+    is_eaten = _pieces(tok, answer + lead + stop) == [*_pieces(tok, answer), end]  # some tokens take the space before
     return header, before, "" if is_eaten else lead, end
 
 
@@ -544,8 +544,8 @@ def decode_answer(tok: Tokenizer, ids: Sequence[int]) -> str:
 
 def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:
     """Every token that ends an answer: the model's own end tokens, the template's end of turn, the end of text."""
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [own]
+    eos = model.generation_config.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos]
     return sorted({i for i in (*ids, chat_format(tok).end_of_turn_id, tok.eos_token_id) if i is not None})
 
 
@@ -683,8 +683,8 @@ def fused_tensors(model: nn.Module, layers: Iterable[int]) -> list[str]:
 
 def layer_of(name: str) -> int | None:
     """The decoder-layer index in a module's name, None for modules outside the layers."""
-    found = _LAYER_INDEX.search(f".{name}.")
-    return int(found.group(1)) if found else None
+    match = _LAYER_INDEX.search(f".{name}.")
+    return int(match.group(1)) if match else None
 
 
 def layer_count(model: PreTrainedModel) -> int:
@@ -911,8 +911,8 @@ def _stored_again(model: nn.Module) -> set[str]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     again = set[str]()
     for pair in getattr(model, "all_tied_weights_keys", {}).items():
-        one, other = (parameters.get(name) for name in pair)
-        if one is None or other is None or one is other or not (one.is_meta and other.is_meta):
+        first, other = (parameters.get(name) for name in pair)
+        if first is None or other is None or first is other or not (first.is_meta and other.is_meta):
             continue
         if torch.equal(*(_value(model, name, parameters[name]) for name in pair)):
             again.add(max(pair, key=list(parameters).index))  # the first name counts, as of any tied weight
@@ -923,13 +923,13 @@ def _value(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """A parameter's value, fetched from where accelerate has offloaded it."""
     if not parameter.is_meta:
         return parameter
-    home, _, leaf = name.rpartition(".")
-    module = model.get_submodule(home)
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
     with _at_hand(module):
         return getattr(module, leaf).detach()
 
 
-def require_base(model: nn.Module, base_id: str, mark: str | None, what: str) -> None:
+def require_base(model: nn.Module, base_id: str, expected: str | None, what: str) -> None:
     """Refuse weights that something was not made for.
 
     What was made on the float16 copy of a base fits the base. The digits that a quantised or float16 model has lost
@@ -937,13 +937,13 @@ def require_base(model: nn.Module, base_id: str, mark: str | None, what: str) ->
 
     Args:
         model: what it is put into.
-        base_id, mark: name and fingerprint of what it was made on; no fingerprint is one that is not known.
+        base_id, expected: name and fingerprint of what it was made on; no fingerprint is one that is not known.
         what: how the sentence begins, such as "The vector was made for".
 
     Raises:
         WsError: another base.
     """
-    if mark is None or (now := fingerprint(model)) == mark or fingerprint(model, torch.float16) == mark:
+    if expected is None or (now := fingerprint(model)) == expected or fingerprint(model, torch.float16) == expected:
         return
     name, dtypes = model_id(model), {p.dtype for p in model.parameters()}
     if is_packed(model) or torch.float16 in dtypes:
@@ -956,7 +956,7 @@ def require_base(model: nn.Module, base_id: str, mark: str | None, what: str) ->
     loaded = " and ".join(sorted(str(dtype)[6:] for dtype in dtypes))
     precision = f" in the precision it was made in (this is {loaded}; was it float16?)" if name == base_id else ""
     raise WsError(
-        f"{what} {base_id} ({mark}) and this model's weights differ ({now}); load that base{precision}, or make a "
+        f"{what} {base_id} ({expected}) and this model's weights differ ({now}); load that base{precision}, or make a "
         "vector for this one."
     )
 

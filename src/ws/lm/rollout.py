@@ -206,12 +206,12 @@ class _Row:
             self.forced, text = False, text[: stated.end()]
         self.text = text.strip() if stated else decode_answer(tok, self.thought)
 
-    def rest(self, kept: int) -> list[int]:
-        """The tokens from the `kept`-th of the thought to the answer position."""
+    def rest(self, start: int) -> list[int]:
+        """The tokens from the `start`-th of the thought to the answer position."""
         close = self.closing
         cut = close.cut if self.forced and close.close_id is not None else ()
         shut = () if close.close_id is None else (close.close_id,)
-        return [*self.thought[kept:], *cut, *shut, *(close.alone if self.at_anchor else close.anchor)]
+        return [*self.thought[start:], *cut, *shut, *(close.alone if self.at_anchor else close.anchor)]
 
 
 class _Stated(StoppingCriteria):
@@ -272,9 +272,9 @@ def _answer_logits(
     """
     assert cache is not None  # a model that takes masks has one
     run = int(cache.get_seq_length()) - mask.shape[1]  # the last token generated was not run
-    kept = [min(len(row.thought), run) for row in rows]
-    thoughts = torch.arange(run, device=mask.device)[None] < torch.tensor(kept, device=mask.device)[:, None]
-    last, real = left_pad([r.rest(k) for r, k in zip(rows, kept, strict=True)], tok.pad_token_id, model.device)
+    n_cached = [min(len(row.thought), run) for row in rows]
+    thoughts = torch.arange(run, device=mask.device)[None] < torch.tensor(n_cached, device=mask.device)[:, None]
+    last, real = left_pad([r.rest(k) for r, k in zip(rows, n_cached, strict=True)], tok.pad_token_id, model.device)
     seen = torch.cat([mask, thoughts.to(mask.dtype), real], dim=1)
     return next_logits(model, last, seen, cache)
 
@@ -299,9 +299,9 @@ def _begin(model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], room: int)
         use_cache=True,
         logits_to_keep=nothing,
     ).past_key_values
-    home = {row: number for number, family in enumerate(families) for row in family.rows}
-    of = torch.tensor([home[i] for i in range(len(rows))], device=model.device)
-    rest, rest_mask = left_pad([r.prompt[len(cuts[home[i]]) :] for i, r in enumerate(rows)], pad_id, model.device)
+    family_of = {row: number for number, family in enumerate(families) for row in family.rows}
+    of = torch.tensor([family_of[i] for i in range(len(rows))], device=model.device)
+    rest, rest_mask = left_pad([r.prompt[len(cuts[family_of[i]]) :] for i, r in enumerate(rows)], pad_id, model.device)
     cache = new_cache(model, start.shape[1] + rest.shape[1] + room)
     assert cache is not None  # a model that takes masks has one
     for number, layer in enumerate(known.layers):

@@ -95,19 +95,19 @@ def sampling_settings(
     A model whose `generation_config` says none of `do_sample`, `temperature` and `top_p` brings no settings. One that
     says some of them is sampled as transformers would sample it.
     """
-    own, given = model.generation_config, {"temperature": temperature, "top_p": top_p}
+    configured, given = model.generation_config, {"temperature": temperature, "top_p": top_p}
     given = {name: value for name, value in given.items() if value is not None}
-    brings = bool(own.do_sample) or own.temperature is not None or own.top_p is not None
+    brings = bool(configured.do_sample) or configured.temperature is not None or configured.top_p is not None
     stated = {} if brings else {"temperature": DEFAULT_TEMPERATURE, "top_p": DEFAULT_TOP_P}
     values = generate_settings(model) | stated | given
-    sources = {name: "default" if getattr(own, name, None) is None else "model" for name in values}
+    sources = {name: "default" if getattr(configured, name, None) is None else "model" for name in values}
     return SamplingSettings(values, sources | dict.fromkeys(given, "option"))
 
 
 def generate_settings(model: PreTrainedModel) -> dict[str, Any]:
     """What transformers' `generate` would sample with by itself: the model's settings, else its own."""
-    own, usual = model.generation_config, GenerationConfig()._get_default_generation_params()
-    asked = {name: getattr(own, name, None) for name in ("temperature", "top_p", "top_k", *_ADVICE)}
+    configured, usual = model.generation_config, GenerationConfig()._get_default_generation_params()
+    asked = {name: getattr(configured, name, None) for name in ("temperature", "top_p", "top_k", *_ADVICE)}
     values = {name: usual.get(name) if value is None else value for name, value in asked.items()}
     return {n: v for n, v in values.items() if n not in _ADVICE or (v is not None and v != usual.get(n))}
 
@@ -271,8 +271,8 @@ def _rows_in_budget(model: PreTrainedModel, length: int) -> int:
     """How many rows' keys and values fit the budget; not more than the batch starts with where there is none."""
     if model.device.type != "cpu":
         return START_BATCH
-    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    layers = model(input_ids=one, use_cache=True).past_key_values.layers
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model(input_ids=token, use_cache=True).past_key_values.layers
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return max(1, _CACHE_BUDGET // (size * length))
 

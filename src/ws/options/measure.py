@@ -265,5 +265,5 @@ class CompareOptions(NamesModel):
 
     def eval_options(self, adapter: str, seed: int) -> EvalOptions:
         """One run, for an `EvalContext`."""
-        one = {"adapter": adapter, "seed": seed, "alphas": ("calibrated",), "interventions": (WEIGHT,)}
-        return shared_with(EvalOptions, self, **one)
+        single_run = {"adapter": adapter, "seed": seed, "alphas": ("calibrated",), "interventions": (WEIGHT,)}
+        return shared_with(EvalOptions, self, **single_run)

@@ -44,7 +44,7 @@ class _Read:
         return not self.read.problem
 
     @property
-    def mark(self) -> str:
+    def suffix(self) -> str:
         """` !` behind what cannot be read."""
         return "" if self.is_readable else f" {MARK}"
 
@@ -118,11 +118,11 @@ def nearest(points: Sequence[Point], wanted: float) -> Point | None:
 
 def curves_of(contents: Contents) -> dict[tuple[str, str], Curve]:
     """The curves of all scores and adapters that were evaluated, by `(score, adapter)`."""
-    found: dict[tuple[str, str], Curve] = {}
+    curves: dict[tuple[str, str], Curve] = {}
     for score in shown_scores():
         here = [c for adapter in contents.adapters if (c := _curve(score, adapter, contents)) is not None]
-        found |= {(score.key, c.adapter): c for c in _with_holm(here)}
-    return found
+        curves |= {(score.key, c.adapter): c for c in _with_holm(here)}
+    return curves
 
 
 def _curve(score: HeadlineScore, adapter: str, contents: Contents) -> Curve | None:
@@ -153,9 +153,9 @@ def _curve(score: HeadlineScore, adapter: str, contents: Contents) -> Curve | No
 
 def divergence_at(runs: Sequence[Result], alpha: float) -> Divergence | None:
     """What the calibrations of all these runs say of a strength; None where one of them does not reach it."""
-    found = [_divergence(run.divergence, alpha) for run in runs]
-    known = [d for d in found if d is not None]
-    if not known or len(known) < len(found):
+    divergences = [_divergence(run.divergence, alpha) for run in runs]
+    known = [d for d in divergences if d is not None]
+    if not known or len(known) < len(divergences):
         return None
     return Divergence(max(d.nats for d in known), all(d.is_exact for d in known))
 
@@ -199,10 +199,10 @@ def _estimate(row: Row, name: str, ends: str, n: int, p: str = "") -> Estimate:
 
 
 def _items(score: HeadlineScore, run: Result) -> Items:
-    found: dict[float, dict[str, float]] = {}
+    items: dict[float, dict[str, float]] = {}
     for r in score.rows(run.tables.get((of(score).stage, "items"), ())):
-        found.setdefault(float(r["alpha"]), {})[r[of(score).item]] = float(r[score.value])
-    return found
+        items.setdefault(float(r["alpha"]), {})[r[of(score).item]] = float(r[score.value])
+    return items
 
 
 def _from_sweep(
@@ -212,7 +212,7 @@ def _from_sweep(
 
     A table without masses is of a version whose intervals were too narrow, and is not used.
     """
-    found: dict[float, Point] = {}
+    pooled_points: dict[float, Point] = {}
     pooled = pooled_name(score)
     for row in rows:
         if pooled is None or row["adapter"] != adapter or not row.get(f"{pooled}_level"):
@@ -229,8 +229,8 @@ def _from_sweep(
             known.mean, float(np.mean([p.shift.mean for p in here])), rel_tol=1e-9, abs_tol=1e-9
         )
         if same:
-            found[alpha] = _pooled_point(here, _estimate(row, level, f"{level}_", known.n), known)
-    return found
+            pooled_points[alpha] = _pooled_point(here, _estimate(row, level, f"{level}_", known.n), known)
+    return pooled_points
 
 
 def _pooled_point(here: Sequence[Point], level: Estimate, shift: Estimate) -> Point:
@@ -250,11 +250,11 @@ def _with_holm(curves: Sequence[Curve]) -> list[Curve]:
     """Corrected over every steered pooled point of one score."""
     steered = [p for c in curves for p in c.pooled if p.alpha]
     corrected = iter(holm(np.array([p.shift.p for p in steered])) if steered else ())
-    found = []
+    corrected_curves = []
     for c in curves:
         pooled = tuple(replace(p, p_holm=float(next(corrected))) if p.alpha else p for p in c.pooled)
-        found.append(replace(c, pooled=pooled))
-    return found
+        corrected_curves.append(replace(c, pooled=pooled))
+    return corrected_curves
 
 
 # ---- foundations ----------------------------------------------------------------------------------------------------
@@ -287,14 +287,14 @@ def foundations_of(contents: Contents, curves: Mapping[tuple[str, str], Curve]) 
 
     `logit(w) = log(w / (1 - w))` with w clipped to [0.01, 0.99], as in `ws.eval.tinymfv_airisk`.
     """
-    found: dict[str, list[Foundation]] = {}
+    by_adapter: dict[str, list[Foundation]] = {}
     for adapter in contents.adapters:
         curve = curves.get(("wrongness", adapter))
         points = [nearest(curve.pooled, wanted) for wanted in (-1.0, 1.0)] if curve else []
         for point in points:
             if curve is not None and point is not None and all(point.alpha in i for i in curve.items.values()):
-                found.setdefault(adapter, []).extend(_foundations(contents.of(adapter), curve, point))
-    return found
+                by_adapter.setdefault(adapter, []).extend(_foundations(contents.of(adapter), curve, point))
+    return by_adapter
 
 
 def _foundations(runs: Sequence[Result], curve: Curve, point: Point) -> list[Foundation]:
@@ -311,7 +311,7 @@ def _foundations(runs: Sequence[Result], curve: Curve, point: Point) -> list[Fou
 
 def _foundation_read(runs: Sequence[Result], name: str, point: Point) -> Readability:
     """From the vignettes of one foundation; older tables, which do not say, are read like all foundations together."""
-    found = []
+    readings = []
     for run in runs:
         rows = [r for r in run.tables.get((ACTS, "items"), ()) if r["foundation_coarse"] == name]
         for alpha in (0.0, point.alpha):
@@ -319,8 +319,8 @@ def _foundation_read(runs: Sequence[Result], name: str, point: Point) -> Readabi
             if here:
                 columns = ("mass_other_violate", "frames_agree_other_violate")
                 mass, agreement = (float(np.mean([float(r[c]) for r in here])) for c in columns)
-                found.append(Readability(mass, agreement))
-    return worst(found or [point.read])
+                readings.append(Readability(mass, agreement))
+    return worst(readings or [point.read])
 
 
 def _logit(s: float) -> float:

@@ -238,19 +238,19 @@ def read_contents(out: Path, name: str) -> Contents:
 
 def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
     """Adapter, seed and folder of the behaviour's runs: in the order of the sweep's table, then others by name."""
-    found, others = [], set()
+    runs, others = [], set()
     for folder in finished_runs(out):
         name, adapter, *rest = folder.relative_to(out).parts
         others.add(name)
         seed = rest[0].removeprefix("seed-") if rest else "0"
         if name == behavior and seed.isdigit():
-            found.append((adapter, int(seed), folder))
-    if not found:
+            runs.append((adapter, int(seed), folder))
+    if not runs:
         hint = did_you_mean(behavior, others) if others else ""
         made = command_line("ws replicate", RunOptions(behavior=behavior, out=out), always=("behavior",))
         raise WsError(f"No run below {out / behavior} has a vector; make one with `{made}`.{hint}")
     order = list(dict.fromkeys(row.get("adapter") for row in read_rows(out / behavior / POOLED) or ()))
-    return sorted(found, key=lambda r: (order.index(r[0]) if r[0] in order else len(order), r[0], r[1]))
+    return sorted(runs, key=lambda r: (order.index(r[0]) if r[0] in order else len(order), r[0], r[1]))
 
 
 def _is_null(adapter: str) -> bool:
@@ -265,15 +265,15 @@ def _brief(problem: Exception, folder: Path) -> str:
 def _behavior(name: str, first: Result) -> tuple[Behavior | None, int | None]:
     """The behaviour as it was trained, and the sign its claims expect, from the run's record where there is one."""
     try:
-        found: Behavior | None = load_behavior(name, first.base)
+        behavior: Behavior | None = load_behavior(name, first.base)
     except WsError:  # renamed, or somebody's own file that is not at hand
-        found = None
-    if found is not None and first.info.get("behavior_sha256") not in (None, found.digest):
-        found = None
+        behavior = None
+    if behavior is not None and first.info.get("behavior_sha256") not in (None, behavior.digest):
+        behavior = None
     recorded = first.stages.get("reading", {}).get("expected_sign")
     if recorded in (-1, 1):
-        return found, int(recorded)
-    return found, found.effect if found else None
+        return behavior, int(recorded)
+    return behavior, behavior.effect if behavior else None
 
 
 def _in_the_same_words(results: Sequence[Result]) -> list[Result]:
@@ -374,12 +374,12 @@ class _Reader:
             return self.gap(stage, OTHER_TEXT, command)
         if use == "summary":  # a baseline that no vector has a part in
             self.tables[stage, "prompt"] = [r for r in rows if r["intervention"] == "prompt"]
-        kept = [r for r in rows if r["intervention"] in (BASE, WEIGHT)]
-        if not any(r["intervention"] == WEIGHT for r in kept):
+        chosen = [r for r in rows if r["intervention"] in (BASE, WEIGHT)]
+        if not any(r["intervention"] == WEIGHT for r in chosen):
             return self.gap(stage, "missing", command)
         if self.stages.get(stage, {}).get("inputs", {}).get("weight") != self.digest:
             return self.gap(stage, "made with another vector", command)
-        self.tables[stage, use] = kept
+        self.tables[stage, use] = chosen
         return None
 
     def calibration(self) -> Calibration | None:
@@ -427,22 +427,22 @@ class _Reader:
 
     def others(self) -> dict[str, list[Row]]:
         """Summaries of dilemmas that `table_files` does not name, of this very vector."""
-        found = {}
+        summaries = {}
         for stage in sorted(self.stages):
             if not stage.startswith("airisk_") or stage == DILEMMAS:
                 continue
             texts, numbers = _needed(DILEMMAS, "summary")
             rows = read_rows(self.folder / f"{stage}_summary.csv", texts | _LABELLED, numbers)
-            kept = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]
+            chosen = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]
             if self.stages[stage].get("inputs", {}).get("weight") != self.digest:
                 self.gap("dilemmas", f"{stage} was made with another vector", "ws eval airisk")
             elif self.reads_otherwise(stage):
                 self.gap("dilemmas", f"{stage} was {OTHER_TEXT}", "ws eval airisk")
-            elif not kept:
+            elif not chosen:
                 self.gap("dilemmas", f"{stage} is damaged", "ws eval airisk")
             else:
-                found[stage] = kept
-        return found
+                summaries[stage] = chosen
+        return summaries
 
     def norms(self, vector: SteeringVector) -> Norms | None:
         """Module by module: from `ws subspace`, from the bundled base, or, where `W` is not needed, per weight."""
@@ -497,12 +497,12 @@ def _relative(vector: SteeringVector) -> dict[tuple[str, int], float] | None:
 
 
 def _cells(vector: SteeringVector, size: Callable[[str, Any], float]) -> dict[tuple[str, int], float]:
-    found = {}
+    cells = {}
     for name, delta in vector.deltas.items():
         layer = decoder_layer(name)
         if layer is not None:
-            found[name.rsplit(".", 1)[-1], layer] = size(name, delta)
-    return found
+            cells[name.rsplit(".", 1)[-1], layer] = size(name, delta)
+    return cells
 
 
 # ---- what the runs share --------------------------------------------------------------------------------------------

@@ -108,8 +108,8 @@ class Scale:
     @classmethod
     def over(cls, values: Iterable[float], start: float, end: float, margin: float = 0.06) -> Scale:
         """From the least to the greatest of some numbers, with a margin; never of no width."""
-        kept = list(values) or [0.0]
-        low, high = min(kept), max(kept)
+        numbers = list(values) or [0.0]
+        low, high = min(numbers), max(numbers)
         room = margin * (high - low) if high > low else 0.5
         return cls(low - room, high + room, start, end)
 
@@ -124,8 +124,8 @@ class Scale:
 
     def ticks(self, n: int = 4) -> list[float]:
         """Round numbers on the scale, at most `n` + 1."""
-        found = MaxNLocator(nbins=n, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
-        return [float(t) for t in found if self.holds(float(t))]
+        places = MaxNLocator(nbins=n, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
+        return [float(t) for t in places if self.holds(float(t))]
 
 
 def _tick_text(value: float) -> str:
@@ -382,7 +382,7 @@ def _forest_row(row: Shift, top: float, x: Scale, spec: str) -> list[Markup]:
 
 def _numbers(p: Point, spec: str) -> str:
     holm = f"  p {p_text(p.p_holm)}" if p.p_holm is not None and p.is_readable else ""
-    return f"{shown(p.shift, spec)}{p.mark}{holm}"
+    return f"{shown(p.shift, spec)}{p.suffix}{holm}"
 
 
 def _shift_words(row: Shift, spec: str) -> str:
@@ -414,7 +414,7 @@ def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Fi
             parts.append(line(x(f.shift.ci_lo), y, x(f.shift.ci_hi), y, f"interval {kind}"))
             parts.append(marker(x(f.shift.mean), y, shape, kind if f.is_readable else f"{kind} hollow", 3.4))
     parts += _x_axis(x, bottom, "shift of logit(wrongness), nats", 4)
-    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {shown(f.shift)}{f.mark}" for f in rows)
+    words = "; ".join(f"{f.name} at alpha {strength(f.alpha)}: {shown(f.shift)}{f.suffix}" for f in rows)
     label = f"{adapter}: shift of logit(wrongness) by moral foundation, in nats. {words}."
     costs = {f.alpha: f"alpha {strength(f.alpha)}: {cost_text(f.point)}" for f in rows}
     return Figure(adapter, picture(bottom + 32, label, parts), "; ".join(costs.values()))

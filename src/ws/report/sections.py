@@ -139,16 +139,16 @@ def _marks(runs: Sequence[Result]) -> dict[int, float]:
 
 def _references(contents: Contents, curve: Curve) -> dict[str, float]:
     """The base's level and those of a prompted base, from the evaluation's table or from `compare.csv`."""
-    score, found = curve.score, dict[str, float]()
-    found |= [("base", p.level.mean) for p in curve.shown if p.alpha == 0]
+    score, references = curve.score, dict[str, float]()
+    references |= [("base", p.level.mean) for p in curve.shown if p.alpha == 0]
     for run in contents.results:
         for r in score.rows(run.tables.get((of(score).stage, "prompt"), ())):
-            found[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
-    if len(found) == 1:
+            references[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
+    if len(references) == 1:
         for unit in (-1, 1):
             for r in contents.compared(intervention="prompt", score=score.key, part=f"{unit:+d}u"):
-                found[f"prompt {strength(unit)}"] = float(r["base"]) + float(r["shift"])
-    return found
+                references[f"prompt {strength(unit)}"] = float(r["base"]) + float(r["shift"])
+    return references
 
 
 def shift_rows(contents: Contents, curves: Mapping[tuple[str, str], Curve], key: str) -> list[Shift]:
@@ -159,14 +159,14 @@ def shift_rows(contents: Contents, curves: Mapping[tuple[str, str], Curve], key:
         for wanted in (1.0, -1.0) if curve else ():
             assert curve is not None
             if point := nearest(curve.shown, wanted):
-                own = [p for points in curve.seeds.values() for p in points if p.alpha == point.alpha]
-                rows.append(Shift(adapter, point if curve.pooled else None, own, point.alpha))
+                seed_points = [p for points in curve.seeds.values() for p in points if p.alpha == point.alpha]
+                rows.append(Shift(adapter, point if curve.pooled else None, seed_points, point.alpha))
     return rows
 
 
 def norm_figures(contents: Contents) -> list[tuple[Figure, Table]]:
     """Per adapter: the heat map, and its numbers."""
-    found = []
+    figures = []
     for adapter in contents.adapters:
         known = [r.norms for r in contents.of(adapter) if r.norms is not None]
         same = [n for n in known if n.unit == known[0].unit and n.cells.keys() == known[0].cells.keys()]
@@ -175,8 +175,8 @@ def norm_figures(contents: Contents) -> list[tuple[Figure, Table]]:
             norms = Norms(same[0].unit, cells)
             least, most = min(cells.values()), max(cells.values())
             caption = f"{norms.unit}, {counted(len(same), 'seed')}; from {least:.3g} to {most:.3g}"
-            found.append((norm_figure(adapter, norms, caption), norms_table(adapter, norms)))
-    return found
+            figures.append((norm_figure(adapter, norms, caption), norms_table(adapter, norms)))
+    return figures
 
 
 # ---- samples --------------------------------------------------------------------------------------------------------
@@ -200,14 +200,14 @@ class Sampled:
 
 def samples(contents: Contents) -> list[Sampled]:
     """What `samples.json` holds and a few of the free answers that `ws check confounds` keeps, answers side by side."""
-    found = []
+    sampled = []
     for adapter in contents.adapters:
         seeds = tuple((run.name, questions) for run in contents.of(adapter) if (questions := _questions(run)))
         steered = [pieces for _, asked in seeds for q in asked for alpha, pieces in q.answers if alpha]
         changed = sum(any(piece.kind != "same" for piece in pieces) for pieces in steered)
         if seeds:
-            found.append(Sampled(adapter, changed, len(steered), seeds))
-    return found
+            sampled.append(Sampled(adapter, changed, len(steered), seeds))
+    return sampled
 
 
 @dataclass(frozen=True)

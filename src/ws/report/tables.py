@@ -64,8 +64,8 @@ def _point_row(adapter: str, seed: str, p: Point, score: HeadlineScore) -> tuple
         adapter,
         seed,
         strength(p.alpha) if steered else "0 (base)",
-        shown(p.level, score.spec) + ("" if steered else p.mark),
-        f"{shown(p.shift, score.spec)}{p.mark}" if steered else "",
+        shown(p.level, score.spec) + ("" if steered else p.suffix),
+        f"{shown(p.shift, score.spec)}{p.suffix}" if steered else "",
         p_text(p.shift.p) if tested else "",
         p_text(p.p_holm) if tested and p.p_holm is not None else "",
         "" if p.mass is None else f"{p.mass:.3f}",
@@ -118,8 +118,8 @@ def confounds_table(contents: Contents) -> Table:
             strong = row["strong"].split(", ")
             for name in ("agreement", "position", "length", "refusals", "repetition"):
                 if row.get(f"verdict_{name}"):
-                    mark = "strong" if name in strong else ""
-                    rows.append((run.name, strength(float(row["alpha"])), name, mark, row[f"verdict_{name}"]))
+                    degree = "strong" if name in strong else ""
+                    rows.append((run.name, strength(float(row["alpha"])), name, degree, row[f"verdict_{name}"]))
     header = ("run", "alpha", "confound", "strong", "verdict")
     return Table("Confounds, as ws check confounds judges them", header, tuple(rows))
 
@@ -150,11 +150,11 @@ def other_dilemmas_table(contents: Contents) -> Table:
 def foundations_table(by_adapter: Mapping[str, Sequence[Foundation]]) -> Table:
     """The numbers behind the foundations' figures."""
     rows = tuple(
-        (adapter, f.name, strength(f.alpha), str(f.shift.n), f"{shown(f.shift)}{f.mark}", f"{f.read.mass:.3f}")
-        for adapter, found in by_adapter.items()
-        for f in found
+        (adapter, f.name, strength(f.alpha), str(f.shift.n), f"{shown(f.shift)}{f.suffix}", f"{f.read.mass:.3f}")
+        for adapter, foundations in by_adapter.items()
+        for f in foundations
     )
-    doubts = mark_notes(f.read.problem for found in by_adapter.values() for f in found)
+    doubts = mark_notes(f.read.problem for foundations in by_adapter.values() for f in foundations)
     header = ("adapter", "foundation", "alpha", "vignettes", "shift [95 %]", "answer mass")
     return Table("; ".join(["Shift of logit(wrongness), nats", *doubts]), header, rows)
 
@@ -234,12 +234,12 @@ def settings_table(contents: Contents) -> Table:
 
 def versions(contents: Contents) -> str:
     """The versions of libraries that the vectors were made with."""
-    found: dict[str, list[str]] = {}
+    by_library: dict[str, list[str]] = {}
     for run in contents.results:
         for name, version in run.stages.get("vector", {}).get("versions", {}).items():
-            if version not in found.setdefault(name, []):
-                found[name].append(version)
-    return ", ".join(f"{name} {' and '.join(found[name])}" for name in sorted(found)) or "not recorded"
+            if version not in by_library.setdefault(name, []):
+                by_library[name].append(version)
+    return ", ".join(f"{name} {' and '.join(by_library[name])}" for name in sorted(by_library)) or "not recorded"
 
 
 def commands(contents: Contents) -> list[str]:

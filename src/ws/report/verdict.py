@@ -91,7 +91,7 @@ class Check:
     """One thing that speaks for or against a shift: `GOOD`, `CAUTION`, `BAD` or `MISSING`, and why."""
 
     name: str
-    mark: str
+    grade: str
     text: str
 
 
@@ -173,8 +173,8 @@ def _controls(contents: Contents, runs: Sequence[Result], score: HeadlineScore) 
     """From `compare.csv`, whose spans are held against all three nulls; else random vectors alone, from the runs."""
     if row := contents.against_nulls(runs[0].adapter, score.key):
         return row["real"], row["p_random"]
-    found = [p for run in runs if (p := _random_p(run, score)) is not None]
-    return None, max(found) if found else None
+    p_values = [p for run in runs if (p := _random_p(run, score)) is not None]
+    return None, max(p_values) if p_values else None
 
 
 def _random_p(run: Result, score: HeadlineScore) -> float | None:
@@ -257,7 +257,7 @@ def _conclusion(contents: Contents, claims: Selection, checks: Sequence[Check]) 
     count = f"in {len(claims.sure)} of {counted(len(claims.all), 'adapter')}"
     if not claims.sure:
         return NO_EFFECT, f"{moves} by {floor} {unit} or more {count}{_uncounted(claims)}"
-    doubts = [f"; but {c.name.lower()}: {c.text}" for c in checks if c.mark == BAD]
+    doubts = [f"; but {c.name.lower()}: {c.text}" for c in checks if c.grade == BAD]
     if claims.named.real is None:
         cause = f"whether that is {contents.name} is not known without trained nulls: any training moves such a score"
         kind, head = UNKNOWN, f"{moves} {count} ({_seeds(claims.sure)}); {cause}"
@@ -265,7 +265,7 @@ def _conclusion(contents: Contents, claims: Selection, checks: Sequence[Check]) 
         kind, head = AGAINST, f"{moves} {count}, the wrong way"
     else:
         kind, head = _supported(contents, claims)
-        kind = FIRST if any(c.mark == CAUTION and c.name != COST for c in checks) else kind
+        kind = FIRST if any(c.grade == CAUTION and c.name != COST for c in checks) else kind
     return NOT_ESTABLISHED if doubts else kind, f"{head}{_uncounted(claims)}{''.join(doubts)}"
 
 
@@ -329,8 +329,8 @@ def _headlines(contents: Contents, e: Evidence) -> list[Headline]:
 
 def _checks(contents: Contents, e: Evidence) -> list[Check]:
     """What speaks for a shift, against it, and what nobody has looked at."""
-    kl, mass, one = e.point.kl, e.point.mass, e.n_seeds == 1
-    seeds = "one, and another training may differ" if one else f"{e.n_seeds}, pooled"
+    kl, mass, single_seed = e.point.kl, e.point.mass, e.n_seeds == 1
+    seeds = "one, and another training may differ" if single_seed else f"{e.n_seeds}, pooled"
     if e.strong is None:
         confounds = MISSING, "not looked for"
     else:
@@ -341,7 +341,7 @@ def _checks(contents: Contents, e: Evidence) -> list[Check]:
     checks = [
         Check("True claims", *_beside_true_claims(contents, e)),
         Check("Controls", *_beside_nulls(e)),
-        Check("Seeds", CAUTION if one else GOOD, seeds),
+        Check("Seeds", CAUTION if single_seed else GOOD, seeds),
         Check("Answer mass", GOOD, "not needed" if mass is None else f"{mass:.3f}"),
         Check(COST, *cost),
         Check("Confounds", *confounds),
@@ -388,21 +388,21 @@ def warnings_of(
     contents: Contents, curves: Mapping[tuple[str, str], Curve], evidence: Sequence[Evidence]
 ) -> list[Caution]:
     """Everything that a reader should know before believing a number on the page."""
-    found = [*_unreadable(curves), *_confounds(contents, evidence), *_prompt(contents)]
-    found += [*_pairs(contents), *_calibrations(contents), *_rounding(contents)]
+    cautions = [*_unreadable(curves), *_confounds(contents, evidence), *_prompt(contents)]
+    cautions += [*_pairs(contents), *_calibrations(contents), *_rounding(contents)]
     bases = dict.fromkeys((r.base, r.fingerprint) for r in contents.results)
     if len(bases) > 1:
-        found.append(
+        cautions.append(
             Caution(f"The runs are of {len(bases)} different bases, so they cannot be compared.", "provenance")
         )
     for curve in curves.values():
         if not curve.pooled:
             text = f"{curve.adapter}: seeds were asked different items about {curve.score.title} and are not pooled."
-            found.append(Caution(text, of(curve.score).place))
+            cautions.append(Caution(text, of(curve.score).place))
     if any(r.base in BUNDLED for r in contents.results):
         text = "The bundled models have such behaviours built into their training data: what is measured on them shows "
-        found.append(Caution(f"{text}that the pipeline works, and says nothing about large models.", "provenance"))
-    return found
+        cautions.append(Caution(f"{text}that the pipeline works, and says nothing about large models.", "provenance"))
+    return cautions
 
 
 def _splits(runs: Sequence[Result]) -> set[str]:
@@ -412,14 +412,14 @@ def _splits(runs: Sequence[Result]) -> set[str]:
 
 def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
     """One warning per score: where the model no longer answers the question."""
-    found: dict[str, list[str]] = {}
+    by_score: dict[str, list[str]] = {}
     anchors, bases = dict[str, str](), dict[str, list[Readability]]()
     for curve in curves.values():
         points = curve.pooled or tuple(p for seed in curve.seeds.values() for p in seed)
         low = {p.alpha: p.read for p in points if not p.is_readable}
         if low:
             where = f"{curve.adapter} at alpha {', '.join(map(strength, low))} ({worst(low.values()).problem})"
-            found.setdefault(curve.score.title, []).append(where)
+            by_score.setdefault(curve.score.title, []).append(where)
             anchors[curve.score.title] = of(curve.score).place
             bases.setdefault(curve.score.title, []).append(_base(curve))
     return [
@@ -428,15 +428,15 @@ def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
             f"the question, and the score supports no conclusion: {remedy(worst(bases[title]))}.",
             anchors[title],
         )
-        for title, where in found.items()
+        for title, where in by_score.items()
     ]
 
 
 def _confounds(contents: Contents, evidence: Sequence[Evidence]) -> list[Caution]:
-    found = []
+    cautions = []
     for e in evidence:
         if e.agreement is not None and e.agreement.kind in (AGREEMENT, MIXED, UNDECIDED) and e.point.is_readable:
-            found.append(
+            cautions.append(
                 Caution(
                     f"{e.adapter} at alpha {strength(e.point.alpha)}: {e.agreement.line.removesuffix('.')}.", "checks"
                 )
@@ -445,8 +445,10 @@ def _confounds(contents: Contents, evidence: Sequence[Evidence]) -> list[Caution
         for row in run.tables.get((CONFOUNDS, "summary"), ()):
             for name in filter(None, row["strong"].split(", ")):
                 alpha = strength(float(row["alpha"]))
-                found.append(Caution(f"{run.name} at alpha {alpha}: {row.get(f'verdict_{name}') or name}.", "checks"))
-    return found
+                cautions.append(
+                    Caution(f"{run.name} at alpha {alpha}: {row.get(f'verdict_{name}') or name}.", "checks")
+                )
+    return cautions
 
 
 def _prompt(contents: Contents) -> list[Caution]:
@@ -464,12 +466,13 @@ def _prompt(contents: Contents) -> list[Caution]:
 
 def _calibrations(contents: Contents) -> list[Caution]:
     """Runs whose strengths were solved for on questions that their vectors have, or may have, seen."""
-    found: dict[str, list[str]] = {}
+    by_questions: dict[str, list[str]] = {}
     for run in contents.results:
         if run.calibration is not None and not run.calibration.held_out:
-            found.setdefault(run.calibration.questions, []).append(run.name)
+            by_questions.setdefault(run.calibration.questions, []).append(run.name)
     return [
-        Caution(f"−1u and +1u of {', '.join(runs)} are solved for on {what}.", "claims") for what, runs in found.items()
+        Caution(f"−1u and +1u of {', '.join(runs)} are solved for on {what}.", "claims")
+        for what, runs in by_questions.items()
     ]
 
 

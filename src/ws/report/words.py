@@ -118,11 +118,11 @@ class Question:
 
 def side_by_side(samples: Sequence[Mapping[str, Any]]) -> list[Question]:
     """Samples (`alpha`, `question`, `answer`) by question, with the differences from the answer nearest to alpha 0."""
-    found: dict[str, dict[float, str]] = {}
+    by_question: dict[str, dict[float, str]] = {}
     for s in samples:
-        found.setdefault(str(s["question"]), {})[float(s["alpha"])] = str(s["answer"])
+        by_question.setdefault(str(s["question"]), {})[float(s["alpha"])] = str(s["answer"])
     questions = []
-    for text, answers in found.items():
+    for text, answers in by_question.items():
         reference = answers[min(answers, key=abs)]
         pieces = ((alpha, tuple(differences(reference, answers[alpha]))) for alpha in sorted(answers))
         questions.append(Question(clean(text), tuple(pieces)))
