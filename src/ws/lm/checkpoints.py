@@ -6,6 +6,7 @@ meta device, which says what every parameter is without holding any.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -156,6 +157,11 @@ class _Index(msgspec.Struct):
     """Which file of several holds a tensor."""
 
     weight_map: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in self.weight_map.values():
+            if not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", name):
+                raise ValueError(f"{name!r:.60} is no safetensors file beside it")
 
 
 def _folder_of(name: str) -> Path:
