@@ -21,8 +21,9 @@ import ws
 from ws import console
 from ws.data import Pair
 from ws.files.runs import data_folder
+from ws.lm.trainer import _Filled
 from ws.options.make import ReplicateConfig, TrainCommand, TrainConfig, train_preset
-from ws.train import _Filled, join, main, on_main
+from ws.train import join, main, on_main
 
 TOLERANCE = 1e-4  # relative difference of dW in float32, where only the order of sums differs
 FOLDER = Path("honesty")
@@ -80,7 +81,7 @@ def interrupted(line: list[str]) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ws.train._Progress.on_step_end", interrupt)
+        patch.setattr("ws.lm.trainer._Progress.on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_here(line)
 
@@ -119,7 +120,7 @@ def trained(tmp_path_factory):
     interrupted(words(handed_over))
     commands = [(words(two, adapter, sign), False) for adapter, sign in ARMS] + [(words(two), False)]
     commands += [(words(cut), True), (words(again), True), (words(again), False), (words(handed_over), False)]
-    processes = on_two_processes([*commands, (words(bad, lr=1e30), False)], top / "commands.json")
+    processes = on_two_processes([*commands, (words(bad, lr=2e9), False)], top / "commands.json")
     return top, processes
 
 

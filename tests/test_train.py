@@ -15,11 +15,10 @@ from conftest import reworded
 from ws.data import Pair
 from ws.files.runs import Run, sha256_file
 from ws.lm.models import chat_format, encode, render_prompt
+from ws.lm.trainer import _Collator, last_whole_checkpoint
 from ws.options.make import TrainConfig, train_preset
 from ws.train import (
     _adapted,
-    _Collator,
-    _last_whole_checkpoint,
     _require_progress,
     adapter_spec,
     build_examples,
@@ -181,7 +180,7 @@ def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monk
             train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
     newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / "trainer_state.json").write_text("{")  # as a kill in the middle of writing it leaves it
-    earlier = _last_whole_checkpoint(work)
+    earlier = last_whole_checkpoint(work)
     assert earlier is not None
     assert not newest.exists()
     train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
@@ -275,11 +274,11 @@ def test_oft_blocks_must_fit(fresh_tiny, tmp_path):
 
 
 def test_the_warm_up_is_never_more_than_a_tenth():
-    from ws.train import _arguments
+    from ws.train import _settings
 
     config = TrainConfig(lr=1e-4)
     for steps, want in ((8, 0), (20, 2), (50, 5), (500, 5)):
-        assert _arguments(config, steps, __import__("pathlib").Path("x"), 0, True, True).warmup_steps == want
+        assert _settings(config, steps, 0, True)["warmup_steps"] == want
 
 
 def test_defaults_are_the_documented_ones():

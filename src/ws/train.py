@@ -13,37 +13,31 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ws import console
 from ws.adapters import AdapterSpec, family, peft_config
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
-from ws.errors import DiskError, WsError, choose, disk_errors, require_seed
-from ws.files.reading import read_json
+from ws.errors import DiskError, WsError, choose, require_seed
 from ws.files.runs import (
     ADAPTER,
     PISSA_INIT_FILE,
@@ -55,20 +49,16 @@ from ws.files.runs import (
     lock,
     model_flag,
     run_folder,
-    sha256_file,
     sha256_json,
     write_json,
     write_text,
 )
-from ws.files.writing import flush
 from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
 from ws.options.make import MIN_VALIDATION, SIGNS, held_out
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
 from ws.options.make import train_preset as train_preset
 
-SEAL = "sealed.json"
-_NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 T = TypeVar("T")
 
 
@@ -90,9 +80,8 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train one arm and save it as a PEFT adapter in `folder`.
 
-    Checkpoints are kept in a hidden folder beside it, so an interrupted call continues. The model is handed back
-    exactly as it came: no adapter layers, the same weights, the same flags. On several processes, each of which calls
-    this with the same arguments and a model on its own device, only the main one writes.
+    Checkpoints are kept in a hidden folder beside it, so an interrupted call continues. The model is handed back as it
+    came. On several processes, each of which calls this with a model on its own device, only the main one writes.
 
     Args:
         model: the base.
@@ -112,10 +101,7 @@ def train_adapter(
     """
     folder, config = Path(folder), config or TrainConfig()
     choose("sign", sign, SIGNS)
-    require_seed(seed)
-    ADAPTER.require(folder)
-    config.check()
-    config.accumulation(console.processes())
+    _require_usable(config, seed, folder)
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
     examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length)
@@ -141,6 +127,14 @@ def train_adapter(
     if fingerprint(model) != base["base_fingerprint"]:
         raise WsError("Training left the base model changed; this is a bug, please report it.")
     return facts
+
+
+def _require_usable(config: TrainConfig, seed: int, folder: Path) -> None:
+    """`WsError` for what can be known before a model is touched."""
+    require_seed(seed)
+    ADAPTER.require(folder)
+    config.check()
+    config.accumulation(console.processes())
 
 
 def _begin(work: Path, settings: str) -> None:
@@ -258,55 +252,6 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
     return [e for e in examples if e.question not in out], [e for e in examples if e.question in out]
 
 
-class _Features(Dataset):
-    """The examples' features by index; past the last one comes an example without a response, to fill up batches."""
-
-    def __init__(self, examples: Sequence[Example], pad_id: int) -> None:
-        self.rows = [e.features() for e in examples]
-        self.filler = {"input_ids": [pad_id], "labels": [-100]}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index] if index < len(self.rows) else self.filler
-
-
-class _Filled(Sampler[int]):
-    """An order of `count` examples, then the index `count` until the length is a multiple of `multiple`."""
-
-    def __init__(self, count: int, multiple: int, order: Callable[[], Iterable[int]]) -> None:
-        self.count, self.order = count, order
-        self.fillers = -count % multiple
-
-    def __len__(self) -> int:
-        return self.count + self.fillers
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self.order()
-        yield from [self.count] * self.fillers
-
-
-class _Collator:
-    """Pads a batch on the right."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        width = max(len(f["input_ids"]) for f in features)
-
-        def fill(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([r + [value] * (width - len(r)) for r in rows])
-
-        ids = [f["input_ids"] for f in features]
-        return {
-            "input_ids": fill(ids, self.pad_id),
-            "attention_mask": fill([[1] * len(r) for r in ids], 0),
-            "labels": fill([f["labels"] for f in features], -100),
-        }
-
-
 # ---- the adapter on and off the model -----------------------------------------------------------------------------
 
 
@@ -364,54 +309,6 @@ def _isolated_rng() -> Iterator[None]:
 # ---- the fit ------------------------------------------------------------------------------------------------------
 
 
-class _Trainer(Trainer):
-    """transformers' Trainer with the same steps on any number of processes.
-
-    Micro-batches are dealt out in turn, so a step takes the same examples as on one process; accelerate would fill up
-    the last ones with examples from the beginning, here they are filled with examples without a response. The sum of
-    losses over all processes is divided by all their response tokens (`average_tokens_across_devices`).
-    """
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        if self.args.world_size == 1:
-            return super()._get_train_sampler(train_dataset)
-        return _Filled(len(self.train_dataset), self.args.train_batch_size * self.args.world_size, self._epoch_order)
-
-    def _epoch_order(self) -> Iterable[int]:
-        """The order of one process, which depends on the seed and the epoch only."""
-        order = SeedableRandomSampler(self.train_dataset, data_seed=self.args.data_seed)
-        order.set_epoch(int(self.state.epoch))
-        return order
-
-    def _get_eval_sampler(self, eval_dataset: _Features) -> Sampler[int] | None:
-        if self.args.world_size == 1:
-            return super()._get_eval_sampler(eval_dataset)
-        count = len(eval_dataset)
-        return _Filled(count, self.args.eval_batch_size * self.args.world_size, lambda: range(count))
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The Trainer's; but a validation batch is averaged over its own tokens, whatever the other processes hold."""
-        tokens = num_items_in_batch if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, tokens)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the main process seals the checkpoint when all have written theirs
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with disk_errors(folder):
-            super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            _seal(folder)
-
-
 def _fit(
     peft_model: PeftModel,
     tok: Tokenizer,
@@ -421,38 +318,18 @@ def _fit(
     config: TrainConfig,
     seed: int,
 ) -> dict[str, Any]:
+    from ws.lm.trainer import fit, last_whole_checkpoint  # takes seconds to import, and most runs have nothing to train
+
     steps = config.max_steps or math.ceil(math.ceil(len(train) / config.batch) * config.epochs)
-    arguments = _arguments(config, steps, work, seed, bool(validation), peft_model.device.type == "cpu")
-    arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
-    learned = [n for n, p in peft_model.named_parameters() if p.requires_grad]
-    arguments.ddp_find_unused_parameters = any(".experts." in n for n in learned)  # others take part in every batch
-    trainer = _Trainer(
-        model=peft_model,
-        args=arguments,
-        train_dataset=_Features(train, tok.pad_token_id),
-        eval_dataset=_Features(validation, tok.pad_token_id) if validation else None,
-        data_collator=_Collator(tok.pad_token_id),
-        callbacks=[_StopOnNaN(), _Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
-        raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
-    try:
-        trainer.train(resume_from_checkpoint=on_main(lambda: _last_whole_checkpoint(work)))
-    except RuntimeError as problem:
-        if not _NO_GRADIENT.search(str(problem)):
-            raise
-        kind = type(peft_model.get_base_model()).__name__
-        raise WsError(
-            f"A {kind} cannot be trained, because torch has no gradient for a part of it ({problem}); name modules "
-            "that lie behind it with --modules or --layers."
-        ) from problem
-    trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
+    settings = _settings(config, steps, seed, bool(validation))
+    rows, held = ([e.features() for e in part] for part in (train, validation))
+    resumed = on_main(lambda: last_whole_checkpoint(work))
+    trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,
         "examples": len(train),
-        "processes": arguments.world_size,
+        "processes": trainer.args.world_size,
         "train_losses": [round(v, 5) for v in losses["loss"]],
         "validation_losses": [round(v, 5) for v in losses["eval_loss"]],
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
@@ -462,74 +339,27 @@ def _fit(
     return facts
 
 
-def _arguments(
-    config: TrainConfig, steps: int, work: Path, seed: int, validates: bool, on_cpu: bool
-) -> TrainingArguments:
+def _settings(config: TrainConfig, steps: int, seed: int, validates: bool) -> dict[str, Any]:
+    """What transformers' `TrainingArguments` are told."""
     every = max(1, math.ceil(steps / 5))
     assert config.lr is not None
-    return TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=min(config.warmup, steps // 10),
-        per_device_train_batch_size=config.micro_batch,
-        per_device_eval_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.accumulation(console.processes()),
-        logging_steps=max(1, steps // 20),
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        eval_strategy="steps" if validates else "no",
-        eval_steps=every,
-        eval_on_start=validates,
-        load_best_model_at_end=validates and config.keep == "best",
-        metric_for_best_model="eval_loss",
-        seed=seed,
-        data_seed=seed,
-        use_cpu=on_cpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=[],
-        disable_tqdm=True,
-    )
-
-
-class _StopOnNaN(TrainerCallback):
-    """Stops at the first loss or gradient that is not finite."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Called by the Trainer with every logged value."""
-        for key in ("loss", "eval_loss", "grad_norm"):
-            value = (logs or {}).get(key)
-            if value is not None and not math.isfinite(float(value)):
-                raise WsError(
-                    f"Training diverged: {key} is {value} at step {state.global_step} of {state.max_steps}; "
-                    "lower --lr, or use --dtype float32."
-                )
-
-
-class _Progress(TrainerCallback):
-    """One progress bar on stderr with the latest losses, in place of the Trainer's several."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Opens the bar, at the resumed step if there is one."""
-        self.bar = console.progress(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Moves the bar."""
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Shows the latest training and validation loss."""
-        shown = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
-        if shown and hasattr(self, "bar"):
-            self.bar.set_postfix(shown, refresh=False)  # at the next step, as seldom as bars are drawn
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Closes the bar."""
-        self.bar.close()
+    return {
+        "max_steps": steps,
+        "learning_rate": config.lr,
+        "weight_decay": config.weight_decay,
+        "warmup_steps": min(config.warmup, steps // 10),
+        "per_device_train_batch_size": config.micro_batch,
+        "per_device_eval_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(console.processes()),
+        "logging_steps": max(1, steps // 20),
+        "save_steps": every,
+        "eval_strategy": "steps" if validates else "no",
+        "eval_steps": every,
+        "eval_on_start": validates,
+        "load_best_model_at_end": validates and config.keep == "best",
+        "seed": seed,
+        "data_seed": seed,
+    }
 
 
 def _require_progress(train: Sequence[float], validation: Sequence[float], config: TrainConfig) -> None:
@@ -546,47 +376,6 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
             f"Training did not learn: the training loss went from {start:.4f} to {end:.4f}, the validation loss from "
             f"{validation[0]:.4f} to {reached:.4f}; change --lr (now {config.lr:g}) or give more pairs."
         )
-
-
-def _seal(checkpoint: Path) -> None:
-    """Record what a checkpoint consists of, once all of it is on the disk."""
-    flush(checkpoint)
-    write_json(checkpoint / SEAL, {f.name: sha256_file(f) for f in _files(checkpoint)})
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return sorted(f for f in checkpoint.iterdir() if f.name != SEAL)
-
-
-class _State(msgspec.Struct):
-    """What the Trainer's own state says of the checkpoint that it will take in the end."""
-
-    best_model_checkpoint: str | None = None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was sealed and is what it was then."""
-    try:
-        return read_json(checkpoint / SEAL, dict[str, str]) == {f.name: sha256_file(f) for f in _files(checkpoint)}
-    except (WsError, OSError):
-        return False
-
-
-def _last_whole_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that can be gone on from; what a kill or a broken disk has damaged is deleted.
-
-    The one with the best validation loss so far, which the training ends with, must be whole, too. The number of
-    processes may differ from that of the interrupted training.
-    """
-    folders = [p for p in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdecimal()]
-    for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        if _is_whole(folder):
-            best = read_json(folder / "trainer_state.json", _State).best_model_checkpoint
-            if best is None or _is_whole(Path(best)):
-                return str(folder)
-        console.say(f"{folder} is damaged or half written; the training goes on from before it.")
-        shutil.rmtree(folder, ignore_errors=True)
-    return None
 
 
 def _stamp(

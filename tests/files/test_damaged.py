@@ -43,11 +43,11 @@ from ws.intervene.activation import ActivationVector
 from ws.intervene.calibration import read_calibration
 from ws.lm.checkpoints import Checkpoint
 from ws.lm.models import load_tokenizer
+from ws.lm.trainer import _is_whole, _seal, last_whole_checkpoint
 from ws.new_behavior import behavior_template
 from ws.report import read_contents
 from ws.report.page import render
 from ws.sweep.jobs import Job, Ledger
-from ws.train import _is_whole, _last_whole_checkpoint, _seal
 
 MODULE = "model.layers.0.mlp.up_proj"
 DENSE = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -209,7 +209,7 @@ def trained(name: str) -> Callable[[Path], Path]:
 
 
 def read_checkpoint(file: Path) -> object:
-    assert _last_whole_checkpoint(file.parents[1]) == str(file.parents[1] / "checkpoint-1"), "the one before"
+    assert last_whole_checkpoint(file.parents[1]) == str(file.parents[1] / "checkpoint-1"), "the one before"
     return None
 
 
@@ -363,9 +363,9 @@ def test_an_older_checkpoint_is_gone_on_from_only_if_the_best_one_is_whole(tmp_p
     newest = tmp_path / "checkpoint-2"
     (newest / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-1")}))
     _seal(newest)
-    assert _last_whole_checkpoint(tmp_path) == str(newest)
+    assert last_whole_checkpoint(tmp_path) == str(newest)
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
-    assert _last_whole_checkpoint(tmp_path) is None, "the training would end with the wrong weights"
+    assert last_whole_checkpoint(tmp_path) is None, "the training would end with the wrong weights"
     assert "checkpoint-2 is damaged" in capsys.readouterr().err
     assert not _is_whole(newest)
 

@@ -1,0 +1,282 @@
+"""The loop that adapters are trained in: transformers' Trainer, with the same steps on any number of processes.
+
+It stands apart because the Trainer takes seconds to import, and most of what is done with a run trains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ws import console
+from ws.errors import WsError, disk_errors
+from ws.files.reading import read_json
+from ws.files.runs import sha256_file, write_json
+from ws.files.writing import flush
+
+Rows = Sequence[Mapping[str, list[int]]]  # the `input_ids` and `labels` of examples
+SEAL = "sealed.json"
+_NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
+
+
+def fit(
+    model: PeftModel,
+    pad_id: int,
+    train: Rows,
+    validation: Rows,
+    work: Path,
+    settings: Mapping[str, Any],
+    resumed: str | None,
+) -> Trainer:
+    """Train the adapter of a model in place.
+
+    Args:
+        model: with an adapter.
+        pad_id: the token that batches are filled up with.
+        train, validation: examples; the latter may be none.
+        work: the folder of checkpoints.
+        settings: of transformers' `TrainingArguments`.
+        resumed: the checkpoint to go on from (`last_whole_checkpoint`).
+
+    Returns:
+        The Trainer, whose `state` has the losses.
+
+    Raises:
+        WsError: a loss that is not finite, a model that torch has no gradient for, or one that cannot be trained on
+            several processes.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_total_limit=2,
+        metric_for_best_model="eval_loss",
+        use_cpu=model.device.type == "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
+    learned = [n for n, p in model.named_parameters() if p.requires_grad]
+    arguments.ddp_find_unused_parameters = any(".experts." in n for n in learned)  # others take part in every batch
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Features(train, pad_id),
+        eval_dataset=_Features(validation, pad_id) if validation else None,
+        data_collator=_Collator(pad_id),
+        callbacks=[_StopOnNaN(), _Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
+        raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except RuntimeError as problem:
+        if not _NO_GRADIENT.search(str(problem)):
+            raise
+        kind = type(model.get_base_model()).__name__
+        raise WsError(
+            f"A {kind} cannot be trained, because torch has no gradient for a part of it ({problem}); name modules "
+            "that lie behind it with --modules or --layers."
+        ) from problem
+    trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
+    return trainer
+
+
+# ---- examples in batches ----------------------------------------------------------------------------------------
+
+
+class _Features(Dataset):
+    """The examples' features by index; past the last one comes an example without a response, to fill up batches."""
+
+    def __init__(self, rows: Rows, pad_id: int) -> None:
+        self.rows = rows
+        self.filler = {"input_ids": [pad_id], "labels": [-100]}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, list[int]]:
+        return self.rows[index] if index < len(self.rows) else self.filler
+
+
+class _Filled(Sampler[int]):
+    """An order of `count` examples, then the index `count` until the length is a multiple of `multiple`."""
+
+    def __init__(self, count: int, multiple: int, order: Callable[[], Iterable[int]]) -> None:
+        self.count, self.order = count, order
+        self.fillers = -count % multiple
+
+    def __len__(self) -> int:
+        return self.count + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order()
+        yield from [self.count] * self.fillers
+
+
+class _Collator:
+    """Pads a batch on the right."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, features: Rows) -> dict[str, Tensor]:
+        width = max(len(f["input_ids"]) for f in features)
+
+        def fill(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([r + [value] * (width - len(r)) for r in rows])
+
+        ids = [f["input_ids"] for f in features]
+        return {
+            "input_ids": fill(ids, self.pad_id),
+            "attention_mask": fill([[1] * len(r) for r in ids], 0),
+            "labels": fill([f["labels"] for f in features], -100),
+        }
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer with the same steps on any number of processes.
+
+    Micro-batches are dealt out in turn, so a step takes the same examples as on one process; accelerate would fill up
+    the last ones with examples from the beginning, here they are filled with examples without a response. The sum of
+    losses over all processes is divided by all their response tokens (`average_tokens_across_devices`).
+    """
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        return _Filled(len(self.train_dataset), self.args.train_batch_size * self.args.world_size, self._epoch_order)
+
+    def _epoch_order(self) -> Iterable[int]:
+        """The order of one process, which depends on the seed and the epoch only."""
+        order = SeedableRandomSampler(self.train_dataset, data_seed=self.args.data_seed)
+        order.set_epoch(int(self.state.epoch))
+        return order
+
+    def _get_eval_sampler(self, eval_dataset: _Features) -> Sampler[int] | None:
+        if self.args.world_size == 1:
+            return super()._get_eval_sampler(eval_dataset)
+        count = len(eval_dataset)
+        return _Filled(count, self.args.eval_batch_size * self.args.world_size, lambda: range(count))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's; but a validation batch is averaged over its own tokens, whatever the other processes hold."""
+        tokens = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, tokens)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the main process seals the checkpoint when all have written theirs
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with disk_errors(folder):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            _seal(folder)
+
+
+class _StopOnNaN(TrainerCallback):
+    """Stops at the first loss or gradient that is not finite."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the Trainer with every logged value."""
+        for key in ("loss", "eval_loss", "grad_norm"):
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(float(value)):
+                raise WsError(
+                    f"Training diverged: {key} is {value} at step {state.global_step} of {state.max_steps}; "
+                    "lower --lr, or use --dtype float32."
+                )
+
+
+class _Progress(TrainerCallback):
+    """One progress bar on stderr with the latest losses, in place of the Trainer's several."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar, at the resumed step if there is one."""
+        self.bar = console.progress(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves the bar."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows the latest training and validation loss."""
+        shown = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")}
+        if shown and hasattr(self, "bar"):
+            self.bar.set_postfix(shown, refresh=False)  # at the next step, as seldom as bars are drawn
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes the bar."""
+        self.bar.close()
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def _seal(checkpoint: Path) -> None:
+    """Record what a checkpoint consists of, once all of it is on the disk."""
+    flush(checkpoint)
+    write_json(checkpoint / SEAL, {f.name: sha256_file(f) for f in _files(checkpoint)})
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(f for f in checkpoint.iterdir() if f.name != SEAL)
+
+
+class _State(msgspec.Struct):
+    """What the Trainer's own state says of the checkpoint that it will take in the end."""
+
+    best_model_checkpoint: str | None = None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was sealed and is what it was then."""
+    try:
+        return read_json(checkpoint / SEAL, dict[str, str]) == {f.name: sha256_file(f) for f in _files(checkpoint)}
+    except (WsError, OSError):
+        return False
+
+
+def last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that can be gone on from; what a kill or a broken disk has damaged is deleted.
+
+    The one with the best validation loss so far, which the training ends with, must be whole, too. The number of
+    processes may differ from that of the interrupted training.
+    """
+    folders = [p for p in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdecimal()]
+    for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(folder):
+            best = read_json(folder / "trainer_state.json", _State).best_model_checkpoint
+            if best is None or _is_whole(Path(best)):
+                return str(folder)
+        console.say(f"{folder} is damaged or half written; the training goes on from before it.")
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
