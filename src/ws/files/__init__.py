@@ -1,1 +1,1 @@
-"""The `out/` folder: layout, manifests, atomic writes, tables, tensors and pictures."""
+"""The `out/` folder: layout, manifests, whole writes, checked reads, places, tables, tensors and pictures."""
