@@ -76,8 +76,8 @@ effect = -1
     ("arguments", "first", "some"),
     [
         ([], "usage: ws COMMAND", ["Start", "replicate", "Look"]),
-        (["eval"], "usage: ws COMMAND", ["eval airisk", "eval preference"]),
-        (["export", "--help"], "usage: ws COMMAND", ["export peft"]),
+        (["eval"], "usage: ws eval NAME", ["eval airisk", "eval preference"]),
+        (["export", "--help"], "usage: ws export NAME", ["export peft"]),
         (["--version"], ws.__version__, []),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_run_cut_off_before_publishing_loses_nothing(tiny, tmp_path, behavior,
             with pytest.raises(KeyboardInterrupt):
                 generate_pairs(model, tok, behavior, folder, SMALL)
         assert (folder / "pairs.jsonl").exists() == (name == "write_json")
-        assert not Run(folder).is_finished("pairs", Run(folder).facts("pairs")["config"])
+        assert not Run(folder).is_finished("pairs", Run(folder).manifest["stages"]["pairs"]["config"])
         monkeypatch.setattr("ws.data.sample_answers", lambda *a, **k: pytest.fail("sampled again"))
         assert generate_pairs(model, tok, behavior, folder, SMALL) == whole
         assert (folder / "pairs.jsonl").read_bytes() == wanted

@@ -474,10 +474,15 @@ def test_strengths_are_read(text, alpha):
     assert parse_alpha(text, KNOWN) == pytest.approx(alpha)
 
 
-@pytest.mark.parametrize("text", ["", "u", "one", "1 u", "1uu", "1e1u", "calibrated"])
+@pytest.mark.parametrize("text", ["", "u", "one", "1 u", "1uu", "1e1u"])
 def test_strengths_that_are_not_understood_are_refused(text):
     with pytest.raises(ws.WsError, match="not understood"):
         parse_alpha(text, KNOWN)
+
+
+def test_a_word_for_two_strengths_is_none():
+    with pytest.raises(ws.WsError, match=r"-1u and \+1u"):
+        parse_alpha("calibrated", KNOWN)
 
 
 def test_units_need_a_calibration_that_converged():

@@ -357,7 +357,7 @@ def test_no_path_of_this_machine_is_published(run, tmp_path, capsys):
     with pytest.raises(ws.WsError, match="damaged"):
         main(options(run, dry_run=True))
     side = {"alpha": 2.0, "converged": True}
-    units = {"format": 1, "subject": vector_digest(vector), "negative": side, "positive": side}
+    units = {"format": 1, "subject": vector_digest(vector), "negative": side | {"alpha": -2.0}, "positive": side}
     units |= {"note": f"{tmp_path}/secret/q.txt"}
     (run / "vector" / CALIBRATION).write_text(json.dumps(units))
     claims(run, vector_digest(vector))

@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ws import console
-from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES
+from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES, read_units
 from ws.errors import WsError
 from ws.export.card import Subject, describe, stale_evaluations, vector_card
 from ws.export.source import vector_of
@@ -45,6 +45,8 @@ def prepare(about: Subject, source: Path, folder: Path) -> list[Path]:
     """
     if not (source / MANIFEST).is_file():
         raise WsError(f"{source} is a plain PEFT adapter; load it as a vector and save that, then push the result.")
+    if (source / CALIBRATION).exists():
+        read_units(source / CALIBRATION)  # what cannot be read is not sent
     with atomic_folder(folder, KIND) as part:
         for name in VECTOR_FILES:
             if (source / name).is_file():

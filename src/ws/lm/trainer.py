@@ -27,6 +27,16 @@ from ws.files.reading import read_json
 from ws.files.runs import sha256_file, write_json
 from ws.files.writing import flush
 
+_ALWAYS: dict[str, Any] = {
+    "logging_nan_inf_filter": False,
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "metric_for_best_model": "eval_loss",
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "report_to": [],
+    "disable_tqdm": True,
+}
 Rows = Sequence[Mapping[str, list[int]]]  # the `input_ids` and `labels` of examples
 SEAL = "sealed.json"
 _NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
@@ -58,19 +68,7 @@ def fit(
         WsError: a loss that is not finite, a model that torch has no gradient for, or one that cannot be trained on
             several processes.
     """
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_total_limit=2,
-        metric_for_best_model="eval_loss",
-        use_cpu=model.device.type == "cpu",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=[],
-        disable_tqdm=True,
-        **settings,
-    )
+    arguments = TrainingArguments(output_dir=str(work), use_cpu=model.device.type == "cpu", **_ALWAYS, **settings)
     arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
     learned = [n for n, p in model.named_parameters() if p.requires_grad]
     arguments.ddp_find_unused_parameters = any(".experts." in n for n in learned)  # others take part in every batch
