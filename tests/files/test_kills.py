@@ -23,7 +23,8 @@ from ws.data import Pair
 from ws.errors import DiskError, WsError
 from ws.files import writing
 from ws.files.runs import Run, atomic_file, atomic_folder, write_json, write_text
-from ws.train import _last_whole_checkpoint, train_adapter, train_preset
+from ws.lm.trainer import last_whole_checkpoint
+from ws.train import train_adapter, train_preset
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
@@ -277,7 +278,7 @@ def test_a_training_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
             break
         assert code == -signal.SIGKILL
         work = folder / ".pos.work"
-        resumed += work.is_dir() and _last_whole_checkpoint(work) is not None
+        resumed += work.is_dir() and last_whole_checkpoint(work) is not None
         assert forked(lambda: train(folder)) == 0
         again = weights(folder)
         assert all(torch.equal(t, again[name]) for name, t in whole.items()), f"killed before operation {number}"
