@@ -161,7 +161,7 @@ class _Index(msgspec.Struct):
     def __post_init__(self) -> None:
         for name in self.weight_map.values():
             if not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", name):
-                raise ValueError(f"{name!r:.60} is no safetensors file beside it")
+                raise ValueError(f"{name!r:.300} is no safetensors file beside it")
 
 
 def _folder_of(name: str) -> Path:
