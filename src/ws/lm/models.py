@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
@@ -52,6 +53,8 @@ from ws.lm.hub import hub_is_out_of_reach
 
 PACKED = ("8bit", "4bit")
 SAMPLES_PER_TENSOR = 32
+# Bytes of a GGUF file that is parsed once and kept in memory, expanded to about seven times as much.
+KEPT_GGUF = 250_000_000
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -123,7 +126,7 @@ def _load_gguf(name: str, file: Path, options: Mapping[str, Any]) -> PreTrainedM
     say(read_header(file).describe())
     # Transformers would take that of plain weights, of some architectures, and fail at an ending in capitals.
     dtype = torch.float32 if options["dtype"] == "auto" else options["dtype"]
-    model = _load_weights(name, **{**options, "dtype": dtype}, quantization_config=GgufConfig(dequantize=True))
+    model = _load_weights(name, **{**options, "dtype": dtype})
     # Transformers goes on calling it quantised, and would neither train nor save it.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
@@ -176,12 +179,28 @@ def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: 
     if (file := gguf_file(name)) is not None:
         read_header(file)
         source, options = str(file.parent), options | {"gguf_file": file.name}
-    local = only_local or Path(source).is_dir() or hub_is_out_of_reach()
+    options["local_files_only"] = only_local or Path(source).is_dir() or hub_is_out_of_reach()
     try:
-        with nullcontext() if file is None else without_bars():
-            return auto.from_pretrained(source, trust_remote_code=False, local_files_only=local, **options)
+        if file is None or file.stat().st_size > KEPT_GGUF:
+            return _load(auto, source, **options)
+        return deepcopy(_load_once(file.stat().st_mtime_ns, auto, source, **options))
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise WsError(_why_not_loaded(name, problem)) from problem
+
+
+def _load(auto: Any, source: str, **options: Any) -> Any:
+    if "gguf_file" not in options:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    if auto is AutoModelForCausalLM:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with without_bars():
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+
+
+@lru_cache(maxsize=3)  # a model, its tokenizer and its configuration
+def _load_once(changed: int, auto: Any, source: str, **options: Any) -> Any:
+    """What to make copies of: transformers takes seconds to parse even a small GGUF file, and does so several times."""
+    return _load(auto, source, **options)
 
 
 def _why_not_loaded(name: str, problem: Exception) -> str:
