@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -11,9 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ import ws
 from support import processes
 from ws import cli
 from ws.cli import COMMANDS
-from ws.console import about, parse
+from ws.console import FLAGS, about, parse
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.files import runs
@@ -508,3 +512,41 @@ def test_a_local_folder_goes_the_way_of_a_hub_id(tmp_path):
     assert reading.vector.max_rank == 2 * 32
     assert (tmp_path / "out/data/model/honesty/pairs.jsonl").is_file()
     assert "claims" in render(reading)
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """Where a `ws` command stands in backticks in the source, and its text; what is put in at run time is `X`."""
+    for file in sorted(Path(ws.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            text = ""
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(str(v.value) if isinstance(v, ast.Constant) else "X" for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            yield from ((file.name, hint) for hint in re.findall(r"`ws ([a-z][^`]*)`", text))
+
+
+def names_of(options: type) -> set[str]:
+    """The options of a command, those of nested classes among them, as they are typed."""
+    kinds = get_type_hints(options)
+    nested = [kinds[f.name] for f in fields(options) if is_dataclass(kinds[f.name])]
+    return {f"--{f.name.replace('_', '-')}" for f in fields(options)}.union(*map(names_of, nested))
+
+
+def test_every_hint_in_the_source_names_a_command_and_options_that_it_has():
+    found = list(hints())
+    assert len(found) > 80
+    for place, hint in found:
+        if not hint.startswith(tuple(cli.FAMILIES)) or hint.split()[1:]:
+            name, rest = cli._named(hint.split())
+            known = names_of(COMMANDS[name][1]) | set(FLAGS) | {"--help"}
+            unknown = {word for word in rest if word.startswith("--")} - known
+            assert not unknown, f"{place}: `ws {hint}` has no {unknown}"
+
+
+def test_an_error_names_options_as_its_reader_gives_them(monkeypatch):
+    problem = ws.WsError("--n-think 3 is too many for a--b/--c; run `ws data --fresh` (or --keep-truncated).")
+    text = "`n_think` 3 is too many for a--b/--c; run `ws data --fresh` (or `keep_truncated`)."
+    assert str(problem) == text
+    monkeypatch.setattr(ws.WsError, "in_command", True)
+    assert str(problem) == problem.args[0]

@@ -223,10 +223,13 @@ def test_pairs_of_somebodys_own_are_not_overwritten(tiny, tmp_path, behavior):
     model, tok = tiny
     line = '{"id": "a", "question": "q", "pos": "x", "neg": "y", "pos_tokens": 1, "neg_tokens": 1}\n'
     (tmp_path / "pairs.jsonl").write_text(line)
-    with pytest.raises(ws.WsError, match=r"was not sampled here and is not overwritten.*ws train.*--fresh"):
+    with pytest.raises(ws.WsError, match=r"was not sampled here and is not overwritten.*ws train.*`fresh`"):
         generate_pairs(model, tok, behavior, tmp_path, SMALL)
     assert (tmp_path / "pairs.jsonl").read_text() == line
-    assert len(generate_pairs(model, tok, behavior, tmp_path, SMALL, fresh=True)) > 1
+    for _ in range(2):
+        assert len(generate_pairs(model, tok, behavior, tmp_path, SMALL, fresh=True)) > 1
+    assert (tmp_path / "pairs.before-1.jsonl").read_text() == line
+    assert not (tmp_path / "pairs.before-2.jsonl").exists(), "what was sampled here is simply made again"
 
 
 @pytest.mark.parametrize(
@@ -382,19 +385,19 @@ def test_every_setting_of_generate_is_switched_off_or_known_to_be_harmless():
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"n_topics": 0}, "--n-topics"),
-        ({"n_topics": -1}, "--n-topics"),
-        ({"n_personas": 2}, "--n-personas"),
-        ({"n_samples": 0}, "--n-samples"),
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"data_batch": 0}, "--data-batch"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"temperature": -1.0}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"temperature": float("inf")}, "--temperature"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.01}, "--top-p"),
-        ({"top_p": float("nan")}, "--top-p"),
+        ({"n_topics": 0}, "`n_topics`"),
+        ({"n_topics": -1}, "`n_topics`"),
+        ({"n_personas": 2}, "`n_personas`"),
+        ({"n_samples": 0}, "`n_samples`"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`"),
+        ({"data_batch": 0}, "`data_batch`"),
+        ({"temperature": 0.0}, "`temperature`"),
+        ({"temperature": -1.0}, "`temperature`"),
+        ({"temperature": float("nan")}, "`temperature`"),
+        ({"temperature": float("inf")}, "`temperature`"),
+        ({"top_p": 0.0}, "`top_p`"),
+        ({"top_p": 1.01}, "`top_p`"),
+        ({"top_p": float("nan")}, "`top_p`"),
     ],
 )
 def test_counts_out_of_range_are_explained(tiny, tmp_path, behavior, change, flag):
@@ -496,7 +499,7 @@ def test_the_presets_of_bundled_models_keep_their_draws():
 
 
 def test_no_usable_pair_stops_the_run_with_the_counts(tiny, tmp_path, behavior):
-    with pytest.raises(ws.WsError, match=r"usable: \d+ truncated .*--keep-truncated"):
+    with pytest.raises(ws.WsError, match=r"usable: \d+ truncated .*`keep_truncated`"):
         generate_pairs(*tiny, behavior, tmp_path, replace(SMALL, max_new_tokens=1))
     assert generate_pairs(*tiny, behavior, tmp_path, SMALL), "better settings need no --fresh"
 

@@ -263,7 +263,7 @@ def test_what_cannot_be_shared_is_refused(announced, monkeypatch, device, way, m
 def test_a_batch_that_cannot_be_shared_is_refused_with_one_that_can(announced, tmp_path, tiny):
     from ws.train import train_adapter
 
-    with pytest.raises(ws.WsError, match="--batch 4 is not a multiple of 2 processes x --micro-batch 4; use .* 2"):
+    with pytest.raises(ws.WsError, match="`batch` 4 is not a multiple of 2 processes x `micro_batch` 4; use .* 2"):
         train_adapter(*tiny, PAIRS, "pos", "lora", tmp_path / "pos", replace(CONFIG, micro_batch=4))
 
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -18,13 +19,14 @@ from support import processes
 ROOT = Path(__file__).parents[1]
 FIRST = [ROOT / "README.md", ROOT / "docs" / "tour.md"]  # they leave what the other pages use
 PAGES = [*FIRST, *sorted(set((ROOT / "docs").glob("*.md")) - set(FIRST))]
-FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def snippets(page: Path) -> list[tuple[str, str]]:
     """`(language, code)` of the fenced blocks that can run here; a fence marked `skip` says why in the prose."""
     found = FENCE.findall(page.read_text(encoding="utf-8"))
-    return [(language, code) for language, info, code in found if language in ("bash", "python") and "skip" not in info]
+    run = [(language, dedent(code)) for language, info, code in found if "skip" not in info]
+    return [(language, code) for language, code in run if language in ("bash", "python")]
 
 
 def run_command(line: str, cwd: Path) -> str:

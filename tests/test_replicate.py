@@ -60,7 +60,7 @@ def test_other_settings_stop_before_anything_is_sampled(config, monkeypatch):
 
 def test_a_full_disk_is_said_first(config, monkeypatch):
     monkeypatch.setattr(cost.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**20))
-    with pytest.raises(ws.WsError, match=r"0\.0 GiB free for .*my out.* needs up to .* --out"):
+    with pytest.raises(ws.WsError, match=r"0\.0 GiB free for .*my out.* needs up to .* `out`"):
         replicate(config)
     assert not config.out.exists()
 
@@ -175,13 +175,13 @@ def test_the_first_answers_of_every_persona_are_looked_at(monkeypatch, tmp_path,
         return [Pair(f"q{i}-p{i % 2}-s0", f"Q{i}?", pos.format(i), neg.format(i), 3, 3, drop) for i in range(16)]
 
     for pairs, said in (
-        (planted("a {}", "b {}", "truncated"), "16 truncated .*--max-new-tokens.*--keep-truncated"),
+        (planted("a {}", "b {}", "truncated"), "16 truncated .*`max_new_tokens`.*`keep_truncated`"),
         (planted("a {}", "b {}", "refusal"), "16 refusal .*keep_refusals"),
         (planted("a {}", "a {}", "identical"), "16 identical .*plainer personas"),
         (planted("a {}", "Indeed.", None), "all of the first 16 negative answers are 'Indeed.'"),
     ):
         monkeypatch.setattr(data, "first_pairs", lambda *a, pairs=pairs: pairs)
-        with pytest.raises(ws.WsError, match=f"promises nothing: .*{said}.*--anyway"):
+        with pytest.raises(ws.WsError, match=f"promises nothing: .*{said}.*`anyway`"):
             data.generate_pairs(model, tok, behavior, tmp_path / "b", few)
         assert not (tmp_path / "b" / "manifest.json").exists()
     capsys.readouterr()
@@ -198,7 +198,7 @@ def test_no_usable_pair_names_the_option(tmp_path):
     model, tok = ws.load_model("pocket", device="cpu")
     few = DataConfig(n_topics=4, n_samples=1, max_new_tokens=1, data_batch=4, anyway=True)
     with pytest.raises(
-        ws.WsError, match=r"None of the 4 pairs is usable: 4 truncated \(.*--max-new-tokens.*--keep-tr"
+        ws.WsError, match=r"None of the 4 pairs is usable: 4 truncated \(.*`max_new_tokens`.*`keep_tr"
     ) as e:
         generate_pairs(model, tok, ws.load_behavior("honesty", "pocket"), tmp_path, few)
     assert "{" not in str(e.value)

@@ -232,9 +232,9 @@ def test_a_damaged_cache_is_computed_again(qwen3, tmp_path, capsys):
 def test_what_cannot_be_measured_is_refused(qwen3, tmp_path):
     spectra, vector = BaseSpectra(qwen3, tmp_path), vector_of({GATE: low_rank(torch.ones(48, 1), torch.ones(1, 32))})
     for wrong in ({"k": 0}, {"k": 17}):
-        with pytest.raises(ws.WsError, match=r"--k \d+ is out of range for .*gate_proj, which has 32"):
+        with pytest.raises(ws.WsError, match=r"`k` \d+ is out of range for .*gate_proj, which has 32"):
             measure_subspaces(vector, qwen3, spectra, **wrong)
-    with pytest.raises(ws.WsError, match="--part 0.7"):
+    with pytest.raises(ws.WsError, match="`part` 0.7"):
         measure_subspaces(vector, qwen3, spectra, part=0.7)
     with pytest.raises(ws.WsError, match="zero"):
         measure_subspaces(vector - vector, qwen3, spectra)

@@ -203,7 +203,7 @@ def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
     model, tok = fresh_tiny
     handle = model.lm_head.register_forward_hook(lambda m, a, out: out * float("nan") if m.training else out)
     try:
-        with pytest.raises(ws.WsError, match="diverged.*lower --lr"):
+        with pytest.raises(ws.WsError, match="diverged.*lower `lr`"):
             train_adapter(model, tok, PAIRS, "pos", "lora", tmp_path / "pos", QUICK)
     finally:
         handle.remove()
@@ -222,7 +222,7 @@ def test_too_small_a_validation_set_judges_nothing(fresh_tiny, tmp_path, monkeyp
 @pytest.mark.parametrize(("keep", "validation"), [("last", [3.0, 2.5, 3.1]), ("best", [3.0, 3.2, 3.1])])
 def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
     config, rising, falling = TrainConfig(lr=1e-3, keep=keep), [2.0, 2.1, 2.2], [2.2, 2.1, 2.0]
-    with pytest.raises(ws.WsError, match=r"did not learn: .* 2.0000 to 2.2000, .* 3.0000 to 3.1000; change --lr"):
+    with pytest.raises(ws.WsError, match=r"did not learn: .* 2.0000 to 2.2000, .* 3.0000 to 3.1000; change `lr`"):
         _require_progress(rising, validation, config)
     _require_progress(falling, validation, config)
     _require_progress(rising, [3.0, 2.0, 2.9], config)
@@ -231,18 +231,18 @@ def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "--rank must be at least 1"),
+        ({"rank": 0}, "`rank` must be at least 1"),
         ({"layers": "7:9"}, "out of range"),
         ({"kinds": ("q_prj",)}, "Did you mean 'q_proj'"),
         ({"micro_batch": 3}, "must divide"),
-        ({"lr": -1.0}, "--lr must be positive"),
-        ({"lr": float("nan")}, "--lr must be positive"),
-        ({"validation": 1.0}, "--validation"),
+        ({"lr": -1.0}, "`lr` must be positive"),
+        ({"lr": float("nan")}, "`lr` must be positive"),
+        ({"validation": 1.0}, "`validation`"),
         ({"keep": "bst"}, "Did you mean 'best'"),
-        ({"max_steps": 0}, "--max-steps"),
-        ({"max_steps": 2**64}, "--max-steps must be positive and at most 2147483647"),
-        ({"batch": 2**40, "micro_batch": 2**40}, "--batch must be positive and at most"),
-        ({"rank": 900_000_000_000}, "--rank .* at most 65536"),
+        ({"max_steps": 0}, "`max_steps`"),
+        ({"max_steps": 2**64}, "`max_steps` must be positive and at most 2147483647"),
+        ({"batch": 2**40, "micro_batch": 2**40}, "`batch` must be positive and at most"),
+        ({"rank": 900_000_000_000}, "`rank` .* at most 65536"),
         ({"layers": "0:900000000"}, "layers '0:900000000' of a model .* out of range"),
         ({"layers": "0:" + "9" * 5000}, "layers '0:9+\\.\\.\\.9+' of a model .* is not understood"),
     ],
@@ -269,7 +269,7 @@ def test_equal_runs_write_equal_files_whatever_order_sets_have(fresh_tiny, tmp_p
 
 
 def test_oft_blocks_must_fit(fresh_tiny, tmp_path):
-    with pytest.raises(ws.WsError, match="--oft-block 7 does not divide"):
+    with pytest.raises(ws.WsError, match="`oft_block` 7 does not divide"):
         train_adapter(*fresh_tiny, PAIRS, "pos", "oft", tmp_path / "pos", replace(QUICK, oft_block=7))
 
 

@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ from ws.errors import (
     did_you_mean,
     disk_errors,
     require_characters,
+    require_counts,
     require_seed,
-    shortened,
 )
 from ws.files.public import without_markup
 from ws.files.reading import disguise, json_lines, kept, read_bytes, read_json
 from ws.files.runs import Run, Stage, data_folder, lock, sha256_file, sha256_json, write_json, write_text
 from ws.lm.choice import ChoiceScores, score_choices
+from ws.lm.cost import PROMPT_TOKENS, Work, require_space
 from ws.lm.generation import PLAIN, generate, without_end
 from ws.lm.models import (
     decode_answer,
@@ -64,9 +65,9 @@ from ws.lm.sampling import (
     sample_rows,
     sampling_settings,
 )
-from ws.options.make import MOST, ReplicateConfig, questions_asked
 from ws.options.make import DataCommand as DataCommand
 from ws.options.make import DataConfig as DataConfig
+from ws.options.make import ReplicateConfig, questions_asked
 from ws.options.make import data_preset as data_preset
 from ws.options.shared import shared_with
 from ws.stats import LOW_MASS, estimate_mean, estimate_text
@@ -193,8 +194,7 @@ def generate_pairs(
         _require_base(model, tok, behavior, config)
     with lock(folder / PAIRS_FILE):
         run = Run(folder, fresh)
-        if not fresh:
-            _keep_other_pairs(run)
+        (_set_other_pairs_aside if fresh else _keep_other_pairs)(run)
         stage = run.stage("pairs", described)
         if stage is None:
             return read_pairs(folder)
@@ -225,6 +225,14 @@ def pairs_settings(
 def count_pairs(behavior: Behavior, config: DataConfig) -> int:
     """How many pairs there will be, dropped ones among them; `WsError` for numbers out of range."""
     return len(behavior.pairs or _jobs(behavior, config))
+
+
+def work_of_pairs(behavior: Behavior, config: DataConfig) -> Work:
+    """What there is to sample and to write, at most; most answers end before they have to."""
+    n = count_pairs(behavior, config)
+    sampled = 0 if behavior.pairs else len(SIDES) * n * config.max_new_tokens // 2
+    characters = len(SIDES) * n * (PROMPT_TOKENS + config.max_new_tokens) * 8
+    return Work(sampled=sampled, trained=0, read=0, numbers=0, pairs=characters)
 
 
 def _require_base(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> None:
@@ -342,6 +350,15 @@ def _keep_other_pairs(run: Run) -> None:
         raise WsError(
             f"{file} {what} and is not overwritten; train on it with `ws train`, move it away, or use --fresh."
         )
+
+
+def _set_other_pairs_aside(run: Run) -> None:
+    """What is still there after everything that was made here is gone gets another name."""
+    file = run.folder / PAIRS_FILE
+    if file.exists():
+        names = (file.with_name(f"pairs.before-{n}.jsonl") for n in count(1))
+        other = file.rename(next(name for name in names if not name.exists()))
+        console.warn(f"{file} is not known to have been sampled here, and is {other.name} now.")
 
 
 def _publish(
@@ -571,10 +588,8 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     questions = list(enumerate(behavior.questions))
     n_topics = _count("--n-topics", _within(config, behavior).n_topics, len(questions))
     n_personas = _count("--n-personas", config.n_personas, len(behavior.positive))
-    counts = (("--n-samples", config.n_samples), ("--max-new-tokens", config.max_new_tokens))
-    for flag, value in (*counts, ("--data-batch", config.data_batch)):
-        if value is not None and not 1 <= value <= MOST:
-            raise WsError(f"{flag} must be at least 1 and at most {MOST}, not {shortened(value)}.")
+    counts = {"--n-samples": (config.n_samples, 1), "--max-new-tokens": (config.max_new_tokens, 1)}
+    require_counts({**counts, "--data-batch": (config.data_batch, 1)})
     require_seed(config.data_seed, "--data-seed")
     check_settings(config.temperature, config.top_p)
     picked = evenly(questions, n_topics)
@@ -960,6 +975,10 @@ def main(command: DataCommand) -> None:
     _jobs(behavior, command.data)
     model, tok = load_model(command.model, command.device, command.dtype)
     folder = data_folder(command.out, command.model, behavior.name)
+    if command.fresh or not (folder / PAIRS_FILE).exists():
+        work = work_of_pairs(behavior, command.data)
+        require_space(folder, work.disk)
+        console.say(work.estimate(model))
     generate_pairs(model, tok, behavior, folder, command.data, command.fresh)
     card = read_json(folder / "card.json", dict[str, Any], "sample again, with --fresh")
     text = decoded(read_bytes(folder / "card.md", "sample again, with --fresh"), "card.md").rstrip()

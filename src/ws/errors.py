@@ -5,22 +5,42 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
 from pathlib import Path
+from typing import ClassVar
 
 
 class WsError(Exception):
     """Bad input or an impossible request: one sentence that says what was wrong, where, and what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. It names options as they are typed; outside of
+    a command, where Python calls them by their fields, --min-margin reads as `min_margin`.
+
+    Attributes:
+        in_command: the command line is what will print it.
     """
+
+    in_command: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if WsError.in_command else _OPTION.sub(_as_field, text)
+
+
+# What stands in backticks is to be typed, and dashes within a name are no option.
+_OPTION = re.compile(r"(`[^`]*`)|(?<![\w/.-])--([a-z][a-z0-9-]*)")
+
+
+def _as_field(option: re.Match[str]) -> str:
+    return option[1] or f"`{option[2].replace('-', '_')}`"
 
 
 FLOAT32_MAX = 3.4028234663852886e38
+MOST = 2**31 - 1  # of whatever is counted; libraries fail in their own ways beyond
 
 
 def require_strength(value: object, what: str = "alpha") -> float:
@@ -44,6 +64,19 @@ def require_seed(seed: int, what: str = "The seed") -> int:
     if not 0 <= seed < 2**32:
         raise WsError(f"{what} must lie between 0 and {2**32 - 1}, not {shortened(seed)}.")
     return seed
+
+
+def require_counts(least: Mapping[str, tuple[float | int | None, int]], most: int = MOST) -> None:
+    """`WsError` unless each count, by its option, is at least the number beside it; None stands for no count at all."""
+    for option, (count, low) in least.items():
+        if count is not None and not low <= count <= most:
+            bound = f"at least {low}" if count < low else f"at most {most}"
+            raise WsError(f"{option} must be {bound}, not {shortened(count)}.")
+
+
+def require_resamples(n_bootstrap: int) -> None:
+    """`WsError` unless a 95 % interval can be had from so many resamples, in memory."""
+    require_counts({"--n-bootstrap": (n_bootstrap, 100)}, most=10**6)
 
 
 def shortened(value: object, most: int = 40) -> str:

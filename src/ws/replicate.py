@@ -33,9 +33,10 @@ from ws.data import (
     pair_lines,
     pairs_settings,
     sample_answers,
+    work_of_pairs,
 )
 from ws.diff import CALIBRATION, VECTOR_FILES, SteeringVector, vector_digest
-from ws.errors import WsError, choose, require_strength
+from ws.errors import WsError, choose, require_resamples, require_strength
 from ws.eval.before import require_readable
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext
@@ -54,7 +55,7 @@ from ws.eval.readable import (
 )
 from ws.eval.sycophancy import ClaimScores, Sycophancy, claim_shift, summary_row
 from ws.files.runs import Run, data_folder, read_values, sha256_file, write_json, write_text
-from ws.lm.cost import Work, require_space
+from ws.lm.cost import PROMPT_TOKENS, Work, require_space
 from ws.lm.models import chat_format, linear_size, load_model, render_prompt, tokenizer_hash
 from ws.options.make import SIGNS
 from ws.options.make import ReplicateConfig as ReplicateConfig
@@ -69,8 +70,6 @@ NOT_KNOWN = (
     "Whether it is the behaviour that moves it is not known before nulls are trained (--control shuffled and --control "
     "same-side, then ws compare)."
 )
-# Tokens of a question and of a claim, for an estimate.
-PROMPT_TOKENS = 32
 # Where both arms of a null learn the very same answers, the second is initialised and ordered by another seed.
 SECOND_TRAINING = 1000
 
@@ -180,8 +179,7 @@ def replicate(config: ReplicateConfig) -> Reading:
 def _check(config: ReplicateConfig) -> None:
     for alpha in config.alphas:
         require_strength(alpha, "Each of --alphas")
-    if config.n_bootstrap < 100:
-        raise WsError(f"--n-bootstrap must be at least 100 for a 95 % interval, not {config.n_bootstrap}.")
+    require_resamples(config.n_bootstrap)
     choose("control", config.control, CONTROLS)
     config.train.check()
 
@@ -224,17 +222,16 @@ def require_record(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, c
 
 def _work(behavior: Behavior, config: ReplicateConfig, places: int) -> Work:
     """What there is to do, at most; `places` are the inputs and outputs of all modules that are adapted."""
-    data, train, n = config.data, config.train, count_pairs(behavior, config.data)
-    answer = data.max_new_tokens // 2  # most answers end before they have to
+    train, n = config.train, count_pairs(behavior, config.data)
+    example = PROMPT_TOKENS + config.data.max_new_tokens // 2
     steps = train.max_steps or math.ceil(math.ceil(n / train.batch) * train.epochs)
     claims = len(behavior.claims.claims) if behavior.claims else 0
-    read = claims * PROMPT_TOKENS + 2 * len(behavior.held_out(config.split)) * (PROMPT_TOKENS + answer)
-    return Work(
-        sampled=0 if behavior.pairs else 2 * n * answer,
-        trained=len(SIGNS) * steps * train.batch * (PROMPT_TOKENS + answer),
+    read = claims * PROMPT_TOKENS + 2 * len(behavior.held_out(config.split)) * example
+    return replace(
+        work_of_pairs(behavior, config.data),
+        trained=len(SIGNS) * steps * train.batch * example,
         read=read * len(_alphas(config)),
         numbers=places * max(train.rank, train.oft_block // 2),
-        pairs=2 * n * (PROMPT_TOKENS + data.max_new_tokens) * 8,
     )
 
 

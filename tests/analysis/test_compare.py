@@ -351,8 +351,8 @@ def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path):
         ({"interventions": ("wheight",)}, "[Dd]id you mean 'weight'"),
         ({"evals": ("airrisk",)}, "[Dd]id you mean 'airisk'"),
         ({"evals": ()}, "at least one"),
-        ({"n_draws": -1}, "--n-draws"),
-        ({"target": 0.0}, "--target"),
+        ({"n_draws": -1}, "`n_draws`"),
+        ({"target": 0.0}, "`target`"),
         ({}, "has a vector; make one"),
     ):
         with pytest.raises(ws.WsError, match=sentence):

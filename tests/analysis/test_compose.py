@@ -297,7 +297,7 @@ def test_a_run_is_resumed_and_never_takes_the_place_of_another(runs, capsys):
     stamp = (first.run.folder / "vector" / "ws.json").stat().st_mtime_ns
     ws.analysis.compose.carry_out(options(runs, to="mix"))
     assert (first.run.folder / "vector" / "ws.json").stat().st_mtime_ns == stamp
-    with pytest.raises(ws.WsError, match="expression: .*--fresh"):
+    with pytest.raises(ws.WsError, match="expression: .*`fresh`"):
         main(options(runs, "honesty*2", to="mix"))
     main(options(runs, "honesty*2", to="mix", fresh=True))
     vector = ws.SteeringVector.load(runs / "honesty" / "lora" / "vector")

@@ -331,9 +331,9 @@ def test_other_evaluations_can_be_added(options, capsys):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"n_draws": 1}, "--n-draws must be at least 2"),
+        ({"n_draws": 1}, "`n_draws` must be at least 2"),
         ({"alphas": (0.0,)}, "other than 0"),
-        ({"alphas": (float("nan"),)}, "--alphas must be a finite number"),
+        ({"alphas": (float("nan"),)}, "`alphas` must be a finite number"),
         ({"scores": ("falsehoods",)}, "no score named 'falsehoods'"),
         ({"scores": ()}, "no scores"),
         ({"adapter": "oft"}, "no vector"),

@@ -225,7 +225,7 @@ def test_the_command_files_a_run_and_says_what_is_lost(run, tiny, capsys):
     from ws.run import open_run
 
     assert vector_digest(open_run(out, "honesty", "small", 0, None, "cpu").vector) == vector_digest(small)
-    with pytest.raises(ws.WsError, match="--fresh"):
+    with pytest.raises(ws.WsError, match="`fresh`"):
         main(TrimOptions(out=out, rank=1, to="small"))
     main(TrimOptions(out=out, rank=1, to="small", fresh=True))
     assert ws.SteeringVector.load(folder / "vector").max_rank == 1
@@ -235,7 +235,7 @@ def test_the_command_files_a_run_and_says_what_is_lost(run, tiny, capsys):
     ("asked", "why"),
     [
         ({}, "nothing to trim"),
-        ({"rank": 2, "energy": 0.5}, "either --rank or --energy"),
+        ({"rank": 2, "energy": 0.5}, "either `rank` or `energy`"),
         ({"layers": "9"}, "out of range"),
         ({"modules": ("k_proj",)}, "No module of the vector"),
         ({"depth_scale": (0.0, 0.0)}, "Nothing is left"),

@@ -182,9 +182,9 @@ def test_fewer_questions_leave_the_others_for_calibration(tiny, tmp_path):
     pairs = generate_pairs(model, tok, behavior, tmp_path / "pairs", DataConfig(n_topics=10, anyway=True))
     assert len(pairs) == len({p.question for p in pairs}) == 10
     assert len(generate_pairs(model, tok, behavior, tmp_path / "more", DataConfig(n_topics=33, anyway=True))) == 32
-    with pytest.raises(ws.WsError, match="--n-topics -1 is out of range"):
+    with pytest.raises(ws.WsError, match="`n_topics` -1 is out of range"):
         generate_pairs(model, tok, behavior, tmp_path / "none", DataConfig(n_topics=-1, anyway=True))
-    with pytest.raises(ws.WsError, match="--min-margin compares personas"):
+    with pytest.raises(ws.WsError, match="`min_margin` compares personas"):
         generate_pairs(model, tok, behavior, tmp_path / "margin", DataConfig(min_margin=0.1, anyway=True))
 
 
@@ -203,7 +203,7 @@ def test_pairs_on_the_command_line_are_a_behaviour_of_their_own(tmp_path, monkey
         brought_or_named("honesty", "mine.jsonl", ("question",), tmp_path / "out")
     with pytest.raises(ws.WsError, match="There is no file"):
         brought_or_named("honesty", "yours.jsonl", (), tmp_path / "out")
-    with pytest.raises(ws.WsError, match="--columns is for"):
+    with pytest.raises(ws.WsError, match="`columns` is for"):
         brought_or_named("honesty", None, ("question:prompt",), tmp_path / "out")
     assert brought_or_named("honesty", None, (), tmp_path / "out") == "honesty"
     main(DataCommand("tiny-random", pairs="mine.jsonl", columns=("question:prompt",), data=DataConfig(anyway=True)))
@@ -220,7 +220,7 @@ def test_the_gate_lets_pocket_through_and_stops_a_model_that_knows_nothing(pocke
     behavior = ws.load_behavior("honesty", "pocket")
     problems = base_problems(*tiny, behavior)
     assert "0.9 is needed" in problems[0]
-    with pytest.raises(ws.WsError, match="--anyway"):
+    with pytest.raises(ws.WsError, match="`anyway`"):
         generate_pairs(*tiny, behavior, tmp_path, DataConfig(n_topics=4))
     assert not list(tmp_path.iterdir()), "nothing is sampled, and nothing on record, before"
 

@@ -257,7 +257,7 @@ def test_the_page_is_served_to_this_machine_alone_and_reports_to_nobody(served):
 
 def test_a_port_that_is_taken_is_said(served, engine):
     address, _ = served
-    with pytest.raises(ws.WsError, match="another with --port"):
+    with pytest.raises(ws.WsError, match="another with `port`"):
         launch(build(PlayOptions(), engine), urlsplit(address).port)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import ws
 from conftest import FAMILY_NAMES, build_adapter, reworded
-from ws.chat.engine import Engine, Sampling, Turn, first_conversation, open_engine, pick, render_chat, vector_places
+from ws.chat.engine import Engine, Sampling, Turn, first_conversation, open_engine, render_chat, vector_places
 from ws.console import parse
 from ws.diff import Units, vector_digest
 from ws.lm.choice import choice_tokens
@@ -71,33 +71,6 @@ def test_one_turn_is_rendered_as_everywhere_else_and_more_as_the_template_has_th
     assert render_chat(plain, three[:1]) == render_prompt(plain, "A?")
     assert render_chat(plain, three, "I say:").endswith("\nUser: C?\nAssistant: I say:")
     assert render_chat(tok, three, "I say:") == f"{render_chat(tok, three)}I say:"
-
-
-def test_tokens_are_drawn_from_the_softmax_and_equal_rows_draw_equal_tokens():
-    logits = torch.tensor([0.0, 1.0, -0.5, 2.0])
-    draw = torch.Generator().manual_seed(0)
-    drawn = torch.stack([pick(logits.repeat(3, 1), 0.7, draw) for _ in range(8000)])
-    assert (drawn[:, 0] == drawn[:, 1]).all()
-    assert (drawn[:, 0] == drawn[:, 2]).all()
-    shares = torch.bincount(drawn[:, 0], minlength=4) / len(drawn)
-    wanted = (logits / 0.7).softmax(dim=0)
-    error = (wanted * (1 - wanted) / len(drawn)).sqrt()
-    assert ((shares - wanted).abs() < 4 * error).all(), "four binomial standard errors"
-    assert pick(logits[None], 0, draw).tolist() == [3]
-
-
-def test_similar_rows_mostly_draw_the_same_token():
-    """The draws of two rows differ with a probability of at most 2 TV / (1 + TV), TV their total variation."""
-    torch.manual_seed(0)
-    logits = torch.randn(50)
-    rows, draw = torch.stack([logits, logits + 0.05 * torch.randn(50)]), torch.Generator().manual_seed(0)
-    p, q = rows.softmax(dim=-1)
-    distance = float((p - q).abs().sum() / 2)
-    drawn = torch.stack([pick(rows, 1.0, draw) for _ in range(4000)])
-    differ = float((drawn[:, 0] != drawn[:, 1]).float().mean())
-    bound = 2 * distance / (1 + distance)
-    assert differ < bound + 4 * (bound / len(drawn)) ** 0.5
-    assert bound < 0.1
 
 
 # ---- base beside steered --------------------------------------------------------------------------------------------
@@ -206,13 +179,13 @@ def test_people_at_different_strengths_at_once_get_what_they_get_alone(engine, m
         return [chat.ask(q) for q in QUESTIONS[:2]]
 
     alone = [talk(s) for s in settings]
-    order, forward = [], engine._forward
+    order, logits = [], engine.scheduler.logits
 
-    def watched(tokens, mask, cache, rows):
-        order.append(tuple(rows[-1].values()))
-        return forward(tokens, mask, cache, rows)
+    def watched(strengths, action):
+        order.append(tuple(strengths[-1].values()))
+        return logits(strengths, action)
 
-    monkeypatch.setattr(engine, "_forward", watched)
+    monkeypatch.setattr(engine.scheduler, "logits", watched)
     together: dict[int, list[Turn]] = {}
     start = threading.Barrier(len(settings))
 

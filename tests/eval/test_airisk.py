@@ -202,7 +202,7 @@ def test_the_hub_is_read_at_the_pinned_commit_unless_another_is_asked_for(monkey
         raise OSError
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(ws.WsError, match="pinned revision 8674d1f5.*--revision main reads the newest"):
+    with pytest.raises(ws.WsError, match="pinned revision 8674d1f5.*`revision` main reads the newest"):
         load_dilemmas("kellycyy/AIRiskDilemmas")
     for source, revision, config in (
         ("kellycyy/AIRiskDilemmas", "main", "full"),
@@ -217,7 +217,7 @@ def test_the_hub_is_read_at_the_pinned_commit_unless_another_is_asked_for(monkey
         ("kellycyy/AIRiskDilemmas", "v2"),
         ("ada/dilemmas", "main"),
     ]
-    with pytest.raises(ws.WsError, match="--revision is of a data set on the hub, and pocket is none"):
+    with pytest.raises(ws.WsError, match="`revision` is of a data set on the hub, and pocket is none"):
         load_dilemmas("pocket", revision="main")
 
 

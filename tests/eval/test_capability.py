@@ -362,9 +362,9 @@ def test_the_command_writes_the_documented_tables(options, capsys, tiny, monkeyp
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"max_tokens": 1}, "--max-tokens must be at least 2"),
-        ({"n_tokens": 0}, "--n-tokens must be at least 1"),
-        ({"n_think": 5}, "neither --n-think"),
+        ({"max_tokens": 1}, "`max_tokens` must be at least 2"),
+        ({"n_tokens": 0}, "`n_tokens` must be at least 1"),
+        ({"n_think": 5}, "neither `n_think`"),
         ({"dataset": "./nowhere.jsonl"}, "no file or folder"),
     ],
 )

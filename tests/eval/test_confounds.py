@@ -389,9 +389,9 @@ def test_options_that_make_no_sense_are_explained():
     options = parse(ConfoundOptions, ["adapter=delora", "--n-questions", "5", "--alphas", "-2", "2"])
     assert (options.adapter, options.n_questions, options.alphas) == ("delora", 5, (-2.0, 2.0))
     for change, flag in (
-        ({"n_questions": 1}, "--n-questions"),
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"n_dilemmas": -1}, "--n-dilemmas"),
+        ({"n_questions": 1}, "`n_questions`"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`"),
+        ({"n_dilemmas": -1}, "`n_dilemmas`"),
         ({"alphas": (0.0,)}, "strength other than 0"),
     ):
         with pytest.raises(ws.WsError, match=flag):

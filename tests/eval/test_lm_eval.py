@@ -347,9 +347,9 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"tasks": ()}, "--tasks must name at least one"),
+        ({"tasks": ()}, "`tasks` must name at least one"),
         ({"tasks": ("a", "a")}, "names a task twice"),
-        ({"num_fewshot": -1}, "--num-fewshot must be 0 or more"),
+        ({"num_fewshot": -1}, "`num_fewshot` must be 0 or more"),
         ({"include_path": Path("nowhere")}, "no folder nowhere"),
         ({"dataset": "pocket"}, "brings its own data"),
     ],

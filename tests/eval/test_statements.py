@@ -144,7 +144,7 @@ def test_sources_and_traits_that_are_not_there_are_explained(tmp_path):
         load(folder(tmp_path / "empty"), "kind")
     with pytest.raises(ws.WsError, match="no file or folder ./nowhere"):
         load("./nowhere", "kind")
-    with pytest.raises(ws.WsError, match="--revision is of a data set on the hub"):
+    with pytest.raises(ws.WsError, match="`revision` is of a data set on the hub"):
         trait_files(str(source), ["kind"], "main")
     with pytest.raises(ws.WsError, match="hf download somebody/evals --repo-type dataset"):
         load("somebody/evals", "kind")
@@ -217,7 +217,7 @@ def test_other_words_are_called_by_their_file(options, tmp_path):
 
 def test_a_behaviour_may_name_its_traits(options, tmp_path):
     context = open_context(replace(options, traits=()))
-    with pytest.raises(ws.WsError, match="--traits agreeableness"):
+    with pytest.raises(ws.WsError, match="`traits` agreeableness"):
         Statements.of_run(context)
     text = (Path(ws.__file__).parent / "behaviors" / "refusal.toml").read_text()
     file = tmp_path / "mine.toml"

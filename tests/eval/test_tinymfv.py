@@ -151,7 +151,7 @@ def test_tables_that_are_not_there_are_explained(tmp_path):
         load_vignettes(str(tmp_path))
     with pytest.raises(ws.WsError, match="no file or folder"):
         load_vignettes("./nowhere")
-    with pytest.raises(ws.WsError, match="could not be read from the hub .* pass --dataset a local folder"):
+    with pytest.raises(ws.WsError, match="could not be read from the hub .* pass `dataset` a local folder"):
         load_vignettes("someone/some-data")
     source = write(tmp_path / "x", [{"id": "1", "text": "a"}], rows("self_violate"))
     with pytest.raises(ws.WsError, match="lacks the columns foundation_coarse, wrong"):

@@ -86,7 +86,7 @@ def test_a_rank_that_is_too_small_is_refused_unless_told(tmp_path):
     model.save_pretrained(tmp_path / "base")
     for family in ("lora", "dora"):
         vector = contrast(model, family, tmp_path)
-        with pytest.raises(ws.WsError, match=r"LoRA of rank 2 would lose \d.*--max-error 0\.\d"):
+        with pytest.raises(ws.WsError, match=r"LoRA of rank 2 would lose \d.*`max_error` 0\.\d"):
             as_lora(vector, 1.0, rank=2, model=str(tmp_path / "base"))
         low = as_lora(vector, 1.0, rank=2, max_error=0.99, model=str(tmp_path / "base"))
         assert low.max_rank == 2
@@ -126,7 +126,7 @@ def test_the_command_writes_prints_and_stores(tmp_path, capsys, monkeypatch):
     stored = json.loads((tmp_path / "x" / "ws.json").read_text())["recipe"]
     assert stored["total_error"] <= 0.01
     assert len(stored["errors"]) == len(vector.deltas)
-    with pytest.raises(ws.WsError, match="--to"):
+    with pytest.raises(ws.WsError, match="`to`"):
         export_peft(LoraOptions(vector=str(tmp_path / "vector")))
     with pytest.raises(ws.WsError, match="alpha 0"):
         export_peft(LoraOptions(vector=str(tmp_path / "vector"), alpha="0", to=tmp_path / "y"))
@@ -213,7 +213,7 @@ def test_merges_that_cannot_be_are_refused_and_leave_nothing(saved, tmp_path):
     other = build_model("qwen3" if model.config.model_type == "qwen2" else "qwen2")
     other.save_pretrained(tmp_path / "other")
     for change, options, message in (
-        (vector, {"model": str(tmp_path / "other")}, "give its base with --model"),
+        (vector, {"model": str(tmp_path / "other")}, "give its base with `model`"),
         (replace(vector, base_id="pocket"), {}, "differ"),
         (replace(vector, base_id="tiny-random"), {}, "no files"),
     ):

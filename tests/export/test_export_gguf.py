@@ -190,7 +190,7 @@ def test_a_vector_that_is_not_purely_low_rank_is_refused(tmp_path):
     name = "model.layers.0.mlp.up_proj"
     dora = replace(vector.deltas[name], g=torch.ones(vector.deltas[name].d_out))
     mixed = replace(vector, deltas=dict(vector.deltas) | {name: dora}, info={"family": "dora"})
-    with pytest.raises(ws.WsError, match=r"family: dora\) is not purely low-rank.*`ws export peft`.*--vector"):
+    with pytest.raises(ws.WsError, match=r"family: dora\) is not purely low-rank.*`ws export peft`.*`vector`"):
         write_gguf_lora(mixed, tmp_path / "a.gguf")
     with pytest.raises(ws.WsError, match="vector is zero"):
         write_gguf_lora(vector - vector, tmp_path / "a.gguf")
@@ -308,7 +308,7 @@ def test_the_command_takes_a_named_vector_and_base(tmp_path, capsys):
     vector.save(tmp_path / "vector")
     model.save_pretrained(tmp_path / "base")
     asked = ["--vector", str(tmp_path / "vector"), "--model", str(tmp_path / "base")]
-    with pytest.raises(ws.WsError, match="--to"):
+    with pytest.raises(ws.WsError, match="`to`"):
         main(console.parse(GgufOptions, asked))
     main(console.parse(GgufOptions, [*asked, "--to", str(tmp_path / "a.gguf")]))
     assert "21 modules of a llama model" in capsys.readouterr().out

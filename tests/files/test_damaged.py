@@ -320,7 +320,7 @@ def test_fresh_is_a_way_out_of_every_manifest(harm, tmp_path):
     file = a_manifest(tmp_path)
     newer = json.dumps(json.loads(file.read_text()) | {"format": 2}).encode()
     file.write_bytes(newer if harm == "newer" else damage.WHOLE[harm](file.read_bytes()))
-    with pytest.raises(WsError, match=r"manifest.json (has format 2|is damaged).*--fresh"):
+    with pytest.raises(WsError, match=r"manifest.json (has format 2|is damaged).*`fresh`"):
         Run(tmp_path).manifest  # noqa: B018
     assert Run(tmp_path, fresh=True).stage("pos", {"rank": 8}) is not None
 
@@ -415,12 +415,12 @@ def test_a_report_goes_on_without_what_is_damaged_and_says_so(name, harm, whole_
 @pytest.mark.parametrize("name", [*TABLES, "manifest.json"])
 def test_the_results_table_leaves_a_damaged_run_out_and_says_so(name, harm, whole_out, tmp_path, capsys):
     spoilt(whole_out, tmp_path / "out", name, harm)
-    rows = build_table(TableConfig(behavior="honesty", out=tmp_path / "out", n_bootstrap=20))
+    rows = build_table(TableConfig(behavior="honesty", out=tmp_path / "out", n_bootstrap=100))
     assert [row["adapter"] for row in rows] == ["base", "lora"]
     said = capsys.readouterr().err
     assert "lora seed 1 is left out" in said
     assert name in said
-    alone = TableConfig(behavior="honesty", out=tmp_path / "out", n_bootstrap=20, seeds=(1,))
+    alone = TableConfig(behavior="honesty", out=tmp_path / "out", n_bootstrap=100, seeds=(1,))
     with pytest.raises(WsError, match="lora seed 1 is left out"):
         build_table(alone)
 

@@ -52,7 +52,7 @@ def test_a_finished_stage_is_skipped_and_an_unfinished_one_is_not(tmp_path):
 
 def test_a_changed_setting_or_input_stops_with_its_name(tmp_path):
     finish(tmp_path, {"rank": 8, "lr": 0.1}, {"pairs": "aaaa"})
-    with pytest.raises(ws.WsError, match=r"rank: 8 -> 16\); use --fresh"):
+    with pytest.raises(ws.WsError, match=r"rank: 8 -> 16\); use `fresh`"):
         Run(tmp_path).stage("s", {"rank": 16, "lr": 0.1}, {"pairs": "aaaa"})
     with pytest.raises(ws.WsError, match="input pairs"):
         Run(tmp_path).stage("s", {"rank": 8, "lr": 0.1}, {"pairs": "bbbb"})

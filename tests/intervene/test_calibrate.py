@@ -182,7 +182,7 @@ def test_a_small_budget_of_memory_gives_the_same(pocket, vector, monkeypatch):
         handle.remove()
     assert max(seen) <= 2 * model.config.vocab_size * SMALL.n_tokens
     assert little.at(0.95) == pytest.approx(whole.at(0.95), rel=1e-3)
-    with pytest.raises(ws.WsError, match="--n-tokens must be at most 48"):
+    with pytest.raises(ws.WsError, match="`n_tokens` must be at most 48"):
         divergence(model, tok, prompts, steered, 49)
 
 
@@ -385,7 +385,7 @@ def test_a_dial_that_steers_nothing_does_not_converge(pocket):
         assert not side.converged
         assert side.audit is None
         assert "no strength up to 10000" in side.reason
-    with pytest.raises(ws.WsError, match=r"\+1u is not available.*did not converge: no strength.*--target"):
+    with pytest.raises(ws.WsError, match=r"\+1u is not available.*did not converge: no strength.*`target`"):
         found.alpha(1)
 
 
@@ -426,12 +426,12 @@ def test_a_split_says_what_it_is_of():
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"n_prompts": 0}, "--n-prompts"),
-        ({"n_tokens": 0}, "--n-tokens"),
-        ({"batch_size": 0}, "--batch-size"),
+        ({"n_prompts": 0}, "`n_prompts`"),
+        ({"n_tokens": 0}, "`n_tokens`"),
+        ({"batch_size": 0}, "`batch_size`"),
         ({"max_evaluations": 1}, "max_evaluations"),
-        ({"target": 0.0}, "--target"),
-        ({"target": float("nan")}, "--target"),
+        ({"target": 0.0}, "`target`"),
+        ({"target": float("nan")}, "`target`"),
         ({"quantile": 1.0}, "quantile"),
         ({"tolerance": 0.0}, "tolerance"),
     ],
@@ -779,7 +779,7 @@ def test_what_is_missing_is_named(tmp_path, run):
         module.main(options(tmp_path, adapter="oft"))
     with pytest.raises(ws.WsError, match="--seed 3"):
         module.main(options(tmp_path, seed=3))
-    with pytest.raises(ws.WsError, match="--target"):
+    with pytest.raises(ws.WsError, match="`target`"):
         module.main(options(tmp_path, target=-1.0))
     with pytest.raises(ws.WsError, match="weights differ"):
         module.main(options(tmp_path, model="tiny-random"))

@@ -58,6 +58,7 @@ from transformers import (
 import ws
 from conftest import FAMILY_NAMES, build_adapter
 from ws.adapters import AdapterSpec, peft_config
+from ws.chat.batching import Request
 from ws.chat.engine import Engine, Sampling
 from ws.data import Pair, sample_answers
 from ws.eval.capability import answer_questions, read_texts
@@ -395,7 +396,7 @@ def test_an_adapter_in_a_place_that_the_model_never_calls_ends_the_training(tmp_
     model = AutoModelForCausalLM.from_config(config).eval()
     before = weights_hash(model)
     for kinds in (("dt_proj",), ("in_proj", "dt_proj")):
-        with pytest.raises(ws.WsError, match=r"weights of dt_proj \(2 modules, .* with --modules"):
+        with pytest.raises(ws.WsError, match=r"weights of dt_proj \(2 modules, .* with `modules`"):
             ws.train_adapter(model, TOK, PAIRS, "pos", "lora", tmp_path / "pos", replace(TRAIN, kinds=kinds))
         assert weights_hash(model) == before
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -545,7 +546,7 @@ def test_whatever_else_runs_batches_gives_what_single_rows_give(name):
     assert largest(together, each) < 1e-5
 
 
-@pytest.mark.parametrize("name", [*HYBRID, "mistral", "rwkv"])
+@pytest.mark.parametrize("name", [*HYBRID, "mistral", "rwkv", "gpt2"])
 def test_a_chat_writes_what_each_row_would_write_alone(name, tmp_path):
     model = build(name)
     build_adapter(model, "lora", tmp_path / "a", seed=1, kinds=KINDS.get(name))
@@ -562,6 +563,10 @@ def test_a_chat_writes_what_each_row_would_write_alone(name, tmp_path):
     with Engine(model, TOK, {"v": vector}) as engine:
         *_, last = engine.write(prompts, [{"v": a} for a in strengths], Sampling(max_tokens=6), 0)
     assert last == alone
+    with Engine(model, TOK, {"v": vector}, reproducible=False) as engine:  # rows that may join and leave, one by one
+        asked = [Request(encode(TOK, p), {"v": a}, 6) for p, a in zip(prompts, strengths, strict=True)]
+        answers = [answer for request in asked for answer in engine.scheduler.submit(request)]
+        assert ["".join(piece.text for piece in answer).rstrip("\ufffd") for answer in answers] == alone
 
 
 def test_kernels_of_convolutions_are_no_fused_experts():
@@ -578,7 +583,7 @@ def test_kernels_of_convolutions_are_no_fused_experts():
 
 def test_what_peft_refuses_in_an_architecture_is_refused_before_anything_is_touched(tmp_path):
     model = build("mamba")
-    with pytest.raises(ws.WsError, match=r"no lora at out_proj of a mamba model; .*--modules: dt_proj, in_proj"):
+    with pytest.raises(ws.WsError, match=r"no lora at out_proj of a mamba model; .*`modules`: dt_proj, in_proj"):
         ws.train_adapter(model, TOK, PAIRS, "pos", "lora", tmp_path / "pos", TRAIN)
     assert {f.name for f in tmp_path.iterdir()} <= {".pos.lock"}
     assert not any("lora" in n for n, _ in model.named_modules())

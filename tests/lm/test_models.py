@@ -653,7 +653,7 @@ def test_fused_experts_are_refused_by_name_unless_kinds_are_named():
         num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ws.WsError, match=r"fused \(model\.layers\.0\.mlp\.experts.*--modules: k_proj, o_proj"):
+    with pytest.raises(ws.WsError, match=r"fused \(model\.layers\.0\.mlp\.experts.*`modules`: k_proj, o_proj"):
         target_modules(model)
     assert target_modules(model, kinds=["q_proj", "o_proj"]) == [
         "model.layers.0.self_attn.q_proj",

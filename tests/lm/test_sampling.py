@@ -17,7 +17,8 @@ import ws
 from ws.lm.batches import in_groups, left_pad
 from ws.lm.generation import PLAIN
 from ws.lm.models import encode, end_ids, render_prompt
-from ws.lm.sampling import SamplingSettings, _Batch, _candidates, describe_settings, sample_rows, sampling_settings
+from ws.lm.refill import RowBatch
+from ws.lm.sampling import SamplingSettings, _candidates, describe_settings, sample_rows, sampling_settings
 
 GREEDY = SamplingSettings({"temperature": 1.0, "top_p": 1.0, "top_k": 1})
 WARM = SamplingSettings({"temperature": 1.0, "top_p": 0.95, "top_k": 50})
@@ -128,8 +129,8 @@ def test_an_answer_depends_on_its_prompt_and_its_seed_alone(name):
 def test_rows_that_have_ended_take_no_part(tiny, monkeypatch):
     model, ends, prompts = tiny[0], end_ids(*tiny), prompts_of(40)
     steps = []
-    step = _Batch.step
-    monkeypatch.setattr(_Batch, "step", lambda self, *a: (steps.append(len(self.rows)), step(self, *a)))
+    step = RowBatch.step
+    monkeypatch.setattr(RowBatch, "step", lambda self, *a: steps.append(len(self.rows)) or step(self, *a))
     made = sample_rows(model, 0, prompts, range(40), 200, ends, WARM, batch_size=16)
     lengths = [len(row) for row in made]
     padded = sum(16 * max(lengths[i : i + 16]) for i in range(0, 40, 16))
@@ -140,7 +141,7 @@ def test_rows_that_have_ended_take_no_part(tiny, monkeypatch):
 
 def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
     model, ends, prompts = tiny[0], end_ids(*tiny), prompts_of(20)
-    wanted, tried, begin = sample_rows(model, 0, prompts, range(20), 30, ends, WARM, batch_size=8), [], _Batch.begin
+    wanted, tried, begin = sample_rows(model, 0, prompts, range(20), 30, ends, WARM, batch_size=8), [], RowBatch.begin
 
     def full(*args):
         tried.append(len(args[2]))
@@ -148,7 +149,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return begin(*args)
 
-    monkeypatch.setattr(_Batch, "begin", full)
+    monkeypatch.setattr(RowBatch, "begin", full)
     assert sample_rows(model, 0, prompts, range(20), 30, ends, WARM) == wanted
     assert tried[0] == 20
     assert sorted(tried, reverse=True)[-3:] == tried[-3:]

@@ -58,7 +58,7 @@ def test_a_sweep_hands_its_settings_to_every_cell():
 def test_the_run_that_a_demo_has_left_is_offered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/demo/smollm2/truthfulness/lora/vector").mkdir(parents=True)
-    with pytest.raises(ws.WsError, match="take that of `ws demo` with --out out/demo/smollm2"):
+    with pytest.raises(ws.WsError, match="take that of `ws demo` with `out` out/demo/smollm2"):
         RunOptions(behavior="truthfulness").require()
 
 
@@ -67,10 +67,10 @@ def test_the_run_that_a_demo_has_left_is_offered(tmp_path, monkeypatch):
     [
         (RunOptions(adapter="oft", seed=1), "ws replicate --behavior honesty --adapter oft --seed 1"),
         (RunOptions(out=Path("my out")), "`ws replicate --behavior honesty --adapter lora --out 'my out'`"),
-        (RunOptions(), "`ws demo` makes one on the bundled model, for --out out/demo"),
+        (RunOptions(), "`ws demo` makes one on the bundled model, for `out` out/demo"),
         (use.ReportOptions(behavior="honesty", out=Path("o")), "`ws replicate --behavior honesty --out o`"),
-        (use.LoraOptions(), "or name one with --vector"),
-        (use.ChatOptions(), "Or name some with --vectors"),
+        (use.LoraOptions(), "or name one with `vector`"),
+        (use.ChatOptions(), "Or name some with `vectors`"),
         (use.ReportOptions(behavior="honesty"), "No run below"),
         (use.InspectConfig("nowhere"), "There is no folder nowhere"),
         (make.ReplicateConfig(behavior="honsty"), "Did you mean 'honesty'"),

@@ -111,11 +111,11 @@ def test_mistakes_are_found_before_anything_runs(folder):
         ({"adapters": ("loora",)}, "Did you mean 'lora'"),
         ({"evals": ("airsk",)}, "no evaluation named 'airsk'. Did you mean 'airisk'"),
         ({"behavior": "honsty"}, "Did you mean 'honesty'"),
-        ({"workers": 0}, "--workers must be at least 1"),
-        ({"train_args": "--out there"}, "--train-args cannot set --out"),
-        ({"train_args": "--batch 0"}, "--batch must be positive"),
-        ({"eval_args": "--seed 3"}, "--eval-args cannot set --seed"),
-        ({"eval_args": "--limit '3"}, "--eval-args is not a list of words"),
+        ({"workers": 0}, "`workers` must be at least 1"),
+        ({"train_args": "--out there"}, "`train_args` cannot set `out`"),
+        ({"train_args": "--batch 0"}, "`batch` must be positive"),
+        ({"eval_args": "--seed 3"}, "`eval_args` cannot set `seed`"),
+        ({"eval_args": "--limit '3"}, "`eval_args` is not a list of words"),
     ):
         with pytest.raises(ws.WsError, match=message):
             main(replace(TINY, **change))
@@ -333,7 +333,7 @@ def test_a_pueue_that_is_missing_or_has_no_daemon_is_explained(pueue, folder, mo
     with pytest.raises(ws.WsError, match=r"`pueue add` failed: Couldn't connect to daemon. Is its daemon running"):
         run_pueue([note("a")], "ws")
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(ws.WsError, match=r"cargo install pueue.* --dry-run"):
+    with pytest.raises(ws.WsError, match=r"cargo install pueue.* `dry_run`"):
         run_pueue([note("a")], "ws")
 
 
@@ -450,7 +450,7 @@ def test_a_reservation_that_no_machine_can_meet_is_refused():
     from ws.sweep.backends import _check_fits
 
     _check_fits({"CPU": 2.0}, {"CPU": 2.0, "GPU": 0.0})
-    with pytest.raises(ws.WsError, match="wants 0.5 GPUs and this machine has 0; lower --gpus-per-job or"):
+    with pytest.raises(ws.WsError, match="wants 0.5 GPUs and this machine has 0; lower `gpus_per_job` or"):
         _check_fits({"CPU": 2.0}, {"CPU": 2.0, "GPU": 0.5})
 
 

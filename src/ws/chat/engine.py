@@ -1,59 +1,49 @@
-"""The engine below `ws chat` and `ws play`: the base's answer beside the steered one, for several people at once.
+"""The engine below `ws chat`, `ws play` and `ws serve`, and conversations of a base and a steered answer side by side.
 
-Both answers come from one batch: row 0 has strength 0 of every vector and row 1 the strengths asked for. Both rows draw
-their tokens with the same random numbers,
-
-    token = argmax_v (logits_v / T + G_v)        G_v = -log E_v,   E_v ~ Exp(1), drawn anew for every step
-
-which is a sample from `softmax(logits / T)` (the Gumbel-max trick; Maddison, Tarlow & Minka 2014, arXiv 1411.0030), and
-the greedy choice at T = 0. So at strength 0 both rows write the same, and elsewhere they differ by what the vector does
-rather than by chance.
-
-A conversation carries its own strengths and hands them to the model with every step; the steps of all conversations
-pass one by one, in the order in which they come, through one thread. The shapes that a conversation's arithmetic sees
-are therefore those it would see alone, and nobody's strength touches anybody else's answer.
+Both answers of a conversation are submitted together (`ws.chat.batching`): row 0 has strength 0 of every vector and row
+1 the strengths asked for. Both rows draw their tokens with the same random numbers, so at strength 0 both write the
+same, and elsewhere they differ by what the vector does rather than by chance. In a reproducible engine, as that of
+conversations is, the shapes that a conversation's arithmetic sees are those it would see alone; nobody's strength
+touches anybody else's answer in any.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.analysis.compose import vector_folder
 from ws.analysis.controls import draw_seed
 from ws.behaviors import behavior_name
+from ws.chat.batching import MAX_BATCH, MAX_QUEUE, Request, Scheduler, require_numbers
 from ws.console import say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose, require_characters, require_seed
 from ws.files.runs import run_folder
-from ws.lm.batches import left_pad, next_logits, padded_groups, takes_cache
+from ws.lm.batches import left_pad, next_logits, padded_groups
 from ws.lm.choice import choice_tokens, choice_variants
 from ws.lm.hub import parse_id
-from ws.lm.models import decode_answer, encode, end_ids, load_model, model_id, render_prompt, tokenizer_hash
+from ws.lm.models import encode, load_model, model_id, render_prompt, tokenizer_hash
 from ws.options.shared import EngineOptions as EngineOptions
-from ws.steer import DialBoard, steer_many
 
 Message = Mapping[str, str]
 Strengths = Mapping[str, float]
-Result = TypeVar("Result")
 
 BASE, STEERED = "base", "steered"
+MAX_PEOPLE = 1000  # answers of conversations that may wait for their turn
 
 
 @dataclass(frozen=True)
@@ -118,35 +108,20 @@ def render_chat(tok: Tokenizer, messages: Sequence[Message], opener: str = "") -
     return render_prompt(tok, messages[-1]["content"], earlier=messages[:-1], opener=opener)
 
 
-def pick(
-    logits: Float[Tensor, "rows vocabulary"], temperature: float | int, draw: torch.Generator
-) -> Int[Tensor, "rows"]:
-    """The next token of every row, with the same random numbers for all of them; see the head of this module."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    noise = torch.empty(logits.shape[-1]).exponential_(generator=draw).clamp(min=torch.finfo().tiny).log()
-    return (logits / temperature - noise.to(logits.device)).argmax(dim=-1)
-
-
-def _readable(tok: Tokenizer, ids: Sequence[int], ended: bool) -> str:
-    """An answer's tokens as text; of one that goes on, without the bytes of a character that is not complete."""
-    text = decode_answer(tok, ids)
-    return text if ended else text.rstrip("\ufffd")
-
-
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
 
 class Engine:
     """A model with its vectors, for any number of conversations at once.
 
-    The model is steered from here until `close`, and is the engine's alone: use it as a context manager.
+    The model is the engine's alone until `close`: use it as a context manager.
 
     Args:
         model, tok: the base and its tokenizer.
         vectors: by the names that strengths go by.
         places: where each vector can be loaded from, for snippets.
         loading: the expression that loads the model, for snippets.
+        max_batch, max_queue, reproducible: see `ws.chat.batching.Scheduler`.
 
     Raises:
         WsError: no vectors, or one of another base.
@@ -159,18 +134,21 @@ class Engine:
         vectors: Mapping[str, SteeringVector],
         places: Mapping[str, str] | None = None,
         loading: str | None = None,
+        *,
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
+        reproducible: bool = True,
     ) -> None:
+        if not vectors:
+            raise WsError("There are no vectors to steer with.")
         self.model, self.tok, self.vectors = model, tok, dict(vectors)
         self.places = {n: f"{n}/vector" for n in vectors} | dict(places or {})
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
         self.units = {name: self._calibrated(name) for name in vectors}
-        self._ends, self._room = frozenset(end_ids(model, tok)), _context(model)
-        self._thread, self._steering = ThreadPoolExecutor(1, "ws-engine"), ExitStack()
-        try:
-            self._dials: DialBoard = self._run(self._attach)
-        except BaseException:
-            self._thread.shutdown()
-            raise
+        self.room = _context(model)
+        self.scheduler = Scheduler(
+            model, tok, vectors, max_batch=max_batch, max_queue=max_queue, reproducible=reproducible
+        )
 
     def __enter__(self) -> Engine:
         return self
@@ -182,8 +160,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the model as it came; answers that are being written end with an error."""
-        self._run(self._steering.close)
-        self._thread.shutdown()
+        self.scheduler.close()
 
     def converse(
         self, strengths: Mapping[str, float | int | str] | None = None, sampling: Sampling | None = None
@@ -217,31 +194,25 @@ class Engine:
             sampling: its own seed is not used.
             seed: of the random numbers, the same ones for all rows.
         """
-        # Not `ws.lm.generation.generate`: every token is shown when it is there, every row has its own strengths, which
-        # the steps of other conversations change in between, and all rows share their random numbers.
         ids = [encode(self.tok, p) for p in prompts]
         steps = min(sampling.max_tokens, self._left(max(map(len, ids))))
-        # Not a cache of fixed size: its width would depend on max_tokens, and with it the rounding of every step.
-        cache = DynamicCache(config=self.model.config) if takes_cache(self.model) else None
-        tokens, mask = left_pad(ids, self.tok.pad_token_id, self.model.device)
-        draw = torch.Generator().manual_seed(seed)
-        written: list[list[int]] = [[] for _ in ids]
-        ended = [False] * len(ids)
-        for _ in range(steps):
-            if cache is None:
-                texts = [prompt + answer for prompt, answer in zip(ids, written, strict=True)]
-                logits = self._run(partial(self._from_the_start, texts, rows))
-            else:
-                logits = self._run(partial(self._forward, tokens, mask, cache, rows))
-            for row, token in enumerate(pick(logits, sampling.temperature, draw).tolist()):
-                ended[row] = ended[row] or token in self._ends
-                written[row] += [] if ended[row] else [token]
-            yield [_readable(self.tok, row, end) for row, end in zip(written, ended, strict=True)]
-            if all(ended):
-                return
-            last = [self.tok.pad_token_id if end else row[-1] for row, end in zip(written, ended, strict=True)]
-            tokens = torch.tensor(last, device=self.model.device)[:, None]
-            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        asked = (
+            Request(tokens, strengths, steps, sampling.temperature, seed=seed)
+            for tokens, strengths in zip(ids, rows, strict=True)
+        )
+        answers = self.scheduler.submit(*asked)
+        texts, writing = [""] * len(answers), dict(enumerate(map(iter, answers)))
+        try:
+            while writing:
+                pieces = {row: next(answer, None) for row, answer in writing.items()}
+                writing = {row: answer for row, answer in writing.items() if pieces[row] is not None}
+                for row, piece in pieces.items():
+                    texts[row] += "" if piece is None else piece.text
+                if writing:
+                    yield list(texts)
+        finally:
+            for answer in answers:
+                answer.cancel()
 
     def probabilities(
         self, prompt: str, rows: Sequence[Strengths], words: Sequence[str]
@@ -256,7 +227,7 @@ class Engine:
         variants = choice_variants(self.tok, words, self.model.device)
         ids = encode(self.tok, prompt)
         self._left(len(ids))
-        p = self._run(partial(self._from_the_start, [ids] * len(rows), rows)).softmax(dim=-1)
+        p = self.scheduler.call(partial(self._next_logits, ids, rows)).softmax(dim=-1)
         return torch.stack([p[:, v].sum(dim=-1) for v in variants], dim=1).double().cpu().numpy()
 
     def single_tokens(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -276,47 +247,22 @@ class Engine:
             raise WsError(" ".join(problems))
         return known, problems
 
-    # ---- in the engine's thread -----------------------------------------------------------------------------
-
-    def _run(self, action: Callable[[], Result]) -> Result:
-        return self._thread.submit(action).result()
-
-    def _attach(self) -> DialBoard:
-        return self._steering.enter_context(steer_many(self.model, self.vectors, 0.0))
-
-    def _from_the_start(
-        self, texts: Sequence[list[int]], rows: Sequence[Strengths]
-    ) -> Float[Tensor, "rows vocabulary"]:
-        """The next token's logits behind every text, without a cache."""
+    def _next_logits(self, ids: list[int], rows: Sequence[Strengths]) -> Float[Tensor, "rows vocabulary"]:
+        """The next token's logits behind the same tokens, at the strengths of every row."""
         logits = dict[int, Tensor]()
-        for group in padded_groups(self.model, texts):
-            tokens, mask = left_pad([texts[i] for i in group], self.tok.pad_token_id, self.model.device)
-            logits |= zip(group, self._forward(tokens, mask, None, [rows[i] for i in group]), strict=True)
-        return torch.stack([logits[i] for i in range(len(texts))])
-
-    @torch.inference_mode()
-    def _forward(
-        self, tokens: Tensor, mask: Tensor, cache: Cache | None, rows: Sequence[Strengths]
-    ) -> Float[Tensor, "rows vocabulary"]:
-        """The next token's logits of every row, steered with its strengths, in float32."""
-        try:
-            for name, dial in self._dials.items():
-                dial.alpha = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-            logits = next_logits(self.model, tokens, mask, cache)
-        finally:
-            for dial in self._dials.values():
-                dial.alpha = 0.0
-        if logits.isnan().any():
-            raise WsError("The model gave NaN; the strength is too large for it, choose a smaller one.")
-        return logits.float()
+        for group in padded_groups(self.model, rows):
+            tokens, mask = left_pad([ids] * len(group), self.tok.pad_token_id, self.model.device)
+            action = partial(next_logits, self.model, tokens, mask, None)
+            logits |= zip(group, self.scheduler.logits([rows[i] for i in group], action), strict=True)
+        return require_numbers(torch.stack([logits[i] for i in range(len(rows))]))
 
     def _left(self, length: int) -> int:
         """Tokens that fit behind a prompt of this length."""
-        if length >= self._room:
+        if length >= self.room:
             raise WsError(
-                f"The conversation is {length} tokens long and the model reads {self._room} at most; start a new one."
+                f"The conversation is {length} tokens long and the model reads {self.room} at most; start a new one."
             )
-        return self._room - length
+        return self.room - length
 
 
 def _context(model: PreTrainedModel) -> int:
@@ -550,7 +496,8 @@ def open_engine(options: EngineOptions) -> Engine:
     given = {"device": o.device, "dtype": o.precision}
     chosen = "".join(f", {k}={_literal(v)}" for k, v in given.items() if v != "auto")
     model, tok = load_model(name, o.device, o.precision)
-    engine = Engine(model, tok, vectors, places, f"ws.load_model({_literal(name)}{chosen})")
+    loading = f"ws.load_model({_literal(name)}{chosen})"
+    engine = Engine(model, tok, vectors, places, loading, max_queue=MAX_PEOPLE)
     for vector in vectors:
         engine.strength(vector, o.alpha)
     say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}; at most {sampling.max_tokens} tokens.")

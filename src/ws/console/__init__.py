@@ -381,8 +381,9 @@ def guard(action: Callable[[], None], command: str = "") -> None:
     """
     asked = {flag.removeprefix("--"): flag in sys.argv[1:] for flag in FLAGS}
     debug = asked.pop("debug")
-    before = vars(_terminal).copy()
+    before, was_in_command = vars(_terminal).copy(), WsError.in_command
     vars(_terminal).update(asked, command=command or "ws", shown=False)
+    WsError.in_command = True
     _quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -408,6 +409,7 @@ def guard(action: Callable[[], None], command: str = "") -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         vars(_terminal).update(before)
+        WsError.in_command = was_in_command
 
 
 def _let_go_of_output() -> None:

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from ws import console
 from ws.behaviors import behavior_name
-from ws.errors import DamagedError, WsError, choose, decoded
+from ws.errors import DamagedError, WsError, choose, decoded, require_resamples
 from ws.eval import dilemmas, vignettes
 from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, select, worst
 from ws.files.reading import read_bytes, read_json
@@ -69,6 +69,7 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
         WsError: an unknown or unfinished adapter, or runs that were evaluated on different items, in different words
             or through different templates.
     """
+    require_resamples(config.n_bootstrap)
     runs, left_out = _runs(config)
     for note in left_out:
         console.warn(note)

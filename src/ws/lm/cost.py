@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ws.errors import WsError
 
 GIB = 2**30
+PROMPT_TOKENS = 32  # of a question or a claim in a chat template, roughly
 _ROWS, _WIDTH = 4, 64  # of the pass that is timed
 _TRAINED = 3  # a training step costs as much as so many passes forward
 _SAMPLED = 2  # and a token that is sampled by itself as much as so many that are read

@@ -557,8 +557,12 @@ def encode_answer(tok: Tokenizer, prompt: str, answer: str, ended: bool = False)
 
 def decode_answer(tok: Tokenizer, ids: Sequence[int]) -> str:
     """The text of an answer from its tokens without the end of turn; the counterpart of `encode_answer`."""
-    text = tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-    return text.removesuffix(chat_format(tok).after_answer.strip()).rstrip()
+    return trim_answer(tok, tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def trim_answer(tok: Tokenizer, text: str) -> str:
+    """An answer without white space around it, and without what the template writes between it and the end of turn."""
+    return text.strip().removesuffix(chat_format(tok).after_answer.strip()).rstrip()
 
 
 def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:

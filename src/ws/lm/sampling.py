@@ -23,9 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import (
-    DynamicCache,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerationConfig,
@@ -38,11 +36,11 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
 from ws.errors import WsError
-from ws.lm.batches import in_groups, left_pad, next_logits, takes_cache, takes_masks, with_batch_size
+from ws.lm.batches import in_groups, left_pad, takes_cache, takes_masks, with_batch_size
 from ws.lm.generation import PLAIN, continue_from
+from ws.lm.refill import RowBatch
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.9
 # What a model may advise besides that makes some tokens more probable than others; `generate` would follow it, too.
@@ -54,9 +52,8 @@ _ADVICE = (
 START_BATCH = 64
 # Bytes of keys and values that are held at once on a CPU, where too much ends the process instead of a batch.
 _CACHE_BUDGET = 2**30
-# Columns that a cache grows by, and the share of ended rows (one in so many) at which a batch is put together anew:
-# either copies the whole cache.
-_ROOM, _TURNOVER = 64, 8
+# The share of ended rows (one in so many) at which a batch is put together anew, which copies the whole cache.
+_TURNOVER = 8
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -307,96 +304,22 @@ def _refilled(
     model: PreTrainedModel, pad_id: int, rows: Sequence[_Row], warpers: LogitsProcessorList, size: int
 ) -> None:
     """Write the rows' answers; those that have ended make room for the next ones."""
+
+    def write(batch: RowBatch[_Row], logits: Tensor) -> RowBatch[_Row]:
+        """What an ended row is given is thrown away."""
+        for row, token in zip(batch.rows, _draw(batch.rows, warpers, logits), strict=True):
+            row.written += [] if row.done else [token]
+        return batch
+
     waiting, batch = deque(rows), None
     while waiting or batch is not None:
         if batch is not None:
             ended = sum(row.done for row in batch.rows)
             if ended * _TURNOVER < len(batch.rows):
-                batch.step(model, warpers)
+                write(batch, batch.step(model, [row.written[-1] for row in batch.rows]))
                 continue
-            batch = batch.without_ended()
+            batch = batch.only([i for i, row in enumerate(batch.rows) if not row.done])
         free = size - (0 if batch is None else len(batch.rows))
         if fresh := [waiting.popleft() for _ in range(min(free, len(waiting)))]:
-            more = _Batch.begin(model, pad_id, fresh, warpers)
+            more = write(*RowBatch.begin(model, pad_id, fresh, [row.prompt for row in fresh]))
             batch = more if batch is None else batch.joined(more)
-
-
-class _Layer(DynamicLayer):
-    """Keys and values with some columns to spare: transformers' own copies all of them for every token."""
-
-    keys: Tensor
-    values: Tensor
-    rooms: list[Tensor]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Float[Tensor, "rows heads length d"], Float[Tensor, "rows heads length d"]]:
-        """Put new columns behind the others; returns all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.rooms = [key_states[..., :0, :], value_states[..., :0, :]]
-        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if new > self.rooms[0].shape[-2]:
-            self.rooms = [
-                pad(x, (0, 0, 0, new + _ROOM - old)) for x in ((self.keys, self.values) if old else self.rooms)
-            ]
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[..., old:new, :] = states
-        self.keys, self.values = (room[..., :new, :] for room in self.rooms)
-        return self.keys, self.values
-
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Hold these instead; the room is made with the next token."""
-        self.keys, self.values = keys, values
-        self.rooms = [keys, values]
-
-
-@dataclass
-class _Batch:
-    """Rows that are written together: their cache holds all but the last token of each, on the right."""
-
-    rows: list[_Row]
-    mask: Int[Tensor, "rows columns"]
-    cache: DynamicCache
-
-    @classmethod
-    def begin(cls, model: PreTrainedModel, pad_id: int, rows: list[_Row], warpers: LogitsProcessorList) -> _Batch:
-        """Read the prompts, and draw the first tokens."""
-        cache = DynamicCache(config=model.config)
-        cache.layers = [_Layer() for _ in cache.layers]
-        tokens, mask = left_pad([row.prompt for row in rows], pad_id, model.device)
-        batch = cls(rows, mask, cache)
-        batch._write(model, warpers, tokens)
-        return batch
-
-    def step(self, model: PreTrainedModel, warpers: LogitsProcessorList) -> None:
-        """One more token for every row; what an ended row is given is thrown away."""
-        tokens = torch.tensor([row.written[-1:] for row in self.rows], device=self.mask.device)
-        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
-        self._write(model, warpers, tokens)
-
-    def _write(self, model: PreTrainedModel, warpers: LogitsProcessorList, tokens: Tensor) -> None:
-        logits = next_logits(model, tokens, self.mask, self.cache)
-        for row, token in zip(self.rows, _draw(self.rows, warpers, logits), strict=True):
-            row.written += [] if row.done else [token]
-
-    def without_ended(self) -> _Batch | None:
-        """The rows that go on, without columns that only others used; None when all have ended."""
-        places = [i for i, row in enumerate(self.rows) if not row.done]
-        if not places:
-            return None
-        chosen = torch.tensor(places, device=self.mask.device)
-        mask = self.mask[chosen]
-        first = int(mask.any(dim=0).int().argmax())
-        for layer in self.cache.layers:
-            layer.replace(*(x.index_select(0, chosen)[..., first:, :] for x in (layer.keys, layer.values)))
-        return _Batch([self.rows[i] for i in places], mask[:, first:], self.cache)
-
-    def joined(self, other: _Batch) -> _Batch:
-        """Both batches' rows in one, the shorter ones with more masked columns on the left."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
-        masks = [pad(b.mask, (width - b.mask.shape[1], 0)) for b in (self, other)]
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            both = ((mine.keys, theirs.keys), (mine.values, theirs.values))
-            mine.replace(*(torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in pair]) for pair in both))
-        return _Batch(self.rows + other.rows, torch.cat(masks), self.cache)

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import WsError
+from ws.errors import WsError, require_counts
 from ws.files.runs import DEFAULT_OUT
 from ws.options.measure import SycophancyOptions
 from ws.options.shared import HeadlineOptions, NamesModel
@@ -56,8 +56,7 @@ class ControlOptions(HeadlineOptions):
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense."""
-        if self.n_draws < 2:
-            raise WsError(f"--n-draws must be at least 2, not {self.n_draws}.")
+        require_counts({"--n-draws": (self.n_draws, 2)})
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,8 @@ class ConfoundOptions(SycophancyOptions):
     def check(self) -> None:
         """`WsError` for numbers that make no sense, before anything is loaded."""
         super().check()
-        for flag, value, least in (
-            ("--n-questions", self.n_questions, 2),
-            ("--max-new-tokens", self.max_new_tokens, 1),
-            ("--n-dilemmas", self.n_dilemmas, 0),
-        ):
-            if value < least:
-                raise WsError(f"{flag} must be at least {least}, not {value}.")
+        counts = {"--n-questions": (self.n_questions, 2), "--max-new-tokens": (self.max_new_tokens, 1)}
+        require_counts({**counts, "--n-dilemmas": (self.n_dilemmas, 0)})
         if not any(alpha != 0 for alpha in self.alphas):
             raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import WsError, choose, require_strength, shortened
+from ws.errors import MOST, WsError, choose, require_counts, require_resamples, require_strength, shortened
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT, DEMO_OUT, run_folder
 from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, NamesModel, shared_with
 
@@ -21,7 +21,6 @@ BACKENDS = ("local", "pueue", "ray")
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # What sweeps do by themselves; the others need items that not every behaviour brings.
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
-MOST = 2**31 - 1  # of whatever is counted; libraries fail in their own ways beyond
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 # One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
 RESERVE = 5
@@ -450,11 +449,9 @@ class QueueConfig(_OfBehavior):
         choose("back end", self.backend, BACKENDS)
         for alpha in self.alphas:
             require_strength(alpha, "Each of --alphas")
-        least = {"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)}
-        least |= {"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)}
-        for flag, (value, low) in least.items():
-            if value is not None and value < low:
-                raise WsError(f"{flag} must be at least {low}, not {value}.")
+        require_counts({"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)})
+        require_counts({"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)})
+        require_resamples(self.n_bootstrap)
 
 
 @dataclass(frozen=True)

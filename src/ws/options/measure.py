@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from ws.behaviors import behavior_name
-from ws.errors import WsError, choose
+from ws.errors import WsError, choose, require_counts, require_resamples
 from ws.files.runs import DEFAULT_OUT
 from ws.options.shared import (
     INTERVENTIONS,
@@ -127,9 +127,7 @@ class CapabilityOptions(EvalOptions):
     def check(self) -> None:
         """`WsError` for numbers that make no sense and for options that have no meaning here."""
         super().check()
-        for flag, value, least in (("--max-tokens", self.max_tokens, 2), ("--n-tokens", self.n_tokens, 1)):
-            if value < least:
-                raise WsError(f"{flag} must be at least {least}, not {value}.")
+        require_counts({"--max-tokens": (self.max_tokens, 2), "--n-tokens": (self.n_tokens, 1)})
         if self.n_think or self.prompts:
             raise WsError("The capability evaluation takes neither --n-think nor --prompts; it asks plain questions.")
 
@@ -247,8 +245,8 @@ class CompareOptions(NamesModel):
         """`WsError` for names and numbers that make no sense."""
         for name in self.interventions:
             choose("intervention", name, INTERVENTIONS)
-        if self.n_draws < 0:
-            raise WsError(f"--n-draws must be at least 0, not {self.n_draws}.")
+        require_counts({"--n-draws": (self.n_draws, 0)})
+        require_resamples(self.n_bootstrap)
         if not (self.interventions and self.evals and self.seeds):
             raise WsError("--interventions, --evals and --seeds must each name at least one.")
         self.calibration.check()
