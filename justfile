@@ -91,6 +91,10 @@ play *args:
 chat *args:
     uv run ws chat {{args}}
 
+# a steered model for programs, as OpenAI's API has it: `just serve adapter=lora --port 8000`
+serve *args:
+    uv run ws serve {{args}}
+
 # a vector in other formats: `just export merged adapter=delora alpha=0.5`, `just export peft`, `just export gguf-lora`
 export format *args:
     uv run ws export {{format}} {{args}}

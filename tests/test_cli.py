@@ -193,7 +193,8 @@ def test_every_option_has_a_sentence(name, capsys):
 
 
 # What takes seconds to import.
-HEAVY = {"torch", "transformers", "peft", "accelerate", "scipy", "numpy", "matplotlib", "datasets", "pyarrow", "gradio"}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "scipy", "numpy", "matplotlib", "datasets", "pyarrow"}
+HEAVY |= {"gradio", "fastapi", "uvicorn"}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "scipy", "numpy", "matpl
         (["eval", "airisk"], 2),
         (["eval", "airisk", "--batch-size", "0"], 2),
         (["chat"], 2),
+        (["serve", "--help"], 0),
+        (["serve", "--host", "10.0.0.5"], 2),
         (["export", "merged"], 2),
         (["behavior", "check", "nowhere.toml"], 2),
         (["inspect", "nowhere"], 2),

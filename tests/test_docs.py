@@ -9,7 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import dedent
 
 import pytest
@@ -19,6 +24,7 @@ from support import processes
 ROOT = Path(__file__).parents[1]
 FIRST = [ROOT / "README.md", ROOT / "docs" / "tour.md"]  # they leave what the other pages use
 PAGES = [*FIRST, *sorted(set((ROOT / "docs").glob("*.md")) - set(FIRST))]
+SERVED = "http://127.0.0.1:8000/v1"
 FENCE = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -38,28 +44,63 @@ def run_command(line: str, cwd: Path) -> str:
     return done.stdout
 
 
+@contextmanager
+def background(cwd: Path) -> Iterator[Callable[[str], str]]:
+    """Starts `uv run ws serve ... &` lines, at ports that are free; what is started ends with the page."""
+    with ExitStack() as stack:
+
+        def start(line: str) -> str:
+            """The address that the server prints."""
+            scratch = Path(stack.enter_context(TemporaryDirectory()))
+            process = processes.start([*shlex.split(line.removesuffix("&"))[2:], "--port", "0"], cwd, scratch)
+            stack.callback(end, process)
+            out, deadline = scratch / "out", time.monotonic() + 120
+            while not (out.exists() and out.read_text(encoding="utf-8").endswith("\n")):
+                assert process.is_alive(), (scratch / "err").read_text(encoding="utf-8")
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            return out.read_text(encoding="utf-8").strip()
+
+        def end(process: BaseProcess) -> None:
+            process.terminate()
+            process.join(30)
+            assert process.exitcode == 0
+
+        yield start
+
+
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory) -> Path:
     """An empty folder shared by all pages; README and tour come first and leave what the others use."""
     return tmp_path_factory.mktemp("newcomer")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_snippets_run(page, newcomer, monkeypatch, capsys):
-    monkeypatch.chdir(newcomer)
+def run_snippets(page: Path, cwd: Path, start: Callable[[str], str]) -> None:
+    """Run a page's blocks in order; a server that one of them starts is asked at its own address."""
     namespace: dict[str, object] = {}
+    address = SERVED
     for language, code in snippets(page):
         if language == "python":
-            exec(compile(code, str(page), "exec"), namespace)
+            exec(compile(code.replace(SERVED, address), str(page), "exec"), namespace)
             continue
         for line in filter(None, (x.strip() for x in code.splitlines())):
             if line.startswith("uv run pytest"):
                 continue
-            out = run_command(line, newcomer)
+            if line.endswith("&"):
+                address = start(line)
+                continue
+            out = run_command(line, cwd)
             if line == "uv run ws demo":
                 assert "is not known before nulls are trained" in out
                 assert "as the behaviour predicts" not in out
                 assert "one seed" in out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_snippets_run(page, newcomer, monkeypatch, capsys):
+    monkeypatch.chdir(newcomer)
+    with background(newcomer) as start:
+        run_snippets(page, newcomer, start)
     if page.stem == "README":
         base, steered = capsys.readouterr().out.splitlines()
         assert base.startswith("0 ")

@@ -39,6 +39,7 @@ from ws.lm.models import (
     parse_layers,
     render_prompt,
     target_modules,
+    token_bytes,
     tokenizer_hash,
     tokenizer_hash_on_disk,
     weight_of,
@@ -659,3 +660,20 @@ def test_fused_experts_are_refused_by_name_unless_kinds_are_named():
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.o_proj",
     ]
+
+
+def test_the_bytes_of_tokens_are_the_text():
+    """Also where a character is several tokens: of a byte-level vocabulary, and of one that falls back to bytes."""
+    _, tok = ws.load_model("pocket", device="cpu")
+    text = "Ice \u2014 caf\u00e9 \U0001f9ca is\n\tcold<|im_end|>"
+    raw = token_bytes(tok)
+    assert b"".join(map(raw, encode_text(tok, text))).decode() == text
+    assert raw(10**6) == b""
+    characters = ["\u2581", "\u2581i", "i", "c", "e", *(f"<0x{byte:02X}>" for byte in range(256)), "<s>"]
+    model = models.BPE({piece: n for n, piece in enumerate(characters)}, [("\u2581", "i")], byte_fallback=True)
+    pieces = Backend(model)
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    pieces.add_special_tokens(["<s>"])
+    other = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    raw = token_bytes(other)
+    assert b"".join(map(raw, other("ice \U0001f9cae<s>")["input_ids"])).decode() == " ice \U0001f9cae<s>"

@@ -57,6 +57,10 @@ class ClosedError(WsError):
     """The engine has been closed."""
 
 
+class FailureError(WsError):
+    """The machine or the library failed, which is no fault of the request."""
+
+
 # ---- requests and answers -------------------------------------------------------------------------------------------
 
 
@@ -521,9 +525,11 @@ class Scheduler:
         except WsError as problem:
             failure = problem
         except torch.OutOfMemoryError:
-            failure = WsError("The device has no memory left for so many answers; try again with fewer or shorter.")
+            failure = FailureError(
+                "The device has no memory left for so many answers; try again with fewer or shorter."
+            )
         except Exception as problem:
-            failure = WsError(f"The model cannot compute this ({type(problem).__name__}: {problem}).")
+            failure = FailureError(f"The model cannot compute this ({type(problem).__name__}: {problem}).")
         for row in rows:
             if not row.done:
                 row.fail(failure)

@@ -38,6 +38,7 @@ from ws.lm.choice import choice_tokens, choice_variants
 from ws.lm.hub import parse_id
 from ws.lm.models import encode, load_model, model_id, render_prompt, tokenizer_hash
 from ws.options.shared import EngineOptions as EngineOptions
+from ws.options.shared import VectorsOptions
 
 Message = Mapping[str, str]
 Strengths = Mapping[str, float]
@@ -172,6 +173,20 @@ class Engine:
         """A strength of the named vector as a number, from a number or calibrated units such as `+1u`."""
         vector = self.vectors[choose("vector", name, self.vectors)]
         return vector.strength(alpha if isinstance(alpha, str) else repr(alpha), tokenizer_hash(self.tok))
+
+    def add(self, name: str, vector: SteeringVector, place: str = "") -> None:
+        """Steer with one more vector, which `place` can be loaded from; `WsError` for a taken name or another base."""
+        self.scheduler.add(name, vector)
+        # New dictionaries: others may be reading these.
+        self.vectors, self.places = {**self.vectors, name: vector}, {**self.places, name: place or f"{name}/vector"}
+        self.units = {**self.units, name: self._calibrated(name)}
+
+    def remove(self, name: str) -> None:
+        """Steer with a vector no longer; answers under way that it takes part in end with an error."""
+        self.scheduler.remove(name)
+        self.vectors = {n: v for n, v in self.vectors.items() if n != name}
+        self.places = {n: p for n, p in self.places.items() if n != name}
+        self.units = {n: u for n, u in self.units.items() if n != name}
 
     def _calibrated(self, name: str) -> dict[str, float]:
         """The vector's `-1u` and `+1u`, as far as it has them."""
@@ -461,7 +476,7 @@ def sampling_of(options: EngineOptions) -> Sampling:
     return sampling
 
 
-def vector_places(options: EngineOptions) -> dict[str, str]:
+def vector_places(options: VectorsOptions) -> dict[str, str]:
     """Where the vectors are, a folder or a repository each, by short names.
 
     Raises:
@@ -478,7 +493,7 @@ def vector_places(options: EngineOptions) -> dict[str, str]:
     return dict(zip(_short_names(o.vectors, places), places, strict=True))
 
 
-def _place(name: str, options: EngineOptions) -> str:
+def _place(name: str, options: VectorsOptions) -> str:
     try:
         return str(vector_folder(name, options.out, options.adapter, options.seed))
     except WsError:
@@ -489,19 +504,33 @@ def _place(name: str, options: EngineOptions) -> str:
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """The engine with the model and all vectors loaded, and a line on stderr that says which."""
-    o, places, sampling = options, vector_places(options), sampling_of(options)
+    """The engine with the model and all vectors loaded, once what is to begin with is known to be right."""
+    sampling = sampling_of(options)
+    engine = load_engine(options, max_queue=MAX_PEOPLE)
+    say(f"At most {sampling.max_tokens} tokens per answer.")
+    try:
+        for vector in engine.vectors:
+            engine.strength(vector, options.alpha)
+    except WsError:
+        engine.close()
+        raise
+    return engine
+
+
+def load_engine(
+    options: VectorsOptions, *, max_batch: int = MAX_BATCH, max_queue: int = MAX_QUEUE, reproducible: bool = True
+) -> Engine:
+    """The engine with the model and all vectors loaded, and a line on stderr that says which; see `Engine`."""
+    o, places = options, vector_places(options)
     vectors = {name: SteeringVector.load(place) for name, place in places.items()}
     name = o.model or next(iter(vectors.values())).base_id
     given = {"device": o.device, "dtype": o.precision}
     chosen = "".join(f", {k}={_literal(v)}" for k, v in given.items() if v != "auto")
     model, tok = load_model(name, o.device, o.precision)
+    say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}.")
     loading = f"ws.load_model({_literal(name)}{chosen})"
-    engine = Engine(model, tok, vectors, places, loading, max_queue=MAX_PEOPLE)
-    for vector in vectors:
-        engine.strength(vector, o.alpha)
-    say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}; at most {sampling.max_tokens} tokens.")
-    return engine
+    limits = {"max_batch": max_batch, "max_queue": max_queue}
+    return Engine(model, tok, vectors, places, loading, **limits, reproducible=reproducible)
 
 
 def first_conversation(options: EngineOptions, engine: Engine) -> Conversation:

@@ -1,20 +1,23 @@
-"""What stands before the page of `ws play`: only browsers on it reach the model, and nobody leaves files here.
+"""What stands before a server of this package: who may ask by which name, and how much a request may bring.
 
 A server on this machine can be asked by every web page that is open in a browser on it. A foreign page sends its own
 `Origin`; one that has a name of its own point at this machine (DNS rebinding) sends that name as `Host`. Both are
-answered by a refusal, before anything else looks at them.
+answered by a refusal, before anything else looks at them. `ws play` has the guard as it is: nobody leaves files there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+from ws.options.use import LOOPBACK as LOOPBACK
+
 LIMIT = 1 << 20  # bytes of a request: a message and the state of a few dials
-# What the page itself posts to; uploads are not among it.
+PATIENCE = 30.0  # seconds in which a request has to be here
+# What the page of `ws play` itself posts to; uploads are not among it.
 _POSTS = re.compile(r"(/gradio_api)?/(queue/join|cancel|reset|run/\w+|api/\w+|call/\w+)/?")
 
 Scope = MutableMapping[str, Any]
@@ -40,35 +43,61 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif refusal := self._refusal(scope):
-            await _answer(send, *refusal)
+        elif refusal := self.refusal(scope):
+            await self.refuse(send, *refusal)
         else:
-            body = await _body(receive)
+            try:
+                body = await asyncio.wait_for(_body(receive), PATIENCE)
+            except TimeoutError:
+                await self.refuse(send, 408, f"The request was not here after {PATIENCE:g} seconds.")
+                return
             if body is None:
-                await _answer(send, 413, f"A request may have {LIMIT:,} bytes at most.")
+                await self.refuse(send, 413, f"A request may have {LIMIT:,} bytes at most.")
             else:
                 await self.app(scope, _first(body, receive), send)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+    def refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and sentence for what is not passed on."""
-        given = [(name, value.decode("latin-1").lower()) for name, value in scope["headers"]]
-        hosts, origins = ([value for name, value in given if name == wanted] for wanted in (b"host", b"origin"))
-        name = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]@/]+)(:\d+)?", hosts[0]) if len(hosts) == 1 else None
-        if name is None or name.group(1) not in self.hosts:
-            return 421, "This page is served under the address that `ws play` printed, and under no other name."
-        # The very page: another port is another program's, and `null` is a file or a frame of anybody's.
-        if any(urlsplit(origin).netloc != hosts[0] for origin in origins):
-            return 403, "Only the page itself may ask; this was asked from another."
         method = scope["method"]
+        if stranger := foreign(scope, self.hosts, "This page is served under the address that `ws play` printed"):
+            return stranger
         if method not in ("GET", "HEAD") and not (method == "POST" and _POSTS.fullmatch(scope["path"])):
             return 403, "Nothing can be uploaded or changed here."
         return None
 
+    async def refuse(self, send: Send, status: int, text: str) -> None:
+        """Answer with a status and a sentence."""
+        await respond(send, status, text.encode(), "text/plain; charset=utf-8")
 
-async def _answer(send: Send, status: int, text: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+
+def foreign(scope: Scope, hosts: Container[str], served: str) -> tuple[int, str] | None:
+    """Status and sentence for a request under another name, or from another page.
+
+    Args:
+        hosts: the names that hold, without a port; all do where `*` is among them.
+        served: half a sentence that says which they are.
+    """
+    named, origins = (header(scope, name) for name in (b"host", b"origin"))
+    name = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]@/]+)(:\d+)?", named[0]) if len(named) == 1 else None
+    if name is None or (name.group(1) not in hosts and "*" not in hosts):
+        return 421, f"{served}, and under no other name."
+    # The very page: another port is another program's, and `null` is a file or a frame of anybody's.
+    if any(urlsplit(origin).netloc != named[0] for origin in origins):
+        return 403, "Only the page itself may ask; this was asked from another."
+    return None
+
+
+def header(scope: Scope, name: bytes) -> list[str]:
+    """Every value of a header, in small letters."""
+    return [value.decode("latin-1").lower() for key, value in scope["headers"] if key == name]
+
+
+async def respond(send: Send, status: int, body: bytes, kind: str, *more: tuple[bytes, bytes]) -> None:
+    """A whole answer, after which the connection ends: what else was sent is not read."""
+    length = (b"content-length", str(len(body)).encode())
+    headers = [(b"content-type", kind.encode()), length, (b"connection", b"close"), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _body(receive: Receive) -> bytes | None:

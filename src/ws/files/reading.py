@@ -105,12 +105,22 @@ def json_lines(content: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]
         if not line.strip():
             continue
         try:
-            values = json.loads(line, object_pairs_hook=_once, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError, WsError) as problem:
+            values = strict_json(line)
+        except WsError as problem:
             raise DamagedError(f"{where} line {number} is not JSON: {disguise(content) or problem}") from problem
         if not isinstance(values, dict):
             raise DamagedError(f"{where} line {number} is no object but {values!r:.60}.")
         yield number, values
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text, each key once and without NaN; `WsError` with what is wrong."""
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+    except RecursionError as problem:
+        raise WsError("it is nested too deeply.") from problem
+    except ValueError as problem:  # a number of too many digits is no JSONDecodeError
+        raise WsError(f"{str(problem).rstrip('.')}.") from problem
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:

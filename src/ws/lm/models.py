@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -563,6 +563,33 @@ def decode_answer(tok: Tokenizer, ids: Sequence[int]) -> str:
 def trim_answer(tok: Tokenizer, text: str) -> str:
     """An answer without white space around it, and without what the template writes between it and the end of turn."""
     return text.strip().removesuffix(chat_format(tok).after_answer.strip()).rstrip()
+
+
+def token_bytes(tok: Tokenizer) -> Callable[[int], bytes]:
+    """What gives a token's bytes; those of an answer's tokens, put together, are its text in UTF-8."""
+    added = tok.get_added_vocab().values()
+    decoder = getattr(getattr(tok, "backend_tokenizer", None), "decoder", None)
+    byte_level = _byte_alphabet() if "ByteLevel" in repr(decoder) else {}
+
+    @cache
+    def raw(token: int) -> bytes:
+        piece = tok.convert_ids_to_tokens(token)
+        if piece is None:  # a model may have more rows than its tokenizer has tokens
+            return b""
+        if token not in added and byte_level.keys() >= set(piece):
+            return bytes(byte_level[character] for character in piece)
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(match[1])
+        return (piece if token in added else piece.replace("\u2581", " ")).encode("utf-8", "replace")
+
+    return raw
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level vocabularies are written in: a byte's own if it is printable, else a stand-in."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:

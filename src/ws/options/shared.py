@@ -251,12 +251,29 @@ class ExportOptions(VectorOptions):
 
 
 @dataclass(frozen=True)
-class EngineOptions(RunOptions):
-    """Which vectors, of a finished run or by name, and how answers are drawn.
+class VectorsOptions(RunOptions):
+    """Which vectors, of a finished run or by name.
 
     Attributes:
         vectors: several vectors instead of the run's: behaviours (their run with `--adapter` and `--seed`),
             `behavior/adapter/seed-1` below `--out`, folders, or repositories on the hub.
+    """
+
+    vectors: tuple[str, ...] = ()
+
+    def require(self) -> None:
+        """`WsError` unless the run is there, or other vectors are named."""
+        if not self.vectors:
+            folder_with_vector(
+                self.out, self.behavior, self.adapter, self.seed, ". Or name some with --vectors", self.model
+            )
+
+
+@dataclass(frozen=True)
+class EngineOptions(VectorsOptions):
+    """Which vectors, and how answers are drawn.
+
+    Attributes:
         alpha: the strength to begin with, of every vector: a number, or calibrated units such as `+1u`.
         temperature: of the sampling; 0 takes the most probable token of every step.
         max_tokens: at most so many tokens per answer.
@@ -265,18 +282,10 @@ class EngineOptions(RunOptions):
 
     former: ClassVar[Mapping[str, str]] = {"--max-tokens": "--max-new-tokens"}
 
-    vectors: tuple[str, ...] = ()
     alpha: str = "1"
     temperature: float = 0.0
     max_tokens: Annotated[int, tyro.conf.arg(name="max-new-tokens")] = 128
     sample_seed: int = 0
-
-    def require(self) -> None:
-        """`WsError` unless the run is there, or other vectors are named."""
-        if not self.vectors:
-            folder_with_vector(
-                self.out, self.behavior, self.adapter, self.seed, ". Or name some with --vectors", self.model
-            )
 
 
 @dataclass(frozen=True)

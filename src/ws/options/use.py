@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import tyro
 
 from ws.behaviors import behavior_name
 from ws.console import command_line
-from ws.errors import WsError, did_you_mean
+from ws.errors import WsError, did_you_mean, require_counts
 from ws.files.runs import DEFAULT_OUT, finished_runs
 from ws.lm import hub
-from ws.options.shared import EngineOptions, ExportOptions, NamesModel, RunOptions, VectorOptions
+from ws.options.shared import EngineOptions, ExportOptions, NamesModel, RunOptions, VectorOptions, VectorsOptions
+
+# How this machine is called by itself.
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,91 @@ class PlayOptions(EngineOptions):
 
     port: int | None = None
     share: bool = False
+
+
+@dataclass(frozen=True)
+class ServeOptions(VectorsOptions):
+    """Answer programs over HTTP as OpenAI's API does, with strengths in every request.
+
+    Attributes:
+        host: the address to listen at; this machine alone unless given, and others only with a key.
+        port: to listen at; 0 takes any that is free.
+        served_name: what the model is called in requests; the name that it was loaded by unless given.
+        api_key: what every request has to bring as `Authorization: Bearer KEY`; the variable WS_API_KEY holds it unless
+            given, and a command line can be read by others on the machine.
+        allowed_hosts: what requests may call the server by, besides the names of this machine and `--host`; `*` for
+            any name.
+        admin: requests may add vectors that lie below `--out`, and remove vectors; needs a key.
+        reproducible: no answer depends on what else is written, to the last bit; requests then share no batch.
+        max_batch: answers that are written at a time.
+        max_queue: answers that wait at most; a request that brings more is told to try again.
+        max_tokens: at most so many tokens per answer; a request that asks for more is refused.
+        max_prompt: at most so many tokens per prompt; as many as the model reads unless given.
+        max_strength: larger strengths of any vector, in either direction, are refused.
+        timeout: seconds after which a request that has no whole answer is given up.
+        grace: seconds that answers may still take once the server is to end.
+        log_contents: write what is asked and answered into the log as well.
+    """
+
+    former: ClassVar[Mapping[str, str]] = {"--max-tokens": "--max-new-tokens"}
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str | None = None
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    admin: bool = False
+    reproducible: bool = False
+    max_batch: int = 16
+    max_queue: int = 64
+    max_tokens: Annotated[int, tyro.conf.arg(name="max-new-tokens")] = 1024
+    max_prompt: int | None = None
+    max_strength: float = 1000.0
+    timeout: float = 300.0
+    grace: float = 30.0
+    log_contents: bool = False
+
+    @property
+    def secret(self) -> str | None:
+        """What requests have to bring, None where they need bring nothing."""
+        return self.api_key or os.environ.get("WS_API_KEY") or None
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The names by which the server may be called, in small letters."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return frozenset(name.lower() for name in (*LOOPBACK, host, *self.allowed_hosts))
+
+    def check(self) -> None:
+        """`WsError` for what makes no sense or leaves the server open, before anything is loaded."""
+        if not 0 <= self.port < 2**16:
+            raise WsError(f"--port must lie between 0 and 65535, not {self.port}.")
+        counts = {"--max-batch": (self.max_batch, 1), "--max-queue": (self.max_queue, 1)}
+        require_counts({**counts, "--max-new-tokens": (self.max_tokens, 1), "--max-prompt": (self.max_prompt, 1)})
+        for flag, size in (
+            ("--timeout", self.timeout),
+            ("--grace", self.grace),
+            ("--max-strength", self.max_strength),
+        ):
+            if not (isfinite(size) and size > 0):
+                raise WsError(f"{flag} must be a positive number, not {size}.")
+        if self.secret is None and (self.admin or self.host not in (*LOOPBACK, "::1")):
+            why = "--admin" if self.admin else f"--host {self.host}"
+            raise WsError(f"{why} needs a key: put one into the variable WS_API_KEY, or give --api-key.")
+        if self.host in ("0.0.0.0", "::", "") and not self.allowed_hosts:
+            raise WsError(
+                f"--host {self.host} listens under every name of this machine; name those that requests may use "
+                "with --allowed-hosts, or all with '*'."
+            )
+
+    def require(self) -> None:
+        """`WsError` unless the vectors are there, and what answers over HTTP is installed."""
+        if absent := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
+            raise WsError(
+                f"ws serve needs {' and '.join(absent)}; `uv sync --extra serve` adds them for good, "
+                "`uv run --extra serve ws serve ...` for one command."
+            )
+        super().require()
 
 
 @dataclass(frozen=True)
