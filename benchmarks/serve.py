@@ -1,0 +1,135 @@
+"""One model, sixteen strengths: tokens per second of the engine below `ws serve`, and of what else one could do.
+
+`uv run python -m benchmarks.serve` puts a random vector on a model, of the rank and on the layers that `lora` has there
+by default, and asks sixteen questions, on one thread, in rounds whose order changes:
+
+- A: the engine (`ws.chat.batching`), sixteen requests at once, each with a strength of its own;
+- B: the same requests without a strength, by the same engine: what steering costs;
+- C: transformers' `generate` under `ws.steer`, one after the other: what there is without the engine.
+
+All are greedy and write the same number of tokens. Beside the ratios stands how long the first token of a request takes
+that comes while eight others are written, in steps of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import ws
+from benchmarks import harness
+from ws.chat.batching import Request, Scheduler
+from ws.delta import LinearDelta
+from ws.lm.models import encode, fingerprint, linear_size, model_id, render_prompt
+from ws.options.make import ReplicateConfig
+
+CLIENTS = 16
+
+
+def random_vector(model: PreTrainedModel) -> ws.SteeringVector:
+    """A small change on the layers and of the rank that training takes by default."""
+    torch.manual_seed(0)
+    usual = ReplicateConfig.preset(model_id(model)).train
+    sizes = {n: size for n, m in model.named_modules() if "layers." in n and (size := linear_size(m)) is not None}
+    deltas = {
+        name: LinearDelta(d_out, d_in, u=1e-3 * torch.randn(d_out, usual.rank), v=torch.randn(usual.rank, d_in) / d_in)
+        for name, (d_out, d_in) in sizes.items()
+    }
+    return ws.SteeringVector(deltas, model_id(model), fingerprint(model)).select(layers=usual.layers)
+
+
+def seconds(run: Callable[[], int]) -> float:
+    """Tokens per second of the clock."""
+    start = time.perf_counter()
+    return run() / (time.perf_counter() - start)
+
+
+def at_once(scheduler: Scheduler, prompts: Sequence[list[int]], strengths: Sequence[float], limit: int) -> int:
+    """Tokens that the engine writes, for sixteen requests at once."""
+    asked = (Request(p, {"v": a}, limit) for p, a in zip(prompts, strengths, strict=True))
+    answers = [scheduler.submit(request)[0] for request in asked]
+    return sum(sum(1 for _ in answer) for answer in answers)
+
+
+def one_by_one(
+    model: PreTrainedModel, vector: ws.SteeringVector, prompts: Sequence[list[int]], strengths: Sequence[float], n: int
+) -> int:
+    """Tokens that `generate` writes, one answer after the other."""
+    written = 0
+    for ids, alpha in zip(prompts, strengths, strict=True):
+        with ws.steer(model, vector, alpha), torch.inference_mode():
+            out = model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False, attention_mask=None)
+        written += out.shape[1] - len(ids)
+    return written
+
+
+def first_token(scheduler: Scheduler, prompts: Sequence[list[int]], limit: int) -> float:
+    """Time to the first token of one request while eight are written, in their steps."""
+    others = [iter(scheduler.submit(Request(p, {"v": 0.5}, limit))[0]) for p in prompts[:8]]
+    for answer in others:
+        next(answer)
+    start = time.perf_counter()
+    for _ in range(4):
+        next(others[0])
+    step = (time.perf_counter() - start) / 4
+    start = time.perf_counter()
+    next(iter(scheduler.submit(Request(prompts[9], {"v": 0.5}, limit))[0]))
+    took = time.perf_counter() - start
+    for answer in others:
+        list(answer)
+    return took / step
+
+
+def measured(model: PreTrainedModel, tok: Tokenizer, rounds: int, limit: int) -> dict[str, object]:
+    """Medians over the rounds of one model."""
+    model.generation_config.eos_token_id, tok.eos_token = None, None  # all answers are of one length
+    vector = random_vector(model)
+    questions = ws.load_behavior("truthfulness").questions[:CLIENTS]
+    prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
+    strengths = torch.linspace(-1, 1, CLIENTS).tolist()
+    seen: dict[str, list[float]] = {"engine": [], "unsteered": [], "generate": [], "first token": []}
+    for number in range(rounds):
+        scheduler = Scheduler(model, tok, {"v": vector})
+        scheduler._ends = frozenset()
+        runs = {
+            "engine": lambda s=scheduler: at_once(s, prompts, strengths, limit),
+            "unsteered": lambda s=scheduler: at_once(s, prompts, [0.0] * CLIENTS, limit),
+        }
+        for name in sorted(runs, reverse=bool(number % 2)):
+            seen[name].append(seconds(runs[name]))
+        seen["first token"].append(first_token(scheduler, prompts, limit))
+        scheduler.close()
+        seen["generate"].append(seconds(lambda: one_by_one(model, vector, prompts, strengths, limit)))
+    medians = {name: statistics.median(values) for name, values in seen.items()}
+    pairs = {
+        other: [a / b for a, b in zip(seen["engine"], seen[other], strict=True)] for other in ("unsteered", "generate")
+    }
+    return {
+        "tokens per second": {name: round(medians[name], 1) for name in ("engine", "unsteered", "generate")},
+        "against generate, one by one": [round(x, 2) for x in sorted(pairs["generate"])],
+        "against unsteered": [round(x, 3) for x in sorted(pairs["unsteered"])],
+        "first token, in steps": [round(x, 2) for x in sorted(seen["first token"])],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["pocket", "smollm2"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48)
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name in o.models:
+        results[name] = measured(*ws.load_model(name, device="cpu"), o.rounds, o.tokens)
+    harness.record("serve", {"rounds": o.rounds, "tokens": o.tokens, "clients": CLIENTS, "models": results})
+
+
+if __name__ == "__main__":
+    main()
