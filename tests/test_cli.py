@@ -61,6 +61,7 @@ BAD_INPUT = {
     "vector half-written": (["inspect", "torn"], "ws.json is missing"),
     "vector of another base": (["inspect", "vector", "--model", "tiny-random"], "weights differ"),
     "too few resamples": (["replicate", *TINY, "--n-bootstrap", "3"], "--n-bootstrap must be at least 100"),
+    "too many resamples": (["replicate", *TINY, "--n-bootstrap", str(10**12)], "--n-bootstrap must be at most 1000000"),
 }
 EMPTY_POOL = """schema = 1
 name = "empty"

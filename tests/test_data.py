@@ -6,6 +6,7 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -15,13 +16,13 @@ from transformers import GenerationConfig
 
 import ws
 from conftest import reworded
-from ws.data import Answer, Pair, _drop_reason, _jobs, data_card, generate_pairs, read_pairs, sample_answers
+from ws.data import Answer, Pair, _drop_reason, _jobs, data_card, generate_pairs, main, read_pairs, sample_answers
 from ws.files.runs import Run
 from ws.intervene.prompt import prompted
 from ws.lm.generation import PLAIN
 from ws.lm.models import end_ids, render_prompt
 from ws.lm.sampling import sample_rows
-from ws.options.make import DataConfig, data_preset
+from ws.options.make import DataCommand, DataConfig, data_preset
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=48, data_batch=5, anyway=True)
 
@@ -230,6 +231,19 @@ def test_pairs_of_somebodys_own_are_not_overwritten(tiny, tmp_path, behavior):
         assert len(generate_pairs(model, tok, behavior, tmp_path, SMALL, fresh=True)) > 1
     assert (tmp_path / "pairs.before-1.jsonl").read_text() == line
     assert not (tmp_path / "pairs.before-2.jsonl").exists(), "what was sampled here is simply made again"
+
+
+def test_the_command_says_what_it_will_take_and_stops_where_there_is_no_room(tmp_path, monkeypatch, capsys):
+    command = DataCommand(model="tiny-random", behavior="honesty", out=tmp_path / "out", device="cpu", data=SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.lm.cost.shutil.disk_usage", lambda place: SimpleNamespace(free=0))
+        with pytest.raises(ws.WsError, match=r"0\.0 GiB free for .*needs up to"):
+            main(command)
+    assert not (tmp_path / "out").exists()
+    main(command)
+    assert "It will take about" in capsys.readouterr().err
+    main(command)
+    assert "It will take about" not in capsys.readouterr().err, "nothing is left to be done"
 
 
 @pytest.mark.parametrize(

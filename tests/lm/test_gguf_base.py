@@ -75,6 +75,26 @@ def test_it_is_a_model_like_any_other(tok, tmp_path):
     assert marks == {fingerprint(model)}
 
 
+def test_a_small_file_is_parsed_once_and_every_model_of_it_is_its_own(tok, tmp_path, monkeypatch):
+    file = tmp_path / "small-Q8_0.gguf"
+    write_base(build("llama", len(tok), True), file, tok, "Q8_0")
+    first, own_tok = ws.load_model(str(file), device="cpu")
+    before = logits(first)
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.lm.models._load", lambda *a, **k: pytest.fail("the file is parsed again"))
+        second, other_tok = ws.load_model(str(file), device="cpu")
+    assert torch.equal(logits(second), before)
+    assert second.lm_head.weight is second.model.embed_tokens.weight
+    with torch.no_grad():
+        second.lm_head.weight.zero_()
+    other_tok.chat_template = "changed"
+    third, third_tok = ws.load_model(str(file), device="cpu")
+    assert torch.equal(logits(third), before)
+    assert third_tok.chat_template == own_tok.chat_template
+    write_base(build("llama", len(tok)), file, tok, "Q8_0")  # another model under the same name
+    assert not torch.equal(logits(ws.load_model(str(file), device="cpu")[0]), before)
+
+
 def test_its_ending_may_be_in_capitals(tok, tmp_path):
     """Everywhere alike: it is loaded, names a folder by its stem, and is published without its place."""
     file = tmp_path / "Small-Q8_0.GGUF"
