@@ -204,7 +204,7 @@ def test_a_step_has_the_same_number_of_examples_on_any_number_of_processes(batch
         assert config.accumulation(processes) * micro * processes == batch
     except ws.WsError as problem:
         assert batch % (micro * processes)
-        if "use --micro-batch" in str(problem):
+        if "use `micro_batch`" in str(problem):
             fits = int(str(problem).rstrip(".").split()[-1])
             assert fits <= micro
             assert replace(config, micro_batch=fits).accumulation(processes) * fits * processes == batch
@@ -252,7 +252,7 @@ def test_other_commands_run_on_one_process_only(announced, monkeypatch, capsys):
     assert not done
 
 
-@pytest.mark.parametrize(("device", "way", "message"), [("cuda:1", "", "--device cuda:1"), ("cpu", "FSDP", "FSDP")])
+@pytest.mark.parametrize(("device", "way", "message"), [("cuda:1", "", "`device` cuda:1"), ("cpu", "FSDP", "FSDP")])
 def test_what_cannot_be_shared_is_refused(announced, monkeypatch, device, way, message):
     if way:
         monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")

@@ -51,7 +51,7 @@ def test_cells_that_fail_alike_are_one_sentence(tmp_path):
 
 def test_a_failing_cell_is_listed_and_the_next_run_fills_it(config, monkeypatch, capsys):
     failed, fine = run_sweep(config)
-    assert "--oft-block 7" in failed.problem
+    assert "`oft_block` 7" in failed.problem
     assert "Traceback" in (failed.folder / "sweep.log").read_text()
     assert fine.problem is None
     with pytest.raises(ws.WsError, match=r"1 of 2 cells failed: oft seed 0 .*sweep.log"):

@@ -138,7 +138,7 @@ def test_one_unknown_word_is_named_and_the_others_are_shown(chat, capsys):
 
 
 def test_what_a_model_writes_is_not_obeyed_by_the_terminal(chat, monkeypatch):
-    monkeypatch.setattr("ws.chat.engine.decode_answer", lambda tok, ids: "a\x1b]0;x\x07b\x9bc" * bool(ids))
+    monkeypatch.setattr("ws.chat.batching.trim_answer", lambda tok, text: "a\x1b]0;x\x07b\x9bc" * bool(text))
     chat.compare = True
     chat.take(QUESTION)
     assert text(chat) == "steered: a\\x1b]0;x\\x07b\\x9bc\nbase:    a\\x1b]0;x\\x07b\\x9bc\n"

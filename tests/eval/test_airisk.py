@@ -535,7 +535,7 @@ def test_a_model_without_a_block_is_asked_for_its_reasons_and_that_is_another_ev
 
 @pytest.mark.parametrize("change", [{"limit": 0}, {"n_think": -1}, {"n_bootstrap": 5}, {"alphas": (float("nan"),)}])
 def test_numbers_without_sense_are_refused_before_anything_loads(options, change):
-    with pytest.raises(ws.WsError, match="--"):
+    with pytest.raises(ws.WsError, match="`(limit|n_think|n_bootstrap|alphas)` must be"):
         open_context(replace(options, **change))
 
 

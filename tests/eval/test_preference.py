@@ -256,5 +256,5 @@ def test_tables_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize(("flag", "value"), [("n_think", 5), ("prompts", Path("words.toml")), ("limit", 0)])
 def test_options_that_make_no_sense_are_refused(options, flag, value):
-    with pytest.raises(ws.WsError, match=f"--{flag.replace('_', '-')}"):
+    with pytest.raises(ws.WsError, match=f"`{flag}`"):
         replace(options, **{flag: value}).check()

@@ -420,7 +420,7 @@ def test_a_kind_that_is_not_there_gets_the_list_of_those_that_are():
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_is_refused_by_its_fused_tensors_and_steered_where_it_is_told(name, saved, weights_hash):
     model, _ = ws.load_model(str(saved), device="cpu")
-    fused = r"4 tensors .* fused \(model.layers.0.mlp.experts.gate_up_proj, .*--modules: k_proj, o_proj, q_proj, v_proj"
+    fused = r"4 tensors .* fused \(model.layers.0.mlp.experts.gate_up_proj, .*`modules`: k_proj, o_proj, q_proj, v_proj"
     for family in FAMILY_NAMES:
         with pytest.raises(ws.WsError, match=fused):
             ws.train_adapter(model, TOK, PAIRS, "pos", family, saved.parent / "pos", TRAIN)

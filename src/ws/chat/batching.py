@@ -205,7 +205,7 @@ class _Row:
         text, stopped = _before_stop(self._text(), r.stop)
         finish: Literal["stop", "length"] | None
         finish = "stop" if has_ended or stopped else "length" if answer.n_tokens >= self.most else None
-        piece = _piece(logits, token, r.logprobs, self._new(text, finish is None))
+        piece = _piece(logits, token, r.logprobs, self._new(text, finish))
         if finish is None:
             answer._pieces.put(piece)
         else:
@@ -221,10 +221,11 @@ class _Row:
         self.answer.finish = "cancelled"
         self.answer._pieces.put(problem)
 
-    def _new(self, text: str, goes_on: bool) -> str:
+    def _new(self, text: str, finish: str | None) -> str:
         """What of the answer so far has not been shown, and is certain."""
-        if goes_on:
+        if finish != "stop":
             text = text.rstrip("\ufffd")  # bytes of a character that is not complete
+        if finish is None:
             text = text[: len(text) - max((_overlap(text, stop) for stop in self.request.stop), default=0)]
         text = trim_answer(self.tok, text) if self.request.trim else text
         new, self.shown = text[self.shown :], max(self.shown, len(text))
