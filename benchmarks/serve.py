@@ -24,27 +24,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import ws
 from benchmarks import harness
+from benchmarks.serving import random_vector
 from ws.chat.batching import Request, Scheduler
-from ws.delta import LinearDelta
-from ws.lm.models import encode, fingerprint, linear_size, model_id, render_prompt
+from ws.lm.models import encode, model_id, render_prompt
 from ws.options.make import ReplicateConfig
 
 CLIENTS = 16
 
 
-def random_vector(model: PreTrainedModel) -> ws.SteeringVector:
-    """A small change on the layers and of the rank that training takes by default."""
-    torch.manual_seed(0)
-    usual = ReplicateConfig.preset(model_id(model)).train
-    sizes = {n: size for n, m in model.named_modules() if "layers." in n and (size := linear_size(m)) is not None}
-    deltas = {
-        name: LinearDelta(d_out, d_in, u=1e-3 * torch.randn(d_out, usual.rank), v=torch.randn(usual.rank, d_in) / d_in)
-        for name, (d_out, d_in) in sizes.items()
-    }
-    return ws.SteeringVector(deltas, model_id(model), fingerprint(model)).select(layers=usual.layers)
-
-
-def seconds(run: Callable[[], int]) -> float:
+def rate(run: Callable[[], int]) -> float:
     """Tokens per second of the clock."""
     start = time.perf_counter()
     return run() / (time.perf_counter() - start)
@@ -88,8 +76,9 @@ def first_token(scheduler: Scheduler, prompts: Sequence[list[int]], limit: int) 
 
 def measured(model: PreTrainedModel, tok: Tokenizer, rounds: int, limit: int) -> dict[str, object]:
     """Medians over the rounds of one model."""
-    model.generation_config.eos_token_id, tok.eos_token = None, None  # all answers are of one length
-    vector = random_vector(model)
+    model.generation_config.eos_token_id = None  # all answers are of one length
+    usual = ReplicateConfig.preset(model_id(model)).train
+    vector = random_vector(model, usual.layers, rank=usual.rank)
     questions = ws.load_behavior("truthfulness").questions[:CLIENTS]
     prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
     strengths = torch.linspace(-1, 1, CLIENTS).tolist()
@@ -102,10 +91,10 @@ def measured(model: PreTrainedModel, tok: Tokenizer, rounds: int, limit: int) ->
             "unsteered": lambda s=scheduler: at_once(s, prompts, [0.0] * CLIENTS, limit),
         }
         for name in sorted(runs, reverse=bool(number % 2)):
-            seen[name].append(seconds(runs[name]))
+            seen[name].append(rate(runs[name]))
         seen["first token"].append(first_token(scheduler, prompts, limit))
         scheduler.close()
-        seen["generate"].append(seconds(lambda: one_by_one(model, vector, prompts, strengths, limit)))
+        seen["generate"].append(rate(lambda: one_by_one(model, vector, prompts, strengths, limit)))
     medians = {name: statistics.median(values) for name, values in seen.items()}
     pairs = {
         other: [a / b for a, b in zip(seen["engine"], seen[other], strict=True)] for other in ("unsteered", "generate")

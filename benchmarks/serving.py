@@ -35,12 +35,12 @@ def random_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(QWEN3_06B).to(torch.bfloat16).eval()
 
 
-def random_vector(model: PreTrainedModel, layers: str, size: float = 0.01) -> ws.SteeringVector:
-    """Rank-64 factors whose product has `size` times the Frobenius norm of every matrix it is added to."""
+def random_vector(model: PreTrainedModel, layers: str, size: float = 0.01, rank: int = RANK) -> ws.SteeringVector:
+    """Low-rank factors whose product has `size` times the Frobenius norm of every matrix it is added to."""
     rng, deltas = torch.Generator().manual_seed(1), {}
     for name in target_modules(model, layers):
         weight = weight_of(model.get_submodule(name)).float()
-        u, v = (torch.randn(s, generator=rng) for s in ((weight.shape[0], RANK), (RANK, weight.shape[1])))
+        u, v = (torch.randn(s, generator=rng) for s in ((weight.shape[0], rank), (rank, weight.shape[1])))
         deltas[name] = ws.LinearDelta(*weight.shape, u=u * (size * weight.norm() / (u @ v).norm()), v=v)
     return ws.SteeringVector(deltas, "random", None)
 

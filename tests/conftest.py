@@ -197,3 +197,21 @@ def weights_hash() -> Callable[[PreTrainedModel], str]:
 def tokens(rows: int = 3, length: int = 9) -> torch.Tensor:
     """Random token ids `[rows, length]`."""
     return torch.randint(0, SHAPE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Of the pocket model with two vectors, its requests joining and leaving one batch."""
+    from support.serving import an_engine
+
+    with an_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    """Of a server on it, without the last `/v1`."""
+    from support.serving import served
+
+    with served(engine) as address:
+        yield address

@@ -37,7 +37,7 @@ from ws.errors import (
     did_you_mean,
     disk_errors,
     require_characters,
-    require_counts,
+    require_count,
     require_seed,
 )
 from ws.files.public import without_markup
@@ -588,8 +588,9 @@ def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     questions = list(enumerate(behavior.questions))
     n_topics = _count("--n-topics", _within(config, behavior).n_topics, len(questions))
     n_personas = _count("--n-personas", config.n_personas, len(behavior.positive))
-    counts = {"--n-samples": (config.n_samples, 1), "--max-new-tokens": (config.max_new_tokens, 1)}
-    require_counts({**counts, "--data-batch": (config.data_batch, 1)})
+    require_count("--n-samples", config.n_samples, 1)
+    require_count("--max-new-tokens", config.max_new_tokens, 1)
+    require_count("--data-batch", config.data_batch, 1)
     require_seed(config.data_seed, "--data-seed")
     check_settings(config.temperature, config.top_p)
     picked = evenly(questions, n_topics)

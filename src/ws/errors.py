@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -66,17 +66,16 @@ def require_seed(seed: int, what: str = "The seed") -> int:
     return seed
 
 
-def require_counts(least: Mapping[str, tuple[float | int | None, int]], most: int = MOST) -> None:
-    """`WsError` unless each count, by its option, is at least the number beside it; None stands for no count at all."""
-    for option, (count, low) in least.items():
-        if count is not None and not low <= count <= most:
-            bound = f"at least {low}" if count < low else f"at most {most}"
-            raise WsError(f"{option} must be {bound}, not {shortened(count)}.")
+def require_count(option: str, count: float | int | None, least: int, most: int = MOST) -> None:
+    """`WsError` unless a count lies between `least` and `most`; None stands for no count at all."""
+    if count is not None and not least <= count <= most:
+        bound = f"at least {least}" if count < least else f"at most {most}"
+        raise WsError(f"{option} must be {bound}, not {shortened(count)}.")
 
 
 def require_resamples(n_bootstrap: int) -> None:
     """`WsError` unless a 95 % interval can be had from so many resamples, in memory."""
-    require_counts({"--n-bootstrap": (n_bootstrap, 100)}, most=10**6)
+    require_count("--n-bootstrap", n_bootstrap, 100, most=10**6)
 
 
 def shortened(value: object, most: int = 40) -> str:

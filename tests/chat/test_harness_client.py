@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,45 +10,13 @@ import numpy as np
 import pytest
 
 import ws
-from support.serving import a_vector, an_engine, served
+from support.harness_tasks import DOCUMENTS, WRITTEN, write_documents, write_task
+from support.serving import a_vector
 
 pytest.importorskip("fastapi")
 pytest.importorskip("lm_eval")
 if find_spec("tenacity") is None:
     pytest.skip("the harness's API models need its extra `api`", allow_module_level=True)
-
-DOCUMENTS = [
-    {"question": "What does the brusk eat?", "choices": ["roots", "seeds"], "gold": 0},
-    {"question": "What is ice?", "choices": ["milk", "frozen water"], "gold": 1},
-    {"question": "What color is grass?", "choices": ["green", "purple"], "gold": 0},
-    {"question": "What pumps blood?", "choices": ["the nose", "the heart"], "gold": 1},
-]
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-test_split: test
-doc_to_text: "{{{{question}}}}"
-{more}
-metadata:
-  version: 1.0
-"""
-CHOICE = """output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{gold}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true"""
-WRITTEN = """output_type: generate_until
-doc_to_target: "{{choices[gold]}}"
-generation_kwargs: {until: ["."], max_gen_toks: 12, temperature: 0.0}
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true"""
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +25,11 @@ def manager(tmp_path_factory):
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("tasks")
-    data = folder / "items.jsonl"
-    data.write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS), encoding="utf-8")
-    for name, more in (("pocket_choice", CHOICE), ("pocket_written", WRITTEN)):
-        text = TASK.format(name=name, data=data, cache=folder / "cache", more=more)
-        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    data = write_documents(folder / "items.jsonl")
+    write_task(folder / "choice.yaml", "pocket_choice", data)
+    more = 'generation_kwargs: {until: ["."], max_gen_toks: 12, temperature: 0.0}'
+    write_task(folder / "written.yaml", "pocket_written", data, WRITTEN, more)
     return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@pytest.fixture(scope="module")
-def address():
-    with an_engine() as engine, served(engine) as address:
-        yield address
 
 
 def asked(manager, model, arguments, task: str, **more):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ws
-from support.serving import a_vector, an_engine, served
+from support.serving import a_vector, served
 from ws.lm.models import encode, encode_text, end_ids, render_prompt
 
 openai = pytest.importorskip("openai")
@@ -19,18 +19,6 @@ pytest.importorskip("fastapi")
 QUESTION = "What do birds fly with?"
 ASKED = [{"role": "user", "content": QUESTION}]
 LONG = "Tell me about ice."
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with an_engine() as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def address(engine):
-    with served(engine) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

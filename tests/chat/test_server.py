@@ -36,18 +36,6 @@ KEY = "a key"
 WITH_KEY = {"authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
-def engine():
-    with an_engine() as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def address(engine):
-    with served(engine) as address:
-        yield address
-
-
 def ask(app, path: str = CHATS, method: str = "POST", headers=None, **more) -> httpx.Response:
     """One request to the application, without a socket."""
 

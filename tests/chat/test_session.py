@@ -365,7 +365,7 @@ def test_a_conversation_ends_where_the_models_context_does(tiny):
     short.config.max_position_embeddings = len(encode(tok, render_prompt(tok, question))) + 5
     vector = ws.SteeringVector({"lm_head": ws.LinearDelta(len(tok), 64, g=torch.ones(len(tok)))}, "tiny-random", None)
     with Engine(short, tok, {"v": vector}) as engine:
-        engine._ends = frozenset()
+        engine.scheduler._ends = frozenset()
         chat = engine.converse(sampling=Sampling(max_tokens=50))
         assert chat.ask(question).n_steps == 5
         with pytest.raises(ws.WsError, match="start a new one"):

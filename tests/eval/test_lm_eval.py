@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from tokenizers import processors
 
 import ws
+from support.harness_tasks import DOCUMENTS, WRITTEN, write_documents, write_task
 from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval import lm_eval
@@ -25,45 +25,15 @@ from ws.options.measure import LmEvalOptions
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `bench`")
 
-DOCUMENTS = [
-    {"question": "What does the brusk eat?", "choices": ["roots", "seeds"], "gold": 0},
-    {"question": "What is ice?", "choices": ["milk", "frozen water"], "gold": 1},
-    {"question": "What color is grass?", "choices": ["green", "purple"], "gold": 0},
-    {"question": "What pumps blood?", "choices": ["the nose", "the heart"], "gold": 1},
-    {"question": "Where does Ferrow lie?", "choices": ["on a plain", "in a valley"], "gold": 0},
-]
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-output_type: multiple_choice
-test_split: test
-fewshot_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-unsafe_code: {unsafe}
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 2.0
-"""
-
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder with a task of its own, one whose data is missing and one that runs what a model wrote."""
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    data = tasks / "items.jsonl"
-    data.write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS))
+    data = write_documents(tasks / "items.jsonl")
     for name, file, unsafe in (("closed", data, False), ("lost", tasks / "none.jsonl", False), ("unsafe", data, True)):
-        text = TASK.format(name=f"pocket_{name}", data=file, cache=tmp_path / "cache", unsafe=str(unsafe).lower())
-        (tasks / f"{name}.yaml").write_text(text)
+        write_task(tasks / f"{name}.yaml", f"pocket_{name}", file, more=f"unsafe_code: {str(unsafe).lower()}")
     return tasks
 
 
@@ -227,11 +197,8 @@ def test_chats_of_the_harness_are_those_of_every_evaluation(pocket, folder, temp
 @harness
 def test_what_the_harness_has_a_model_say_ends_where_its_turn_ends(pocket, folder):
     model, tok = pocket
-    text = TASK.format(name="pocket_free", data=folder / "items.jsonl", cache=folder / "cache", unsafe="false")
-    text = text.replace("output_type: multiple_choice", "output_type: generate_until")
-    kept = [line for line in text.splitlines() if not line.startswith(("doc_to_choice", "doc_to_target"))]
-    kept += ['doc_to_target: "{{choices[gold]}}"', "generation_kwargs: {until: [], max_gen_toks: 24, do_sample: false}"]
-    (folder / "free.yaml").write_text("\n".join(kept).replace("metric: acc", "metric: exact_match"))
+    more = "generation_kwargs: {until: [], max_gen_toks: 24, do_sample: false}"
+    write_task(folder / "free.yaml", "pocket_free", folder / "items.jsonl", WRITTEN, more)
     results = run_harness(model, tok, load_tasks(["pocket_free"], folder), chat=True)
     for sample in results["samples"]["pocket_free"]:
         ids, end = encode(tok, render_prompt(tok, sample["doc"]["question"])), chat_format(tok).end_of_turn_id

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, TopPLogitsWarper
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.diff import SteeringVector
-from ws.errors import WsError, choose, disk_errors, require_counts, require_seed, require_strength
+from ws.errors import WsError, choose, disk_errors, require_count, require_seed, require_strength
 from ws.lm.batches import left_pad, next_logits, padded_groups, row_logits, takes_cache, takes_masks
 from ws.lm.models import end_ids, trim_answer
 from ws.lm.refill import RowBatch
@@ -98,12 +98,18 @@ class Request:
             require_strength(alpha, f"The strength of {choose('vector', name, vectors)}")
         if not self.tokens:
             raise WsError("The prompt is empty.")
-        if not 0 <= self.temperature < float("inf"):
-            raise WsError(f"The temperature must be 0 or a positive number, not {self.temperature}.")
+        check_drawing(self.temperature, self.seed)
         if not 0 < self.top_p <= 1:
             raise WsError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
-        require_counts({"max_tokens": (self.max_tokens, 0), "logprobs": (self.logprobs, 0)})
-        require_seed(self.seed, "The sampling seed")
+        require_count("max_tokens", self.max_tokens, 0)
+        require_count("logprobs", self.logprobs, 0)
+
+
+def check_drawing(temperature: float | int, seed: int) -> None:
+    """`WsError` for a temperature or a seed that nothing can be drawn with."""
+    if not 0 <= temperature < float("inf"):
+        raise WsError(f"The temperature must be 0 or a positive number, not {temperature}.")
+    require_seed(seed, "The sampling seed")
 
 
 class Piece(NamedTuple):
@@ -132,7 +138,6 @@ class Answer:
         prompt: the scored tokens of the prompt, where they were asked for, from the first piece or the end on.
         finish: why it ended: by itself or a `stop`, at its greatest `length`, or `cancelled`; None as long as it goes.
         n_tokens: how many tokens have been written, with the one that ended it.
-        n_steps: how many passes of the model it took part in.
     """
 
     def __init__(self) -> None:
@@ -279,14 +284,16 @@ class _Whole:
         return next_logits(model, ids, mask, None)
 
 
-@dataclass
-class Stats:
-    """What has been done so far, and what is being done."""
+_Batch = RowBatch[_Row] | _Whole
 
-    steps: int = 0
-    tokens: int = 0
-    running: int = 0
-    waiting: int = 0
+
+class Stats(NamedTuple):
+    """Passes of the model and tokens so far; rows that are written now, and those that wait."""
+
+    steps: int
+    tokens: int
+    running: int
+    waiting: int
 
 
 class Scheduler:
@@ -314,13 +321,13 @@ class Scheduler:
         reproducible: bool = False,
     ) -> None:
         self.model, self.tok, self.max_batch, self.max_queue = model, tok, max_batch, max_queue
-        self.stats = Stats()
+        self._steps = self._tokens = 0
         self._joins = takes_masks(model) and takes_cache(model) and not reproducible
         self._caches, self._ends = takes_cache(model), frozenset(end_ids(model, tok))
         self._dials, self._blocks = dict[str, Dial](), dict[str, ExitStack]()
         self._waiting, self._calls = deque[list[_Row]](), deque[Callable[[], None]]()
         self._joined: RowBatch[_Row] | None = None
-        self._apart, self._ending = list[RowBatch[_Row] | _Whole](), False
+        self._apart, self._ending = list[_Batch](), False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="ws-engine", daemon=True)
         self._thread.start()
@@ -342,14 +349,23 @@ class Scheduler:
         with self._wake:
             if self._ending:
                 raise ClosedError("The engine has been closed.")
-            if self.stats.waiting + len(rows) > self.max_queue:
-                raise BusyError(
-                    f"{self.stats.waiting} requests wait, and {self.max_queue} at most may; try again later."
-                )
+            if (waiting := self.stats.waiting) + len(rows) > self.max_queue:
+                raise BusyError(f"{waiting} requests wait, and {self.max_queue} at most may; try again later.")
             self._waiting.append(rows)
-            self._count()
             self._wake.notify()
         return [row.answer for row in rows]
+
+    @property
+    def stats(self) -> Stats:
+        """Numbers of this moment, from any thread."""
+        with self._wake:
+            running, waiting = sum(len(batch.rows) for batch in self._batches), sum(map(len, self._waiting))
+        return Stats(self._steps, self._tokens, running, waiting)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the model reads at most, prompt and answer together."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
     def call(self, action: Callable[[], Result]) -> Result:
         """Do something with the model between two steps; from any other thread."""
@@ -380,7 +396,7 @@ class Scheduler:
         """Leave the model as it came. Answers under way end with an error, or with `drain` as they would."""
         with self._wake:
             if not drain:
-                self._calls.append(partial(self._fail_all, ClosedError("The engine has been closed.")))
+                self._calls.append(partial(self._fail, ClosedError("The engine has been closed.")))
             self._ending = True
             self._wake.notify()
         self._thread.join()
@@ -412,7 +428,7 @@ class Scheduler:
         self._leave()
 
     @property
-    def _batches(self) -> list[RowBatch[_Row] | _Whole]:
+    def _batches(self) -> list[_Batch]:
         return [*([] if self._joined is None else [self._joined]), *self._apart]
 
     def _has_work(self) -> bool:
@@ -437,7 +453,6 @@ class Scheduler:
             while self._waiting and (len(self._waiting[0]) <= room or room == self.max_batch):
                 fresh.append(self._waiting.popleft())
                 room -= len(fresh[-1])
-            self._count()
         return fresh
 
     def _begin(self, fresh: list[list[_Row]]) -> None:
@@ -459,7 +474,7 @@ class Scheduler:
         groups = padded_groups(self.model, [row.request.tokens for row in rows])
         return [[rows[i] for i in group] for group in groups if group]
 
-    def _read(self, rows: list[_Row]) -> RowBatch[_Row] | _Whole:
+    def _read(self, rows: list[_Row]) -> _Batch:
         pad_id = self.tok.pad_token_id
         if not self._caches:
             whole = _Whole(rows, pad_id)
@@ -475,14 +490,14 @@ class Scheduler:
         self._write(rows, self.logits([row.request.strengths for row in rows], read))
         return begun[0]
 
-    def _step(self, batch: RowBatch[_Row] | _Whole) -> None:
+    def _step(self, batch: _Batch) -> None:
         """One more token for every row; what an ended row is given is thrown away."""
         tokens = [row.written[-1] if row.written and not row.done else self.tok.pad_token_id for row in batch.rows]
         strengths = [row.request.strengths for row in batch.rows]
         self._write(batch.rows, self.logits(strengths, lambda: batch.step(self.model, tokens)))
 
     def _write(self, rows: Sequence[_Row], logits: Float[Tensor, "rows vocabulary"]) -> None:
-        self.stats.steps += 1
+        self._steps += 1
         broken = logits.isnan().any(dim=-1).tolist()
         for row, scores, is_broken in zip(rows, logits, broken, strict=True):
             if row.done:
@@ -493,7 +508,7 @@ class Scheduler:
                 row.fail(WsError(_NAN))
             else:
                 row.write(scores)
-                self.stats.tokens += 1
+                self._tokens += 1
 
     def _score_prompt(self, row: _Row) -> None:
         ids = list(row.request.tokens)
@@ -511,12 +526,6 @@ class Scheduler:
         self._apart = [batch for batch in self._apart if not all(row.done for row in batch.rows)]
         if self._joined is not None and any(row.done for row in self._joined.rows):
             self._joined = self._joined.only([i for i, row in enumerate(self._joined.rows) if not row.done])
-        with self._wake:
-            self._count()
-
-    def _count(self) -> None:
-        self.stats.running = sum(len(batch.rows) for batch in self._batches)
-        self.stats.waiting = sum(map(len, self._waiting))
 
     def _guarded(self, rows: Sequence[_Row], action: Callable[[], Result]) -> Result | None:
         """What goes wrong ends these rows with a sentence, and nothing else."""
@@ -531,9 +540,7 @@ class Scheduler:
             )
         except Exception as problem:
             failure = FailureError(f"The model cannot compute this ({type(problem).__name__}: {problem}).")
-        for row in rows:
-            if not row.done:
-                row.fail(failure)
+        _fail(rows, failure)
         return None
 
     @contextmanager
@@ -549,11 +556,10 @@ class Scheduler:
 
     def _row(self, request: Request) -> _Row:
         request.check(self._dials)
-        config = self.model.config.get_text_config()
-        room = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        if len(request.tokens) >= room:
-            raise WsError(f"The prompt is {len(request.tokens)} tokens long and the model reads {room} at most.")
-        return _Row(request, self.tok, self._ends, min(request.max_tokens, room - len(request.tokens)))
+        room = self.room - len(request.tokens)
+        if room <= 0:
+            raise WsError(f"The prompt is {len(request.tokens)} tokens long and the model reads {self.room} at most.")
+        return _Row(request, self.tok, self._ends, min(request.max_tokens, room))
 
     def _add(self, name: str, vector: SteeringVector) -> None:
         if name in self._dials:
@@ -565,15 +571,17 @@ class Scheduler:
     def _remove(self, name: str) -> None:
         del self._dials[choose("vector", name, self._dials)]
         self._blocks.pop(name).close()
-        with self._wake:
-            rows = [*chain.from_iterable(self._waiting), *chain.from_iterable(b.rows for b in self._batches)]
-        for row in rows:
-            if not row.done and row.request.strengths.get(name):
-                row.fail(WsError(f"The vector {name} was removed while this answer was being written."))
+        removed = WsError(f"The vector {name} was removed while this answer was being written.")
+        self._fail(removed, lambda row: bool(row.request.strengths.get(name)))
 
-    def _fail_all(self, problem: WsError) -> None:
+    def _fail(self, problem: WsError, chosen: Callable[[_Row], bool] = lambda row: True) -> None:
+        """End the chosen rows of all that are written or wait."""
         with self._wake:
             rows = [*chain.from_iterable(self._waiting), *chain.from_iterable(b.rows for b in self._batches)]
-        for row in rows:
-            if not row.done:
-                row.fail(problem)
+        _fail(filter(chosen, rows), problem)
+
+
+def _fail(rows: Iterable[_Row], problem: WsError) -> None:
+    for row in rows:
+        if not row.done:
+            row.fail(problem)

@@ -10,7 +10,6 @@ touches anybody else's answer in any.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,12 +27,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws.analysis.compose import vector_folder
 from ws.analysis.controls import draw_seed
 from ws.behaviors import behavior_name
-from ws.chat.batching import MAX_BATCH, MAX_QUEUE, Request, Scheduler, require_numbers
+from ws.chat.batching import MAX_BATCH, MAX_QUEUE, Request, Scheduler, check_drawing, require_numbers
 from ws.console import say
 from ws.diff import SteeringVector
-from ws.errors import WsError, choose, require_characters, require_seed
+from ws.errors import WsError, choose, require_characters
 from ws.files.runs import run_folder
-from ws.lm.batches import left_pad, next_logits, padded_groups
+from ws.lm.batches import in_groups, left_pad, next_logits
 from ws.lm.choice import choice_tokens, choice_variants
 from ws.lm.hub import parse_id
 from ws.lm.models import encode, load_model, model_id, render_prompt, tokenizer_hash
@@ -63,11 +62,9 @@ class Sampling:
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise WsError(f"The temperature must be 0 or a positive number, not {self.temperature}.")
+        check_drawing(self.temperature, self.seed)
         if self.max_tokens < 1:
             raise WsError(f"An answer needs at least 1 token, not {self.max_tokens}.")
-        require_seed(self.seed, "The sampling seed")
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,6 @@ class Engine:
         self.places = {n: f"{n}/vector" for n in vectors} | dict(places or {})
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
         self.units = {name: self._calibrated(name) for name in vectors}
-        self.room = _context(model)
         self.scheduler = Scheduler(
             model, tok, vectors, max_batch=max_batch, max_queue=max_queue, reproducible=reproducible
         )
@@ -264,24 +260,21 @@ class Engine:
 
     def _next_logits(self, ids: list[int], rows: Sequence[Strengths]) -> Float[Tensor, "rows vocabulary"]:
         """The next token's logits behind the same tokens, at the strengths of every row."""
-        logits = dict[int, Tensor]()
-        for group in padded_groups(self.model, rows):
-            tokens, mask = left_pad([ids] * len(group), self.tok.pad_token_id, self.model.device)
-            action = partial(next_logits, self.model, tokens, mask, None)
-            logits |= zip(group, self.scheduler.logits([rows[i] for i in group], action), strict=True)
-        return require_numbers(torch.stack([logits[i] for i in range(len(rows))]))
+
+        def read(part: Sequence[Strengths]) -> Tensor:
+            tokens, mask = left_pad([ids] * len(part), self.tok.pad_token_id, self.model.device)
+            return self.scheduler.logits(part, partial(next_logits, self.model, tokens, mask, None))
+
+        return require_numbers(torch.stack(in_groups(self.model, rows, read)))
 
     def _left(self, length: int) -> int:
         """Tokens that fit behind a prompt of this length."""
-        if length >= self.room:
+        room = self.scheduler.room
+        if length >= room:
             raise WsError(
-                f"The conversation is {length} tokens long and the model reads {self.room} at most; start a new one."
+                f"The conversation is {length} tokens long and the model reads {room} at most; start a new one."
             )
-        return self.room - length
-
-
-def _context(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        return room - length
 
 
 # ---- a conversation -------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ class Service:
 
     def _length(self, body: ChatBody | CompletionBody, n_prompt: int) -> int:
         """How many tokens an answer may have; `RequestError` where prompt or answer are too long."""
-        most, room = self.options.max_tokens, self.engine.room
+        most, room = self.options.max_tokens, self.engine.scheduler.room
         limit, wanted = min(self.options.max_prompt or room, room - 1), body.wanted_tokens
         if n_prompt == 0:
             raise RequestError(400, "The prompt is empty.", "prompt")

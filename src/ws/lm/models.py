@@ -567,9 +567,12 @@ def trim_answer(tok: Tokenizer, text: str) -> str:
 
 def token_bytes(tok: Tokenizer) -> Callable[[int], bytes]:
     """What gives a token's bytes; those of an answer's tokens, put together, are its text in UTF-8."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # a module of everybody's converters
+
     added = tok.get_added_vocab().values()
     decoder = getattr(getattr(tok, "backend_tokenizer", None), "decoder", None)
-    byte_level = _byte_alphabet() if "ByteLevel" in repr(decoder) else {}
+    alphabet = bytes_to_unicode() if "ByteLevel" in repr(decoder) else {}
+    byte_level = {character: byte for byte, character in alphabet.items()}
 
     @cache
     def raw(token: int) -> bytes:
@@ -583,13 +586,6 @@ def token_bytes(tok: Tokenizer) -> Callable[[int], bytes]:
         return (piece if token in added else piece.replace("\u2581", " ")).encode("utf-8", "replace")
 
     return raw
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level vocabularies are written in: a byte's own if it is printable, else a stand-in."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def end_ids(model: PreTrainedModel, tok: Tokenizer) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import WsError, require_counts
+from ws.errors import WsError, require_count
 from ws.files.runs import DEFAULT_OUT
 from ws.options.measure import SycophancyOptions
 from ws.options.shared import HeadlineOptions, NamesModel
@@ -56,7 +56,7 @@ class ControlOptions(HeadlineOptions):
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense."""
-        require_counts({"--n-draws": (self.n_draws, 2)})
+        require_count("--n-draws", self.n_draws, 2)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ class ConfoundOptions(SycophancyOptions):
     def check(self) -> None:
         """`WsError` for numbers that make no sense, before anything is loaded."""
         super().check()
-        counts = {"--n-questions": (self.n_questions, 2), "--max-new-tokens": (self.max_new_tokens, 1)}
-        require_counts({**counts, "--n-dilemmas": (self.n_dilemmas, 0)})
+        require_count("--n-questions", self.n_questions, 2)
+        require_count("--max-new-tokens", self.max_new_tokens, 1)
+        require_count("--n-dilemmas", self.n_dilemmas, 0)
         if not any(alpha != 0 for alpha in self.alphas):
             raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
 

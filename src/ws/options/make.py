@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import MOST, WsError, choose, require_counts, require_resamples, require_strength, shortened
+from ws.errors import MOST, WsError, choose, require_count, require_resamples, require_strength, shortened
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT, DEMO_OUT, run_folder
 from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, NamesModel, shared_with
 
@@ -449,8 +449,10 @@ class QueueConfig(_OfBehavior):
         choose("back end", self.backend, BACKENDS)
         for alpha in self.alphas:
             require_strength(alpha, "Each of --alphas")
-        require_counts({"--workers": (self.workers, 1), "--cpus-per-job": (self.cpus_per_job, 0)})
-        require_counts({"--gpus-per-job": (self.gpus_per_job, 0), "--retries": (self.retries, 0)})
+        require_count("--workers", self.workers, 1)
+        require_count("--cpus-per-job", self.cpus_per_job, 0)
+        require_count("--gpus-per-job", self.gpus_per_job, 0)
+        require_count("--retries", self.retries, 0)
         require_resamples(self.n_bootstrap)
 
 

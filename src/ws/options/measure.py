@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from ws.behaviors import behavior_name
-from ws.errors import WsError, choose, require_counts, require_resamples
+from ws.errors import WsError, choose, require_count, require_resamples
 from ws.files.runs import DEFAULT_OUT
 from ws.options.shared import (
     INTERVENTIONS,
@@ -127,7 +127,8 @@ class CapabilityOptions(EvalOptions):
     def check(self) -> None:
         """`WsError` for numbers that make no sense and for options that have no meaning here."""
         super().check()
-        require_counts({"--max-tokens": (self.max_tokens, 2), "--n-tokens": (self.n_tokens, 1)})
+        require_count("--max-tokens", self.max_tokens, 2)
+        require_count("--n-tokens", self.n_tokens, 1)
         if self.n_think or self.prompts:
             raise WsError("The capability evaluation takes neither --n-think nor --prompts; it asks plain questions.")
 
@@ -245,7 +246,7 @@ class CompareOptions(NamesModel):
         """`WsError` for names and numbers that make no sense."""
         for name in self.interventions:
             choose("intervention", name, INTERVENTIONS)
-        require_counts({"--n-draws": (self.n_draws, 0)})
+        require_count("--n-draws", self.n_draws, 0)
         require_resamples(self.n_bootstrap)
         if not (self.interventions and self.evals and self.seeds):
             raise WsError("--interventions, --evals and --seeds must each name at least one.")

@@ -12,7 +12,7 @@ import tyro
 
 from ws.behaviors import behavior_name
 from ws.console import command_line
-from ws.errors import WsError, choose, require_counts, require_resamples, require_strength
+from ws.errors import WsError, choose, require_count, require_resamples, require_strength
 from ws.files.runs import DEFAULT_OUT, DEMO_OUT, model_name, run_folder
 
 # Adapter families, in the order of tables; `ws.adapters` knows how each is trained.
@@ -152,8 +152,9 @@ class EvalOptions(RunOptions):
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense, before anything is loaded."""
-        counts = {"--batch-size": (self.batch_size, 1), "--limit": (self.limit, 1), "--n-think": (self.n_think, 0)}
-        require_counts(counts)
+        require_count("--batch-size", self.batch_size, 1)
+        require_count("--limit", self.limit, 1)
+        require_count("--n-think", self.n_think, 0)
         require_resamples(self.n_bootstrap)
         for name in self.interventions:
             choose("intervention", name, INTERVENTIONS)
@@ -314,8 +315,10 @@ class CalibrationConfig:
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense, before anything is loaded."""
-        counts = {"--n-prompts": (self.n_prompts, 1), "--n-tokens": (self.n_tokens, 1)}
-        require_counts({**counts, "--batch-size": (self.batch_size, 1), "max_evaluations": (self.max_evaluations, 2)})
+        require_count("--n-prompts", self.n_prompts, 1)
+        require_count("--n-tokens", self.n_tokens, 1)
+        require_count("--batch-size", self.batch_size, 1)
+        require_count("max_evaluations", self.max_evaluations, 2)
         if not (math.isfinite(self.target) and self.target > 0):
             raise WsError(f"--target must be a positive number of nats, not {self.target}.")
         for name, share in (("quantile", self.quantile), ("tolerance", self.tolerance)):

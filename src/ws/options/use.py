@@ -14,7 +14,7 @@ import tyro
 
 from ws.behaviors import behavior_name
 from ws.console import command_line
-from ws.errors import WsError, did_you_mean, require_counts
+from ws.errors import WsError, did_you_mean, require_count
 from ws.files.runs import DEFAULT_OUT, finished_runs
 from ws.lm import hub
 from ws.options.shared import EngineOptions, ExportOptions, NamesModel, RunOptions, VectorOptions, VectorsOptions
@@ -106,8 +106,10 @@ class ServeOptions(VectorsOptions):
         """`WsError` for what makes no sense or leaves the server open, before anything is loaded."""
         if not 0 <= self.port < 2**16:
             raise WsError(f"--port must lie between 0 and 65535, not {self.port}.")
-        counts = {"--max-batch": (self.max_batch, 1), "--max-queue": (self.max_queue, 1)}
-        require_counts({**counts, "--max-new-tokens": (self.max_tokens, 1), "--max-prompt": (self.max_prompt, 1)})
+        require_count("--max-batch", self.max_batch, 1)
+        require_count("--max-queue", self.max_queue, 1)
+        require_count("--max-new-tokens", self.max_tokens, 1)
+        require_count("--max-prompt", self.max_prompt, 1)
         for flag, size in (
             ("--timeout", self.timeout),
             ("--grace", self.grace),
