@@ -27,7 +27,7 @@ LOWEST = -9999.0  # JSON has no infinity: OpenAI's number for what a model think
 # Labels of the client's own, which are for its own records.
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 # What is not done here, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), (0,)),
     **dict.fromkeys(("tools", "functions"), ([],)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
@@ -150,16 +150,24 @@ class ChatBody(Body, kw_only=True):
 
     def conversation(self) -> tuple[str, list[dict[str, str]], str]:
         """The system's text, what was said, and what the user says last."""
-        said = [{"role": m.role, "content": require_characters(m.text, "A message")} for m in self.messages]
-        heads = next((i for i, m in enumerate(said) if m["role"] in ("user", "assistant")), len(said))
-        system, rest = "\n\n".join(m["content"] for m in said[:heads]), said[heads:]
-        if any(m["role"] in ("system", "developer") for m in rest):
-            raise RequestError(400, "A system message stands before all others here.", "messages")
-        if not rest or rest[-1]["role"] != "user":
-            raise RequestError(
-                400, "The last message must be the user's; an answer that was begun is not continued.", "messages"
-            )
-        return system, rest[:-1], rest[-1]["content"]
+        return split_messages(
+            [{"role": m.role, "content": require_characters(m.text, "A message")} for m in self.messages]
+        )
+
+
+def split_messages(messages: Sequence[dict[str, str]]) -> tuple[str, list[dict[str, str]], str]:
+    """The system's text, what was said, and what the user says last.
+
+    Raises:
+        RequestError: a system message behind others, or another last message than the user's.
+    """
+    heads = next((i for i, m in enumerate(messages) if m["role"] in ("user", "assistant")), len(messages))
+    system, rest = "\n\n".join(m["content"] for m in messages[:heads]), list(messages[heads:])
+    if any(m["role"] in ("system", "developer") for m in rest):
+        raise RequestError(400, "A system message stands before all others here.", "messages")
+    if not rest or rest[-1]["role"] != "user":
+        raise RequestError(400, "The last message must be the user's, for it is what is answered.", "messages")
+    return system, rest[:-1], rest[-1]["content"]
 
 
 class CompletionBody(Body, kw_only=True):
@@ -245,9 +253,9 @@ def _understood(given: Mapping[str, Any], kind: type[Struct]) -> dict[str, Any]:
     """The parameters without those that change nothing; `RequestError` for what nothing is done about."""
     fields = {field.name for field in msgspec.structs.fields(kind)}
     for name, value in given.items():
-        if name in fields or name in _LABELS or (name in _NEUTRAL and value in _NEUTRAL[name]):
+        if name in fields or name in _LABELS or (name in NEUTRAL and value in NEUTRAL[name]):
             continue
-        if name in _NEUTRAL:
+        if name in NEUTRAL:
             raise RequestError(
                 400, f"{name} is not supported by this server; leave it out.", name, "unsupported_parameter"
             )
@@ -317,6 +325,11 @@ def token_text(raw: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+def token_entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
+    """A token as OpenAI lists it beside its probability."""
+    return {"token": token_text(raw), "logprob": _number(logprob), "bytes": list(raw)}
+
+
 def _number(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LOWEST)
 
@@ -354,12 +367,9 @@ class Chat:
         if tokens is None:
             return None
         content = [
-            self._entry(t.raw, t.logprob) | {"top_logprobs": [self._entry(raw, p) for raw, p in t.top]} for t in tokens
+            token_entry(t.raw, t.logprob) | {"top_logprobs": [token_entry(raw, p) for raw, p in t.top]} for t in tokens
         ]
         return {"content": content, "refusal": None}
-
-    def _entry(self, raw: bytes, logprob: float | None) -> dict[str, Any]:
-        return {"token": token_text(raw), "logprob": _number(logprob), "bytes": list(raw)}
 
 
 class Completion:
