@@ -5,19 +5,25 @@ by default, and asks sixteen questions, on one thread, in rounds whose order cha
 
 - A: the engine (`ws.chat.batching`), sixteen requests at once, each with a strength of its own;
 - B: the same requests without a strength, by the same engine: what steering costs;
+- S: the same requests as sixteen clients of the server on this engine, over HTTP in the same process;
 - C: transformers' `generate` under `ws.steer`, one after the other: what there is without the engine.
 
 All are greedy and write the same number of tokens. Beside the ratios stands how long the first token of a request takes
-that comes while eight others are written, in steps of those.
+that comes while eight others are written, in steps of those; and how long it takes behind a few hundred tokens that are
+known from the request before, as a part of what that took.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -26,8 +32,11 @@ import ws
 from benchmarks import harness
 from benchmarks.serving import random_vector
 from ws.chat.batching import Request, Scheduler
+from ws.chat.engine import Engine
+from ws.chat.server import create_server, listen
 from ws.lm.models import encode, model_id, render_prompt
 from ws.options.make import ReplicateConfig
+from ws.options.use import ServeOptions
 
 CLIENTS = 16
 
@@ -43,6 +52,29 @@ def at_once(scheduler: Scheduler, prompts: Sequence[list[int]], strengths: Seque
     asked = (Request(p, {"v": a}, limit) for p, a in zip(prompts, strengths, strict=True))
     answers = [scheduler.submit(request)[0] for request in asked]
     return sum(sum(1 for _ in answer) for answer in answers)
+
+
+def over_http(engine: Engine, prompts: Sequence[list[int]], strengths: Sequence[float], limit: int) -> float:
+    """Tokens per second that sixteen clients of a server are given, each with a request of its own."""
+    options = ServeOptions(port=0, served_name="base")
+    listening, address = listen(options)
+    server = create_server(engine, options)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+
+    def ask(ids: list[int], alpha: float) -> int:
+        body = {"model": "base", "prompt": ids, "max_tokens": limit, "temperature": 0, "steering": {"v": alpha}}
+        answer = client.post(f"{address}/completions", json=body).raise_for_status()
+        return int(answer.json()["usage"]["completion_tokens"])
+
+    thread.start()
+    try:
+        with httpx.Client(timeout=600) as client, ThreadPoolExecutor(CLIENTS) as threads:
+            ask(prompts[0], 0.0)  # once it listens
+            return rate(lambda: sum(threads.map(ask, prompts, strengths)))
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
 
 
 def one_by_one(
@@ -74,6 +106,17 @@ def first_token(scheduler: Scheduler, prompts: Sequence[list[int]], limit: int) 
     return took / step
 
 
+def behind_known(scheduler: Scheduler, tok: Tokenizer, questions: Sequence[str], alpha: float) -> float:
+    """Time to the first token of a prompt that begins as the one before did, over that of the one before."""
+    took = list[float]()
+    for question in questions[:2]:
+        prompt = encode(tok, render_prompt(tok, question, system=" ".join(questions * 2)))
+        start = time.perf_counter()
+        next(iter(scheduler.submit(Request(prompt, {"v": alpha}, 1))[0]))
+        took.append(time.perf_counter() - start)
+    return took[1] / took[0]
+
+
 def measured(model: PreTrainedModel, tok: Tokenizer, rounds: int, limit: int) -> dict[str, object]:
     """Medians over the rounds of one model."""
     model.generation_config.eos_token_id = None  # all answers are of one length
@@ -82,9 +125,10 @@ def measured(model: PreTrainedModel, tok: Tokenizer, rounds: int, limit: int) ->
     questions = ws.load_behavior("truthfulness").questions[:CLIENTS]
     prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
     strengths = torch.linspace(-1, 1, CLIENTS).tolist()
-    seen: dict[str, list[float]] = {"engine": [], "unsteered": [], "generate": [], "first token": []}
+    seen = defaultdict[str, list[float]](list)
     for number in range(rounds):
-        scheduler = Scheduler(model, tok, {"v": vector})
+        engine = Engine(model, tok, {"v": vector}, reproducible=False)
+        scheduler = engine.scheduler
         scheduler._ends = frozenset()
         runs = {
             "engine": lambda s=scheduler: at_once(s, prompts, strengths, limit),
@@ -93,17 +137,22 @@ def measured(model: PreTrainedModel, tok: Tokenizer, rounds: int, limit: int) ->
         for name in sorted(runs, reverse=bool(number % 2)):
             seen[name].append(rate(runs[name]))
         seen["first token"].append(first_token(scheduler, prompts, limit))
-        scheduler.close()
+        seen["server"].append(over_http(engine, prompts, strengths, limit))
+        engine.close()
+        remembering = Scheduler(model, tok, {"v": vector}, max_known=2048)
+        seen["known"].append(behind_known(remembering, tok, questions, 0.5))
+        remembering.close()
         seen["generate"].append(rate(lambda: one_by_one(model, vector, prompts, strengths, limit)))
     medians = {name: statistics.median(values) for name, values in seen.items()}
-    pairs = {
-        other: [a / b for a, b in zip(seen["engine"], seen[other], strict=True)] for other in ("unsteered", "generate")
+    ratios = {
+        (one, other): sorted(round(a / b, 3) for a, b in zip(seen[one], seen[other], strict=True))
+        for one, other in (("engine", "generate"), ("server", "generate"), ("engine", "unsteered"))
     }
     return {
-        "tokens per second": {name: round(medians[name], 1) for name in ("engine", "unsteered", "generate")},
-        "against generate, one by one": [round(x, 2) for x in sorted(pairs["generate"])],
-        "against unsteered": [round(x, 3) for x in sorted(pairs["unsteered"])],
+        "tokens per second": {name: round(medians[name], 1) for name in ("engine", "server", "unsteered", "generate")},
+        **{f"{one} against {other}": values for (one, other), values in ratios.items()},
         "first token, in steps": [round(x, 2) for x in sorted(seen["first token"])],
+        "first token behind a known beginning": [round(x, 3) for x in sorted(seen["known"])],
     }
 
 

@@ -71,6 +71,7 @@ class Dial:
                 raise WsError("alpha must be finite, but the tensor holds NaN or infinity.")
             self._largest = require_strength(float(value.abs().max())) if value.numel() else 0.0
             self._alpha: float | Tensor = value if value.ndim else float(value)
+            self._columns = dict[tuple[torch.device, torch.dtype, int], Tensor]()
             return
         self._alpha = require_strength(self._strength(value) if isinstance(value, str) else value)
         self._largest = abs(self._alpha)
@@ -82,6 +83,9 @@ class Dial:
 
     def over(self, x: Tensor) -> float | Tensor:
         """The strength in a shape that broadcasts over activations `x [rows, ..., features]`."""
+        by_row, key = isinstance(self._alpha, Tensor), (x.device, x.dtype, x.ndim)
+        if by_row and key in self._columns and len(self._columns[key]) == x.shape[0]:
+            return self._columns[key]
         if self._largest > torch.finfo(x.dtype).max:
             raise WsError(f"alpha {self._largest:g} is beyond {str(x.dtype)[6:]}, in which the model computes.")
         if not isinstance(self._alpha, Tensor):
@@ -97,8 +101,12 @@ class Dial:
                 "(repeat_interleave them for beams or several return sequences)."
             )
         # Not in the dtype of x: bfloat16 would round 0.3 to 0.3008 here, and leave it alone where it is one number.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return self._alpha.to(x.device, dtype).view(-1, *[1] * (x.ndim - 1))
+        moved = self._alpha.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        column = moved.view(-1, *[1] * (x.ndim - 1))
+        # Most layers ask for the same. A copy would not follow a change in place, nor a view gradients.
+        if moved is self._alpha and not moved.requires_grad:
+            self._columns[key] = column
+        return column
 
 
 class DialBoard(Mapping[str, Dial]):
@@ -223,7 +231,7 @@ def _add_product(y: Tensor, x: Tensor, alpha: float | Tensor, v: Tensor, u_t: Te
     """`y + alpha U (V x)`, with the second product and the sum in one pass over `y`."""
     low = nn.functional.linear(x, v)
     if isinstance(alpha, Tensor):
-        low, alpha = _times(alpha, low), 1.0
+        low, alpha = low.mul_(alpha), 1.0
     if y.dtype != low.dtype:  # under autocast
         low, u_t = low.to(y.dtype), u_t.to(y.dtype)
     low = low.reshape(-1, low.shape[-1])

@@ -15,6 +15,7 @@ import ws
 from conftest import build_adapter
 from ws.chat.batching import Answer, BusyError, ClosedError, Request, Scheduler, _Row, pick
 from ws.lm.models import encode, end_ids, render_prompt
+from ws.lm.refill import Prefixes, RowBatch
 
 QUESTIONS = (
     "What do birds fly with?",
@@ -155,6 +156,61 @@ def test_reproducible_numbers_do_not_depend_on_company(pocket, vectors):
     scheduler.close()
 
 
+LONG = "Birds fly with wings, and violins are made of wood. " * 6
+
+
+def test_a_beginning_that_is_shared_is_read_once_and_the_answers_are_those_without(pocket, vectors):
+    tok, scheduler = pocket[1], Scheduler(*pocket, vectors, max_batch=4, max_known=400)
+    asked = [Request(prompt(tok, LONG + q), {"lora": a}, 8) for a in (1.0, -1.0) for q in QUESTIONS]
+    shared = next(i for i, tokens in enumerate(zip(*(r.tokens for r in asked), strict=False)) if len(set(tokens)) > 1)
+    for number, request in enumerate(asked):
+        known = scheduler.stats.known
+        assert text(scheduler.submit(request)[0]) == alone(pocket, vectors, request)
+        first = number in (0, len(QUESTIONS))  # of its strength, and the cache depends on that
+        assert scheduler.stats.known - known in ([0] if first else range(shared, shared + 3))
+        assert 0 < len(scheduler._prefixes) <= 400
+    known = scheduler.stats.known
+    answers = scheduler.submit(*(Request(r.tokens, r.strengths, 8) for r in asked), Request(prompt(tok, "Hi."), {}, 8))
+    assert [text(a) for a in answers[:-1]] == [alone(pocket, vectors, r) for r in asked], "some know more than others"
+    assert scheduler.stats.known > known + len(asked) * shared // 2
+    scheduler.remove("oft")
+    assert len(scheduler._prefixes) == 0, "what was read under a vector goes with it"
+    scheduler.close()
+
+
+def test_answers_to_one_prompt_read_it_once(pocket, vectors, monkeypatch):
+    model, tok = pocket
+    scheduler, rows = Scheduler(*pocket, vectors, max_batch=8), []
+    handle = model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
+    asked = [Request(prompt(tok, QUESTIONS[1]), {"lora": 0.5}, 6, temperature=1.0, seed=n) for n in range(3)]
+    asked.insert(1, Request(prompt(tok, QUESTIONS[0]), {"lora": 0.5}, 6))
+    answers = [text(answer) for answer in scheduler.submit(*asked)]
+    handle.remove()
+    assert answers == [alone(pocket, vectors, request) for request in asked]
+    assert rows[:2] == [2, 4]
+    scheduler.close()
+
+
+def test_what_was_read_last_is_remembered_as_far_as_there_is_room(pocket):
+    model, tok = pocket
+    texts = [encode(tok, word * 30)[:24] for word in (" bird", " wood", " gold")]
+    batch, _ = RowBatch.begin(model, 0, texts, texts)
+    held = Prefixes(50)
+    for place in range(3):
+        held.hold("a", batch, place, texts[place])
+    assert held.longest("a", [*texts[0], 5]) is None, "gone first"
+    assert held.longest("b", [*texts[1], 5]) is None, "under something else"
+    known = held.longest("a", [*texts[1], 5])
+    assert known is not None
+    assert list(known.tokens) == texts[1]
+    assert len(held.longest("a", texts[1]).tokens) == 23, "the last token is read: its logits are what is asked for"
+    assert held.longest("a", [*texts[1][:15], 5, 6]) is None, "not worth it"
+    held.hold("a", batch, 0, texts[0])
+    assert held.longest("a", [*texts[1], 5]) is not None, "used after the third"
+    assert len(held) == 48
+    assert Prefixes(0).longest("a", texts[0]) is None
+
+
 def test_a_request_of_many_rows_begins_together_although_it_is_larger_than_a_batch(scheduler, pocket):
     asked = Request(prompt(pocket[1], QUESTIONS[0]), {}, 3)
     assert len({text(answer) for answer in scheduler.submit(*[asked] * 9)}) == 1
@@ -203,7 +259,7 @@ def test_a_piece_never_holds_half_a_character_or_a_part_of_a_stop(pocket):
     _, tok = pocket
     said = "Ä\n\nB 猫 end of it"
     ids = encode(tok, said)
-    row = _Row(Request(prompt(tok, "Q?"), {}, 99, stop=("of it",), trim=False), tok, frozenset(), 99)
+    row = _Row(Request(prompt(tok, "Q?"), {}, 99, stop=("of it",), trim=False), tok, frozenset(), 99, Answer())
     for token in ids:
         logits = torch.zeros(len(tok))
         logits[token] = 9.0

@@ -50,7 +50,7 @@ def ask(app, path: str = CHATS, method: str = "POST", headers=None, **more) -> h
 class Held(Answer):
     """An answer that a test writes by hand."""
 
-    def __init__(self, *pieces: str, problem: Exception | None = None) -> None:
+    def __init__(self, *pieces: str, problem: ws.WsError | None = None) -> None:
         self.texts, self.problem, self.left = pieces, problem, threading.Event()
         self.cancelled, self.goes_on = threading.Event(), threading.Event()
 
@@ -64,13 +64,18 @@ class Held(Answer):
         self.cancelled.set()
         self.goes_on.set()
 
-    def __iter__(self):
-        for text in self.texts:
-            yield Piece(text, 5, None, ())
-        self.goes_on.wait(30)
-        if self.problem:
-            raise self.problem
-        self.left.set()
+    def begin(self, put, number: int = 0) -> Held:
+        """Write it, in a thread of its own."""
+
+        def write() -> None:
+            for text in self.texts:
+                put(number, Piece(text, 5, None, ()))
+            self.goes_on.wait(30)
+            put(number, self.problem)
+            self.left.set()
+
+        threading.Thread(target=write, daemon=True).start()
+        return self
 
 
 @pytest.fixture
@@ -80,10 +85,10 @@ def by_hand(engine, monkeypatch):
     def answer_with(*answers):
         waiting = list(answers)
 
-        def submit(*requests):
+        def submit(*requests, put):
             if isinstance(waiting[0], Exception):
                 raise waiting[0]
-            return [waiting.pop(0) for _ in requests]
+            return [waiting.pop(0).begin(put, number) for number, _ in enumerate(requests)]
 
         monkeypatch.setattr(engine.scheduler, "submit", submit)
         return create_app(engine, ServeOptions(timeout=0.5))
@@ -468,9 +473,7 @@ def test_a_machine_that_fails_is_no_fault_of_the_request(by_hand, capsys):
 
 
 def test_an_error_nobody_expected_is_an_error_object_and_is_logged(by_hand, capsys):
-    failing = Held("a", problem=ZeroDivisionError("secret words"))
-    failing.goes_on.set()
-    answer = ask(by_hand(failing), json=ASKED)
+    answer = ask(by_hand(ZeroDivisionError("secret words")), json=ASKED)
     assert answer.status_code == 500
     assert "secret words" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"
@@ -495,7 +498,7 @@ def test_an_engine_that_is_closed_is_no_fault_of_the_request(by_hand):
 def test_a_client_that_goes_away_frees_its_rows(engine, address, monkeypatch):
     for stream in (False, True):
         held = Held("a ")
-        monkeypatch.setattr(engine.scheduler, "submit", lambda *requests, held=held: [held])
+        monkeypatch.setattr(engine.scheduler, "submit", lambda *requests, put, held=held: [held.begin(put)])
         body = json.dumps(ASKED | {"stream": stream}).encode()
         head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         with raw(address) as line:
@@ -513,7 +516,7 @@ def test_a_client_that_goes_away_frees_its_rows(engine, address, monkeypatch):
 
 def test_a_client_that_does_not_read_holds_up_nobody(engine, address, monkeypatch):
     held = Held(*["many words " * 1000] * 2000)
-    monkeypatch.setattr(engine.scheduler, "submit", lambda *requests: [held])
+    monkeypatch.setattr(engine.scheduler, "submit", lambda *requests, put: [held.begin(put)])
     body = json.dumps(ASKED | {"stream": True}).encode()
     with raw(address) as line:
         line.sendall(f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)

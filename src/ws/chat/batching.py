@@ -40,7 +40,7 @@ from ws.diff import SteeringVector
 from ws.errors import WsError, choose, disk_errors, require_count, require_seed, require_strength
 from ws.lm.batches import left_pad, next_logits, padded_groups, row_logits, takes_cache, takes_masks
 from ws.lm.models import end_ids, trim_answer
-from ws.lm.refill import RowBatch
+from ws.lm.refill import Prefixes, RowBatch
 from ws.steer import Dial, steer
 
 Result = TypeVar("Result")
@@ -128,6 +128,9 @@ class Piece(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+Written = Piece | WsError | None  # None behind the last piece
+
+
 class Answer:
     """An answer as it is written: iterate over its pieces, from any thread, once.
 
@@ -138,14 +141,16 @@ class Answer:
         prompt: the scored tokens of the prompt, where they were asked for, from the first piece or the end on.
         finish: why it ended: by itself or a `stop`, at its greatest `length`, or `cancelled`; None as long as it goes.
         n_tokens: how many tokens have been written, with the one that ended it.
+        put: where pieces go, then None or what the answer cannot go on for; a queue that iterating reads, unless given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, put: Callable[[Written], None] | None = None) -> None:
         self.prompt: tuple[Piece, ...] = ()
         self.finish: Literal["stop", "length", "cancelled"] | None = None
         self.n_tokens = 0
         self.is_cancelled = False
-        self._pieces: SimpleQueue[Piece | WsError | None] = SimpleQueue()
+        self._pieces: SimpleQueue[Written] = SimpleQueue()
+        self.put = put or self._pieces.put
 
     def __iter__(self) -> Iterator[Piece]:
         while (piece := self._pieces.get()) is not None:
@@ -182,7 +187,7 @@ class _Row:
     tok: Tokenizer
     ends: frozenset[int]
     most: int
-    answer: Answer = field(default_factory=Answer)
+    answer: Answer
     written: list[int] = field(default_factory=list)
     shown: int = 0
 
@@ -194,6 +199,11 @@ class _Row:
     @property
     def done(self) -> bool:
         return self.answer.finish is not None
+
+    @property
+    def steering(self) -> frozenset[tuple[str, float]]:
+        """The strengths that change anything."""
+        return frozenset((name, float(alpha)) for name, alpha in self.request.strengths.items() if alpha)
 
     @property
     def tokens(self) -> list[int]:
@@ -212,7 +222,7 @@ class _Row:
         finish = "stop" if has_ended or stopped else "length" if answer.n_tokens >= self.most else None
         piece = _piece(logits, token, r.logprobs, self._new(text, finish))
         if finish is None:
-            answer._pieces.put(piece)
+            answer.put(piece)
         else:
             self.end(finish, piece)
 
@@ -220,11 +230,11 @@ class _Row:
         """Whoever reads the answer's last piece finds why it was the last."""
         self.answer.finish = finish
         for piece in (*last, None):
-            self.answer._pieces.put(piece)
+            self.answer.put(piece)
 
     def fail(self, problem: WsError) -> None:
         self.answer.finish = "cancelled"
-        self.answer._pieces.put(problem)
+        self.answer.put(problem)
 
     def _new(self, text: str, finish: str | None) -> str:
         """What of the answer so far has not been shown, and is certain."""
@@ -288,10 +298,11 @@ _Batch = RowBatch[_Row] | _Whole
 
 
 class Stats(NamedTuple):
-    """Passes of the model and tokens so far; rows that are written now, and those that wait."""
+    """Passes of the model and tokens so far, also those of prompts that were known; rows written now, and waiting."""
 
     steps: int
     tokens: int
+    known: int
     running: int
     waiting: int
 
@@ -304,6 +315,8 @@ class Scheduler:
         vectors: by the names that strengths go by.
         max_batch: rows that are written at a time.
         max_queue: requests that may wait; with more, `submit` raises `BusyError`.
+        max_known: tokens of prompts, read lately, whose keys and values are kept for others that begin alike and have
+            the same strengths; none where rows neither join nor leave.
         reproducible: see the head of this module.
 
     Raises:
@@ -318,14 +331,16 @@ class Scheduler:
         *,
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
+        max_known: int = 0,
         reproducible: bool = False,
     ) -> None:
         self.model, self.tok, self.max_batch, self.max_queue = model, tok, max_batch, max_queue
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._known = 0
         self._joins = takes_masks(model) and takes_cache(model) and not reproducible
         self._caches, self._ends = takes_cache(model), frozenset(end_ids(model, tok))
         self._dials, self._blocks = dict[str, Dial](), dict[str, ExitStack]()
         self._waiting, self._calls = deque[list[_Row]](), deque[Callable[[], None]]()
+        self._prefixes = Prefixes(max_known if self._joins else 0)
         self._joined: RowBatch[_Row] | None = None
         self._apart, self._ending = list[_Batch](), False
         self._wake = threading.Condition()
@@ -338,14 +353,20 @@ class Scheduler:
             self.close()
             raise
 
-    def submit(self, *requests: Request) -> list[Answer]:
+    def submit(
+        self, *requests: Request, put: Callable[[int, Piece | WsError | None], None] | None = None
+    ) -> list[Answer]:
         """Begin to answer; from any thread. What is submitted together begins together.
+
+        Args:
+            put: is told of every piece in the scheduler's thread, with the number of its request; see `Answer.put`.
 
         Raises:
             BusyError: too many requests are waiting.
             WsError: a request makes no sense, or is longer than the model reads.
         """
-        rows = [self._row(request) for request in requests]
+        answers = [Answer(None if put is None else partial(put, number)) for number in range(len(requests))]
+        rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
         with self._wake:
             if self._ending:
                 raise ClosedError("The engine has been closed.")
@@ -353,14 +374,14 @@ class Scheduler:
                 raise BusyError(f"{waiting} requests wait, and {self.max_queue} at most may; try again later.")
             self._waiting.append(rows)
             self._wake.notify()
-        return [row.answer for row in rows]
+        return answers
 
     @property
     def stats(self) -> Stats:
         """Numbers of this moment, from any thread."""
         with self._wake:
             running, waiting = sum(len(batch.rows) for batch in self._batches), sum(map(len, self._waiting))
-        return Stats(self._steps, self._tokens, running, waiting)
+        return Stats(self._steps, self._tokens, self._known, running, waiting)
 
     @property
     def room(self) -> int:
@@ -477,18 +498,38 @@ class Scheduler:
     def _read(self, rows: list[_Row]) -> _Batch:
         pad_id = self.tok.pad_token_id
         if not self._caches:
-            whole = _Whole(rows, pad_id)
-            self._step(whole)
-            return whole
+            cacheless = _Whole(rows, pad_id)
+            self._step(cacheless)
+            return cacheless
+        alike = dict[object, list[_Row]]()  # rows that differ in nothing but their draws are read once
+        for row in rows:
+            alike.setdefault((row.steering, *row.request.tokens) if self._joins else row, []).append(row)
+        batch, logits = self._read_once([same[0] for same in alike.values()])
+        if len(alike) < len(rows):
+            places = [place for place, same in enumerate(alike.values()) for _ in same]
+            whole = batch.only(places)
+            assert whole is not None
+            batch, logits = whole, logits[places]
+            batch.rows = list(chain.from_iterable(alike.values()))
+        self._write(batch.rows, logits)
+        return batch
+
+    def _read_once(self, rows: list[_Row]) -> tuple[RowBatch[_Row], Float[Tensor, "rows vocabulary"]]:
+        """Read the prompts, from where they are not known yet."""
+        prompts = [row.request.tokens for row in rows]
+        prefixes = [self._prefixes.longest(row.steering, ids) for row, ids in zip(rows, prompts, strict=True)]
         begun = list[RowBatch[_Row]]()
 
         def read() -> Tensor:
-            batch, logits = RowBatch.begin(self.model, pad_id, rows, [row.request.tokens for row in rows])
+            batch, logits = RowBatch.begin(self.model, self.tok.pad_token_id, rows, prompts, prefixes)
             begun.append(batch)
             return logits
 
-        self._write(rows, self.logits([row.request.strengths for row in rows], read))
-        return begun[0]
+        logits = self.logits([row.request.strengths for row in rows], read)
+        self._known += sum(len(prefix.tokens) for prefix in prefixes if prefix is not None)
+        for place in (~logits.isnan().any(dim=-1)).nonzero()[:, 0].tolist():
+            self._prefixes.hold(rows[place].steering, begun[0], place, prompts[place])
+        return begun[0], logits
 
     def _step(self, batch: _Batch) -> None:
         """One more token for every row; what an ended row is given is thrown away."""
@@ -548,18 +589,19 @@ class Scheduler:
         try:
             for name, dial in self._dials.items():
                 alphas = [row.get(name, 0.0) for row in strengths]
-                dial.alpha = torch.tensor(alphas, dtype=torch.float32) if any(alphas) else 0.0
+                on = self.model.device
+                dial.alpha = torch.tensor(alphas, dtype=torch.float32, device=on) if any(alphas) else 0.0
             yield
         finally:
             for dial in self._dials.values():
                 dial.alpha = 0.0
 
-    def _row(self, request: Request) -> _Row:
+    def _row(self, request: Request, answer: Answer) -> _Row:
         request.check(self._dials)
         room = self.room - len(request.tokens)
         if room <= 0:
             raise WsError(f"The prompt is {len(request.tokens)} tokens long and the model reads {self.room} at most.")
-        return _Row(request, self.tok, self._ends, min(request.max_tokens, room))
+        return _Row(request, self.tok, self._ends, min(request.max_tokens, room), answer)
 
     def _add(self, name: str, vector: SteeringVector) -> None:
         if name in self._dials:
@@ -570,6 +612,7 @@ class Scheduler:
 
     def _remove(self, name: str) -> None:
         del self._dials[choose("vector", name, self._dials)]
+        self._prefixes.clear()  # another vector may come by this name
         self._blocks.pop(name).close()
         removed = WsError(f"The vector {name} was removed while this answer was being written.")
         self._fail(removed, lambda row: bool(row.request.strengths.get(name)))

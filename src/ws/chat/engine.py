@@ -119,7 +119,7 @@ class Engine:
         vectors: by the names that strengths go by.
         places: where each vector can be loaded from, for snippets.
         loading: the expression that loads the model, for snippets.
-        max_batch, max_queue, reproducible: see `ws.chat.batching.Scheduler`.
+        max_batch, max_queue, max_known, reproducible: see `ws.chat.batching.Scheduler`.
 
     Raises:
         WsError: no vectors, or one of another base.
@@ -135,6 +135,7 @@ class Engine:
         *,
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
+        max_known: int = 0,
         reproducible: bool = True,
     ) -> None:
         if not vectors:
@@ -144,7 +145,13 @@ class Engine:
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
         self.units = {name: self._calibrated(name) for name in vectors}
         self.scheduler = Scheduler(
-            model, tok, vectors, max_batch=max_batch, max_queue=max_queue, reproducible=reproducible
+            model,
+            tok,
+            vectors,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_known=max_known,
+            reproducible=reproducible,
         )
 
     def __enter__(self) -> Engine:
@@ -511,7 +518,12 @@ def open_engine(options: EngineOptions) -> Engine:
 
 
 def load_engine(
-    options: VectorsOptions, *, max_batch: int = MAX_BATCH, max_queue: int = MAX_QUEUE, reproducible: bool = True
+    options: VectorsOptions,
+    *,
+    max_batch: int = MAX_BATCH,
+    max_queue: int = MAX_QUEUE,
+    max_known: int = 0,
+    reproducible: bool = True,
 ) -> Engine:
     """The engine with the model and all vectors loaded, and a line on stderr that says which; see `Engine`."""
     o, places = options, vector_places(options)
@@ -522,7 +534,7 @@ def load_engine(
     model, tok = load_model(name, o.device, o.precision)
     say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}.")
     loading = f"ws.load_model({_literal(name)}{chosen})"
-    limits = {"max_batch": max_batch, "max_queue": max_queue}
+    limits = {"max_batch": max_batch, "max_queue": max_queue, "max_known": max_known}
     return Engine(model, tok, vectors, places, loading, **limits, reproducible=reproducible)
 
 

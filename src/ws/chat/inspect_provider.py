@@ -10,7 +10,6 @@ answer here and there. What is not done here is refused by name: nothing is igno
 from __future__ import annotations
 
 import atexit
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -42,7 +41,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from ws.analysis.controls import draw_seed
 from ws.chat.batching import MAX_BATCH, Answer, Piece, Request
 from ws.chat.engine import Engine, load_engine
-from ws.chat.protocol import MAX_CHOICES, MAX_LOGPROBS, NEUTRAL, split_messages, token_entry
+from ws.chat.protocol import MAX_CHOICES, MAX_LOGPROBS, NEUTRAL, seed_of, split_messages, token_entry
 from ws.diff import vector_digest
 from ws.errors import MOST, WsError, choose, require_characters, require_count, shortened
 from ws.lm.models import encode, encode_text, render_prompt, token_bytes, tokenizer_hash
@@ -140,7 +139,8 @@ class _Engines:
 
 def _load(options: InspectOptions) -> Engine:
     # Inspect bounds how much is asked at once by itself.
-    return load_engine(options, max_batch=options.max_batch, max_queue=MOST, reproducible=options.reproducible)
+    limits = {"max_batch": options.max_batch, "max_queue": MOST, "max_known": ServeOptions.max_known}
+    return load_engine(options, **limits, reproducible=options.reproducible)
 
 
 _ENGINES = _Engines()
@@ -201,7 +201,7 @@ def _text(message: ChatMessage) -> str:
 
 def _requests(tokens: list[int], strengths: Mapping[str, float], config: GenerateConfig) -> list[Request]:
     """One for every choice; as over the server each draws from numbers of its own, also at one seed."""
-    seed = secrets.randbits(32) if config.seed is None else config.seed % 2**32
+    seed = seed_of(config.seed)
     stop = tuple(require_characters(text, "A stop text") for text in config.stop_seqs or () if text)
     return [
         Request(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -263,6 +264,11 @@ def _understood(given: Mapping[str, Any], kind: type[Struct]) -> dict[str, Any]:
         hint = hint if "Did you mean" in hint else ""
         raise RequestError(400, f"There is no parameter named {name!r:.60}.{hint}", name[:60], "unknown_parameter")
     return {name: value for name, value in given.items() if name in fields}
+
+
+def seed_of(given: int | None) -> int:
+    """The seed that a request draws with: its own, or one by chance."""
+    return secrets.randbits(32) if given is None else given % 2**32
 
 
 def split_model(name: str, served: str, vectors: Iterable[str]) -> dict[str, str]:

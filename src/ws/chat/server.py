@@ -259,7 +259,8 @@ def create_server(engine: Engine, options: ServeOptions) -> uvicorn.Server:
 
 def _load(options: ServeOptions) -> Engine:
     o = options
-    return load_engine(o, max_batch=o.max_batch, max_queue=o.max_queue, reproducible=o.reproducible)
+    limits = {"max_batch": o.max_batch, "max_queue": o.max_queue, "max_known": o.max_known}
+    return load_engine(o, **limits, reproducible=o.reproducible)
 
 
 def main(options: ServeOptions) -> None:

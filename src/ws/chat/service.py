@@ -10,10 +10,8 @@ import asyncio
 import json
 import math
 import re
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import msgspec
 
 from ws.analysis.controls import draw_seed
-from ws.chat.batching import Answer, BusyError, ClosedError, FailureError, Piece, Request
+from ws.chat.batching import Answer, BusyError, ClosedError, FailureError, Piece, Request, Written
 from ws.chat.engine import Engine
 from ws.chat.protocol import (
     Addition,
@@ -35,6 +33,7 @@ from ws.chat.protocol import (
     Token,
     error_object,
     parse_body,
+    seed_of,
     split_model,
 )
 from ws.chat.telemetry import Metrics
@@ -49,8 +48,6 @@ from ws.options.use import ServeOptions
 
 LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 FAILED = "The server failed at this request; its log says why."
-
-Arrival = tuple[int, Piece | Exception | None]
 
 
 # ---- a request and its rows -----------------------------------------------------------------------------------------
@@ -68,6 +65,7 @@ class Order:
         n_prompt: tokens of all prompts.
         facts: what the log says of the request.
         answers, pieces: of every row, as far as they have come.
+        arrived: what has come and is not among them yet, with the row's number.
     """
 
     body: ChatBody | CompletionBody
@@ -78,6 +76,7 @@ class Order:
     facts: dict[str, Any]
     answers: list[Answer] = field(default_factory=list)
     pieces: list[list[Piece]] = field(default_factory=list)
+    arrived: asyncio.Queue[tuple[int, Written]] = field(default_factory=asyncio.Queue)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, object_name: str) -> dict[str, Any]:
@@ -116,9 +115,7 @@ class Service:
         self.engine, self.options, self.metrics = engine, options, Metrics()
         self.name = options.served_name or public_name(model_id(engine.model))
         self.created = int(time.time())
-        # A thread waits for each answer: what comes from the engine's thread has to wake the loop.
         self._most = engine.scheduler.max_queue  # rows of a request, which begin together
-        self._threads = ThreadPoolExecutor(engine.scheduler.max_batch + 2 * self._most, "ws-answer")
         self._token = token_bytes(engine.tok)
         self._cards = dict[str, tuple[SteeringVector, str]]()
 
@@ -159,7 +156,7 @@ class Service:
         if len(prompts) * body.n > self._most:
             many = f"{len(prompts) * body.n} answers are asked for"
             raise RequestError(400, f"{many}, and a request has {self._most} here at most.", "n")
-        seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
+        seed = seed_of(body.seed)
         rows = [
             Request(
                 tokens=tokens,
@@ -229,8 +226,14 @@ class Service:
 
     def submit(self, order: Order) -> None:
         """Hand the rows of a request to the engine, all or none; `RequestError` where the queue has no room."""
+        loop = asyncio.get_running_loop()
+
+        def put(number: int, piece: Written) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                loop.call_soon_threadsafe(order.arrived.put_nowait, (number, piece))
+
         try:
-            order.answers = self.engine.scheduler.submit(*order.rows)
+            order.answers = self.engine.scheduler.submit(*order.rows, put=put)
         except BusyError as problem:
             wait = min(max(1, math.ceil(self.metrics.mean("ws_request_seconds"))), LONGEST_WAIT)
             raise RequestError(429, str(problem), code="queue_full", retry_after=str(wait)) from problem
@@ -243,33 +246,27 @@ class Service:
             WsError: a row has failed.
             RequestError: it took too long.
         """
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Arrival]()
-
-        def tell(arrival: Arrival) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                loop.call_soon_threadsafe(arrived.put_nowait, arrival)
-
-        for number, answer in enumerate(order.answers):
-            self._threads.submit(_pass_on, number, answer, tell)
-        going, deadline = len(order.answers), order.facts["start"] + self.options.timeout
-        is_first = True
-        while going:
-            try:
-                number, piece = await asyncio.wait_for(arrived.get(), deadline - time.perf_counter())
-            except TimeoutError as problem:
-                seconds = f"{self.options.timeout:g} seconds"
-                raise RequestError(504, f"The answer was not finished after {seconds}.", code="timeout") from problem
-            if isinstance(piece, Exception):
-                raise piece
-            if is_first:
-                seconds_waited = time.perf_counter() - order.facts["start"]
-                self.metrics.observe("ws_first_token_seconds", seconds_waited, path=order.facts["path"])
-                is_first = False
-            if piece is None:
-                going -= 1
-            else:
-                order.pieces[number].append(piece)
-            yield number, piece
+        seconds = self.options.timeout
+        late = RequestError(504, f"The answer was not finished after {seconds:g} seconds.", code="timeout")
+        left = order.facts["start"] + seconds - time.perf_counter()
+        alarm = asyncio.get_running_loop().call_later(left, order.arrived.put_nowait, (0, late))
+        going, is_first = len(order.answers), True
+        try:
+            while going:
+                number, piece = await order.arrived.get()
+                if isinstance(piece, WsError):
+                    raise piece
+                if is_first:
+                    seconds = time.perf_counter() - order.facts["start"]
+                    self.metrics.observe("ws_first_token_seconds", seconds, path=order.facts["path"])
+                    is_first = False
+                if piece is None:
+                    going -= 1
+                else:
+                    order.pieces[number].append(piece)
+                yield number, piece
+        finally:
+            alarm.cancel()
 
     def finish(self, order: Order) -> None:
         """Free what a request held, and note what it came to."""
@@ -408,17 +405,12 @@ class Service:
     def now(self) -> dict[str, float | int]:
         """The engine's numbers for `/metrics`."""
         stats = self.engine.scheduler.stats
-        return {"ws_running": stats.running, "ws_waiting": stats.waiting, "ws_steps_total": stats.steps}
-
-
-def _pass_on(number: int, answer: Answer, tell: Callable[[Arrival], None]) -> None:
-    """Tell of every piece of an answer, of its end as None, and of what it fails with."""
-    try:
-        for piece in answer:
-            tell((number, piece))
-        tell((number, None))
-    except Exception as problem:
-        tell((number, problem))
+        return {
+            "ws_running": stats.running,
+            "ws_waiting": stats.waiting,
+            "ws_steps_total": stats.steps,
+            "ws_known_tokens_total": stats.known,
+        }
 
 
 def error_content(problem: WsError) -> tuple[int, str, str | None, str | None]:

@@ -25,6 +25,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 1
 HELP = {
     "ws_requests_total": ("counter", "Requests, by path and status."),
     "ws_prompt_tokens_total": ("counter", "Tokens of prompts."),
+    "ws_known_tokens_total": ("counter", "Tokens of prompts that were known from earlier ones and not read again."),
     "ws_completion_tokens_total": ("counter", "Tokens that were written."),
     "ws_request_seconds": ("histogram", "Seconds from a request to the end of its answer, by path."),
     "ws_first_token_seconds": ("histogram", "Seconds from a request to its first token, by path."),

@@ -65,6 +65,8 @@ class ServeOptions(VectorsOptions):
         reproducible: no answer depends on what else is written, to the last bit; requests then share no batch.
         max_batch: answers that are written at a time.
         max_queue: answers that wait at most; a request that brings more is told to try again.
+        max_known: tokens of prompts that are remembered, so that a system prompt which many requests share is read once
+            for each set of strengths; 0 for none.
         max_tokens: at most so many tokens per answer; a request that asks for more is refused.
         max_prompt: at most so many tokens per prompt; as many as the model reads unless given.
         max_strength: larger strengths of any vector, in either direction, are refused.
@@ -84,6 +86,7 @@ class ServeOptions(VectorsOptions):
     reproducible: bool = False
     max_batch: int = 16
     max_queue: int = 64
+    max_known: int = 2048
     max_tokens: Annotated[int, tyro.conf.arg(name="max-new-tokens")] = 1024
     max_prompt: int | None = None
     max_strength: float = 1000.0
@@ -108,6 +111,7 @@ class ServeOptions(VectorsOptions):
             raise WsError(f"--port must lie between 0 and 65535, not {self.port}.")
         require_count("--max-batch", self.max_batch, 1)
         require_count("--max-queue", self.max_queue, 1)
+        require_count("--max-known", self.max_known, 0)
         require_count("--max-new-tokens", self.max_tokens, 1)
         require_count("--max-prompt", self.max_prompt, 1)
         for flag, size in (
