@@ -336,10 +336,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, case, monkeypatch, 
 
 
 def test_no_traceback_unless_asked_for(tmp_path):
-    plain = run_ws("replicate", "--model", "poket", cwd=tmp_path)
+    plain = processes.run(["ws", "replicate", "--model", "poket"], tmp_path)
     assert (plain.returncode, plain.stdout) == (2, "")
     assert "Traceback" not in plain.stderr
-    debug = run_ws("replicate", "--model", "poket", "--debug", cwd=tmp_path)
+    debug = processes.run(["ws", "replicate", "--model", "poket", "--debug"], tmp_path)
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr
 

@@ -60,7 +60,7 @@ GROUPS: dict[str, dict[str, tuple[str, type]]] = {
     "Use": {
         "chat": ("ws.chat.terminal:main", use.ChatOptions),
         "play": ("ws.chat.page:main", use.PlayOptions),
-        "serve": ("ws.chat.server:main", use.ServeOptions),
+        "serve": ("ws.chat.replicas:main", use.ServeOptions),
         "export peft": ("ws.export.lora:main", use.LoraOptions),
         "export merged": ("ws.export.merged:main", use.MergedOptions),
         "export gguf-lora": ("ws.export.gguf_lora:main", use.GgufOptions),

@@ -724,7 +724,7 @@ def test_vectors_are_added_from_below_the_runs_alone(engine, tmp_path, name, vec
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_ends_when_told_to_and_finishes_what_has_begun(tmp_path, how):
     a_vector().save(tmp_path / "honesty" / "lora" / "vector")
-    words = ["-m", "ws.chat.server", "--out", str(tmp_path), "--device", "cpu", "--port", "0"]
+    words = ["-m", "ws.chat.replicas", "--out", str(tmp_path), "--device", "cpu", "--port", "0"]
     with subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as process:

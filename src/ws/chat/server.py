@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Awaitable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,6 +34,7 @@ from ws.console import say
 from ws.errors import WsError
 from ws.options.use import ServeOptions as ServeOptions
 
+Result = TypeVar("Result")
 MODELS, STEERING, CHATS, COMPLETIONS = "/v1/models", "/v1/steering", "/v1/chat/completions", "/v1/completions"
 HEALTH, METRICS = "/health", "/metrics"
 PATHS = frozenset({MODELS, STEERING, CHATS, COMPLETIONS, HEALTH, METRICS})
@@ -104,11 +105,11 @@ class EventStream(StreamingResponse):
             self.order.facts["error"] = "not_read"
 
 
-async def _unless_gone(request: HttpRequest, work: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
+async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
     """What the work comes to, None where the client goes away before; the work is then given up."""
 
     async def leaves() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leaves())
@@ -170,7 +171,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         if order.body.stream:
             return EventStream(service, order)
         try:
-            whole = await _unless_gone(request, service.whole(order))
+            whole = await unless_gone(request.receive, service.whole(order))
         finally:
             service.finish(order)
         return Response(status_code=GONE) if whole is None else JSONResponse(whole)
@@ -257,23 +258,20 @@ def create_server(engine: Engine, options: ServeOptions) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def _load(options: ServeOptions) -> Engine:
+def load(options: ServeOptions) -> Engine:
+    """What answers, as the options say."""
     o = options
     limits = {"max_batch": o.max_batch, "max_queue": o.max_queue, "max_known": o.max_known}
     return load_engine(o, **limits, reproducible=o.reproducible)
 
 
 def main(options: ServeOptions) -> None:
-    """The command `ws serve`."""
+    """One server; `ws.chat.replicas` has the command."""
     listening, address = listen(options)  # before minutes of loading
-    with listening, _load(options) as engine:
+    with listening, load(options) as engine:
         try:  # from the first word on, an interrupt is how this ends
             console.show(console.Result(address, {"address": address}))
             say("Programs ask at this address; Ctrl-C ends it.")
             create_server(engine, options).run(sockets=[listening])
         except KeyboardInterrupt:
             say("Ended.")
-
-
-if __name__ == "__main__":
-    console.run(main, ServeOptions, "ws serve")

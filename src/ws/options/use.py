@@ -63,6 +63,8 @@ class ServeOptions(VectorsOptions):
             any name.
         admin: requests may add vectors that lie below `--out`, and remove vectors; needs a key.
         reproducible: no answer depends on what else is written, to the last bit; requests then share no batch.
+        replicas: copies of the server behind the address, each in a process of its own, by Ray Serve (extra `ray`); on
+            the cluster that the variable RAY_ADDRESS names, else here.
         max_batch: answers that are written at a time.
         max_queue: answers that wait at most; a request that brings more is told to try again.
         max_known: tokens of prompts that are remembered, so that a system prompt which many requests share is read once
@@ -84,6 +86,7 @@ class ServeOptions(VectorsOptions):
     allowed_hosts: tuple[str, ...] = ()
     admin: bool = False
     reproducible: bool = False
+    replicas: int = 1
     max_batch: int = 16
     max_queue: int = 64
     max_known: int = 2048
@@ -109,6 +112,9 @@ class ServeOptions(VectorsOptions):
         """`WsError` for what makes no sense or leaves the server open, before anything is loaded."""
         if not 0 <= self.port < 2**16:
             raise WsError(f"--port must lie between 0 and 65535, not {self.port}.")
+        require_count("--replicas", self.replicas, 1)
+        if self.replicas > 1 and self.admin:
+            raise WsError("--admin would change one replica and not the others; leave it or --replicas out.")
         require_count("--max-batch", self.max_batch, 1)
         require_count("--max-queue", self.max_queue, 1)
         require_count("--max-known", self.max_known, 0)

@@ -5,22 +5,18 @@ The first two share a ledger, so that what one has finished the other need not d
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from ws import console
+from ws.console.cluster import connected
 from ws.errors import WsError
 from ws.sweep.jobs import DONE, FAILED, NOT_RUN, QUEUED, Children, Job, Ledger, Outcome, attempt, in_order
 
@@ -71,7 +67,7 @@ def run_ray(
     job whose worker or node is lost runs again, up to `retries` times.
     """
     threads = _threads(int(cpus))
-    with _ray(address) as ray:
+    with connected(address) as ray:
         if address is None:
             _check_fits(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus})
         task = ray.remote(num_cpus=cpus, num_gpus=gpus or None, max_retries=retries)(_on_ray)
@@ -88,36 +84,6 @@ def run_ray(
             waiting.remove(job)
             ledger.record(job, _collect(ray, ledger, job, ready[0]))
     return ledger.close()
-
-
-@contextmanager
-def _ray(address: str | None) -> Iterator[Any]:
-    """The ray module, connected."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run` ray would copy the whole folder to its workers
-    try:
-        import ray
-    except ImportError:
-        raise WsError("The ray back end needs ray; install it with `uv sync --extra ray`.") from None
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        _check_answers(address or "")
-        ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as problem:
-        raise WsError(f"There is no ray cluster at {address!r} ({problem}); start one with `ray start`.") from problem
-    signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own handler there
-    try:
-        with redirect_stdout(sys.stderr):  # where ray's notices of lost workers belong
-            yield ray
-    finally:
-        ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """`OSError` unless something listens at `host:port`; ray itself would try for minutes."""
-    host, separator, port = address.rpartition(":")
-    if separator and "//" not in address:
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _check_fits(available: Mapping[str, float], wanted: Mapping[str, float]) -> None:

@@ -1,0 +1,54 @@
+"""A connection to a ray cluster, or to one that is started here for the purpose, for the commands that take one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from ws.errors import WsError
+
+
+@contextmanager
+def connected(address: str | None, shows_logs: bool = False) -> Iterator[Any]:
+    """The ray module, connected to the cluster at `address`, or to a new one that ends with the block.
+
+    Args:
+        address: `host:port`, or what else `ray.init` takes.
+        shows_logs: what workers print is printed here, too.
+
+    Raises:
+        WsError: ray is not installed, or there is no such cluster.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run` ray would copy the whole folder to its workers
+    os.environ["RAY_DEDUP_LOGS"] = os.environ["RAY_COLOR_PREFIX"] = "0"  # every line counts, and is read by programs
+    try:
+        import ray
+    except ImportError:
+        raise WsError("This needs ray; install it with `uv sync --extra ray`.") from None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+    try:
+        _check_answers(address or "")
+        ray.init(address or "local", log_to_driver=shows_logs, **quiet)
+    except (OSError, ValueError) as problem:
+        raise WsError(f"There is no ray cluster at {address!r} ({problem}); start one with `ray start`.") from problem
+    signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own handler there
+    try:
+        with redirect_stdout(sys.stderr):  # where ray's notices of lost workers belong
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """`OSError` unless something listens at `host:port`; ray itself would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and "//" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
