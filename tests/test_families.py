@@ -20,8 +20,8 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import ws
 from conftest import build_adapter, build_model, tokens
@@ -247,6 +247,87 @@ def test_pissa_of_peft_alone_is_refused_where_its_start_is_lost(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa_niter_4"}))
     with pytest.raises(ws.WsError, match="pissa_niter_4 are drawn at random"):
         ws.SteeringVector.from_adapter(tmp_path / "a", base)
+
+
+def small(family):
+    if family == "pocket":
+        return ws.load_model("pocket")[0]
+    if family == "gpt2":
+        torch.manual_seed(7)
+        return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=128, n_embd=32, n_layer=3, n_head=4)).eval()
+    return build_model(family)
+
+
+def trained_by_peft(base, folder, dtype=torch.float32, steps=12, lr=1e-4, **options):
+    """A PiSSA adapter that PEFT alone trained (on random labels) and saved, its tensors in some dtype."""
+    config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"} | options
+    model = get_peft_model(copy.deepcopy(base).float(), LoraConfig(**config))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    torch.manual_seed(1)
+    for _ in range(steps):
+        model(input_ids=tokens(), labels=torch.randint_like(tokens(), 60)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(dtype).save_pretrained(str(folder))
+    return model.float().merge_and_unload()
+
+
+def fine_tuned(base, steps=3):
+    """The same model, a little further on."""
+    model = copy.deepcopy(base).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(steps):
+        model(input_ids=tokens(), labels=tokens().flip(1)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def to_8_bits(base):
+    """The same model, its matrices rounded as an int8 copy has them."""
+    model = copy.deepcopy(base).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                step = p.abs().amax(1, keepdim=True) / 127
+                p.copy_((p / step).round() * step)
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "pocket"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_pissa_of_peft_alone_is_never_refused_on_its_base(family, saved, tmp_path):
+    base = small(family)
+    places = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
+    for number, options in enumerate((
+        {}, {"r": 1, "steps": 2}, {"r": 8, "lora_alpha": 20, "use_rslora": True}, {"lr": 3e-3, "steps": 30},
+        {"lr": 1e-5, "steps": 1}, {"rank_pattern": {"down_proj": 2, "c_proj": 2}},
+    )):  # fmt: skip
+        steered = trained_by_peft(base, tmp_path / str(number), saved, target_modules=places, **options)
+        vector = ws.SteeringVector.from_adapter(tmp_path / str(number), base)
+        if saved == torch.float32:
+            with torch.no_grad(), ws.steer(base, vector):
+                assert (base(tokens()).logits - steered(tokens()).logits).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("other", [fine_tuned, to_8_bits], ids=["fine-tuned", "8 bits"])
+@pytest.mark.parametrize("family", ["qwen3", "pocket"])
+def test_pissa_of_peft_alone_is_refused_by_another_version_of_its_base(family, other, tmp_path):
+    """The products of the factors are as good as the same; the factors are turned."""
+    base = small(family)
+    trained_by_peft(base, tmp_path / "a", r=8)
+    with pytest.raises(ws.WsError, match="another version of this base.*turned"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", other(base))
+
+
+def test_pissa_whose_file_of_initial_factors_lacks_a_module_is_refused(qwen3, tmp_path):
+    build_adapter(qwen3, "pissa", tmp_path / "a", seed=3, size=NEAR)
+    file = tmp_path / "a" / PISSA_INIT_FILE
+    tensors = load_file(file)
+    module = min(tensors).split(".lora_")[0]
+    save_file({n: t for n, t in tensors.items() if not n.startswith(module)}, file)
+    with pytest.raises(ws.WsError, match=f"no initial factors of {module.removeprefix('base_model.model.')}"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
 
 
 def test_pissa_is_as_exact_as_its_files(base, tmp_path):

@@ -30,6 +30,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_PLACES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -40,12 +41,18 @@ from ws.files.reading import read_json
 from ws.files.runs import PISSA_INIT_FILE as PISSA_INIT_FILE
 from ws.files.tensors import read_tensors
 from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
-from ws.lm.probe import probe_adapter, start_again
+from ws.lm.probe import MIN_LIKENESS, likeness, probe_adapter, start_again
 
-MIN_LIKENESS = 0.3  # cosine between a trained product of factors and the one it began as
+# Of a PiSSA adapter without its initial factors, which are taken from the base again.
+MAX_ROTATION = 0.1  # median over directions of how much rather the base is another than the factors trained
+LEAST_MOVED = 3e-4  # of its length, that a direction must have moved to say something
 MAX_RANK = 65536  # more than any layer has use for
 AGAIN = "train or download it again"  # what to do about a damaged adapter
 _PEFT_PREFIX = "base_model.model."
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+_GIVE_FACTORS = (
+    f"give the {PISSA_INIT_FILE} beside it, or convert it with PEFT's path_initial_model_for_weight_conversion"
+)
 
 
 @dataclass(frozen=True)
@@ -277,44 +284,86 @@ def _pissa_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
 
     Written as `s (B (A - A0) + (B - B0) A0)`, which has no large parts that cancel: training moves the factors little.
     """
-    initial = m.initial or _repeated_start(config, m)
-    a, b, a0, b0 = (t[k] for t in (m.trained, initial) for k in ("lora_A.weight", "lora_B.weight"))
+    if not m.initial:
+        raise WsError(f"{PISSA_INIT_FILE} has no initial factors of {m.name}; {AGAIN}.")
+    a, b, a0, b0 = (t[k] for t in (m.trained, m.initial) for k in _FACTORS)
     if (a.shape, b.shape) != (a0.shape, b0.shape):
         raise WsError(f"The initial factors of {m.name} in {PISSA_INIT_FILE} are not of the adapter's rank.")
     scale = _lora_scale(config, m.name, a.shape[0])
     return LinearDelta(*m.size, u=scale * b, v=a - a0) + LinearDelta(*m.size, u=scale * (b - b0), v=a0)
 
 
-def _repeated_start(config: LoraConfig, m: ModuleTensors) -> dict[str, Tensor]:
+def _repeated_start(
+    config: LoraConfig, m: ModuleTensors, folder: Path
+) -> tuple[dict[str, Tensor], Float[Tensor, " directions"]]:
     """The factors that PEFT takes from the base when it starts a PiSSA adapter, and again when it loads one.
 
-    Factors that were trained from these still point their way; those that began elsewhere are near to orthogonal, and
-    taking the difference would make a large change of nothing.
+    Beside them how far they are turned against those of the adapter; see `_rotation`.
+
+    Raises:
+        WsError: they cannot be had from this base, or the trained ones are near to orthogonal to them, as those that
+            began at an unrelated base are.
     """
-    advice = f"give the {PISSA_INIT_FILE} beside it, or convert it with PEFT's path_initial_model_for_weight_conversion"
     if m.base is None:
-        raise WsError(f"The PiSSA adapter holds no initial factors for {m.name}: pass the base model, or {advice}.")
+        raise WsError(f"The PiSSA adapter {folder} holds no initial factors: pass the base model, or {_GIVE_FACTORS}.")
     if config.init_lora_weights != "pissa":
         raise WsError(
-            f"The PiSSA adapter holds no initial factors for {m.name}, and those of {config.init_lora_weights} are "
-            f"drawn at random: {advice}."
+            f"The PiSSA adapter {folder} holds no initial factors, and those of {config.init_lora_weights} are drawn "
+            f"at random: {_GIVE_FACTORS}."
         )
-    started = start_again(m.name, m.base, m.weight(), config)
-    initial = {f"{n}.weight": getattr(started, n)["default"].weight.detach().cpu() for n in ("lora_A", "lora_B")}
-    a, b, a0, b0 = (t[k].double() for t in (m.trained, initial) for k in ("lora_A.weight", "lora_B.weight"))
-    if (a.shape, b.shape) != (a0.shape, b0.shape):
-        return initial  # which the caller refuses
-
-    def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
-        return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
-
-    likeness = inner(b, a, b0, a0) / (inner(b, a, b, a) * inner(b0, a0, b0, a0)) ** 0.5
-    if not likeness > MIN_LIKENESS:
+    if is_packed(m.base):
         raise WsError(
-            f"The PiSSA adapter holds no initial factors, and its {m.name} does not begin at the principal ones of "
-            f"this base (cosine {likeness:.2f}): pass the base that it was trained from, or {advice}."
+            f"The PiSSA adapter {folder} holds no initial factors, and they cannot be taken from packed weights: load "
+            f"the base with the dtype that it was trained in, or {_GIVE_FACTORS}."
         )
-    return initial
+    _check_rank(config, m.name, m.trained[_FACTORS[0]].shape[0])
+    started = start_again(m.name, m.base, m.weight(), config)
+    a0, b0 = (getattr(started, n.split(".")[0])["default"].weight.detach().cpu() for n in _FACTORS)
+    a, b = (m.trained[n] for n in _FACTORS)
+    if not (cosine := likeness(b @ a, b0 @ a0)) > MIN_LIKENESS:
+        raise WsError(
+            f"The PiSSA adapter {folder} holds no initial factors, and its {m.name} does not begin at the principal "
+            f"ones of this base (cosine {cosine:.2f}): pass the base that it was trained from, or {_GIVE_FACTORS}."
+        )
+    # The sign of a pair of singular vectors is anybody's choice: that under which the factors have moved least.
+    signs = torch.where((a * a0).sum(1) + (b * b0).sum(0) < 0, -1.0, 1.0)
+    a0, b0 = signs[:, None] * a0, signs * b0
+    rest = weight_of(started.get_base_layer()).cpu()
+    return dict(zip(_FACTORS, (a0, b0), strict=True)), _rotation(a, b, a0, b0, rest)
+
+
+def _rotation(
+    a: Float[Tensor, "rank d_in"],
+    b: Float[Tensor, "d_out rank"],
+    a0: Float[Tensor, "rank d_in"],
+    b0: Float[Tensor, "d_out rank"],
+    rest: Float[Tensor, "d_out d_in"],
+) -> Float[Tensor, " directions"]:
+    """How alike a row of A and its column of B have moved: the cosine of `rest^T (b - b0)` and `a - a0`.
+
+    `rest` is the base without its principal part, and maps its other left singular vectors to its right ones. Training
+    moves `a` and `b` by gradients that have nothing to do with each other there, and rounding moves them at random:
+    about 0, give or take `1 / sqrt(d_in)`. The singular vectors of two bases that are related, such as a checkpoint and
+    its fine-tune or its quantised copy, differ by a rotation that turns left and right ones alike: towards 1, the more,
+    the larger that is beside what was trained. Directions that moved no further than two programs' SVDs differ have no
+    value.
+    """
+    along = (a - a0) - ((a - a0) @ a0.T / a0.norm(dim=1) ** 2) @ a0
+    moved = (a - a0).norm(dim=1) > LEAST_MOVED * a0.norm(dim=1)
+    return functional.cosine_similarity((b - b0).T @ rest, along, dim=1)[moved]
+
+
+def _require_this_base(rotation: Float[Tensor, " directions"], folder: Path) -> None:
+    """Refuse factors of a base that is related to the one they were trained from, and is not it.
+
+    The median is that of hundreds of directions in most adapters; where there are few it may be far off by chance.
+    """
+    if len(rotation) and not rotation.median() < MAX_ROTATION + len(rotation) ** -0.5:
+        raise WsError(
+            f"The PiSSA adapter {folder} holds no initial factors, and was trained from another version of this base: "
+            f"its factors are turned against those of this one (cosine {float(rotation.median()):.2f} where 0 is "
+            f"right). Pass exactly the base that it was trained from, in its dtype, or {_GIVE_FACTORS}."
+        )
 
 
 # ---- DoRA: W' = diag(m / |W + s B A|_row) (W + s B A) -------------------------------------------------------------
@@ -662,6 +711,7 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
     _check_values(config, folder)
     by_module = group_tensors(tensors, fam.tensors, folder)
     initial = _read_initial(folder) if fam.name == "pissa" else {}
+    starts_again, rotations = fam.name == "pissa" and not initial, list[Tensor]()
     deltas = {}
     for name, trained in by_module.items():
         missing = fam.tensors - trained.keys()
@@ -673,13 +723,18 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
             size = _adapted_size(fam, trained) if module is None else linear_size(module)
             assert size is not None
             view = ModuleTensors(name, trained, initial.get(name, {}), module, size)
+            if starts_again:
+                first, rotation = _repeated_start(config, view, folder)
+                view = ModuleTensors(name, trained, first, module, size)
+                rotations.append(rotation)
             deltas[name] = fam.extract(config, view)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as problem:
             raise WsError(f"The adapter {folder} does not fit together at {name} ({problem}); {AGAIN}.") from problem
-    if fam.name == "pissa" and not initial:
+    if starts_again:
+        _require_this_base(torch.cat(rotations), folder)
         console.warn(
-            f"the PiSSA adapter {folder} holds no initial factors; they were taken from this base again, as PEFT does. "
-            "The vector is right if the adapter was trained from exactly this base."
+            f"the PiSSA adapter {folder} holds no initial factors; they were taken from this base again, as PEFT does, "
+            "and fit. The vector is right if the adapter was trained from exactly this base."
         )
     return fam.name, deltas
 

@@ -111,6 +111,24 @@ def test_the_change_of_any_linear_adapter_is_what_peft_computes(name, tmp_path, 
             assert (base(tokens()).logits - wanted).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_olora_is_refused_by_a_base_that_it_did_not_begin_at(dtype, tmp_path, capsys):
+    base, other = build_model("qwen3", dtype), build_model("qwen3", dtype)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn_like(p) * 0.02)
+    adapted = get_peft_model(copy.deepcopy(base), CONFIGS["lora"])
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.01)
+    adapted.save_pretrained(str(tmp_path / "a"))
+    assert ws.SteeringVector.from_adapter(tmp_path / "a", base).norm() > 0
+    assert "trained from exactly this base" in capsys.readouterr().err
+    with pytest.raises(ws.WsError, match="does not begin at this one"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", other)
+
+
 def test_prompts_have_no_vector(tmp_path):
     base = build_model("qwen3")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -31,6 +31,7 @@ from ws.errors import WsError
 from ws.files.tensors import open_tensors
 from ws.lm.models import bias_of, linear_size, weight_of
 
+MIN_LIKENESS = 0.1  # cosine between what an adapter has taken from the base at the start, and what training made of it
 TOLERANCE = 1e-3  # of the output's size, for what a float32 layer may differ from its own matrix
 WHOLE_TOLERANCE = 0.05  # of the effect on the logits, for what the base with all changes may differ from PEFT's model
 # Adapters that take the base's weight apart, as precisely as they find it.
@@ -52,6 +53,11 @@ def probe_adapter(folder: str | Path, config: PeftConfig, base: nn.Module) -> di
         f"warning: the adapter in {folder} is of no family known here; its change is read off the layers and kept "
         "dense, which takes as much room as the layers themselves."
     )
+    if getattr(config, "init_lora_weights", None) == "olora":
+        console.warn(
+            f"the adapter in {folder} takes its start from the base again, as in PEFT; its vector is right if it was "
+            "trained from exactly this base."
+        )
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise WsError(f"The adapter in {folder} changes no layer (a prompt or prefix?); it has no vector.")
     if config.peft_type in _FACTORING and any(p.dtype.itemsize < 4 for p in base.parameters()):
@@ -141,8 +147,25 @@ def _read_off(name: str, layer: BaseTunerLayer, weight: Tensor, bias: Tensor | N
     given, wanted = layer(x).float().cpu(), x.float().cpu() @ e.T + zero.cpu()
     if float((given - wanted).norm()) > TOLERANCE * float(wanted.norm()):
         raise WsError(f"The adapter of {name} is not linear in its input; it has no vector.")
+    moved = weight - weight_of(layer.get_base_layer())  # what a start such as OLoRA's has taken from the base
+    if moved.any():
+        _check_start(name, moved.float().cpu(), e - (weight - moved).float().cpu())
     shift = zero.cpu() if bias is None else zero.cpu() - bias.float().cpu()
     return LinearDelta(d_out, d_in, e=e - weight.float().cpu(), bias=shift if shift.any() else None)
+
+
+def _check_start(name: str, moved: Tensor, trained: Tensor) -> None:
+    """Refuse a base that has nothing of what the adapter began as; one that training has left far behind may have."""
+    if float(trained.norm()) < 3 * float(moved.norm()) and not likeness(trained, moved) > MIN_LIKENESS:
+        raise WsError(
+            f"The adapter of {name} takes its start from the base, and does not begin at this one; pass the base that "
+            "it was trained from."
+        )
+
+
+def likeness(a: Tensor, b: Tensor) -> float:
+    """The cosine between two matrices."""
+    return float(functional.cosine_similarity(a.flatten().cpu(), b.flatten().cpu(), dim=0))
 
 
 def _in_float32(name: str, layer: BaseTunerLayer, weight: Tensor, config: PeftConfig) -> BaseTunerLayer:
