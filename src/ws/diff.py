@@ -32,6 +32,8 @@ from ws.files.places import place_below
 from ws.files.public import public
 from ws.files.reading import kept, read_json
 from ws.files.runs import (
+    CARD,
+    CARD_TAG,
     VECTOR,
     VECTOR_FILES,
     atomic_folder,
@@ -532,12 +534,12 @@ class SteeringVector:
         """Write the vector as a folder, all at once; an existing vector there is replaced.
 
         Args:
-            folder: the place; refuses a folder that holds something else.
+            folder: the place; refuses a folder that holds something else, or the card of the vector in it.
             dtype: float32 is bit-exact; bfloat16 halves the file and rounds the *factors* by up to 0.4 %, which must
                 not cancel for that (see `LinearDelta.balanced`).
         """
         folder = Path(folder)
-        VECTOR.require(folder)
+        require_place(folder)
         low_rank = self.is_low_rank and self.max_rank > 0
         weights = PEFT_WEIGHTS if low_rank else NATIVE_WEIGHTS
         stored = replace(self, deltas=self.each(lambda delta: delta.to("cpu", dtype)))
@@ -639,6 +641,17 @@ class SteeringVector:
         )
         config.target_modules = sorted(ranks)  # PEFT makes a set of it, which is written in another order every time
         return config
+
+
+def require_place(folder: Path) -> None:
+    """`WsError` unless a vector may be written there: over nothing, or over a vector that no card describes.
+
+    A card of ours says what the vector beside it does, and others may have added to it.
+    """
+    VECTOR.require(folder)
+    card = folder / CARD
+    if card.is_file() and f"- {CARD_TAG}\n".encode() in card.read_bytes():
+        raise WsError(f"{card} describes the vector that is there; move it away, or choose another place.")
 
 
 def write_manifest(
@@ -861,7 +874,7 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
     Raises:
         WsError: see `SteeringVector.from_checkpoints`, or a folder that holds something else.
     """
-    VECTOR.require(options.to)
+    require_place(options.to)
     base_fingerprint = None if options.base is None else Checkpoint.open(options.base).fingerprint()
     difference = Difference(options.pos, options.neg, options.kinds)
     base, info = model_name(options.base or "unknown"), {"family": "full", "depth": difference.depth}

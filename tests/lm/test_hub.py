@@ -25,10 +25,11 @@ from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES, Units, vector_digest
 from ws.eval.statements import load_statements, trait_files
 from ws.export.card import describe, is_local, merged_card, public, public_command, public_name, vector_card
+from ws.export.lora import main as export_peft
 from ws.export.push import main
 from ws.files.runs import Run, read_csv, write_csv
 from ws.lm.hub import check_name, commit_of, fetch, hub_is_out_of_reach, parse_id
-from ws.options.use import PushOptions
+from ws.options.use import LoraOptions, PushOptions
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -462,6 +463,21 @@ def test_what_is_kept_of_a_push_takes_no_place_of_somebody_elses(run, tmp_path):
         with pytest.raises(ws.WsError, match="is not a vector with its card"):
             main(options(run, dry_run=True, to=place))
         assert {f: f.read_bytes() for f in place.iterdir()} == before
+
+
+def test_no_vector_is_written_beside_the_card_of_another(run, tmp_path):
+    to, doubled = tmp_path / "sent", 2 * load(run)
+    main(options(run, dry_run=True, to=to))
+    (to / "notes.txt").write_text("mine")
+    before = {f: f.read_bytes() for f in to.iterdir()}
+    for write in (lambda: doubled.save(to), lambda: export_peft(LoraOptions(str(run / "vector"), alpha="2", to=to))):
+        with pytest.raises(ws.WsError, match=r"sent/README.md describes the vector that is there"):
+            write()
+        assert {f: f.read_bytes() for f in to.iterdir()} == before
+    (to / "README.md").write_text("Weight-steering, as I see it.")
+    doubled.save(to)
+    assert vector_digest(ws.SteeringVector.load(to)) == vector_digest(doubled)
+    assert {f.name for f in to.iterdir()} == {f.name for f in before}, "what is somebody's own stays"
 
 
 # ---- the card -------------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 import ws
+from ws import console
 from ws.adapters import FAMILIES
 from ws.cli import COMMANDS
 from ws.eval.airisk import Airisk
@@ -106,6 +107,31 @@ def test_a_field_has_one_type_wherever_it_stands():
             seen.setdefault(field.name, set()).add(str(field.type).replace(" | None", "").removeprefix("Annotated["))
     several = {name: types for name, types in seen.items() if len({t.split(",")[0] for t in types}) > 1}
     assert set(several) <= {"alphas", "vectors", "to", "n_think", "adapters", "model", "seeds", "vector", "behavior"}
+
+
+def switches(options):
+    """The names of what is on or off in a command's options, and whether it is on by itself."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            yield from switches(value)
+        elif isinstance(value, bool):
+            yield field.name, value
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_on_or_off_can_be_asked_for_either_way_whatever_it_is_by_itself(command):
+    options = COMMANDS[command][1]
+    needed = [f for f in fields(options) if f.default is MISSING and f.default_factory is MISSING]
+    words = [w for f in needed for w in ([f.name] if "Positional" in str(f.type) else [f"--{f.name}", f.name])]
+    models = (["--model", "tiny-random"], []) if hasattr(options, "preset") else ([],)
+    for model in models:
+        before = dict(switches(console.parse(options, [*words, *model])))
+        for name in before:
+            for asked in (True, False):
+                flag = f"--{'' if asked else 'no-'}{name.replace('_', '-')}"
+                after = dict(switches(console.parse(options, [*words, *model, flag])))
+                assert after == before | {name: asked}
 
 
 def test_whatever_names_a_model_takes_one_name_of_a_folder(tmp_path, monkeypatch):

@@ -304,7 +304,7 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
             first.add_argument(f"--{name}", default=parameter.default)
         known = {"default": preset(**vars(first.parse_known_args(list(arguments))[0]))}
     description = f"{(inspect.getdoc(options) or '').split('Attributes:')[0].strip()}\n\n{COMMON_FLAGS}"
-    look: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff), "registry": _registry}
+    look: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "registry": _registry}
     return tyro.cli(options, args=list(arguments), prog=prog or None, description=description, **look, **known)
 
 

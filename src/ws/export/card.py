@@ -28,7 +28,7 @@ from ws.files.public import public as public
 from ws.files.public import public_command as public_command
 from ws.files.public import public_name as public_name
 from ws.files.public import without_markup
-from ws.files.runs import Run, read_csv, reads_otherwise
+from ws.files.runs import CARD_TAG, Run, read_csv, reads_otherwise
 from ws.lm.hub import parse_id
 from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
 from ws.options.shared import BASE, WEIGHT
@@ -152,7 +152,7 @@ def _front_matter(
         library_name=library,
         license=about.license,
         pipeline_tag=pipeline_tag,
-        tags=list(dict.fromkeys(["weight-steering", "steering-vector", *tags, *behavior])),
+        tags=list(dict.fromkeys([CARD_TAG, "steering-vector", *tags, *behavior])),
     )
 
 

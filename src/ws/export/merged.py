@@ -31,7 +31,7 @@ from ws.export.source import strength_text, vector_of
 from ws.files.places import FolderKind
 from ws.files.public import public, public_name
 from ws.files.reading import read_json
-from ws.files.runs import atomic_folder, library_versions, write_json
+from ws.files.runs import CARD, atomic_folder, library_versions, write_json
 from ws.files.tensors import TensorPatcher, copy_with_room, tensor_patcher
 from ws.lm.checkpoints import AGAIN, INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
 from ws.lm.models import as_matrix
@@ -101,7 +101,7 @@ def export_merged(
         }
         facts |= {"lost": merge.lost, "lost_by_module": merge.by_module, "untied": merge.untied}
         about = describe(vector, to.name, run)
-        merged_card(about, alpha, merge.lost, "/".join(merge.dtypes)).save(part / "README.md")
+        merged_card(about, alpha, merge.lost, "/".join(merge.dtypes)).save(part / CARD)
         facts |= {"files": sorted(file.name for file in part.iterdir())}
         write_json(part / EXPORT_FILE, public(facts | {"versions": library_versions()}))
     return merge

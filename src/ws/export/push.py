@@ -21,11 +21,11 @@ from ws.export.source import vector_of
 from ws.files.places import FolderKind
 from ws.files.public import is_local, public, public_name
 from ws.files.reading import read_json
-from ws.files.runs import RUN_MANIFEST, atomic_folder, write_json, write_text
+from ws.files.runs import CARD, RUN_MANIFEST, atomic_folder, write_json, write_text
 from ws.lm import hub
 from ws.options.use import PushOptions as PushOptions
 
-PEFT_CONFIG, CARD = "adapter_config.json", "README.md"
+PEFT_CONFIG = "adapter_config.json"
 KIND = FolderKind("not a vector with its card", (MANIFEST, CARD), (*VECTOR_FILES, CARD))
 
 

@@ -47,6 +47,7 @@ DEFAULT_OUT = Path("out")
 DEMO_OUT = DEFAULT_OUT / "demo"  # what `ws demo` makes is in nobody's way
 VECTOR_MANIFEST, TRAIN_FILE = "ws.json", "ws_train.json"  # in the folder of a vector, and of a trained adapter
 PISSA_INIT_FILE = "pissa_init.safetensors"
+CARD, CARD_TAG = "README.md", "weight-steering"  # what `ws export` writes of a vector, and a tag in it
 # What is in them besides is somebody's own.
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 VECTOR_FILES = (VECTOR_MANIFEST, "calibration.json", "vector.safetensors", *_PEFT_FILES)
