@@ -122,7 +122,7 @@ def disk_errors(place: Path | str = "The output") -> Iterator[None]:
     except WsError:
         raise
     except Exception as problem:
-        code = problem.errno if isinstance(problem, OSError) else _code(str(problem))
+        code = getattr(problem, "errno", None) or _code(str(problem))
         if code not in _REFUSALS:
             raise
         # What is renamed has two names, and the second is the one that it gets.
@@ -133,10 +133,11 @@ def disk_errors(place: Path | str = "The output") -> Iterator[None]:
 
 
 def _code(message: str) -> int | None:
-    """The number of the refusal in the message of a compiled library (safetensors; torch, which knows but one)."""
+    """The number of the refusal in a compiled library's message (safetensors; torch and NumPy, which know but one)."""
     if number := re.search(r"\(os error (\d+)\)", message):
         return int(number[1])
-    return errno.ENOSPC if "PytorchStreamWriter failed" in message or "unexpected pos" in message else None
+    is_short = re.search(r"PytorchStreamWriter failed|unexpected pos|\d+ requested and \d+ written", message)
+    return errno.ENOSPC if is_short else None
 
 
 def decoded(content: bytes, where: str) -> str:

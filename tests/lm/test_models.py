@@ -583,6 +583,72 @@ def test_folders_that_are_no_safetensors_model_are_explained(tmp_path, tok):
         ws.load_model(str(folder))
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+SIDE_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="module")
+def in_shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    model, tok = ws.load_model("pocket")
+    model.save_pretrained(folder, max_shard_size="3MB")
+    tok.save_pretrained(folder)
+    ws.load_model(str(folder))
+    return folder
+
+
+@pytest.fixture
+def damaged(in_shards, tmp_path):
+    """What is said of the model with another content of one of its files."""
+
+    def said(name: str, content: bytes) -> str:
+        folder = tmp_path / "m"
+        shutil.copytree(in_shards, folder)
+        assert (folder / name).is_file()
+        (folder / name).write_bytes(content)
+        try:
+            with pytest.raises(ws.WsError) as problem:
+                ws.load_model(str(folder))
+        finally:
+            shutil.rmtree(folder)
+        return str(problem.value)
+
+    return said
+
+
+@pytest.mark.parametrize("name", [*SIDE_FILES, "model.safetensors.index.json", "model-00002-of-00003.safetensors"])
+def test_a_file_of_a_model_that_is_something_else_is_named(name, damaged):
+    contents = {b"": "it is empty", POINTER: "git lfs pull", b"<!DOCTYPE html>": "web page", b'{"a": "\xe9"}': ""}
+    contents |= {} if name.endswith("jinja") else {b"[1, 2]": "", b"[" * 100_000: "", b'{"a": ': ""}
+    for content, words in contents.items():
+        said = damaged(name, content)
+        assert name in said
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "a"}, {"hidden_size": 0}, {"num_attention_heads": 0}, {"num_attention_heads": 7},
+        {"num_hidden_layers": -3}, {"dtype": "float99"}, {"vocab_size": -2}, {"hidden_act": "zz"},
+        {"rope_scaling": 5}, {"model_type": ["qwen3"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_configuration_that_makes_no_sense_is_one_sentence(values, in_shards, damaged):
+    config = json.loads((in_shards / "config.json").read_text()) | values
+    assert "\n" not in damaged("config.json", json.dumps(config).encode())
+
+
+@pytest.mark.parametrize("place", ["../m/model-00001-of-00003.safetensors", "/etc/passwd", ".", "", 5, None])
+def test_an_index_leads_nowhere_but_to_the_files_beside_it(place, in_shards, damaged):
+    index = json.loads((in_shards / "model.safetensors.index.json").read_text())
+    index["weight_map"][min(index["weight_map"])] = place
+    assert "model.safetensors.index.json is damaged" in damaged(
+        "model.safetensors.index.json", json.dumps(index).encode()
+    )
+
+
 def test_a_checkpoint_with_missing_weights_is_refused(tmp_path, tok):
     from safetensors.torch import load_file, save_file
 

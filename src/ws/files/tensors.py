@@ -9,6 +9,7 @@ its tensors come, and one tensor can be replaced by another of its shape
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ws.errors import DamagedError, WsError
-from ws.files.reading import disguise, parse_json
+from ws.files.places import place_below
+from ws.files.reading import disguise, parse_json, read_json
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a checkpoint in one file, and in several
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,6 +66,37 @@ def _whole(file: Path, remedy: str) -> Iterator[None]:
             with file.open("rb") as handle:
                 why = disguise(handle.read(256)) or why
         raise DamagedError(f"The weights in {file} are damaged or missing ({why}); {remedy}.") from problem
+
+
+class _Index(msgspec.Struct):
+    """Which file of several holds a tensor."""
+
+    weight_map: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in self.weight_map.values():
+            if not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", name):
+                raise ValueError(f"{name!r:.300} is no safetensors file beside it")
+
+
+def weight_files(folder: Path, remedy: str) -> tuple[Path, ...]:
+    """The files of a checkpoint that transformers reads, in its order: the one whole file before an index of shards.
+
+    Raises:
+        WsError: there are none, the index is damaged or leads elsewhere, or a file that it names is missing.
+    """
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.is_file():
+        return (whole,)
+    if not index.is_file():
+        raise WsError(
+            f"The folder {folder} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
+        )
+    names = sorted(set(read_json(index, _Index, remedy).weight_map.values()))
+    files = tuple(place_below(folder, name, index) for name in names)
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise WsError(f"The checkpoint {folder} lacks {', '.join(absent)}; {remedy}.")
+    return files
 
 
 class Entry(msgspec.Struct):

@@ -6,7 +6,6 @@ meta device, which says what every parameter is without holding any.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,10 +23,11 @@ from ws.console import progress
 from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
 from ws.files.gguf import gguf_file
-from ws.files.places import place_below
-from ws.files.reading import read_json
-from ws.files.tensors import DTYPES, open_tensors
+from ws.files.tensors import DTYPES, open_tensors, weight_files
+from ws.files.tensors import INDEX as INDEX
+from ws.files.tensors import WHOLE as WHOLE
 from ws.lm.hub import find
+from ws.lm.models import AGAIN as AGAIN
 from ws.lm.models import (
     as_matrix,
     fingerprint,
@@ -41,8 +40,6 @@ from ws.lm.models import (
     weight_size,
 )
 
-AGAIN = "download it again"  # what to do about a damaged checkpoint
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint's folder may hold besides weights; weights in other formats stay where they are.
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
@@ -84,7 +81,7 @@ class Checkpoint:
             WsError: not there, without safetensors, or no model of transformers.
         """
         folder = _folder_of(name)
-        files = _weight_files(folder)
+        files = weight_files(folder, AGAIN)
         keys = {key: file for file in files for key in _keys(file)}
         model = _architecture(folder, files[0])
         stored = _stored(model, keys)
@@ -153,17 +150,6 @@ class Checkpoint:
         return fingerprint_of(((n, p.shape, partial(self.tensor, n)) for n, p in parameters), copied_to)
 
 
-class _Index(msgspec.Struct):
-    """Which file of several holds a tensor."""
-
-    weight_map: dict[str, str]
-
-    def __post_init__(self) -> None:
-        for name in self.weight_map.values():
-            if not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", name):
-                raise ValueError(f"{name!r:.300} is no safetensors file beside it")
-
-
 def _folder_of(name: str) -> Path:
     if name == "tiny-random":
         raise WsError("tiny-random has no files; save it first (`model.save_pretrained`) and name the folder.")
@@ -173,22 +159,6 @@ def _folder_of(name: str) -> Path:
             "expands to (`model.save_pretrained`) and name that folder, or make a LoRA for it (`ws export gguf-lora`)."
         )
     return find(model_folder(name), ["*.safetensors", *SIDE_FILES])
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that transformers reads, in its order: the one whole file before an index of shards."""
-    whole, index = folder / WHOLE, folder / INDEX
-    if whole.is_file():
-        return (whole,)
-    if not index.is_file():
-        raise WsError(
-            f"The folder {folder} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
-        )
-    names = sorted(set(read_json(index, _Index, AGAIN).weight_map.values()))
-    files = tuple(place_below(folder, name, index) for name in names)
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise WsError(f"The checkpoint {folder} lacks {', '.join(absent)}; download it again.")
-    return files
 
 
 def _keys(file: Path) -> list[str]:
@@ -209,8 +179,13 @@ def _architecture(folder: Path, first: Path) -> PreTrainedModel:
         with open_tensors(first, AGAIN) as stored:
             dtypes = [DTYPES.get(stored.get_slice(key).get_dtype()) for key in _keys(first)]
         config.dtype = next((d for d in dtypes if d is not None and d.is_floating_point), torch.float32)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as problem:  # values that make no sense come out of transformers as errors of any kind
+        raise WsError(
+            f"The config.json in {folder} describes no model of transformers ({problem}); {AGAIN}."
+        ) from problem
 
 
 def _stored(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Place]:

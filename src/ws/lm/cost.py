@@ -79,6 +79,6 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise WsError(
-            f"There are {free / GIB:.1f} GiB free for {folder}, and this run needs up to {needed / GIB:.1f} GiB; make "
+            f"There are {free / GIB:.1f} GiB free for {folder}, and this run needs up to {needed / GIB:.3f} GiB; make "
             "room, or give another place with --out."
         )

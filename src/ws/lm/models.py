@@ -45,16 +45,25 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ws.console import quiet_transformers, say
-from ws.errors import WsError, choose, did_you_mean, shortened
+from ws.errors import DamagedError, WsError, choose, decoded, did_you_mean, shortened
 from ws.files.gguf import SMOLLM2, gguf_file, read_header, without_bars
+from ws.files.reading import disguise, read_bytes
 from ws.files.runs import BUNDLED as BUNDLED
 from ws.files.runs import DEFAULT_MODEL, model_name, sha256_file, sha256_json
+from ws.files.tensors import INDEX, open_tensors, weight_files
 from ws.lm.hub import hub_is_out_of_reach
 
 PACKED = ("8bit", "4bit")
 SAMPLES_PER_TENSOR = 32
 # Bytes of a GGUF file that is parsed once and kept in memory, expanded to about seven times as much.
 KEPT_GGUF = 250_000_000
+AGAIN = "download it again"  # what to do about a damaged checkpoint
+# What transformers reads of a folder besides its weights. It may go on from what is damaged without a word: an answer
+# then has other sampling settings, or a pointer of git LFS for a prompt.
+_SIDE_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", "chat_template.jinja", "chat_template.json"),
+)
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -179,13 +188,36 @@ def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: 
     if (file := gguf_file(name)) is not None:
         read_header(file)
         source, options = str(file.parent), options | {"gguf_file": file.name}
-    options["local_files_only"] = only_local or Path(source).is_dir() or hub_is_out_of_reach()
+    is_folder = Path(source).is_dir()
+    if is_folder and file is None:
+        _require_sound(Path(source), with_weights=auto is AutoModelForCausalLM)
+    options["local_files_only"] = only_local or is_folder or hub_is_out_of_reach()
     try:
         if file is None or file.stat().st_size > KEPT_GGUF:
             return _load(auto, source, **options)
         return deepcopy(_load_once(file.stat().st_mtime_ns, auto, source, **options))
-    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as problem:  # values that make no sense come out of transformers as errors of any kind
         raise WsError(_why_not_loaded(name, problem)) from problem
+
+
+def _require_sound(folder: Path, with_weights: bool) -> None:
+    """`DamagedError` for a file of a model's folder that is not what its name says."""
+    for file in (folder / name for name in _SIDE_FILES):
+        if not file.is_file():
+            continue
+        content = read_bytes(file, AGAIN)
+        why, text = disguise(content), decoded(content, str(file))
+        if file.suffix == ".json" and not why:
+            try:
+                why = "" if isinstance(json.loads(text), dict) else "it is no JSON object"
+            except (ValueError, RecursionError) as problem:
+                why = str(problem)
+        if why:
+            raise DamagedError(f"{file} is damaged ({why}); {AGAIN}.")
+    if with_weights and (folder / INDEX).is_file():
+        weight_files(folder, AGAIN)
 
 
 def _load(auto: Any, source: str, **options: Any) -> Any:
@@ -204,7 +236,8 @@ def _load_once(changed: int, auto: Any, source: str, **options: Any) -> Any:
 
 
 def _why_not_loaded(name: str, problem: Exception) -> str:
-    text, first = str(problem), str(problem).strip().split("\n")[0]
+    text = str(problem)
+    first = re.sub(r":\n\s*", ": ", text.strip()).split("\n")[0]
     folder = Path(name).expanduser()
     if gguf_file(name) is not None:
         return f"The GGUF file {name} cannot be read by transformers ({first})."
@@ -216,8 +249,12 @@ def _why_not_loaded(name: str, problem: Exception) -> str:
                 f"The folder {name} has no safetensors weights; pickled checkpoints are never loaded, convert it first."
             )
         if isinstance(problem, SafetensorError):
-            return f"The weights in the folder {name} are damaged ({first}); download them again."
-        return f"The folder {name} is not a transformers model ({first})."
+            return _damaged_weights(folder) or f"The weights in the folder {name} are damaged ({first}); {AGAIN}."
+        if "ignore_mismatched_sizes" in text:
+            return f"The weights in the folder {name} have other shapes than its config.json asks for; {AGAIN}."
+        return f"The folder {name} is not a transformers model ({first or type(problem).__name__})."
+    if not isinstance(problem, (OSError, ValueError, KeyError, SafetensorError)):
+        return f"The files of the model {name} cannot be read by transformers ({first or type(problem).__name__})."
     if "trust_remote_code" in text:
         return f"The model {name} needs code from its repository, which is never run; choose a model transformers has."
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -231,6 +268,17 @@ def _why_not_loaded(name: str, problem: Exception) -> str:
         f"The model {name!r} is not in the local cache and the hub could not be reached; run `hf download {name}` "
         "where there is a network and copy the cache or pass the folder, or use the bundled `--model pocket`."
     )
+
+
+def _damaged_weights(folder: Path) -> str:
+    """Which file with weights is damaged and how, as a sentence; empty where each can be opened."""
+    try:
+        for file in weight_files(folder, AGAIN):
+            with open_tensors(file, AGAIN):
+                pass
+    except WsError as problem:
+        return str(problem)
+    return ""
 
 
 def _load_weights(name: str, **options: Any) -> PreTrainedModel:
