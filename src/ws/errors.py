@@ -110,6 +110,10 @@ _REFUSALS = {
     errno.ELOOP: "its links lead in a circle; choose another place",
     errno.EMFILE: "raise the limit (`ulimit -n`), or do less at once",
     errno.EIO: "the device may be failing; choose another one",
+    errno.EBUSY: "something else holds it; wait, or choose another place",
+    errno.ETXTBSY: "a program runs from it; choose another place",
+    errno.ESTALE: "the network file system has lost it; mount that again, or choose another place",
+    errno.ENOLCK: "this file system has no locks; choose another place",
 }
 _HIDDEN = re.compile(r"\.(part|old)-\w*-\d+-")  # a name of `ws.files.writing` that nobody has asked for
 
@@ -123,13 +127,14 @@ def disk_errors(place: Path | str = "The output") -> Iterator[None]:
         raise
     except Exception as problem:
         code = getattr(problem, "errno", None) or _code(str(problem))
-        if code not in _REFUSALS:
-            raise
         # What is renamed has two names, and the second is the one that it gets.
         named = [getattr(problem, name, None) for name in ("filename2", "filename")]
         where = next((os.fsdecode(n) for n in named if isinstance(n, (str, bytes))), place)
-        where = place if _HIDDEN.search(str(where)) else where
-        raise DiskError(f"{where} cannot be used ({os.strerror(code)}): {_REFUSALS[code]}.") from problem
+        hidden = _HIDDEN.search(str(where)) is not None
+        if code not in _REFUSALS and not (hidden and code == errno.ENOENT):
+            raise
+        advice = _REFUSALS.get(code, "no new files can be made there; choose another place")
+        raise DiskError(f"{place if hidden else where} cannot be used ({os.strerror(code)}): {advice}.") from problem
 
 
 def _code(message: str) -> int | None:

@@ -50,6 +50,7 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
     Raises:
         WsError: unknown adapters, evaluations or behaviour, found before anything runs.
     """
+    config.check()
     for adapter in config.adapters:
         family(adapter)
     for name in config.evals:

@@ -283,6 +283,13 @@ def test_no_text_is_obeyed_by_a_terminal(command):
     assert json.loads(failed)["error"] == HOSTILE
 
 
+def test_a_word_that_is_no_utf_8_is_refused_before_it_becomes_a_files_name(command):
+    code, out, err = command("--n", os.fsdecode(b"1\xff"))
+    assert (code, out) == (2, "")
+    assert "0xff, which is not UTF-8" in err
+    assert "Traceback" not in err
+
+
 def test_no_command_prints_past_the_console():
     """Results go through `console.show`, so that every command has `--json`; help, chat's lines and a log aside."""
     allowed = {"console/__init__.py": 5, "cli.py": 2, "chat/terminal.py": 3, "chat/telemetry.py": 1}

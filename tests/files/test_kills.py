@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -194,6 +195,17 @@ def test_a_folder_cannot_take_a_files_place(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no new files")
+def test_a_place_that_takes_no_new_files_is_one_sentence():
+    with pytest.raises(DiskError, match=r"/proc/x cannot be used .*choose another place"):
+        write_text(Path("/proc/x"), "")
+    with (
+        pytest.raises(DiskError, match=r"/proc/x cannot be used .*choose another place"),
+        atomic_folder(Path("/proc/x")),
+    ):
+        pass
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_place_that_may_not_be_written_is_one_sentence(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -228,9 +240,14 @@ def pickled(place: Path) -> None:
         torch.save({"x": torch.zeros(4000)}, part / "x.pt")
 
 
-@pytest.mark.parametrize("write", [half_a_file, tensors, pickled])
+def numbers(place: Path) -> None:
+    with atomic_file(place) as part, part.open("wb") as file:  # as the package gguf does
+        np.zeros(4000).tofile(file)
+
+
+@pytest.mark.parametrize("write", [half_a_file, tensors, pickled, numbers])
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(write, tmp_path, capfd):
-    (write_text if write is half_a_file else fill)(tmp_path / "x", "old")
+    (write_text if write in (half_a_file, numbers) else fill)(tmp_path / "x", "old")
     assert limited(lambda: write(tmp_path / "x")) == 2
     assert f"{tmp_path / 'x'} cannot be used (" in capfd.readouterr().err
     assert read(tmp_path / "x") == {"old"}

@@ -87,6 +87,25 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_loaded(option
 
 @pytest.mark.parametrize(
     "options",
+    [cls for cls in {c for _, c in COMMANDS.values()} if issubclass(cls, EvalOptions)],
+    ids=lambda c: c.__name__,
+)
+def test_an_evaluation_of_the_base_alone_is_refused_before_anything_is_loaded(options, tmp_path):
+    (tmp_path / "honesty" / "lora" / "vector").mkdir(parents=True)
+    options(out=tmp_path, alphas=(0.0, "calibrated")).require()
+    for alphas in ((0.0,), (-0.0, 0.0), ()):
+        if options is measure.LmEvalOptions:
+            options(out=tmp_path, alphas=alphas).require()
+            continue
+        with pytest.raises(ws.WsError, match="a strength other than 0"):
+            options(out=tmp_path, alphas=alphas).require()
+    for sweep in (make.SweepConfig, make.QueueConfig):
+        with pytest.raises(ws.WsError, match="a strength other than 0"):
+            sweep(alphas=(0.0,)).check()
+
+
+@pytest.mark.parametrize(
+    "options",
     [
         use.LoraOptions(vector="some/where"),
         use.ChatOptions(vectors=("a",)),

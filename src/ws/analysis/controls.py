@@ -43,6 +43,7 @@ from ws.files.runs import read_csv, write_csv
 from ws.lm.models import tokenizer_hash, weight_of
 from ws.options.check import ControlOptions as ControlOptions
 from ws.options.shared import HeadlineOptions as HeadlineOptions
+from ws.options.shared import require_steered
 from ws.stats import holm
 from ws.steer import steer
 
@@ -207,8 +208,7 @@ def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
     draw, so an interrupted run goes on where it stopped.
     """
     alphas = [alpha for alpha in context.alphas if alpha != 0]
-    if not alphas:
-        raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
+    require_steered(alphas)
     with context.run.alone("controls"):
         return _measure_controls(context, options, alphas)
 

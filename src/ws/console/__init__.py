@@ -31,7 +31,7 @@ import tyro
 from tqdm.auto import tqdm
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ws.errors import WsError, disk_errors
+from ws.errors import WsError, disk_errors, require_characters
 
 Options = TypeVar("Options")
 
@@ -276,6 +276,8 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
     def action() -> None:
         if processes() > 1 and not getattr(options, "several_processes", False):
             raise WsError(f"{prog or 'This command'} runs on one process; only `ws.train` runs on several processes.")
+        for argument in arguments:  # libraries take no path of it, and no file that is written
+            require_characters(argument, "What was typed")
         given = parse(options, arguments, prog)
         for before in ("check", "require"):  # what can be told wrong before anything heavy is imported
             if callable(step := getattr(given, before, None)):

@@ -13,7 +13,7 @@ from ws.behaviors import behavior_file
 from ws.errors import WsError, require_count
 from ws.files.runs import DEFAULT_OUT
 from ws.options.measure import SycophancyOptions
-from ws.options.shared import HeadlineOptions, NamesModel
+from ws.options.shared import HeadlineOptions, NamesModel, require_steered
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class ConfoundOptions(SycophancyOptions):
         require_count("--n-questions", self.n_questions, 2)
         require_count("--max-new-tokens", self.max_new_tokens, 1)
         require_count("--n-dilemmas", self.n_dilemmas, 0)
-        if not any(alpha != 0 for alpha in self.alphas):
-            raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
+        require_steered(self.alphas)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -13,7 +13,16 @@ import tyro
 from ws.behaviors import behavior_file
 from ws.errors import MOST, WsError, choose, require_count, require_resamples, require_strength, shortened
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT, DEMO_OUT, run_folder
-from ws.options.shared import ADAPTERS, N_PROMPTS, N_THINK, N_TOKENS, EvalOptions, NamesModel, shared_with
+from ws.options.shared import (
+    ADAPTERS,
+    N_PROMPTS,
+    N_THINK,
+    N_TOKENS,
+    EvalOptions,
+    NamesModel,
+    require_steered,
+    shared_with,
+)
 
 SIGNS = ("pos", "neg")
 BACKENDS = ("local", "pueue", "ray")
@@ -322,6 +331,12 @@ class ReplicateConfig(_OfBehavior):
         return run_folder(self.out, behavior, self.run_name, self.seed)
 
 
+def _check_alphas(alphas: Sequence[float]) -> None:
+    for alpha in alphas:
+        require_strength(alpha, "Each of --alphas")
+    require_steered(alphas)
+
+
 @dataclass(frozen=True)
 class SweepConfig(_OfBehavior):
     """Train and measure many vectors: adapters x seeds x evaluations on one set of pairs.
@@ -377,6 +392,10 @@ class SweepConfig(_OfBehavior):
     fresh: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        """`WsError` for strengths that make no sense."""
+        _check_alphas(self.alphas)
 
     @classmethod
     def preset(cls, model: str = DEFAULT_MODEL) -> SweepConfig:
@@ -447,8 +466,7 @@ class QueueConfig(_OfBehavior):
     def check(self) -> None:
         """`WsError` for a back end that does not exist and numbers out of range."""
         choose("back end", self.backend, BACKENDS)
-        for alpha in self.alphas:
-            require_strength(alpha, "Each of --alphas")
+        _check_alphas(self.alphas)
         require_count("--workers", self.workers, 1)
         require_count("--cpus-per-job", self.cpus_per_job, 0)
         require_count("--gpus-per-job", self.gpus_per_job, 0)

@@ -150,6 +150,10 @@ class LmEvalOptions(EvalOptions):
     num_fewshot: int | None = None
     chat: bool = False
 
+    def require(self) -> None:
+        """`WsError` unless the run is there; a table of the base alone says something, too."""
+        RunOptions.require(self)
+
     def check(self) -> None:
         """`WsError` for options that make no sense, before anything is loaded."""
         super().check()

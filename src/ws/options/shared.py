@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -66,6 +66,12 @@ def _of_demo(behavior: str, adapter: str, seed: int) -> str:
     if made:
         return f", or take that of `ws demo` with --out {made[0]}"
     return f" (`ws demo` makes one on the bundled model, for --out {DEMO_OUT})"
+
+
+def require_steered(alphas: Sequence[float | str]) -> None:
+    """`WsError` where a command is to show shifts and has nothing but the base to show."""
+    if not any(alpha != 0 for alpha in alphas):
+        raise WsError("--alphas must hold a strength other than 0; at 0 nothing shifts.")
 
 
 class NamesModel:
@@ -149,6 +155,11 @@ class EvalOptions(RunOptions):
     dataset: str | None = None
     prompts: Path | None = None
     n_bootstrap: int = 10_000
+
+    def require(self) -> None:
+        """`WsError` unless the run is there, and a strength to compare the base with."""
+        super().require()
+        require_steered(self.alphas)
 
     def check(self) -> None:
         """`WsError` for numbers that make no sense, before anything is loaded."""
