@@ -236,6 +236,28 @@ def test_adapters_that_do_not_fit_are_refused(pair, tmp_path):
         ws.SteeringVector.from_adapter(folder, model)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"info": {"behavior": 5}}, {"info": {"behavior": ["x"]}}, {"info": {"depth": "4"}}, {"info": {"family": {}}},
+        {"recipe": {"op": "*"}}, {"recipe": {"op": "*", "of": 5, "scalar": 1}}, {"recipe": {"op": "+", "terms": None}},
+        {"recipe": {"op": "+", "terms": [{"op": "*", "of": {}, "scalar": "2"}]}}, {"recipe": {"op": ["+"]}},
+        {"recipe": {"op": "compose", "of": {}}}, {"recipe": {"adapter": "pos", "config": 5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_manifest_says_beside_the_weights_has_its_type(change, tmp_path):
+    model = build_model("qwen3")
+    build_adapter(model, "lora", tmp_path / "a", 1)
+    file = ws.SteeringVector.from_adapter(tmp_path / "a", model).save(tmp_path / "v") / "ws.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"info": {"own": [1]}, "recipe": {"op": "mine", "terms": [{"name": "x"}]}}))
+    ws.SteeringVector.load(tmp_path / "v")
+    file.write_text(json.dumps(whole | change))
+    with pytest.raises(ws.WsError, match="ws.json is damaged"):
+        ws.SteeringVector.load(tmp_path / "v")
+
+
 IMPORT_ORDERS = [
     "import ws; ws.steer; import ws.steer; import ws.diff",
     "import ws.steer, ws",

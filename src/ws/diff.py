@@ -699,6 +699,33 @@ class StoredWeights(msgspec.Struct):
     file: Literal["vector.safetensors", "adapter_model.safetensors", "activation.safetensors"]
 
 
+class _StoredInfo(msgspec.Struct):
+    """What is read of a vector's `info`; it may hold more."""
+
+    behavior: str | None = None
+    behavior_sha256: str | None = None
+    family: str | None = None
+    depth: int | None = None
+
+
+class _StoredRecipe(msgspec.Struct):
+    """What is read of a recipe; it may hold more, such as the settings of an arm."""
+
+    op: str | None = None
+    of: _StoredRecipe | None = None
+    terms: list[dict[str, Any]] | None = None
+    scalar: float | None = None
+    expression: str | None = None
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        needed = {"*": ("of", "scalar"), "+": ("terms",), "compose": ("expression", "of")}.get(self.op or "", ())
+        if absent := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError(f"a recipe of {self.op!r} lacks {absent[0]!r}")
+        if self.op == "+":
+            msgspec.convert(self.terms, list[_StoredRecipe])
+
+
 class SavedManifest(msgspec.Struct, kw_only=True):
     """What the manifest of anything holds that was saved with its base: a vector of weights, or of activations."""
 
@@ -706,6 +733,10 @@ class SavedManifest(msgspec.Struct, kw_only=True):
     weights: StoredWeights
     info: dict[str, Any]
     recipe: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        msgspec.convert(self.info, _StoredInfo)
+        msgspec.convert(self.recipe, _StoredRecipe)
 
 
 class VectorManifest(SavedManifest):
@@ -716,6 +747,7 @@ class VectorManifest(SavedManifest):
     shared: dict[str, str] = {}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = {*self.kinds, *self.shared, *self.shared.values()}
         if absent := sorted(names - self.modules.keys()):
             raise ValueError(f"{absent[0]} is not among its modules")

@@ -16,6 +16,8 @@ import ws
 from ws.errors import WsError
 from ws.files.places import FolderKind, place_below
 from ws.files.runs import (
+    ADAPTER,
+    VECTOR,
     Run,
     atomic_folder,
     data_folder,
@@ -388,6 +390,23 @@ def test_fresh_keeps_what_is_somebodys_own(tmp_path):
     assert (tmp_path / "mine").is_dir()
     assert not (tmp_path / ".pos.work").exists()
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_what_is_made_again_lies_among_what_is_somebodys_own(tmp_path):
+    for name, kind in (("pos", ADAPTER), ("vector", VECTOR)):
+        own, marker = tmp_path / name / "sub" / "notes.txt", kind.markers[0]
+        write_text(own, "mine")
+        with pytest.raises(ws.WsError, match="exists and is not"):
+            kind.require(tmp_path / name)
+        recorded(tmp_path, {})
+        with atomic_folder(tmp_path / name, kind) as part:
+            write_text(part / marker, "new")
+        assert (own.read_text(), (tmp_path / name / marker).read_text()) == ("mine", "new")
+        (tmp_path / name / marker).unlink()
+        write_text(tmp_path / name / "adapter_model.safetensors", "somebody's")
+        with pytest.raises(ws.WsError, match="exists and is not"):
+            kind.require(tmp_path / name)
+        (tmp_path / "manifest.json").unlink()
 
 
 def test_fresh_leaves_no_empty_folders_and_no_adapter_that_somebody_brought(tmp_path):

@@ -356,7 +356,7 @@ def _arms(about: Subject) -> list[str]:
     }
     rows = []
     for arm in {str(a.get("sha256")): a for a in _sources(about.vector.recipe)}.values():
-        config, facts = arm.get("config", {}), trained.get(str(arm.get("sha256")), {})
+        config, facts = arm.get("config") or {}, trained.get(str(arm.get("sha256")), {})
         rows.append(
             {
                 "adapter": public(arm["adapter"]),

@@ -51,8 +51,23 @@ CARD, CARD_TAG = "README.md", "weight-steering"  # what `ws export` writes of a 
 # What is in them besides is somebody's own.
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 VECTOR_FILES = (VECTOR_MANIFEST, "calibration.json", "vector.safetensors", *_PEFT_FILES)
-VECTOR = FolderKind("not a steering vector", (VECTOR_MANIFEST,), VECTOR_FILES)
-ADAPTER = FolderKind("not an adapter that `ws train` made", (TRAIN_FILE,), (*_PEFT_FILES, PISSA_INIT_FILE, TRAIN_FILE))
+
+
+class _RunPart(FolderKind):
+    """A kind of folder that runs have, too, in which `--fresh` leaves what is somebody's own."""
+
+    def require(self, folder: Path) -> None:
+        """As for any kind; and in a run it may lie among files that have none of the names of its own."""
+        is_part = _OURS.get(folder.name) is self and (folder.parent / RUN_MANIFEST).is_file()
+        if is_part and folder.is_dir() and not folder.is_symlink():
+            there = sorted(folder.iterdir())
+            if self.others(folder) == there and not any(path.name in self.markers for path in there):
+                return
+        super().require(folder)
+
+
+VECTOR = _RunPart("not a steering vector", (VECTOR_MANIFEST,), VECTOR_FILES)
+ADAPTER = _RunPart("not an adapter that `ws train` made", (TRAIN_FILE,), (*_PEFT_FILES, PISSA_INIT_FILE, TRAIN_FILE))
 _OURS = {"pos": ADAPTER, "neg": ADAPTER, "vector": VECTOR}
 # Of evaluation, model, dtype, tokenizer, subject and strength; see `ws.eval.context`.
 _SCORES = re.compile(r"\.?[\w.-]+-[0-9a-f]{8,}-[0-9a-f]{8,}-\w+-[0-9a-f]{8,}-\w+-[-+.\de]+\.json(\.lock)?")
