@@ -87,7 +87,7 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_loaded(option
 
 @pytest.mark.parametrize(
     "options",
-    [cls for cls in {c for _, c in COMMANDS.values()} if issubclass(cls, EvalOptions)],
+    [c for c in dict.fromkeys(c for _, c in COMMANDS.values()) if issubclass(c, EvalOptions)],
     ids=lambda c: c.__name__,
 )
 def test_an_evaluation_of_the_base_alone_is_refused_before_anything_is_loaded(options, tmp_path):
