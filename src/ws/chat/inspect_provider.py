@@ -14,11 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import msgspec
 from anyio import CapacityLimiter, to_thread
 from click import ClickException
 from inspect_ai.model import (
@@ -45,7 +43,7 @@ from ws.chat.protocol import MAX_CHOICES, MAX_LOGPROBS, NEUTRAL, seed_of, split_
 from ws.diff import vector_digest
 from ws.errors import MOST, WsError, choose, require_characters, require_count, shortened
 from ws.lm.models import encode, encode_text, render_prompt, token_bytes, tokenizer_hash
-from ws.options.shared import VectorsOptions
+from ws.options.shared import VectorsOptions, read_options
 from ws.options.use import ServeOptions
 
 MAX_TOKENS = ServeOptions.max_tokens  # of an answer, unless the task or the command says otherwise
@@ -90,15 +88,8 @@ class InspectOptions(VectorsOptions):
         names = [f.name for f in fields(cls) if f.name != "model"]
         for name in arguments:
             choose("model argument", name, ["steering", *names])
-        given = dict(arguments)
-        if isinstance(given.get("vectors"), str):
-            given["vectors"] = [given["vectors"]]
-        if isinstance(given.get("out"), Path):
-            given["out"] = str(given["out"])
-        try:
-            options = msgspec.convert({**given, "model": model}, cls, dec_hook=lambda kind, value: kind(value))
-        except (msgspec.ValidationError, TypeError) as problem:
-            raise WsError(f"The model arguments are not understood: {problem}.") from problem
+        given = {name: value for name, value in arguments.items() if name != "steering"}
+        options = read_options(cls, {**given, "model": model}, "model argument")
         require_count("max_batch", options.max_batch, 1)
         return options
 

@@ -1,47 +1,53 @@
 """`ws serve`, and with `--replicas` several copies of the server behind one address, by Ray Serve.
 
-    client -> Ray Serve's proxy -> Front -> Replica: an engine, and the application of `ws.chat.server` on it
+    requests -> Observer -> ServerGuard -> Front -> Replica: an engine, and the application of `ws.chat.server` on it
 
-A replica may be lost at any time. What had not been answered yet is then answered by another one, and an answer that
-has begun ends with an error object; Ray puts a new replica in the place of the lost one.
+A replica may be lost at any time. A request of which nothing has been answered yet goes to another replica, an answer
+that has begun ends with an error object, and Ray puts a new replica in the place of the lost one. Ray itself hands a
+request over again only where it has not reached a replica.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
+import re
 import sys
-import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, redirect_stdout
+from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
-import torch
-from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ws import console
 from ws.chat import server
 from ws.chat.guard import Application, Receive, Scope, Send, respond
 from ws.chat.protocol import error_object
-from ws.chat.server import METRICS, ServerGuard, create_app, listen, load, unless_gone
+from ws.chat.server import METRICS, PATHS, ServerGuard, create_app, listen, load, on_uvicorn, unless_gone
+from ws.chat.service import FAILED
+from ws.chat.telemetry import Metrics, Observer, facts, log_as_json
 from ws.console import say
 from ws.console.cluster import connected
 from ws.errors import WsError
+from ws.options.shared import read_options
 from ws.options.use import ServeOptions as ServeOptions
 
-NAME = "ws"
+Message = dict[str, Any]  # of ASGI
+Ask = Callable[[Scope, bytes], AsyncGenerator[list[Message]]]
+
+ATTEMPTS = 4  # of a request; one that takes down whoever reads it must not take down all
+PAUSE = 0.2  # seconds before the second, and twice as long before every further one
+SLACK = 1.0  # seconds beyond --timeout in which a replica's own refusal may still arrive
+MANY = 100_000  # requests of a replica or the front at a time: it is the engine's queue that refuses
 LOST = "The replica that wrote this answer was lost; ask again."
-PAUSE = 0.2  # seconds before a request goes to the next replica
-MANY = 100_000  # requests that may be under way at the front: replicas have the bounds
+NOTED = "ws.noted"  # a message from a replica to the front: what its log says of the request
 
+_LOGS = {"log_level": "WARNING", "enable_access_log": False}  # every request has a line of ours
 _PLAIN = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
-
-Message = MutableMapping[str, Any]
-Ask = Callable[[Scope, bytes], AsyncGenerator[Message]]
 
 
 # ---- what answers ---------------------------------------------------------------------------------------------------
@@ -57,170 +63,283 @@ class Replica:
     def __init__(self, options: ServeOptions) -> None:
         self.app = create_app(load(options), options)
 
-    async def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[Message]:
-        """What the application sends, message by message; whoever stops reading has gone away."""
-        sent, has_gone = asyncio.Queue[Message | None](), asyncio.Event()
-        asked = [{"type": "http.request", "body": body, "more_body": False}]
+    async def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message]]:
+        """What the application sends, and last what it notes; whoever stops reading has gone away.
+
+        Args:
+            scope: of ASGI, as plain data.
+            body: the whole of it.
+        """
+        sent, left = asyncio.Queue[Message](), asyncio.Event()
+        asked: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
-            if asked:
-                return asked.pop()
-            await has_gone.wait()
-            return {"type": "http.disconnect"}
+            if not asked:
+                await left.wait()
+            return asked.pop() if asked else {"type": "http.disconnect"}
 
         async def work() -> None:
             try:
-                await self.app(scope, receive, sent.put)
+                await self.app(scope, receive, sent.put)  # type: ignore[arg-type]
             finally:
-                sent.put_nowait(None)
+                sent.put_nowait({"type": NOTED, **scope.get("ws", {})})
 
         working = asyncio.ensure_future(work())
         try:
-            while (message := await sent.get()) is not None:
-                yield message
+            while True:
+                messages = [await sent.get()]
+                while not sent.empty():  # in one piece what is there at once
+                    messages.append(sent.get_nowait())
+                yield messages
+                if messages[-1]["type"] == NOTED:
+                    return
         finally:
-            has_gone.set()
+            left.set()
             await asyncio.wait({working})
 
 
 # ---- what hands requests over ---------------------------------------------------------------------------------------
 
 
+class LostError(Exception):
+    """The replica that had a request is gone."""
+
+
 class Front:
-    """An ASGI application that has requests answered by replicas.
+    """An ASGI application whose requests replicas answer.
 
     Args:
-        ask: hands a request to a replica; gives the messages of its answer.
-        lost: what that raises where the replica is lost.
-        timeout: seconds within which a lost request is handed over again.
+        ask: hands a request, its scope as plain data, to a replica; yields what that sends, and raises `LostError`
+            where the replica is lost.
+        options: times.
+        metrics: for `/metrics`, which are those of the front: requests and seconds as clients see them, and tokens.
     """
 
-    def __init__(self, ask: Ask, lost: tuple[type[Exception], ...], timeout: float) -> None:
-        self.ask, self.lost, self.timeout = ask, lost, timeout
+    def __init__(self, ask: Ask, options: ServeOptions, metrics: Metrics) -> None:
+        self.ask, self.options, self.metrics = ask, options, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, whose body comes as one message (`ws.chat.guard`)."""
-        if scope["path"] == METRICS:
-            text = "Every replica counts for itself; Ray Serve has the numbers of all of them."
-            await respond(send, 404, _error(404, text), "application/json")
+        if (scope["method"], scope["path"]) == ("GET", METRICS):
+            await respond(send, 200, self.metrics.render({}).encode(), "text/plain; version=0.0.4")
             return
-        plain = {key: scope[key] for key in _PLAIN if key in scope} | {"asgi": {"version": "3.0"}}
         body = (await receive()).get("body", b"")
-        await unless_gone(receive, self._relay(plain, body, send))
+        await unless_gone(receive, self._answer(scope, body, send))
 
-    async def _relay(self, scope: Scope, body: bytes, send: Send) -> None:
-        deadline = time.monotonic() + self.timeout
-        while True:
-            start, has_begun = None, False
-            try:
-                async with aclosing(self.ask(scope, body)) as messages:
-                    async for message in messages:
-                        if message["type"] == "http.response.start":
-                            start = message  # sent with what comes behind it: until then there is a way back
+    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
+        begun, noted, seconds = False, facts(scope), self.options.timeout
+        lost = f"{ATTEMPTS} replicas were lost with this request, one after the other; no further one is asked."
+        plain = {key: scope[key] for key in _PLAIN if key in scope} | {"ws": {"id": noted["id"]}}
+        try:
+            async with asyncio.timeout(seconds + SLACK) as limit:
+                for attempt in range(ATTEMPTS):
+                    if attempt:
+                        await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
+                    try:
+                        async with aclosing(self._messages(plain, body, noted)) as messages:
+                            async for message in messages:
+                                if not begun:  # from here on the replica keeps the time; the rest is for slow readers
+                                    limit.reschedule((limit.when() or 0) + self.options.grace)
+                                begun = True
+                                await send(message)
+                        return
+                    except LostError:
+                        noted["lost"] = attempt + 1
+                        if begun:
+                            await _end_stream(send, 503, LOST)
+                            return
+        except TimeoutError:
+            noted["error"] = "not_read" if begun else "no_replica"
+            lost = f"No replica has answered within {seconds:g} seconds; ask again."
+        except Exception:
+            await (_end_stream if begun else _refuse)(send, 500, FAILED)
+            raise
+        if not begun:
+            await _refuse(send, 503, lost)
+
+    async def _messages(self, scope: Scope, body: bytes, noted: dict[str, Any]) -> AsyncGenerator[Message]:
+        """What a replica sends. The head of an answer waits for what comes behind it, for until then there is a way
+        back, and the end of it for the notes, for a client that has everything is gone."""
+        waiting, is_whole = list[Message](), False
+        try:
+            # A scope of its own for every attempt: whoever answers writes into it.
+            async with aclosing(self.ask({**scope, "ws": dict(scope["ws"])}, body)) as parts:
+                async for messages in parts:
+                    for message in messages:
+                        if message["type"] == NOTED:
+                            self._note(message, noted)
                             continue
-                        if start is not None:
-                            await send(start)
-                            start, has_begun = None, True
-                        await send(message)
-                return
-            except self.lost:
-                if has_begun:
-                    await send({"type": "http.response.body", "body": b"data: " + _error(503, LOST) + b"\n\n"})
-                    return
-            if time.monotonic() + PAUSE > deadline:
-                await respond(send, 503, _error(503, LOST), "application/json")
-                return
-            await asyncio.sleep(PAUSE)
+                        waiting.append(message)
+                        is_body = message["type"] == "http.response.body"
+                        is_whole = is_body and not message.get("more_body", False)
+                        if is_body and not is_whole:
+                            for ready in waiting:
+                                yield ready
+                            waiting = []
+        except LostError:
+            if not is_whole:
+                raise
+        for ready in waiting:
+            yield ready
+
+    def _note(self, message: Message, noted: dict[str, Any]) -> None:
+        """Count and log here what the replica notes of a request."""
+        noted |= {key: value for key, value in message.items() if key not in ("type", "id", "method", "path")}
+        for name in ("prompt_tokens", "completion_tokens"):
+            self.metrics.count(f"ws_{name}_total", message.get(name, 0))
 
 
 def _error(status: int, text: str) -> bytes:
     return json.dumps(error_object(status, text)).encode()
 
 
-# ---- the deployment -------------------------------------------------------------------------------------------------
+async def _refuse(send: Send, status: int, text: str) -> None:
+    await respond(send, status, _error(status, text), "application/json")
 
 
-def deployment(options: ServeOptions) -> Any:
-    """Replicas and their front, as `ray.serve.run` takes them."""
+async def _end_stream(send: Send, status: int, text: str) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + _error(status, text) + b"\n\n"})
+
+
+# ---- on Ray Serve ---------------------------------------------------------------------------------------------------
+
+
+def front(replicas: Any, options: ServeOptions) -> Application:
+    """What clients speak to, on a handle of a deployment of `Replica`."""
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    streaming = replicas.options(stream=True)
+
+    async def ask(scope: Scope, body: bytes) -> AsyncGenerator[list[Message]]:
+        answer = streaming.answer.remote(scope, body)
+        try:
+            async for messages in answer:
+                yield messages
+        except RayTaskError:  # an error of the code, which the next replica would make, too
+            raise
+        except (RayError, RayServeException) as problem:
+            raise LostError from problem
+        except (asyncio.CancelledError, GeneratorExit):  # nobody waits for it any more
+            answer.cancel()
+            raise
+
+    metrics = Metrics()
+    return Observer(ServerGuard(Front(ask, options, metrics), options), metrics, PATHS)
+
+
+class Entrance:
+    """The front where Ray Serve's own proxies listen.
+
+    Args:
+        replicas: a handle of their deployment.
+        options: as they have them.
+    """
+
+    def __init__(self, replicas: Any, options: ServeOptions) -> None:
+        self.app = front(replicas, options)
+
+    async def __call__(self, request: Request) -> Response:
+        """What answers a request, in the form in which Ray Serve takes it."""
+        return _PassedOn(self.app)
+
+
+class _PassedOn(Response):
+    """A response that an application sends."""
+
+    def __init__(self, app: Application) -> None:
+        super().__init__()
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await self.app(scope, receive, send)
+
+
+def _replicas(options: ServeOptions, cpus: int, gpus: int) -> Any:
+    """The deployment of `Replica`, bound to its options."""
     from ray import serve
 
-    def front() -> Application:
-        """Made where it runs."""
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
-        replicas = serve.get_deployment_handle("Replica").options(stream=True)
-
-        async def ask(scope: Scope, body: bytes) -> AsyncGenerator[Message]:
-            answer = replicas.answer.remote(scope, body)
-            try:
-                async for message in answer:
-                    yield message
-            finally:
-                answer.cancel()
-
-        relay = Front(ask, (RayError, RayServeException), options.timeout)
-        return Starlette(routes=[Mount("/", ServerGuard(relay, options))])
-
-    logs = {"log_level": "WARNING", "enable_access_log": False}  # replicas log requests themselves
-    on_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
-    replica = serve.deployment(
+    return serve.deployment(
         Replica,
         name="Replica",
         num_replicas=options.replicas,
-        max_ongoing_requests=options.max_batch + options.max_queue,
-        graceful_shutdown_timeout_s=options.grace,
-        logging_config=logs,
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(on_gpu)},
-    )
-    entrance = serve.deployment(
-        serve.ingress(front)(),
-        name="Front",
         max_ongoing_requests=MANY,
-        logging_config=logs,
-        ray_actor_options={"num_cpus": 0},
-    )
-    return entrance.bind(replica.bind(options))
+        max_constructor_retry_count=1,  # what could not be loaded once cannot be loaded the next time
+        graceful_shutdown_timeout_s=options.grace,
+        logging_config=_LOGS,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+    ).bind(replace(options, api_key=options.secret))
 
 
 def application(arguments: Mapping[str, Any]) -> Any:
-    """For `serve run ws.chat.replicas:application adapter=lora replicas=2`, and for the configurations of clusters.
+    """A server for `serve run ws.chat.replicas:application replicas=4`, and for the configuration of a cluster.
 
     Args:
-        arguments: options of `ws serve` by name.
+        arguments: options of `ws serve`, by the names of their fields.
+
+    Raises:
+        WsError: one that is not known, of another type, or makes no sense there.
     """
-    words = list[str]()
-    for name, value in arguments.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [] if value is False else [f"--{name.replace('_', '-')}", *map(str, values)]
-    options = console.parse(ServeOptions, words, "ws serve")
+    from ray import serve
+
+    options = read_options(ServeOptions, arguments, "option", strict=False)
+    for name in ("host", "port", "admin"):
+        if name in arguments:
+            why = "would change one replica alone" if name == "admin" else "is among the `http_options` of Ray Serve"
+            raise WsError(f"The option {name!r} cannot be given here: it {why}.")
+    if options.secret is None:
+        raise WsError("A server on a cluster needs a key: put one into the variable WS_API_KEY.")
     options.check()
-    return deployment(options)
+    options.require()
+
+    options = replace(options, api_key=options.secret)
+    replicas = _replicas(options, 1, int(options.device.startswith("cuda")))
+    entrance = serve.deployment(
+        Entrance, name="Front", max_ongoing_requests=MANY, logging_config=_LOGS, ray_actor_options={"num_cpus": 0}
+    )
+    return entrance.bind(replicas, options)
 
 
 def run(options: ServeOptions) -> None:
-    """Serve with replicas until an interrupt or SIGTERM."""
-    listening, address = listen(options)  # whether it can be had, and which port is free
-    port = listening.getsockname()[1]
-    listening.close()
-    stdout = sys.stdout
-    with connected(os.environ.get("RAY_ADDRESS"), shows_logs=True) as ray:
-        if (cores := ray.cluster_resources().get("CPU", 0)) < options.replicas:
-            raise WsError(f"{options.replicas} replicas need as many CPU cores, and there are {cores:g}.")
+    """Serve with replicas, on the cluster that RAY_ADDRESS names or here, until an interrupt or SIGTERM."""
+    listening, address = listen(options)  # before minutes of loading
+    cluster, stdout, name = os.environ.get("RAY_ADDRESS"), sys.stdout, f"ws-{uuid4().hex[:8]}"
+    with listening, connected(cluster) as ray:
         from ray import serve
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": options.host, "port": port})
+        log_as_json("ray.serve")
+        cpus, gpus = _share(options, ray.cluster_resources(), is_here=cluster is None)
+        say(f"Loading {options.replicas} replicas.")
+        serve.start(proxy_location="Disabled")
         try:
-            serve.run(deployment(options), name=NAME, route_prefix="/")
+            try:
+                handle = serve.run(_replicas(options, cpus, gpus), name=name, route_prefix=None)
+            except RuntimeError as problem:
+                raise WsError(_sentence(serve.status().applications[name].deployments["Replica"].message)) from problem
             with redirect_stdout(stdout):
-                console.show(console.Result(address, {"address": address}))
-            say("Programs ask at this address; Ctrl-C ends it.")
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            say("Ended.")
+                server.run(on_uvicorn(front(handle, options), options), listening, address)
         finally:
-            serve.shutdown()
+            if cluster is not None:  # what was started here ends with it
+                serve.delete(name)
+
+
+def _share(options: ServeOptions, there: Mapping[str, float], is_here: bool) -> tuple[int, int]:
+    """CPU cores and GPUs of a replica; `WsError` where there are too few."""
+    n, gpus = options.replicas, int(there.get("GPU", 0) > 0 and options.device != "cpu")
+    for kind, each in (("CPU", 1), ("GPU", gpus)):
+        if n * each > there.get(kind, 0):
+            what = {"CPU": "CPU cores", "GPU": "GPUs"}[kind]
+            raise WsError(f"{n} replicas need as many {what}, and there are {there.get(kind, 0):g}; lower --replicas.")
+    return int(there["CPU"]) // n if is_here else 1, gpus
+
+
+def _sentence(message: str) -> str:
+    """Why replicas do not start, from Ray's message, which ends with the traceback of one of them."""
+    *_, last = re.split(r"^ws\.[\w.]+: ", message, flags=re.MULTILINE)
+    if last != message:  # an error of ours, which is a sentence
+        return last.strip()
+    return f"The replicas did not start: {message.strip().splitlines()[-1].strip()}"
 
 
 def main(options: ServeOptions) -> None:

@@ -244,9 +244,14 @@ def listen(options: ServeOptions) -> tuple[socket.socket, str]:
 
 def create_server(engine: Engine, options: ServeOptions) -> uvicorn.Server:
     """What answers until an interrupt or SIGTERM, and then to the end what has begun, as long as `--grace` allows."""
+    return on_uvicorn(create_app(engine, options), options)
+
+
+def on_uvicorn(app: Application, options: ServeOptions) -> uvicorn.Server:
+    """The same for any application."""
     log_as_json("uvicorn.error")
     config = uvicorn.Config(
-        create_app(engine, options),
+        app,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -269,9 +274,14 @@ def main(options: ServeOptions) -> None:
     """One server; `ws.chat.replicas` has the command."""
     listening, address = listen(options)  # before minutes of loading
     with listening, load(options) as engine:
-        try:  # from the first word on, an interrupt is how this ends
-            console.show(console.Result(address, {"address": address}))
-            say("Programs ask at this address; Ctrl-C ends it.")
-            create_server(engine, options).run(sockets=[listening])
-        except KeyboardInterrupt:
-            say("Ended.")
+        run(create_server(engine, options), listening, address)
+
+
+def run(server: uvicorn.Server, listening: socket.socket, address: str) -> None:
+    """Say where the server is, and answer until it is to end."""
+    try:  # from the first word on, an interrupt is how this ends
+        console.show(console.Result(address, {"address": address}))
+        say("Programs ask at this address; Ctrl-C ends it.")
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        say("Ended.")

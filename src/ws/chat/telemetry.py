@@ -113,7 +113,7 @@ class Observer:
     """An ASGI application that counts and logs what another one answers.
 
     What handlers put into `facts(scope)` stands in the line of their request, and so does the traceback of an error
-    that nobody expected.
+    that nobody expected. A request that an observer before this one has named keeps its name.
 
     Args:
         app: the other.
@@ -129,7 +129,7 @@ class Observer:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, identity, status = time.perf_counter(), uuid.uuid4().hex, 0
+        start, identity, status = time.perf_counter(), scope.get("ws", {}).get("id") or uuid.uuid4().hex, 0
         path = scope["path"] if scope["path"] in self.paths else "other"
         noted = scope["ws"] = {"id": identity, "method": scope["method"], "path": path, "start": start}
 
@@ -137,7 +137,8 @@ class Observer:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+                headers = [pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"]
+                message["headers"] = [*headers, (b"x-request-id", identity.encode())]
             await send(message)
 
         try:

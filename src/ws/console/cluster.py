@@ -15,28 +15,27 @@ from ws.errors import WsError
 
 
 @contextmanager
-def connected(address: str | None, shows_logs: bool = False) -> Iterator[Any]:
+def connected(address: str | None) -> Iterator[Any]:
     """The ray module, connected to the cluster at `address`, or to a new one that ends with the block.
 
     Args:
         address: `host:port`, or what else `ray.init` takes.
-        shows_logs: what workers print is printed here, too.
 
     Raises:
         WsError: ray is not installed, or there is no such cluster.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run` ray would copy the whole folder to its workers
-    os.environ["RAY_DEDUP_LOGS"] = os.environ["RAY_COLOR_PREFIX"] = "0"  # every line counts, and is read by programs
+    if address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # ray's word for: its ports are on the loopback alone
     try:
         import ray
     except ImportError:
         raise WsError("This needs ray; install it with `uv sync --extra ray`.") from None
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
     try:
         _check_answers(address or "")
-        ray.init(address or "local", log_to_driver=shows_logs, **quiet)
+        ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as problem:
         raise WsError(f"There is no ray cluster at {address!r} ({problem}); start one with `ray start`.") from problem
     signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own handler there

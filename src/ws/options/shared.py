@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_origin, get_type_hints
 
+import msgspec
 import tyro
 
 from ws.behaviors import behavior_name
@@ -42,6 +43,28 @@ def shared_with(target: type[Target], source: Any, **others: Any) -> Target:
     """
     both = {f.name for f in fields(target)} & {f.name for f in fields(source)}  # type: ignore[arg-type]
     return target(**{name: getattr(source, name) for name in both} | others)
+
+
+def read_options(options: type[Target], given: Mapping[str, Any], what: str, strict: bool = True) -> Target:
+    """Options from values by the names of their fields, as other programs' commands and configurations give them.
+
+    Args:
+        given: one text is a list of one, where a list is wanted.
+        what: a value is called, such as "model argument".
+        strict: a number is a number; otherwise its text is, too.
+
+    Raises:
+        WsError: a name that is not known, or a value of another type.
+    """
+    hints, values = get_type_hints(options), dict[str, Any]()
+    for name, value in given.items():
+        choose(what, name, [f.name for f in fields(options)])  # type: ignore[arg-type]
+        is_single = get_origin(hints[name]) is tuple and isinstance(value, str)
+        values[name] = [value] if is_single else str(value) if isinstance(value, Path) else value
+    try:
+        return msgspec.convert(values, options, strict=strict, dec_hook=lambda kind, value: kind(value))
+    except (msgspec.ValidationError, TypeError) as problem:
+        raise WsError(f"The {what}s are not understood: {problem}.") from problem
 
 
 def folder_with_vector(
