@@ -19,12 +19,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.adapters import FAMILIES, PISSA_INIT_FILE, AdapterSpec, peft_config
+
+# A machine that has other work says nothing about a test.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Libraries collect garbage again and again; what the imports have left need not be looked through each time.
 gc.freeze()

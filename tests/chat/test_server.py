@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 
 import ws
 from support.serving import a_vector, an_engine, served
@@ -755,11 +756,10 @@ def test_the_command_ends_when_told_to_and_finishes_what_has_begun(tmp_path, how
 def test_the_address_is_the_result(tmp_path, monkeypatch, capsys):
     a_vector().save(tmp_path / "honesty" / "lora" / "vector")
 
-    class Interrupted:
-        def run(self, sockets):
-            raise KeyboardInterrupt
+    def interrupted(self, sockets):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ws.chat.server, "create_server", lambda engine, options: Interrupted())
+    monkeypatch.setattr(uvicorn.Server, "run", interrupted)
     ws.chat.server.main(ServeOptions(out=tmp_path, port=0, device="cpu"))
     printed = capsys.readouterr()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1\n", printed.out)
