@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -287,6 +288,16 @@ def test_what_replicas_cannot_do_is_said_before_anything_is_loaded():
 def test_without_ray_a_sentence_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ws.WsError, match="uv sync --extra ray"):
+        replicas.main(ServeOptions(out=tmp_path, replicas=2, port=0))
+
+
+def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch, tmp_path):
+    def init(*words, **options):
+        raise Exception("The current node timed out during startup")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ws.WsError, match="does not start on this machine .The current node timed out"):
         replicas.main(ServeOptions(out=tmp_path, replicas=2, port=0))
 
 

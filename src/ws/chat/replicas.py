@@ -318,7 +318,7 @@ def run(options: ServeOptions) -> None:
             except RuntimeError as problem:
                 raise WsError(_sentence(serve.status().applications[name].deployments["Replica"].message)) from problem
             with redirect_stdout(stdout):
-                server.run(on_uvicorn(front(handle, options), options), listening, address)
+                server.run(on_uvicorn(front(handle, options), options).run, listening, address)
         finally:
             if cluster is not None:  # what was started here ends with it
                 serve.delete(name)

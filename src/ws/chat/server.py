@@ -14,7 +14,7 @@ import math
 import secrets
 import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -274,14 +274,14 @@ def main(options: ServeOptions) -> None:
     """One server; `ws.chat.replicas` has the command."""
     listening, address = listen(options)  # before minutes of loading
     with listening, load(options) as engine:
-        run(create_server(engine, options), listening, address)
+        run(create_server(engine, options).run, listening, address)
 
 
-def run(server: uvicorn.Server, listening: socket.socket, address: str) -> None:
+def run(answer: Callable[..., None], listening: socket.socket, address: str) -> None:
     """Say where the server is, and answer until it is to end."""
     try:  # from the first word on, an interrupt is how this ends
         console.show(console.Result(address, {"address": address}))
         say("Programs ask at this address; Ctrl-C ends it.")
-        server.run(sockets=[listening])
+        answer(sockets=[listening])
     except KeyboardInterrupt:
         say("Ended.")

@@ -22,7 +22,7 @@ def connected(address: str | None) -> Iterator[Any]:
         address: `host:port`, or what else `ray.init` takes.
 
     Raises:
-        WsError: ray is not installed, or there is no such cluster.
+        WsError: ray is not installed or does not start, or there is no such cluster.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run` ray would copy the whole folder to its workers
@@ -36,7 +36,11 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         _check_answers(address or "")
         ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as problem:
+    except Exception as problem:  # ray has no class of its own for a start that fails
+        if address is None:
+            raise WsError(f"Ray does not start on this machine ({problem}); try when it has less to do.") from problem
+        if not isinstance(problem, (OSError, ValueError)):
+            raise
         raise WsError(f"There is no ray cluster at {address!r} ({problem}); start one with `ray start`.") from problem
     signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own handler there
     try:
