@@ -428,6 +428,14 @@ def test_the_results_table_leaves_a_damaged_run_out_and_says_so(name, harm, whol
 # ---- at random ------------------------------------------------------------------------------------------------------
 
 
+def says_the_same(changed: bytes, whole: bytes) -> bool:
+    """Whether only spaces of a JSON file have changed, or nothing."""
+    try:
+        return changed == whole or json.loads(changed) == json.loads(whole)
+    except (ValueError, RecursionError):
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_no_mutation_ends_in_a_traceback(name, tmp_path, capsys):
@@ -449,7 +457,7 @@ def test_no_mutation_ends_in_a_traceback(name, tmp_path, capsys):
         changed = (damage.mutated_json if name in JSON and rng.random() < 0.5 else damage.mutated)(whole, rng)
         file.write_bytes(changed)
         try:
-            if name not in ("optimizer", "seal", "trainer state") or changed != whole:
+            if name not in ("optimizer", "seal", "trainer state") or not says_the_same(changed, whole):
                 outcome(reader, file, capsys)
         except Exception as problem:
             raise AssertionError(f"seed {number}: {problem!r} from {changed[:300]!r}") from problem

@@ -649,6 +649,10 @@ def test_an_index_leads_nowhere_but_to_the_files_beside_it(place, in_shards, dam
     )
 
 
+def test_an_index_of_nothing_is_damaged(damaged):
+    assert "model.safetensors.index.json is damaged" in damaged("model.safetensors.index.json", b'{"weight_map": {}}')
+
+
 def test_a_checkpoint_with_missing_weights_is_refused(tmp_path, tok):
     from safetensors.torch import load_file, save_file
 

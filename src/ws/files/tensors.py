@@ -74,6 +74,8 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
     def __post_init__(self) -> None:
+        if not self.weight_map:
+            raise ValueError("it names no tensors")
         for name in self.weight_map.values():
             if not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", name):
                 raise ValueError(f"{name!r:.300} is no safetensors file beside it")
