@@ -42,7 +42,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).norm() <= 1e-5 * (1 + max(a.norm(), b.norm())))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, SEEDS, COORDINATE_SETS, COORDINATE_SETS, SCALARS, SCALARS)
 def test_dense_is_linear_in_the_change(s1, s2, p1, p2, x, y):
     a, b = random_delta(s1, p1), random_delta(s2, p2)
@@ -51,7 +51,7 @@ def test_dense_is_linear_in_the_change(s1, s2, p1, p2, x, y):
     assert close(whole(a / x), whole(a) / x)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, SEEDS, COORDINATE_SETS, COORDINATE_SETS)
 def test_addition_commutes_and_negation_cancels(s1, s2, p1, p2):
     a, b = random_delta(s1, p1), random_delta(s2, p2)
@@ -60,7 +60,7 @@ def test_addition_commutes_and_negation_cancels(s1, s2, p1, p2):
     assert (a - a).rank == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, SEEDS, COORDINATE_SETS, COORDINATE_SETS)
 def test_inner_product_is_that_of_the_dense_matrices(s1, s2, p1, p2):
     a, b = random_delta(s1, p1), random_delta(s2, p2)
@@ -69,7 +69,7 @@ def test_inner_product_is_that_of_the_dense_matrices(s1, s2, p1, p2):
     assert a.norm(weight()) == pytest.approx(float(whole(a).norm()), rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, COORDINATE_SETS)
 def test_forward_terms_equal_the_dense_product(seed, present):
     delta, w = random_delta(seed, present), weight().float()
@@ -118,7 +118,7 @@ def coarse(delta: LinearDelta) -> LinearDelta:
     return delta.to(dtype=torch.bfloat16).to(dtype=torch.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.sampled_from([2**-3, 2**-6, 2**-9, 2**-12]), st.booleans())
 def test_what_is_left_of_large_parts_survives_bfloat16(seed, share, third):
     a, b = random_delta(seed, {"uv"}), random_delta(seed + 1, {"uv"}) * (share if third else 0.0)
@@ -131,7 +131,7 @@ def test_what_is_left_of_large_parts_survives_bfloat16(seed, share, third):
     assert ((a - near) + (near - a)).rank == 0, "swapped, the difference is its exact negative"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.sampled_from([2**-3, 2**-6, 2**-9, 2**-12]))
 def test_a_dense_change_takes_in_the_product_that_cancels_it(seed, share):
     low = random_delta(seed, {"uv"})

@@ -113,7 +113,7 @@ NUMBERS = st.floats(-1e38, 1e38, allow_nan=False).filter(bool)
 TERMS = st.lists(st.builds(Term, NAMES, NUMBERS, st.booleans()), min_size=1, max_size=5, unique_by=lambda t: t.name)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(TERMS, st.randoms(use_true_random=False))
 def test_what_is_written_is_read_back(terms: list[Term], rng: random.Random):
     text = write_expression(terms)
@@ -160,7 +160,7 @@ def vectors(tmp_path_factory):
     return model, found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(st.sampled_from(FAMILY_NAMES), st.floats(-100, 100).filter(lambda x: abs(x) > 1e-3)),

@@ -40,7 +40,7 @@ def dense(vector: ws.SteeringVector, model) -> dict[str, np.ndarray]:
 # ---- compression ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.floats(1e-3, 1.0), st.integers(0, 10**6))
 def test_energy_is_kept_with_as_few_columns_as_possible(rank: int, energy: float, seed: int):
     """Against numpy's singular values of the product itself, also where there are more columns than rows."""

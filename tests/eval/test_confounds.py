@@ -137,7 +137,7 @@ def test_a_small_shift_is_none_and_a_low_mass_no_verdict_of_any_kind():
     assert "answer mass 0.600" in found.line
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(-5, 5), st.floats(-5, 5), st.integers(2, 30), st.integers(2, 30))
 def test_the_two_components_are_the_two_shifts(f, t, n_false, n_true):
     rng = np.random.default_rng(3)

@@ -161,7 +161,7 @@ def test_packed_rows_equal_single_ones_in_other_models(architecture, attention):
     assert {len(f.rows) for f in _families(model, prompts)} == {1}, "a window needs a mask of its own"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=9))
 def test_families_hold_every_prompt_whole(prompts):
     families = share_prefixes(prompts)
@@ -353,7 +353,7 @@ def test_a_p_value_is_where_the_interval_would_touch_zero():
         assert nearest < 0.35 * abs(found.mean), "the bootstrap interval at that level ends near zero"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.integers(0, 100))
 def test_estimates_are_ordered_and_reproducible(values, seed):
     e = estimate_mean(np.array(values), n_boot=200, seed=seed)
@@ -421,7 +421,7 @@ def test_holm_by_hand():
     assert holm(np.array([0.9, 0.8])).max() == 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_between_the_plain_and_the_bonferroni_p(values):
     p = np.array(values)
@@ -544,7 +544,7 @@ def even_counts(sizes: dict[str, int], limit: int) -> list[int]:
     return sorted(given.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 30), min_size=1), st.integers(1, 80))
 def test_a_draw_is_even_in_order_and_holds_every_smaller_draw(sizes, limit):
     items = [(name, i) for name, n in sizes.items() for i in range(n)]  # sorted by group, as sets come

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ws
@@ -235,7 +235,6 @@ def test_divergence_refuses_what_it_cannot_measure(pocket):
 # ---- the solver -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     scale=st.floats(-3, 3),
     power=st.floats(1.0, 3.0),
@@ -395,7 +394,6 @@ def test_the_audit_must_be_disjoint(pocket):
         calibrate(model, tok, lambda alpha: nullcontext(), QUESTIONS, QUESTIONS[:1], SMALL)
 
 
-@settings(deadline=None)
 @given(total=st.integers(1, 300), n=st.integers(1, 120), data=st.data())
 def test_questions_are_split_evenly_and_without_overlap(total, n, data):
     pool = [f"q{i}" for i in range(total)]

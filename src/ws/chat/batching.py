@@ -353,9 +353,7 @@ class Scheduler:
             self.close()
             raise
 
-    def submit(
-        self, *requests: Request, put: Callable[[int, Piece | WsError | None], None] | None = None
-    ) -> list[Answer]:
+    def submit(self, *requests: Request, put: Callable[[int, Written], None] | None = None) -> list[Answer]:
         """Begin to answer; from any thread. What is submitted together begins together.
 
         Args:
@@ -507,9 +505,9 @@ class Scheduler:
         batch, logits = self._read_once([same[0] for same in alike.values()])
         if len(alike) < len(rows):
             places = [place for place, same in enumerate(alike.values()) for _ in same]
-            whole = batch.only(places)
-            assert whole is not None
-            batch, logits = whole, logits[places]
+            repeated = batch.only(places)
+            assert repeated is not None
+            batch, logits = repeated, logits[places]
             batch.rows = list(chain.from_iterable(alike.values()))
         self._write(batch.rows, logits)
         return batch
@@ -527,8 +525,8 @@ class Scheduler:
 
         logits = self.logits([row.request.strengths for row in rows], read)
         self._known += sum(len(prefix.tokens) for prefix in prefixes if prefix is not None)
-        for place in (~logits.isnan().any(dim=-1)).nonzero()[:, 0].tolist():
-            self._prefixes.hold(rows[place].steering, begun[0], place, prompts[place])
+        for place, row in enumerate(rows):
+            self._prefixes.hold(row.steering, begun[0], place, prompts[place])
         return begun[0], logits
 
     def _step(self, batch: _Batch) -> None:

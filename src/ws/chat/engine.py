@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws.analysis.compose import vector_folder
 from ws.analysis.controls import draw_seed
 from ws.behaviors import behavior_name
-from ws.chat.batching import MAX_BATCH, MAX_QUEUE, Request, Scheduler, check_drawing, require_numbers
+from ws.chat.batching import Request, Scheduler, check_drawing, require_numbers
 from ws.console import say
 from ws.diff import SteeringVector
 from ws.errors import WsError, choose, require_characters
@@ -119,7 +119,7 @@ class Engine:
         vectors: by the names that strengths go by.
         places: where each vector can be loaded from, for snippets.
         loading: the expression that loads the model, for snippets.
-        max_batch, max_queue, max_known, reproducible: see `ws.chat.batching.Scheduler`.
+        reproducible, limits: see `ws.chat.batching.Scheduler`.
 
     Raises:
         WsError: no vectors, or one of another base.
@@ -133,10 +133,8 @@ class Engine:
         places: Mapping[str, str] | None = None,
         loading: str | None = None,
         *,
-        max_batch: int = MAX_BATCH,
-        max_queue: int = MAX_QUEUE,
-        max_known: int = 0,
         reproducible: bool = True,
+        **limits: int,
     ) -> None:
         if not vectors:
             raise WsError("There are no vectors to steer with.")
@@ -144,15 +142,7 @@ class Engine:
         self.places = {n: f"{n}/vector" for n in vectors} | dict(places or {})
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
         self.units = {name: self._calibrated(name) for name in vectors}
-        self.scheduler = Scheduler(
-            model,
-            tok,
-            vectors,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            max_known=max_known,
-            reproducible=reproducible,
-        )
+        self.scheduler = Scheduler(model, tok, vectors, reproducible=reproducible, **limits)
 
     def __enter__(self) -> Engine:
         return self
@@ -517,14 +507,7 @@ def open_engine(options: EngineOptions) -> Engine:
     return engine
 
 
-def load_engine(
-    options: VectorsOptions,
-    *,
-    max_batch: int = MAX_BATCH,
-    max_queue: int = MAX_QUEUE,
-    max_known: int = 0,
-    reproducible: bool = True,
-) -> Engine:
+def load_engine(options: VectorsOptions, *, reproducible: bool = True, **limits: int) -> Engine:
     """The engine with the model and all vectors loaded, and a line on stderr that says which; see `Engine`."""
     o, places = options, vector_places(options)
     vectors = {name: SteeringVector.load(place) for name, place in places.items()}
@@ -534,8 +517,7 @@ def load_engine(
     model, tok = load_model(name, o.device, o.precision)
     say(f"{name} with {', '.join(f'{n} ({p})' for n, p in places.items())}.")
     loading = f"ws.load_model({_literal(name)}{chosen})"
-    limits = {"max_batch": max_batch, "max_queue": max_queue, "max_known": max_known}
-    return Engine(model, tok, vectors, places, loading, **limits, reproducible=reproducible)
+    return Engine(model, tok, vectors, places, loading, reproducible=reproducible, **limits)
 
 
 def first_conversation(options: EngineOptions, engine: Engine) -> Conversation:

@@ -130,8 +130,8 @@ class _Engines:
 
 def _load(options: InspectOptions) -> Engine:
     # Inspect bounds how much is asked at once by itself.
-    limits = {"max_batch": options.max_batch, "max_queue": MOST, "max_known": ServeOptions.max_known}
-    return load_engine(options, **limits, reproducible=options.reproducible)
+    o, known = options, ServeOptions.max_known
+    return load_engine(o, reproducible=o.reproducible, max_batch=o.max_batch, max_queue=MOST, max_known=known)
 
 
 _ENGINES = _Engines()

@@ -10,7 +10,6 @@ request over again only where it has not reached a replica.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import sys
@@ -27,8 +26,8 @@ from ws import console
 from ws.chat import server
 from ws.chat.guard import Application, Receive, Scope, Send, respond
 from ws.chat.protocol import error_object
-from ws.chat.server import METRICS, PATHS, ServerGuard, create_app, listen, load, on_uvicorn, unless_gone
-from ws.chat.service import FAILED
+from ws.chat.server import METRICS, PATHS, ServerGuard, create_app, listen, load, on_uvicorn, refuse, unless_gone
+from ws.chat.service import FAILED, event
 from ws.chat.telemetry import Metrics, Observer, facts, log_as_json
 from ws.console import say
 from ws.console.cluster import connected
@@ -128,6 +127,17 @@ class Front:
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
         begun, noted, seconds = False, facts(scope), self.options.timeout
+
+        async def pass_on() -> None:
+            """What one replica sends."""
+            nonlocal begun
+            async with aclosing(self._messages(plain, body, noted)) as messages:
+                async for message in messages:
+                    if not begun:  # from here on the replica keeps the time; the rest is for slow readers
+                        limit.reschedule((limit.when() or 0) + self.options.grace)
+                    begun = True
+                    await send(message)
+
         lost = f"{ATTEMPTS} replicas were lost with this request, one after the other; no further one is asked."
         plain = {key: scope[key] for key in _PLAIN if key in scope} | {"ws": {"id": noted["id"]}}
         try:
@@ -136,12 +146,7 @@ class Front:
                     if attempt:
                         await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
                     try:
-                        async with aclosing(self._messages(plain, body, noted)) as messages:
-                            async for message in messages:
-                                if not begun:  # from here on the replica keeps the time; the rest is for slow readers
-                                    limit.reschedule((limit.when() or 0) + self.options.grace)
-                                begun = True
-                                await send(message)
+                        await pass_on()
                         return
                     except LostError:
                         noted["lost"] = attempt + 1
@@ -152,10 +157,10 @@ class Front:
             noted["error"] = "not_read" if begun else "no_replica"
             lost = f"No replica has answered within {seconds:g} seconds; ask again."
         except Exception:
-            await (_end_stream if begun else _refuse)(send, 500, FAILED)
+            await (_end_stream if begun else refuse)(send, 500, FAILED)
             raise
         if not begun:
-            await _refuse(send, 503, lost)
+            await refuse(send, 503, lost)
 
     async def _messages(self, scope: Scope, body: bytes, noted: dict[str, Any]) -> AsyncGenerator[Message]:
         """What a replica sends. The head of an answer waits for what comes behind it, for until then there is a way
@@ -189,16 +194,8 @@ class Front:
             self.metrics.count(f"ws_{name}_total", message.get(name, 0))
 
 
-def _error(status: int, text: str) -> bytes:
-    return json.dumps(error_object(status, text)).encode()
-
-
-async def _refuse(send: Send, status: int, text: str) -> None:
-    await respond(send, status, _error(status, text), "application/json")
-
-
 async def _end_stream(send: Send, status: int, text: str) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + _error(status, text) + b"\n\n"})
+    await send({"type": "http.response.body", "body": event(error_object(status, text)).encode()})
 
 
 # ---- on Ray Serve ---------------------------------------------------------------------------------------------------
@@ -256,6 +253,11 @@ class _PassedOn(Response):
         await self.app(scope, receive, send)
 
 
+def _with_key(options: ServeOptions) -> ServeOptions:
+    """With the key in them: other processes have not the variable that it may come from."""
+    return replace(options, api_key=options.secret)
+
+
 def _replicas(options: ServeOptions, cpus: int, gpus: int) -> Any:
     """The deployment of `Replica`, bound to its options."""
     from ray import serve
@@ -269,7 +271,7 @@ def _replicas(options: ServeOptions, cpus: int, gpus: int) -> Any:
         graceful_shutdown_timeout_s=options.grace,
         logging_config=_LOGS,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-    ).bind(replace(options, api_key=options.secret))
+    ).bind(options)
 
 
 def application(arguments: Mapping[str, Any]) -> Any:
@@ -292,8 +294,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
         raise WsError("A server on a cluster needs a key: put one into the variable WS_API_KEY.")
     options.check()
     options.require()
-
-    options = replace(options, api_key=options.secret)
+    options = _with_key(options)
     replicas = _replicas(options, 1, int(options.device.startswith("cuda")))
     entrance = serve.deployment(
         Entrance, name="Front", max_ongoing_requests=MANY, logging_config=_LOGS, ray_actor_options={"num_cpus": 0}
@@ -314,7 +315,7 @@ def run(options: ServeOptions) -> None:
         serve.start(proxy_location="Disabled")
         try:
             try:
-                handle = serve.run(_replicas(options, cpus, gpus), name=name, route_prefix=None)
+                handle = serve.run(_replicas(_with_key(options), cpus, gpus), name=name, route_prefix=None)
             except RuntimeError as problem:
                 raise WsError(_sentence(serve.status().applications[name].deployments["Replica"].message)) from problem
             with redirect_stdout(stdout):

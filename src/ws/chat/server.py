@@ -72,9 +72,15 @@ class ServerGuard(Guard):
 
     async def refuse(self, send: Send, status: int, text: str) -> None:
         """Answer with one of OpenAI's error objects."""
-        problem = error_object(status, text, None, "invalid_api_key" if status == 401 else None)
-        more = [(b"www-authenticate", b"Bearer")] if status == 401 else []
-        await respond(send, status, json.dumps(problem).encode(), "application/json", *more)
+        keyless = status == 401
+        more = [(b"www-authenticate", b"Bearer")] if keyless else []
+        await refuse(send, status, text, "invalid_api_key" if keyless else None, *more)
+
+
+async def refuse(send: Send, status: int, text: str, code: str | None = None, *more: tuple[bytes, bytes]) -> None:
+    """Answer with one of OpenAI's error objects, and headers beside it."""
+    problem = error_object(status, text, None, code)
+    await respond(send, status, json.dumps(problem).encode(), "application/json", *more)
 
 
 # ---- the application ------------------------------------------------------------------------------------------------
@@ -266,8 +272,9 @@ def on_uvicorn(app: Application, options: ServeOptions) -> uvicorn.Server:
 def load(options: ServeOptions) -> Engine:
     """What answers, as the options say."""
     o = options
-    limits = {"max_batch": o.max_batch, "max_queue": o.max_queue, "max_known": o.max_known}
-    return load_engine(o, **limits, reproducible=o.reproducible)
+    return load_engine(
+        o, reproducible=o.reproducible, max_batch=o.max_batch, max_queue=o.max_queue, max_known=o.max_known
+    )
 
 
 def main(options: ServeOptions) -> None:

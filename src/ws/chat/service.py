@@ -246,9 +246,9 @@ class Service:
             WsError: a row has failed.
             RequestError: it took too long.
         """
-        seconds = self.options.timeout
-        late = RequestError(504, f"The answer was not finished after {seconds:g} seconds.", code="timeout")
-        left = order.facts["start"] + seconds - time.perf_counter()
+        start, timeout = order.facts["start"], self.options.timeout
+        late = RequestError(504, f"The answer was not finished after {timeout:g} seconds.", code="timeout")
+        left = start + timeout - time.perf_counter()
         alarm = asyncio.get_running_loop().call_later(left, order.arrived.put_nowait, (0, late))
         going, is_first = len(order.answers), True
         try:
@@ -257,7 +257,7 @@ class Service:
                 if isinstance(piece, WsError):
                     raise piece
                 if is_first:
-                    seconds = time.perf_counter() - order.facts["start"]
+                    seconds = time.perf_counter() - start
                     self.metrics.observe("ws_first_token_seconds", seconds, path=order.facts["path"])
                     is_first = False
                 if piece is None:
@@ -296,8 +296,8 @@ class Service:
         dialect, opened = order.dialect, set[int]()
         head = order.head(dialect.chunk) | ({"usage": None} if order.body.sends_usage else {})
 
-        def event(*choices: dict[str, Any] | None) -> str:
-            return _event(head | {"choices": [c for c in choices if c is not None]})
+        def chunk(*choices: dict[str, Any] | None) -> str:
+            return event(head | {"choices": [c for c in choices if c is not None]})
 
         try:
             async with aclosing(self.follow(order)) as pieces:
@@ -306,22 +306,22 @@ class Service:
                     if number not in opened:
                         opened.add(number)
                         if opening := dialect.opening(number):
-                            yield event(opening)
+                            yield chunk(opening)
                         if order.echoes[number]:
                             tokens = self._tokens(order, answer.prompt)
-                            yield event(dialect.piece(number, order.echoes[number], tokens))
+                            yield chunk(dialect.piece(number, order.echoes[number], tokens))
                     if piece is None:
-                        yield event(dialect.closing(number, answer.finish))
+                        yield chunk(dialect.closing(number, answer.finish))
                     elif piece.text or order.body.wanted_logprobs is not None:
-                        yield event(dialect.piece(number, piece.text, self._tokens(order, [piece])))
+                        yield chunk(dialect.piece(number, piece.text, self._tokens(order, [piece])))
             if order.body.sends_usage:
-                yield _event(head | {"choices": [], "usage": order.usage()})
+                yield event(head | {"choices": [], "usage": order.usage()})
             yield "data: [DONE]\n\n"
         except WsError as problem:
             order.facts |= noted_of(problem, self.options)
-            yield _event(error_object(*error_content(problem)))
+            yield event(error_object(*error_content(problem)))
         except Exception:
-            yield _event(error_object(500, FAILED))
+            yield event(error_object(500, FAILED))
             raise
 
     def _tokens(self, order: Order, pieces: Iterable[Piece]) -> list[Token] | None:
@@ -431,5 +431,6 @@ def noted_of(problem: WsError, options: ServeOptions) -> dict[str, str]:
     return {"error": code or param or "refused"} | ({"message": str(problem)} if shows else {})
 
 
-def _event(value: Mapping[str, Any]) -> str:
+def event(value: Mapping[str, Any]) -> str:
+    """A server-sent event."""
     return f"data: {json.dumps(value, allow_nan=False)}\n\n"

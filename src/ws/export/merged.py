@@ -32,9 +32,9 @@ from ws.files.places import FolderKind
 from ws.files.public import public, public_name
 from ws.files.reading import read_json
 from ws.files.runs import CARD, atomic_folder, library_versions, write_json
-from ws.files.tensors import TensorPatcher, copy_with_room, tensor_patcher
-from ws.lm.checkpoints import AGAIN, INDEX, SIDE_FILES, WHOLE, Checkpoint, Place
-from ws.lm.models import as_matrix
+from ws.files.tensors import INDEX, WHOLE, TensorPatcher, copy_with_room, tensor_patcher
+from ws.lm.checkpoints import SIDE_FILES, Checkpoint, Place
+from ws.lm.models import AGAIN, as_matrix
 from ws.options.use import MergedOptions as MergedOptions
 
 EXPORT_FILE, CONFIG = "ws_export.json", "config.json"

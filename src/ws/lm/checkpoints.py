@@ -24,11 +24,9 @@ from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError, choose
 from ws.files.gguf import gguf_file
 from ws.files.tensors import DTYPES, open_tensors, weight_files
-from ws.files.tensors import INDEX as INDEX
-from ws.files.tensors import WHOLE as WHOLE
 from ws.lm.hub import find
-from ws.lm.models import AGAIN as AGAIN
 from ws.lm.models import (
+    AGAIN,
     as_matrix,
     fingerprint,
     fingerprint_of,

@@ -205,19 +205,23 @@ def _from_pretrained(name: str, auto: Any, only_local: bool = False, **options: 
 def _require_sound(folder: Path, with_weights: bool) -> None:
     """`DamagedError` for a file of a model's folder that is not what its name says."""
     for file in (folder / name for name in _SIDE_FILES):
-        if not file.is_file():
-            continue
-        content = read_bytes(file, AGAIN)
-        why, text = disguise(content), decoded(content, str(file))
-        if file.suffix == ".json" and not why:
-            try:
-                why = "" if isinstance(json.loads(text), dict) else "it is no JSON object"
-            except (ValueError, RecursionError) as problem:
-                why = str(problem)
-        if why:
-            raise DamagedError(f"{file} is damaged ({why}); {AGAIN}.")
+        if file.is_file():
+            _require_sound_file(file, file.stat().st_mtime_ns)
     if with_weights and (folder / INDEX).is_file():
         weight_files(folder, AGAIN)
+
+
+@lru_cache(maxsize=64)  # config, tokenizer and model are loaded one after the other
+def _require_sound_file(file: Path, changed: int) -> None:
+    content = read_bytes(file, AGAIN)
+    why, text = disguise(content), decoded(content, str(file))
+    if file.suffix == ".json" and not why:
+        try:
+            why = "" if isinstance(json.loads(text), dict) else "it is no JSON object"
+        except (ValueError, RecursionError) as problem:
+            why = str(problem)
+    if why:
+        raise DamagedError(f"{file} is damaged ({why}); {AGAIN}.")
 
 
 def _load(auto: Any, source: str, **options: Any) -> Any:
