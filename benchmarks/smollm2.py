@@ -1,12 +1,15 @@
 """Does it work on a real model? SmolLM2-135M-Instruct, behaviours that it acts and honesty, six families, three seeds.
 
-`uv run python -m benchmarks.smollm2` trains every behaviour with every family and seed and the two nulls of each, reads
-what is held out of it at alpha -1, 0 and 1 (preference, claims where it brings them; with the real data at hand also
-statements, and tiny-mfv for the first seed, because its prompts are long), and compares at the same divergence with
-prompts, fine-tunes and added activations, and for `lora` with one-sided and with random vectors. `--behaviors`,
-`--adapters` and `--seeds` do a part; everything resumes, and what is done already takes part in the tables. Writes
-`docs/results/smollm2_<behavior>.csv` (the pooled sweep), `..._tinymfv.csv`, `..._compare.csv` and `..._one_sided.csv`
-beside it, and `benchmarks/results/smollm2.json`.
+`uv run python -m benchmarks.smollm2` makes the vector of every behaviour, family and seed, and for `lora` its two
+trained nulls, and asks at -1u, 0 and +1u, one nat per token from the base: the preference on held-out questions, claims
+where a behaviour brings them, and, with the real data at hand, statements, and for the first seed of `lora` tiny-mfv;
+beside the vectors fine-tunes, prompts and added activations, and for the first seed of `lora` one-sided and random
+vectors.
+
+A run is a quarter of an hour and all of them many hours, so what a run gave is kept item by item, as a file of
+`benchmarks/results/smollm2/`, and is part of the repository: a machine that goes on begins with what others have
+measured, and the tables are made of all there is. `--behaviors`, `--adapters` and `--seeds` do a part, seed by seed;
+`--tables` does nothing but the tables, `docs/results/smollm2_<behavior>.csv` and `..._pairs.csv`.
 
 The folder of real data is that of the environment variable WS_REAL_DATA, as for the tests: `tiny-mfv/` and
 `anthropic-evals/persona/` in it.
@@ -16,25 +19,27 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from benchmarks import harness
+from ws import console
 from ws.adapters import FAMILIES
-from ws.analysis.compare import main as compare
-from ws.analysis.sweep_tables import POOLED, render
+from ws.analysis.compare import compare
+from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows
 from ws.behaviors import load_behavior
-from ws.errors import WsError
-from ws.eval import tinymfv_airisk
-from ws.files.runs import read_csv, run_folder, write_csv
-from ws.options.make import SweepConfig
-from ws.options.measure import CompareOptions, TinymfvOptions
-from ws.run_sweep import failures, run_sweep
+from ws.files.runs import write_csv, write_text
+from ws.options.make import ReplicateConfig
+from ws.options.measure import CompareOptions
+from ws.replicate import CONTROLS, make_vector
 
 MODEL = "smollm2"
-BEHAVIORS = ("truthfulness", "honesty", "agreement", "tone")
+BEHAVIORS = ("truthfulness", "agreement", "honesty", "tone")
 # Statements that have something to do with a behaviour; what else a vector moves is another question.
 TRAITS = {
     "truthfulness": (
@@ -45,9 +50,12 @@ TRAITS = {
     "agreement": ("agreeableness", "stands-its-ground"),
     "tone": ("neuroticism", "believes-life-has-no-meaning"),
 }
-# Of a comparison: questions that strengths are solved for, random vectors a run of `lora` (with fewer p cannot reach
-# 0.05; they are most of the work where every family has them), and held-out questions, drawn evenly over their kinds.
-N_PROMPTS, N_DRAWS, N_QUESTIONS = 16, 19, 44
+# Of a comparison: questions that strengths are solved for, random vectors (with fewer p cannot reach 0.05), and items
+# of every evaluation, drawn evenly over their kinds.
+N_PROMPTS, N_DRAWS, N_ITEMS = 16, 19, 44
+# Trained nulls triple the cost of a run, and one-sided and random vectors double it again: of one family.
+WITH_NULLS = "lora"
+KEPT = Path(__file__).parent / "results" / "smollm2"
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 
 
@@ -66,77 +74,78 @@ def data_folder(out: Path) -> Path | None:
     return folder
 
 
-def sweep(behavior: str, adapters: Sequence[str], seeds: Sequence[int], out: Path, data: Path | None) -> SweepConfig:
-    """The sweep of one behaviour: its own held-out items, and the published sets where their tables are at hand."""
-    brought = load_behavior(behavior, MODEL)
-    evals = ["preference"]
-    if brought.claims is not None:
-        evals.insert(0, "sycophancy")
-    if data is not None:
-        evals.append("statements")
-    start = SweepConfig.preset(MODEL)
-    return replace(
-        start,
-        behavior=behavior,
-        adapters=tuple(adapters),
-        seeds=tuple(seeds),
-        evals=tuple(evals),
-        traits=TRAITS[behavior],
-        controls=("shuffled", "same-side"),
-        dataset=None if data is None else str(data),
-        data=replace(start.data, anyway=True, keep_truncated=True),  # a null result is a result, and is printed
-        out=out,
-        device="cpu",
-    )
+def make(behavior: str, adapter: str, seed: int, out: Path) -> None:
+    """The vector of one run, and its nulls if it is of the family that has them."""
+    start = ReplicateConfig.preset(MODEL, adapter)
+    data = replace(start.data, anyway=True, keep_truncated=True)  # a null result is a result, and is printed
+    for control in CONTROLS if adapter == WITH_NULLS else CONTROLS[:1]:
+        config = replace(start, behavior=behavior, seed=seed, out=out, device="cpu", data=data, control=control)
+        stages = console.Stages(4)
+        make_vector(config, stages)
+        stages.end()
 
 
-def vignettes(config: SweepConfig) -> list[dict[str, str]]:
-    """The summary rows of tiny-mfv of every family's first seed."""
-    rows = list[dict[str, str]]()
-    for adapter in config.adapters:
-        seed = config.seeds[0]
-        shared = {"model": MODEL, "behavior": config.behavior, "adapter": adapter, "seed": seed, "out": config.out}
-        tinymfv_airisk.main(TinymfvOptions(**shared, alphas=(-1.0, 0.0, 1.0), dataset=config.dataset, device="cpu"))
-        rows += read_csv(run_folder(config.out, config.behavior, adapter, seed) / "tinymfv_airisk_summary.csv")
+def plan(behavior: str, adapter: str, seed: int, has_data: bool) -> dict[str, dict[str, Any]]:
+    """What is compared in one run, by the parts of it that are kept in files of their own."""
+    evals = ["preference", *(["sycophancy"] if load_behavior(behavior, MODEL).claims else [])]
+    evals += ["statements"] if has_data else []
+    parts = {"run": {"interventions": ("weight", "finetune"), "evals": tuple(evals)}}
+    if adapter == WITH_NULLS and seed == 0:
+        parts["base"] = {"interventions": ("prompt", "activation"), "evals": tuple(evals)}
+        one_sided = ("weight", "positive-only", "negative-only")
+        parts["one_sided"] = {"interventions": one_sided, "evals": ("preference",), "n_draws": N_DRAWS}
+        if has_data:
+            parts["vignettes"] = {"interventions": ("weight",), "evals": ("tinymfv_airisk",), "limit": None}
+    return parts
+
+
+def measure(behavior: str, adapter: str, seed: int, out: Path, data: Path | None) -> None:
+    """Make and compare one run, unless its files are there."""
+    for part, asked in plan(behavior, adapter, seed, data is not None).items():
+        file = KEPT / behavior / f"{adapter}_{seed}_{part}.json"
+        if file.exists():
+            continue
+        make(behavior, adapter, seed, out)
+        usual = {"n_prompts": N_PROMPTS, "n_draws": 0, "limit": N_ITEMS, "traits": TRAITS[behavior], "device": "cpu"}
+        run = {"model": MODEL, "behavior": behavior, "adapters": (adapter,), "seeds": (seed,), "out": out}
+        options = CompareOptions(**(usual | run | asked), dataset=None if data is None else str(data))
+        write_text(file, msgspec.json.encode(compare(options), enc_hook=_plain).decode() + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, with the digits that a bootstrap can tell apart."""
+    if isinstance(value, np.ndarray):
+        return [float(f"{x:.6g}") for x in value.tolist()]
+    raise NotImplementedError(type(value))
+
+
+def kept(behavior: str, part: str) -> list[Cell]:
+    """What all runs of a behaviour gave, by family and seed."""
+    files = sorted((KEPT / behavior).glob(f"*_{part}.json"))
+    cells = [c for file in files for c in msgspec.json.decode(file.read_bytes(), type=list[Cell], dec_hook=_array)]
+    families = list(FAMILIES)
+    return sorted(cells, key=lambda c: (families.index(c.adapter) if c.adapter in families else len(families), c.seed))
+
+
+def _array(kind: Any, value: Any) -> Any:
+    return np.asarray(value)
+
+
+def tables(behavior: str) -> list[dict[str, Any]]:
+    """The rows of one behaviour over all that is kept of it, written to `docs/results`."""
+    rows = list[dict[str, Any]]()
+    key, effect = {"behavior": behavior}, load_behavior(behavior, MODEL).effect
+    for parts in (("run", "base"), ("one_sided",), ("vignettes",)):
+        groups = Group.of([cell for part in parts for cell in kept(behavior, part)])
+        if not groups:
+            continue
+        found = group_rows(key | {"compared": "+".join(parts)}, groups, effect)
+        rows += found
+        if pairs := comparison_rows(key, groups, effect):
+            write_csv(DOCS / f"smollm2_{behavior}_{parts[0]}_pairs.csv", pairs)
+    if rows:
+        write_csv(DOCS / f"smollm2_{behavior}.csv", rows)
     return rows
-
-
-def at_equal_cost(config: SweepConfig, name: str, n_draws: int, interventions: Sequence[str]) -> None:
-    """`ws compare` on the preference, kept as `docs/results/smollm2_<behavior>_<name>.csv`."""
-    compare(
-        CompareOptions(
-            model=MODEL,
-            behavior=config.behavior,
-            adapters=config.adapters,
-            seeds=config.seeds,
-            out=config.out,
-            interventions=tuple(interventions),
-            evals=("preference",),
-            n_prompts=N_PROMPTS,
-            n_draws=n_draws,
-            limit=N_QUESTIONS,
-            device="cpu",
-        )
-    )
-    rows = read_csv(config.out / config.behavior / "compare.csv")
-    write_csv(DOCS / f"smollm2_{config.behavior}_{name}.csv", rows)
-
-
-def one_behavior(config: SweepConfig) -> list[dict[str, Any]]:
-    """Everything of one behaviour; the rows of its pooled sweep."""
-    cells = run_sweep(config)
-    if found := failures(cells):
-        raise WsError(found)
-    rows = read_csv(config.out / config.behavior / POOLED)
-    print(render(rows))
-    write_csv(DOCS / f"smollm2_{config.behavior}.csv", rows)
-    if config.dataset is not None:
-        write_csv(DOCS / f"smollm2_{config.behavior}_tinymfv.csv", vignettes(config))
-    at_equal_cost(config, "compare", 0, ("weight", "finetune", "prompt", "activation"))
-    if "lora" in config.adapters:
-        lora = replace(config, adapters=("lora",))
-        at_equal_cost(lora, "one_sided", N_DRAWS, ("weight", "positive-only", "negative-only"))
-    return [dict(row) for row in rows]
 
 
 def main() -> None:
@@ -145,11 +154,13 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/smollm2"))
+    parser.add_argument("--tables", action="store_true")
     o = parser.parse_args()
-    data, rows = data_folder(o.out), {}
-    for behavior in o.behaviors:
-        rows[behavior] = one_behavior(sweep(behavior, o.adapters, o.seeds, o.out, data))
-    harness.record("smollm2", {"adapters": o.adapters, "seeds": o.seeds, "rows": rows})
+    if not o.tables:
+        data = data_folder(o.out)
+        for seed, behavior, adapter in product(o.seeds, o.behaviors, o.adapters):
+            measure(behavior, adapter, seed, o.out, data)
+    harness.record("smollm2", {"rows": {behavior: tables(behavior) for behavior in o.behaviors}})
 
 
 if __name__ == "__main__":

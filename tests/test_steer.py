@@ -566,3 +566,65 @@ def test_threads_that_share_a_steered_model_do_not_stand_in_each_others_way():
         found = list(pool.map(model, x.unsqueeze(1)))
         assert all(torch.allclose(y, merged(row), atol=1e-4) for y, row in zip(found, x.unsqueeze(1), strict=True))
     assert untouched(model)
+
+
+# ---- layers that read one tensor ------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Three layers by the names of those that read one tensor, of which the last may be given another."""
+
+    def __init__(self, between=None, other=None):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, d, bias=False) for d in (7, 4, 5))
+        self.between, self.other = between, other
+
+    def forward(self, x):
+        q = self.q_proj(x)
+        if self.between is not None:
+            self.between(x)
+        return torch.cat([q, self.k_proj(x), self.v_proj(x if self.other is None else self.other)], dim=-1)
+
+
+def changed_weights(module: nn.Module, vector: ws.SteeringVector, alpha: float) -> nn.Module:
+    """A copy of the module with `W + alpha dW` in its weights."""
+    twin = copy.deepcopy(module)
+    for name, delta in vector.deltas.items():
+        twin.get_submodule(name).weight.data += alpha * delta.u @ delta.v
+    return twin
+
+
+@pytest.mark.parametrize("case", ["one tensor", "changed in place between", "another tensor for one"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_layers_that_share_a_product_see_each_its_own_input(case, mode):
+    torch.manual_seed(0)
+    module = Attention(
+        between=(lambda x: x.mul_(2.0)) if case == "changed in place between" and mode is torch.no_grad else None,
+        other=torch.randn(2, 3, 6) if case == "another tensor for one" else None,
+    )
+    vector = low_rank(module, {"q_proj", "k_proj", "v_proj"})
+    x = torch.randn(2, 3, 6)
+    with mode():
+        wanted = changed_weights(module, vector, 0.7)(x.clone())
+        with ws.steer(module, vector, torch.tensor([0.7, 0.7])) as dial:
+            for _ in range(2):  # what a pass has kept is of no use to the next
+                torch.testing.assert_close(module(x.clone()), wanted)
+            dial.alpha = -0.5
+            given = module(x.clone())
+        torch.testing.assert_close(given, changed_weights(module, vector, -0.5)(x.clone()))
+
+
+def test_layers_that_read_one_tensor_share_one_product_and_let_it_go(monkeypatch):
+    module = Attention()
+    vector, products = low_rank(module, {"q_proj", "k_proj", "v_proj"}), []
+    original = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, b=None: (products.append(w.shape), original(x, w, b))[1])
+    x = torch.randn(2, 3, 6)
+    seen = weakref.ref(x)
+    with torch.no_grad(), ws.steer(module, vector):
+        module(x)
+        ranks = [vector.deltas[n].rank for n in ("q_proj", "k_proj", "v_proj")]
+        assert [w for w in products if w not in {(7, 6), (4, 6), (5, 6)}] == [(sum(ranks), 6)]
+        del x
+        gc.collect()
+        assert seen() is None  # nothing that was read is kept

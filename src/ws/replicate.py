@@ -146,6 +146,21 @@ def replicate(config: ReplicateConfig) -> Reading:
     Raises:
         WsError: bad settings, or results on disk that were made with other settings.
     """
+    stages = console.Stages(5)
+    context = make_vector(config, stages)
+    stages.begin("first reading", f"of what is held out ({config.split})")
+    reading = _read(context, config)
+    stages.end()
+    console.say(str(stages))
+    return reading
+
+
+def make_vector(config: ReplicateConfig, stages: console.Stages) -> EvalContext:
+    """Run every stage up to the vector that is not finished yet; what comes back is ready for evaluations.
+
+    Raises:
+        WsError: see `replicate`.
+    """
     _check(config)
     family(config.adapter)
     behavior = load_behavior(config.behavior, config.model)
@@ -157,7 +172,6 @@ def replicate(config: ReplicateConfig) -> Reading:
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
     before_anything(model, tok, behavior, config)
-    stages = console.Stages(5)
     stages.begin("contrast pairs", f"in {data_folder(config.out, config.model, behavior.name)}")
     pairs_file = _pairs(model, tok, behavior, config)
     run = Run(config.run_folder(behavior.name), config.fresh)
@@ -168,12 +182,7 @@ def replicate(config: ReplicateConfig) -> Reading:
         seed = _arm_seed(behavior, config, sign)
         train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed)
     stages.begin("vector", f"in {run.folder / 'vector'}")
-    vector = _vector(model, run, behavior, config)
-    stages.begin("first reading", f"of what is held out ({config.split})")
-    reading = _read(model, tok, vector, behavior, run, config)
-    stages.end()
-    console.say(str(stages))
-    return reading
+    return EvalContext(eval_options(config), model, tok, _vector(model, run, behavior, config), run)
 
 
 def _check(config: ReplicateConfig) -> None:
@@ -328,17 +337,10 @@ def _geometry(sides: Mapping[str, SteeringVector], vector: SteeringVector, model
 # ---- the first reading --------------------------------------------------------------------------------------------
 
 
-def _read(
-    model: PreTrainedModel,
-    tok: Tokenizer,
-    vector: SteeringVector,
-    behavior: Behavior,
-    run: Run,
-    config: ReplicateConfig,
-) -> Reading:
+def _read(context: EvalContext, config: ReplicateConfig) -> Reading:
+    model, tok, vector, run, behavior = context.model, context.tok, context.vector, context.run, context.behavior
     alphas = _alphas(config)
     low, high = _nearest(alphas, -1.0), _nearest(alphas, 1.0)
-    context = EvalContext(eval_options(config), model, tok, vector, run)
     false, true, margins = _measured(context, read_at_the_end(context, behavior, config))
     with steer(model, vector, 0.0) as dial:
         samples = _samples(model, tok, behavior, dial, alphas, config.data.max_new_tokens)

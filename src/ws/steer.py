@@ -153,14 +153,102 @@ class _Change:
 
     def __init__(self, delta: LinearDelta, dial: Dial) -> None:
         self.delta, self.dial = delta, dial
-        self._copies: dict[tuple[torch.device, torch.dtype], _Working] = {}
+        self.is_product = delta.is_low_rank and delta.u is not None  # and nothing else
+        self.readers = _Readers([self])
+        self.copies: dict[tuple[torch.device, torch.dtype], _Working] = {}
 
     def beside(self, reference: Tensor, linear: bool) -> _Working:
         """What `_Working.of` makes of it, copied once for every device and dtype."""
         key = (reference.device, reference.dtype)
-        if key not in self._copies:
-            self._copies[key] = _Working.of(self.delta, reference, linear)
-        return self._copies[key]
+        if key not in self.copies:
+            self.copies[key] = _Working.of(self.delta, reference, linear)
+        return self.copies[key]
+
+
+class _Product(NamedTuple):
+    """`alpha U (V x)` but for its second product: `low [tokens, r]` is `V x`, times alpha where that differs by row."""
+
+    low: Tensor
+    alpha: float
+    u_t: Tensor
+
+
+class _Factors(NamedTuple):
+    """`V` of several changes below each other, `[r_1 + r_2 + .., d_in]`, and what belongs to their parts, in order."""
+
+    v: Tensor
+    ranks: list[int]
+    u_t: dict[_Change, Tensor]
+
+
+class _Readers:
+    """The changes of one vector in layers that read the same tensor, as q, k and v do: one product with all their V.
+
+    The first layer that is given a tensor computes `V x` for all of them, and each takes its part. Only of that very
+    tensor: a layer that is given another one, whatever its name promised, starts anew.
+    """
+
+    def __init__(self, changes: Sequence[_Change]) -> None:
+        self._changes = changes
+        self._factors: dict[tuple[torch.device, torch.dtype], _Factors | None] = {}
+        # Replaced whole, and read once: threads that share a model at worst compute a product twice.
+        self._kept: tuple[Tensor, int, dict[_Change, _Product]] | None = None
+
+    def product(self, change: _Change, x: Tensor) -> _Product | None:
+        """The product of one of the changes with `x [..., d_in]`; None if it has no factors."""
+        # Torch counts what is written in place, but not in inference mode: no known model writes between such layers.
+        version = 0 if x.is_inference() else x._version
+        kept = self._kept
+        if kept is None or kept[0] is not x or kept[1] != version or change not in kept[2]:
+            kept = (x, version, self._products(x))
+        product = kept[2].pop(change, None)
+        self._kept = kept if kept[2] else None  # activations are let go with the last layer that reads them
+        return product
+
+    def _products(self, x: Tensor) -> dict[_Change, _Product]:
+        if (factors := self._beside(x)) is None:
+            return {}
+        alpha = self._changes[0].dial.over(x)
+        low = nn.functional.linear(x, factors.v)
+        if isinstance(alpha, Tensor):
+            low, alpha = low.mul_(alpha), 1.0
+        low = low.reshape(-1, low.shape[-1])
+        if len(factors.ranks) == 1:
+            return {c: _Product(low, alpha, u_t) for c, u_t in factors.u_t.items()}
+        parts = low.split(factors.ranks, dim=1)
+        return {c: _Product(part, alpha, u_t) for (c, u_t), part in zip(factors.u_t.items(), parts, strict=True)}
+
+    def _beside(self, x: Tensor) -> _Factors | None:
+        """The factors beside `x`, joined once for every device and dtype; their parts go on living in the whole."""
+        key = (x.device, x.dtype)
+        if key not in self._factors:
+            workings = {change: change.beside(x, linear=True) for change in self._changes}
+            v = {change: w.v for change, w in workings.items() if w.v is not None}
+            u_t = {change: w.u_t for change, w in workings.items() if w.u_t is not None}
+            ranks = [len(part) for part in v.values()]
+            whole = torch.cat(list(v.values())) if len(v) > 1 else next(iter(v.values()), None)
+            self._factors[key] = None if whole is None else _Factors(whole, ranks, u_t)
+            for change, part in zip(v, () if whole is None else whole.split(ranks), strict=True):
+                change.copies[key] = workings[change]._replace(v=part)
+        return self._factors[key]
+
+
+# Layers to which a block hands one tensor, by the names that transformers' model classes give them.
+_READERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+def _join_readers(changes: Mapping[str, _Change]) -> None:
+    """Tell the changes of one vector, by the names of their modules, which of them read one tensor."""
+    groups = dict[tuple[str, tuple[str, ...], int], list[_Change]]()
+    for name, change in changes.items():
+        parent, _, own = name.rpartition(".")
+        for names in _READERS:
+            if own in names and change.delta.u is not None:
+                groups.setdefault((parent, names, change.delta.d_in), []).append(change)
+    for group in groups.values():
+        readers = _Readers(group)
+        for change in group:
+            change.readers = readers
 
 
 class _SteeredModule:
@@ -181,25 +269,22 @@ class _SteeredModule:
         self.handle: RemovableHandle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # The output is where the module computes; inputs of offloaded modules may still be elsewhere.
-        x = args[0].to(output.device)
-        reference = x if x.is_floating_point() else output
-        linear = self._steered is _steered_linear  # also a head tied to an embedding, which has the embedding's change
-        active = [(c.dial.over(reference), c.beside(reference, linear)) for c in self.changes if not c.dial.is_off]
+        x = args[0]
+        if x.device != output.device:  # the output is where the module computes; offloaded ones are given others'
+            x = x.to(output.device)
+        active = [change for change in self.changes if not change.dial.is_off]
         return self._steered(module, x, output, active) if active else output
 
 
-Active = Sequence[tuple[float | Tensor, _Working]]
-Others = Sequence[tuple[float | Tensor, LinearDelta]]
-
-
-def _steered_linear(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
+def _steered_linear(module: nn.Module, x: Tensor, output: Tensor, active: Sequence[_Change]) -> Tensor:
     """The equation at the head of this module."""
-    others = [(alpha, change.rest) for alpha, change in active if change.rest is not None]
-    steered = _plus(output, _shift(module, x, output, others)) if others else output
-    for alpha, (_, v, u_t) in active:
-        if v is not None and u_t is not None:
-            steered = _add_product(steered, x, alpha, v, u_t, _is_ours_alone(module, steered))
+    steered = output
+    if not all(change.is_product for change in active):
+        rests = [(c.dial.over(x), rest) for c in active if (rest := c.beside(x, linear=True).rest) is not None]
+        steered = _plus(output, _shift(module, x, output, rests))
+    for change in active:
+        if (product := change.readers.product(change, x)) is not None:
+            steered = _add_product(steered, product, _is_ours_alone(module, steered))
     return steered
 
 
@@ -211,7 +296,9 @@ def _is_ours_alone(module: nn.Module, y: Tensor) -> bool:
     return not torch.is_grad_enabled() and len(module._forward_hooks) == 1 and y.is_contiguous()
 
 
-def _shift(module: nn.Module, x: Tensor, output: Tensor, active: Others) -> Tensor | None:
+def _shift(
+    module: nn.Module, x: Tensor, output: Tensor, active: Sequence[tuple[float | Tensor, LinearDelta]]
+) -> Tensor | None:
     """What changes other than low-rank ones add to the output."""
     bias = bias_of(module) if any(change.depends_on_weight for _, change in active) else None
     shift: Tensor | None = None
@@ -227,38 +314,39 @@ def _shift(module: nn.Module, x: Tensor, output: Tensor, active: Others) -> Tens
     return shift
 
 
-def _add_product(y: Tensor, x: Tensor, alpha: float | Tensor, v: Tensor, u_t: Tensor, in_place: bool) -> Tensor:
-    """`y + alpha U (V x)`, with the second product and the sum in one pass over `y`."""
-    low = nn.functional.linear(x, v)
-    if isinstance(alpha, Tensor):
-        low, alpha = low.mul_(alpha), 1.0
+def _add_product(y: Tensor, product: _Product, in_place: bool) -> Tensor:
+    """`y + alpha U low`, the product and the sum in one pass over `y`."""
+    low, alpha, u_t = product
     if y.dtype != low.dtype:  # under autocast
         low, u_t = low.to(y.dtype), u_t.to(y.dtype)
-    low = low.reshape(-1, low.shape[-1])
     if in_place:
         y.view(-1, y.shape[-1]).addmm_(low, u_t, alpha=alpha)
         return y
     return torch.addmm(y.reshape(-1, y.shape[-1]), low, u_t, alpha=alpha).view_as(y)
 
 
-def _steered_embedding(scale: float, module: nn.Module, ids: Tensor, output: Tensor, active: Active) -> Tensor:
+def _steered_embedding(
+    scale: float, module: nn.Module, ids: Tensor, output: Tensor, active: Sequence[_Change]
+) -> Tensor:
     """`alpha scale dE[ids]`."""
     shift: Tensor | None = None
-    for alpha, change in active:
-        assert change.rest is not None
-        shift = _accumulate(shift, alpha * scale, change.rest.rows(ids))
+    for change in active:
+        rest = change.beside(output, linear=False).rest
+        assert rest is not None
+        shift = _accumulate(shift, change.dial.over(output) * scale, rest.rows(ids))
     return _plus(output, shift)
 
 
-def _steered_scale(module: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
+def _steered_scale(module: nn.Module, x: Tensor, output: Tensor, active: Sequence[_Change]) -> Tensor:
     """`alpha (dw n(x) + db)` of a norm `w n(x) + b`, whose `n(x)` is read off the module itself."""
     shift: Tensor | None = None
     ones = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
     normalised = _with_weight(module, x, ones) - _with_weight(module, x, 0 * ones)
-    for alpha, (change, _, _) in active:
-        assert change is not None
-        shift = _accumulate(shift, alpha, None if change.e is None else change.e[:, 0] * normalised)
-        shift = _accumulate(shift, alpha, None if change.bias is None else change.bias.expand_as(output))
+    for change in active:
+        rest, alpha = change.beside(x, linear=False).rest, change.dial.over(x)
+        assert rest is not None
+        shift = _accumulate(shift, alpha, None if rest.e is None else rest.e[:, 0] * normalised)
+        shift = _accumulate(shift, alpha, None if rest.bias is None else rest.bias.expand_as(output))
     return _plus(output, shift)
 
 
@@ -365,14 +453,15 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
         raise WsError("The steering vector is zero: it would change nothing.")
     matched = vector.matched(model)
     advice = "leave them out with `vector.select`, or merge the vector (`ws export merged`)"
+    changes = {name: _Change(delta, dial) for name, delta, _ in matched}
+    _join_readers(changes)
     entries = list[tuple[nn.Module, _Change]]()
     try:
-        for name, delta, module in matched:
+        for name, _, module in matched:
             if module not in _STEERED:
                 _STEERED[module] = _SteeredModule(name, module)
-            change = _Change(delta, dial)
-            _STEERED[module].changes.append(change)
-            entries.append((module, change))
+            _STEERED[module].changes.append(changes[name])
+            entries.append((module, changes[name]))
         with require_calls(model, {n: m for n, delta, m in matched if not delta.is_zero}, advice):
             yield
     finally:

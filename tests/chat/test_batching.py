@@ -134,8 +134,11 @@ def test_rows_that_come_and_go_are_written_as_alone(pocket, vectors, reproducibl
     for request in asked:
         answers += scheduler.submit(request)
         time.sleep(0.02)
+    texts = []
+    for answer in answers:
         most = max(most, scheduler.stats.running)
-    assert [text(answer) for answer in answers] == wanted
+        texts.append(text(answer))
+    assert texts == wanted
     assert {answer.finish for answer in answers} == {"stop", "length"}
     assert 1 < most <= 5
     scheduler.close()

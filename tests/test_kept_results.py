@@ -1,0 +1,52 @@
+"""Results that a benchmark keeps in the repository, item by item, so that another machine goes on with them."""
+
+from __future__ import annotations
+
+import numpy as np
+from benchmarks import smollm2
+
+from ws.analysis.compare_tables import Cell, Group, group_rows
+from ws.eval.readable import Readability
+
+
+def cell(adapter: str, seed: int) -> Cell:
+    rng = np.random.default_rng(seed)
+    scores = {sign: sign + rng.standard_normal(12) for sign in (-1, 0, 1)}
+    return Cell(
+        intervention="weight",
+        adapter=adapter,
+        seed=seed,
+        matched=True,
+        alphas={-1: -1.25, 1: 0.75},
+        divergence={-1: 1.01, 1: 0.98},
+        scores={"preference": scores},
+        nulls={"shuffled": {"preference": {sign: rng.standard_normal(12) for sign in (-1, 0, 1)}}},
+        random={"preference": {1: rng.standard_normal(19), -1: rng.standard_normal(19)}},
+        readable={"preference": {sign: Readability(None) for sign in (-1, 0, 1)}},
+        asked={"preference": {"items": "12 of 44"}},
+    )
+
+
+def test_a_run_that_is_kept_comes_back_and_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "KEPT", tmp_path)
+    asked = list[tuple[str, int]]()
+
+    def compared(options):
+        asked.append((options.adapters[0], options.seeds[0]))
+        return [cell(options.adapters[0], options.seeds[0])]
+
+    monkeypatch.setattr(smollm2, "compare", compared)
+    monkeypatch.setattr(smollm2, "make", lambda *run: None)
+    for adapter, seed in [("oft", 1), ("oft", 0), ("ia3", 0), ("oft", 1)]:
+        smollm2.measure("truthfulness", adapter, seed, tmp_path / "out", None)
+    assert asked == [("oft", 1), ("oft", 0), ("ia3", 0)]
+    back, made = smollm2.kept("truthfulness", "run"), [cell("ia3", 0), cell("oft", 0), cell("oft", 1)]
+    assert [(c.adapter, c.seed) for c in back] == [(c.adapter, c.seed) for c in made]
+    rows, wanted = (group_rows({}, Group.of(cells), 1, 200) for cells in (back, made))
+    assert len(rows) == len(wanted) > 0
+    for row, other in zip(rows, wanted, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            assert value == (other[name] if not isinstance(value, float) else np.float64(other[name]).round(12)) or (
+                isinstance(value, float) and abs(value - other[name]) < 1e-4 * max(1, abs(value))
+            )
