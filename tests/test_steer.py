@@ -628,3 +628,18 @@ def test_layers_that_read_one_tensor_share_one_product_and_let_it_go(monkeypatch
         del x
         gc.collect()
         assert seen() is None  # nothing that was read is kept
+
+
+def test_what_a_block_copied_is_given_back_when_it_ends():
+    module = Attention()
+    gc.disable()
+    try:
+        with torch.no_grad(), ws.steer(module, low_rank(module, {"q_proj", "k_proj", "v_proj"})):
+            module(torch.randn(2, 3, 6))
+            changes = [_STEERED[layer].changes[0] for layer in (module.q_proj, module.k_proj, module.v_proj)]
+            held = [weakref.ref(copies.u_t) for change in changes for copies in change.copies.values()]
+            del changes
+        assert len(held) == 3
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()

@@ -466,6 +466,8 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
             yield
     finally:
         dial.end()
+        for change in changes.values():  # a circle, which Python would free at some time
+            del change.readers
         for module, change in entries:
             steered = _STEERED[module]
             steered.changes.remove(change)
