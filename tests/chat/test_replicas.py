@@ -204,8 +204,8 @@ def test_requests_and_tokens_are_counted_once(capsys):
     app = behind(Scripted(WHOLE, [LostError], WHOLE))
     answers = [ask(app), ask(app)]
     lines = dict(line.rsplit(" ", 1) for line in ask(app, METRICS, "GET").text.splitlines() if line[0] != "#")
-    assert lines['ws_requests_total{path="/v1/completions",status="200"}'] == "2"
-    assert (lines["ws_prompt_tokens_total"], lines["ws_completion_tokens_total"]) == ("6", "4")
+    assert lines['ws_requests_total{path="/v1/completions",status="200"}'] == "2.0"
+    assert (lines["ws_prompt_tokens_total"], lines["ws_completion_tokens_total"]) == ("6.0", "4.0")
     first = logged(capsys)[0]
     assert first["id"] == answers[0].headers["x-request-id"]
     assert (first["completion_tokens"], first["stream"]) == (2, True)

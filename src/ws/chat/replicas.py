@@ -28,7 +28,7 @@ from ws.chat.guard import Application, Receive, Scope, Send, respond
 from ws.chat.protocol import error_object
 from ws.chat.server import METRICS, PATHS, ServerGuard, create_app, listen, load, on_uvicorn, refuse, unless_gone
 from ws.chat.service import FAILED, event
-from ws.chat.telemetry import Metrics, Observer, facts, log_as_json
+from ws.chat.telemetry import CONTENT_TYPE_LATEST, Metrics, Observer, facts, log_as_json
 from ws.console import say
 from ws.console.cluster import connected
 from ws.errors import WsError
@@ -120,7 +120,7 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, whose body comes as one message (`ws.chat.guard`)."""
         if (scope["method"], scope["path"]) == ("GET", METRICS):
-            await respond(send, 200, self.metrics.render({}).encode(), "text/plain; version=0.0.4")
+            await respond(send, 200, self.metrics.render(), CONTENT_TYPE_LATEST)
             return
         body = (await receive()).get("body", b"")
         await unless_gone(receive, self._answer(scope, body, send))
@@ -190,8 +190,8 @@ class Front:
     def _note(self, message: Message, noted: dict[str, Any]) -> None:
         """Count and log here what the replica notes of a request."""
         noted |= {key: value for key, value in message.items() if key not in ("type", "id", "method", "path")}
-        for name in ("prompt_tokens", "completion_tokens"):
-            self.metrics.count(f"ws_{name}_total", message.get(name, 0))
+        self.metrics.prompt_tokens.inc(message.get("prompt_tokens", 0))
+        self.metrics.completion_tokens.inc(message.get("completion_tokens", 0))
 
 
 async def _end_stream(send: Send, status: int, text: str) -> None:

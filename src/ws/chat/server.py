@@ -29,7 +29,7 @@ from ws.chat.engine import Engine, load_engine
 from ws.chat.guard import Application, Guard, Receive, Scope, Send, foreign, respond
 from ws.chat.protocol import RequestError, error_object
 from ws.chat.service import FAILED, Order, Service, error_content, noted_of
-from ws.chat.telemetry import Observer, facts, log, log_as_json
+from ws.chat.telemetry import CONTENT_TYPE_LATEST, Observer, facts, log, log_as_json
 from ws.console import say
 from ws.errors import WsError
 from ws.options.use import ServeOptions as ServeOptions
@@ -206,7 +206,7 @@ def _add_lists(app: FastAPI, service: Service) -> None:
 
     @app.get(METRICS)
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.render(service.now()), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_admin(app: FastAPI, service: Service) -> None:

@@ -112,7 +112,8 @@ class Service:
     """
 
     def __init__(self, engine: Engine, options: ServeOptions) -> None:
-        self.engine, self.options, self.metrics = engine, options, Metrics()
+        self.engine, self.options = engine, options
+        self.metrics = Metrics(lambda: engine.scheduler.stats)
         self.name = options.served_name or public_name(model_id(engine.model))
         self.created = int(time.time())
         self._most = engine.scheduler.max_queue  # rows of a request, which begin together
@@ -235,7 +236,7 @@ class Service:
         try:
             order.answers = self.engine.scheduler.submit(*order.rows, put=put)
         except BusyError as problem:
-            wait = min(max(1, math.ceil(self.metrics.mean("ws_request_seconds"))), LONGEST_WAIT)
+            wait = min(max(1, math.ceil(self.metrics.mean_seconds())), LONGEST_WAIT)
             raise RequestError(429, str(problem), code="queue_full", retry_after=str(wait)) from problem
         order.pieces = [[] for _ in order.answers]
 
@@ -258,7 +259,7 @@ class Service:
                     raise piece
                 if is_first:
                     seconds = time.perf_counter() - start
-                    self.metrics.observe("ws_first_token_seconds", seconds, path=order.facts["path"])
+                    self.metrics.first_token.labels(order.facts["path"]).observe(seconds)
                     is_first = False
                 if piece is None:
                     going -= 1
@@ -272,8 +273,8 @@ class Service:
         """Free what a request held, and note what it came to."""
         order.cancel()
         usage = order.usage()
-        self.metrics.count("ws_prompt_tokens_total", usage["prompt_tokens"])
-        self.metrics.count("ws_completion_tokens_total", usage["completion_tokens"])
+        self.metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self.metrics.completion_tokens.inc(usage["completion_tokens"])
         order.facts |= {"prompt_tokens": usage["prompt_tokens"], "completion_tokens": usage["completion_tokens"]}
         order.facts["finish"] = [answer.finish for answer in order.answers]
         if self.options.log_contents:
@@ -401,16 +402,6 @@ class Service:
         except WsError as problem:
             raise RequestError(404, str(problem), "name", "vector_not_found") from problem
         self.engine.remove(name)
-
-    def now(self) -> dict[str, float | int]:
-        """The engine's numbers for `/metrics`."""
-        stats = self.engine.scheduler.stats
-        return {
-            "ws_running": stats.running,
-            "ws_waiting": stats.waiting,
-            "ws_steps_total": stats.steps,
-            "ws_known_tokens_total": stats.known,
-        }
 
 
 def error_content(problem: WsError) -> tuple[int, str, str | None, str | None]:

@@ -11,78 +11,61 @@ import sys
 import time
 import traceback
 import uuid
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from ws.chat.batching import Stats
 from ws.chat.guard import Application, Receive, Scope, Send
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # seconds
 
-# What each number is, as Prometheus shows it.
-HELP = {
-    "ws_requests_total": ("counter", "Requests, by path and status."),
-    "ws_prompt_tokens_total": ("counter", "Tokens of prompts."),
-    "ws_known_tokens_total": ("counter", "Tokens of prompts that were known from earlier ones and not read again."),
-    "ws_completion_tokens_total": ("counter", "Tokens that were written."),
-    "ws_request_seconds": ("histogram", "Seconds from a request to the end of its answer, by path."),
-    "ws_first_token_seconds": ("histogram", "Seconds from a request to its first token, by path."),
-    "ws_running": ("gauge", "Answers that are being written: the size of the batch."),
-    "ws_waiting": ("gauge", "Answers that wait for a place in the batch."),
-    "ws_steps_total": ("counter", "Forward passes; tokens divided by steps is the mean size of the batch."),
-}
-
-Labels = tuple[tuple[str, str], ...]
-
 
 class Metrics:
-    """Counters and histograms, counted in one thread."""
+    """The numbers of one server, in a registry of their own.
 
-    def __init__(self) -> None:
-        self._totals, self._buckets = Counter[tuple[str, Labels]](), dict[tuple[str, Labels], list[int]]()
+    Args:
+        stats: of the engine, counted there and looked up when the numbers are asked for; None without one.
+    """
 
-    def count(self, name: str, by: float | int = 1, **labels: str) -> None:
-        """Add to a counter."""
-        self._totals[name, tuple(labels.items())] += by  # type: ignore[assignment]
+    def __init__(self, stats: Callable[[], Stats] | None = None) -> None:
+        self._registry, self._stats = CollectorRegistry(), stats
+        mine: dict[str, Any] = {"namespace": "ws", "registry": self._registry}
+        by_path: dict[str, Any] = {"labelnames": ["path"], "buckets": BUCKETS} | mine
+        self.requests = Counter("requests", "Requests, by path and status.", ["path", "status"], **mine)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **mine)
+        self.completion_tokens = Counter("completion_tokens", "Tokens that were written.", **mine)
+        self.seconds = Histogram("request_seconds", "Seconds from a request to the end of its answer.", **by_path)
+        self.first_token = Histogram("first_token_seconds", "Seconds from a request to its first token.", **by_path)
+        self._registry.register(self)
 
-    def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add a value to a histogram."""
-        key = name, tuple(labels.items())
-        self._buckets.setdefault(key, [0] * (len(BUCKETS) + 1))[bisect_left(BUCKETS, seconds)] += 1
-        self._totals[key] += seconds  # type: ignore[assignment]
+    def collect(self) -> Iterator[Metric]:
+        """The engine's numbers, as the registry asks for them."""
+        if self._stats is None:
+            return
+        now = self._stats()
+        yield GaugeMetricFamily("ws_running", "Answers that are being written: the size of the batch.", now.running)
+        yield GaugeMetricFamily("ws_waiting", "Answers that wait for a place in the batch.", now.waiting)
+        steps = "Forward passes; tokens divided by steps is the mean size of the batch."
+        yield CounterMetricFamily("ws_steps", steps, now.steps)
+        known = "Tokens of prompts that were known from earlier ones and not read again."
+        yield CounterMetricFamily("ws_known_tokens", known, now.known)
 
-    def mean(self, name: str) -> float:
-        """The mean of a histogram over all its labels, 0 before the first value."""
-        number = sum(sum(counts) for (known, _), counts in self._buckets.items() if known == name)
-        return sum(total for (known, _), total in self._totals.items() if known == name) / max(number, 1)
+    def mean_seconds(self) -> float:
+        """Of a request to the end of its answer, over all paths; 0 before the first."""
+        sums = {"_sum": 0.0, "_count": 0.0}
+        for sample in (sample for family in self.seconds.collect() for sample in family.samples):
+            for end in sums:
+                sums[end] += sample.value if sample.name.endswith(end) else 0.0
+        return sums["_sum"] / max(sums["_count"], 1.0)
 
-    def render(self, now: Mapping[str, float | int]) -> str:
-        """Everything as Prometheus reads it, with values of now that are not counted here."""
-        values: dict[tuple[str, Labels], float | int] = {(name, ()): value for name, value in now.items()}
-        values |= self._totals
-        lines = list[str]()
-        for name, (kind, text) in HELP.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for (known, labels), value in values.items():
-                if known == name and kind == "histogram":
-                    lines += self._histogram(name, labels, value)
-                elif known == name:
-                    lines.append(f"{name}{_labels(labels)} {value}")
-        return "\n".join([*lines, ""])
-
-    def _histogram(self, name: str, labels: Labels, total: float | int) -> list[str]:
-        lines, below = list[str](), 0
-        for bound, number in zip((*BUCKETS, "+Inf"), self._buckets[name, labels], strict=True):
-            below += number
-            lines.append(f"{name}_bucket{_labels((*labels, ('le', str(bound))))} {below}")
-        return [*lines, f"{name}_sum{_labels(labels)} {total}", f"{name}_count{_labels(labels)} {below}"]
-
-
-def _labels(labels: Labels) -> str:
-    """Labels as they stand behind a name; their values are words of ours, which need no escapes."""
-    return "{" + ",".join(f'{key}="{value}"' for key, value in labels) + "}" if labels else ""
+    def render(self) -> bytes:
+        """Everything as Prometheus reads it, of the media type `CONTENT_TYPE_LATEST`."""
+        return generate_latest(self._registry)
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------
@@ -147,9 +130,9 @@ class Observer:
             noted["traceback"] = traceback.format_exc()
         finally:
             seconds = time.perf_counter() - noted.pop("start")
-            self.metrics.count("ws_requests_total", path=path, status=str(status))
+            self.metrics.requests.labels(path, str(status)).inc()
             if scope["method"] == "POST":
-                self.metrics.observe("ws_request_seconds", seconds, path=path)
+                self.metrics.seconds.labels(path).observe(seconds)
             log("request", **noted, status=status, seconds=round(seconds, 4))
 
 

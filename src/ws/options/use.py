@@ -138,9 +138,9 @@ class ServeOptions(VectorsOptions):
 
     def require(self) -> None:
         """`WsError` unless the vectors are there, and what answers over HTTP is installed."""
-        if absent := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
+        if absent := [name for name in ("fastapi", "prometheus_client", "uvicorn") if find_spec(name) is None]:
             raise WsError(
-                f"ws serve needs {' and '.join(absent)}; `uv sync --extra serve` adds them for good, "
+                f"ws serve needs {', '.join(absent)}; `uv sync --extra serve` adds them for good, "
                 "`uv run --extra serve ws serve ...` for one command."
             )
         super().require()
