@@ -80,7 +80,7 @@ def make(behavior: str, adapter: str, seed: int, out: Path) -> None:
     data = replace(start.data, anyway=True, keep_truncated=True)  # a null result is a result, and is printed
     for control in CONTROLS if adapter == WITH_NULLS else CONTROLS[:1]:
         config = replace(start, behavior=behavior, seed=seed, out=out, device="cpu", data=data, control=control)
-        stages = console.Stages(4)
+        stages = console.Stages(0)
         make_vector(config, stages)
         stages.end()
 

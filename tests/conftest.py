@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.adapters import FAMILIES, PISSA_INIT_FILE, AdapterSpec, peft_config
+from ws.adapters import FAMILIES, PISSA_INIT_FILE, SIGNED_INIT_FILE, AdapterSpec, peft_config
 
 # A machine that has other work says nothing about a test.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -87,6 +87,9 @@ def build_adapter(
     peft_model.save_pretrained(str(folder))
     if family == "pissa":
         save_file({k: v.contiguous() for k, v in initial.items()}, folder / PISSA_INIT_FILE)
+    elif family == "dora":
+        sizes = {k.removesuffix(".weight"): v for k, v in initial.items() if "magnitude" in k}
+        save_file(sizes, folder / SIGNED_INIT_FILE)
     return peft_model.merge_and_unload()
 
 

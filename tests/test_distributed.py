@@ -37,7 +37,7 @@ PAIRS = [
 # Each process adds up two micro-batches per step; eight steps go twice through the 14 training examples.
 CONFIG = replace(train_preset("tiny-random", "lora"), batch=4, micro_batch=1, max_steps=8, validation=0.4)
 CUT = 7  # the step after which a training is interrupted; its last checkpoint, at 6, is amid the second pass
-ARMS = (("lora", "pos"), ("lora", "neg"), ("pissa", "pos"))
+ARMS = (("lora", "pos"), ("lora", "neg"), ("pissa", "pos"), ("dora", "signed"))
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -57,7 +57,8 @@ def words(out: Path, adapter: str = "lora", sign: str = "pos", **changes: object
     """The command line that trains one arm with `CONFIG`."""
     flags = {k: getattr(CONFIG, k) for k in ("batch", "micro_batch", "max_steps", "validation")} | changes
     flags["keep"] = "best" if adapter == "pissa" else "last"
-    line = f"--model tiny-random --device cpu --out {out} --adapter {adapter} --signs {sign}"
+    what = "--contrast signed" if sign == "signed" else f"--signs {sign}"
+    line = f"--model tiny-random --device cpu --out {out} --adapter {adapter} {what}"
     return line.split() + [w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -124,6 +125,11 @@ def trained(tmp_path_factory):
     return top, processes
 
 
+def named(adapter: str, sign: str) -> str:
+    """The adapter's folder."""
+    return f"{adapter}-signed" if sign == "signed" else adapter
+
+
 def difference(a: Path, b: Path, model) -> float:
     """Relative difference of two adapters' changes of the weights."""
     first, second = (ws.SteeringVector.from_adapter(p, model) for p in (a, b))
@@ -133,7 +139,7 @@ def difference(a: Path, b: Path, model) -> float:
 @pytest.mark.parametrize(("adapter", "sign"), ARMS)
 def test_two_processes_train_the_adapter_of_one(trained, tiny, adapter, sign):
     top, _ = trained
-    folders = [top / n / FOLDER / adapter / sign for n in ("one", "two")]
+    folders = [top / n / FOLDER / named(adapter, sign) / sign for n in ("one", "two")]
     assert difference(*folders, tiny[0]) < TOLERANCE
     facts = [json.loads((f / "ws_train.json").read_text())["facts"] for f in folders]
     assert [f["processes"] for f in facts] == [1, 2]
@@ -158,10 +164,10 @@ def test_only_the_main_process_writes_and_speaks(trained):
     assert "error: " in first.stderr, "the last of its commands was one that fails"
     assert "error: " not in second.stderr
     assert "train:" not in second.stderr
-    said = re.findall(r"^(?:pos|neg): (.+)", first.stdout, re.MULTILINE)
+    said = re.findall(r"^(?:pos|neg|signed): (.+)", first.stdout, re.MULTILINE)
     assert said == ["trained"] * len(ARMS) + ["already there"] + ["trained"] * 2
     for adapter, sign in ARMS:
-        folders = [top / n / FOLDER / adapter for n in ("one", "two")]
+        folders = [top / n / FOLDER / named(adapter, sign) for n in ("one", "two")]
         assert {p.name for p in folders[0].iterdir()} == {p.name for p in folders[1].iterdir()}, (
             "no work folder is left"
         )

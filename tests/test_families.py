@@ -21,11 +21,23 @@ from peft import (
 )
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import ws
 from conftest import build_adapter, build_model, tokens
-from ws.adapters import COMMON_FIELDS, FAMILIES, PISSA_INIT_FILE, changed_fields, family_of
+from ws.adapters import (
+    COMMON_FIELDS,
+    FAMILIES,
+    PISSA_INIT_FILE,
+    SIGNED_INIT_FILE,
+    AdapterSpec,
+    changed_fields,
+    family_of,
+    in_training,
+    mirrored_parameters,
+    peft_config,
+)
 from ws.diff import vector_digest
 from ws.steer import _STEERED
 
@@ -132,6 +144,66 @@ def test_which_families_are_low_rank(base, family, tmp_path):
     assert (pos - neg).is_low_rank == (family in ("lora", "pissa", "delora"))
     if family == "pissa":
         assert (pos - neg).max_rank == 2 * 4, "the initial factors of both arms cancel"
+
+
+def signed(base, family, tmp_path, **options):
+    """The changes at +c and at -c of one adapter, and PEFT's model with the adapter in training."""
+    build_adapter(base, family, tmp_path / "signed", seed=3, **options)
+    plus, minus = (ws.SteeringVector.from_adapter(tmp_path / "signed", base, mirrored=m) for m in (False, True))
+    torch.manual_seed(11)  # as `build_adapter` starts it
+    spec = AdapterSpec(family, rank=4, lora_alpha=6.0, layers="all", oft_block=8, delora_lambda=2.0)
+    model = get_peft_model(copy.deepcopy(base), peft_config(base, spec))
+    places = in_training(model, FAMILIES[family])
+    initial = {n: model.get_parameter(n).detach().clone() for n in places}
+    saved = load_file(tmp_path / "signed" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, place in places.items():
+            model.get_parameter(name).copy_(saved[f"base_model.model.{'.'.join(place)}"])
+    return plus, minus, model, mirrored_parameters(model, FAMILIES[family], places, initial)
+
+
+def test_what_is_read_of_a_signed_adapter_is_what_is_trained_with_either_sign(base, family, tmp_path):
+    plus, minus, model, opposite = signed(base, family, tmp_path)
+    ids = tokens()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert opposite.keys() <= trained
+    with torch.no_grad():
+        wanted = {1: model(ids).logits, -1: functional_call(model, opposite, (ids,)).logits}
+        assert (wanted[1] - wanted[-1]).abs().max() > 1e-2
+        for sign, change in ((1, plus), (-1, minus)):
+            with ws.steer(base, change, 1.0):
+                assert (base(ids).logits - wanted[sign]).abs().max() < 1e-4
+        # The vector is the whole way from one to the other.
+        with ws.steer(base, minus, 1.0), ws.steer(base, plus - minus, 1.0):
+            assert (base(ids).logits - wanted[1]).abs().max() < 1e-4
+
+
+def test_which_families_are_exactly_opposite_with_the_other_sign(base, family, tmp_path):
+    plus, minus, _, _ = signed(base, family, tmp_path, size=NEAR)
+    opposed = plus.cosine(minus, base)
+    if family in ("lora", "delora", "ia3"):
+        assert opposed == pytest.approx(-1, abs=1e-6)
+        for name, change in (plus - minus).dense(base):
+            assert relative(change, 2 * dict(plus.dense(base))[name]) < 1e-4, "but for the rounding of 2 - l"
+    else:
+        assert -1 < opposed < -0.9, "the others are of first order"
+    assert (plus - minus).is_low_rank == (family in ("lora", "pissa", "delora"))
+    assert (plus - minus).max_rank == {"ia3": 0, "oft": 0, "pissa": 8}.get(family, 4)
+
+
+def test_a_signed_adapter_that_learned_nothing_is_the_zero_vector_exactly(base, family, tmp_path):
+    """With c = 0, its own mirror image, the model is the base."""
+    plus, minus, _, opposite = signed(base, family, tmp_path, size=0.0)
+    assert opposite
+    assert (plus - minus).is_zero
+
+
+def test_an_adapter_that_was_not_trained_signed_has_no_mirror_image(base, tmp_path):
+    build_adapter(base, "dora", tmp_path / "a", seed=1)
+    (tmp_path / "a" / SIGNED_INIT_FILE).unlink()
+    assert ws.SteeringVector.from_adapter(tmp_path / "a", base).norm(base) > 0
+    with pytest.raises(ws.WsError, match="dora adapter .*signed_init.safetensors"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", base, mirrored=True)
 
 
 @pytest.mark.parametrize(

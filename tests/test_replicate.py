@@ -19,12 +19,18 @@ from ws.console import parse
 from ws.data import Pair
 from ws.eval.readable import OF_BASE, OF_STRENGTH
 from ws.eval.sycophancy import ClaimScores
+from ws.export.card import describe, vector_card
+from ws.intervene.interventions import intervention
 from ws.lm import cost
 from ws.new_behavior import style_template
 from ws.options.make import DataConfig, DemoConfig, ReplicateConfig, SweepConfig
+from ws.options.use import SubspaceOptions
 from ws.replicate import Reading, _next, main, replicate, verdict
+from ws.report import write_report
+from ws.run import open_run
 from ws.run_sweep import main as sweep
 from ws.stats import estimate_mean
+from ws.subspace import carry_out
 
 
 def typed(text: str) -> list[tuple[str, object]]:
@@ -56,6 +62,45 @@ def test_other_settings_stop_before_anything_is_sampled(config, monkeypatch):
     other = replace(config, model="pocket", data=replace(config.data, anyway=False))
     with pytest.raises(ws.WsError, match=r"stage 'pos'.* model: 'tiny-random' -> 'pocket'"):
         replicate(other)
+
+
+def test_a_signed_vector_is_the_change_of_one_adapter_and_says_so(config, tiny, capsys):
+    config = replace(config, contrast="signed")
+    reading = replicate(config)
+    assert reading.folder == config.out / "honesty" / "lora-signed"
+    stages = json.loads((reading.folder / "manifest.json").read_text())["stages"]
+    assert {"signed", "vector"} < stages.keys()
+    assert not {"pos", "neg"} & stages.keys()
+    assert stages["vector"]["geometry"]["cosine_pos_neg"] == pytest.approx(-1, abs=1e-6)
+    plus = ws.SteeringVector.from_adapter(reading.folder / "signed", tiny[0])
+    assert reading.vector.norm() == pytest.approx(2 * plus.norm(), rel=1e-6)
+    stored = json.loads((reading.folder / "vector" / "ws.json").read_text())
+    assert stored["info"]["contrast"] == "signed"
+    assert [term.get("of", term)["contrast"] for term in stored["recipe"]["terms"]] == ["signed"] * 2
+    card = str(vector_card(describe(reading.vector, "a/b", reading.folder)))
+    assert "contrast: signed" in card
+    assert "signed at +1 - (signed at -1)" in card
+    assert "fine-tuned twice" not in card
+    bits = (reading.folder / "vector" / "adapter_model.safetensors").read_bytes()
+    assert replicate(config).vector.recipe == reading.vector.recipe, "it is found finished"
+    replicate(replace(config, fresh=True))
+    assert (reading.folder / "vector" / "adapter_model.safetensors").read_bytes() == bits
+    opened = open_run(config.out, "honesty", "lora-signed", 0, None, device="cpu")
+    for name in ("finetune", "positive-only", "negative-only"):
+        with pytest.raises(ws.WsError, match="one signed adapter and no arms"):
+            intervention(name, opened, ws.load_behavior("honesty", "tiny-random"))
+    options = SubspaceOptions(out=config.out, adapter="lora-signed")
+    assert "one signed adapter; nothing of the pair" in carry_out(options).text
+    page = write_report(config.out, "honesty").read_text(encoding="utf-8")
+    assert re.search(r"Settings of the training.*lora-signed.*lora_alpha", page, re.DOTALL)
+
+
+@pytest.mark.parametrize("control", ["shuffled", "same-side"])
+def test_nulls_of_signed_vectors_stand_beside_them(config, control):
+    """There may be nothing to learn: what both sides share cancels."""
+    reading = replicate(replace(config, contrast="signed", control=control))
+    assert reading.folder.name == f"lora-signed-{control}"
+    assert reading.vector.info["contrast"] == "signed"
 
 
 def test_a_full_disk_is_said_first(config, monkeypatch):

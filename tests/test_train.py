@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 import ws
 from conftest import reworded
+from ws.adapters import FAMILIES, register
 from ws.data import Pair
 from ws.files.runs import Run, sha256_file
 from ws.lm.models import chat_format, encode, render_prompt
-from ws.lm.trainer import _Collator, last_whole_checkpoint
-from ws.options.make import TrainConfig, train_preset
+from ws.lm.trainer import _Alternating, _Collator, last_whole_checkpoint
+from ws.options.make import SIGNED, TrainConfig, train_preset
 from ws.train import (
     _adapted,
+    _isolated_rng,
     _require_progress,
     adapter_spec,
     build_examples,
@@ -132,10 +138,11 @@ def test_a_training_begun_with_other_settings_is_not_continued(fresh_tiny, tmp_p
         train(tmp_path / "blank" / "pos", config, [*PAIRS, replace(PAIRS[0], pos=" ")])
 
 
-def test_every_family_trains_on_a_bfloat16_base(family, tmp_path):
+@pytest.mark.parametrize("sign", ["neg", SIGNED])
+def test_every_family_trains_on_a_bfloat16_base(family, sign, tmp_path):
     """Adapters stay in float32 beside bfloat16 weights, as they do on a GPU."""
     model, tok = ws.load_model("tiny-random", device="cpu", dtype="bfloat16")
-    facts = train_adapter(model, tok, PAIRS, "neg", family, tmp_path / "neg", train_preset("tiny-random", family))
+    facts = train_adapter(model, tok, PAIRS, sign, family, tmp_path / "neg", train_preset("tiny-random", family))
     assert facts["validation_losses"][-1] < facts["validation_losses"][0]
     assert model.dtype == torch.bfloat16
     vector = ws.SteeringVector.from_adapter(tmp_path / "neg", model)
@@ -163,11 +170,11 @@ def test_training_is_reproducible_and_depends_on_the_seed(fresh_tiny, tmp_path):
     assert digest["a"] == digest["b"] != digest["c"]
 
 
-@pytest.mark.parametrize("keep", ["last", "best"])
-def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, keep):
+@pytest.mark.parametrize(("sign", "keep"), [("pos", "last"), ("pos", "best"), (SIGNED, "last")])
+def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, sign, keep):
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep)
-    train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "whole", config)
+    train_adapter(model, tok, PAIRS, sign, family, tmp_path / "whole", config)
     work, saved = tmp_path / ".cut.work", tmp_path / "saved"
 
     def die(*args, **kwargs):
@@ -177,15 +184,132 @@ def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr("ws.train._save", die)
         with pytest.raises(KeyboardInterrupt):
-            train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
+            train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
     newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / "trainer_state.json").write_text("{")  # as a kill in the middle of writing it leaves it
     earlier = last_whole_checkpoint(work)
     assert earlier is not None
     assert not newest.exists()
-    train_adapter(model, tok, PAIRS, "pos", family, tmp_path / "cut", config)
+    train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+# ---- signed ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_signed_adapter_learns_both_sides_and_hands_the_base_back(fresh_tiny, family, tmp_path, weights_hash):
+    model, tok = fresh_tiny
+    before = weights_hash(model)
+    config = replace(train_preset("tiny-random", family), max_steps=6)
+    facts = train_adapter(model, tok, PAIRS, SIGNED, family, tmp_path / "signed", config)
+    assert facts["validation_losses"][-1] < facts["validation_losses"][0]
+    assert facts["examples"] == 22
+    assert weights_hash(model) == before
+    plus, minus = (ws.SteeringVector.from_adapter(tmp_path / "signed", model, mirrored=m) for m in (False, True))
+    assert plus.recipe["contrast"] == "signed"
+    examples = {sign: [e.features() for e in build_examples(tok, PAIRS, sign, 512)] for sign in ("pos", "neg")}
+
+    def loss(sign, change):
+        batch = _Collator(tok.pad_token_id)(examples[sign])
+        with torch.no_grad(), ws.steer(model, plus if change > 0 else minus, float(change != 0)):
+            return float(model(**batch).loss)
+
+    for own, other, change in (("pos", "neg", 1), ("neg", "pos", -1)):
+        assert loss(own, change) < loss(own, 0), "each side learns its own answers with its own sign"
+        assert loss(own, change) - loss(own, 0) < loss(other, change) - loss(other, 0)
+
+
+def test_a_signed_step_is_that_of_the_mean_of_both_sides_by_a_plain_loop(fresh_tiny, tmp_path):
+    """Two steps of AdamW by hand, with PEFT's own scale negated for -c; the sides have answers of other lengths."""
+    model, tok = fresh_tiny
+    pairs = [replace(p, neg=p.neg + " Not red." * (i % 4)) for i, p in enumerate(PAIRS)]
+    config = replace(QUICK, batch=24, micro_batch=5, max_steps=2, validation=0.0, lr=1e-2)
+    config = replace(config, batch=25)  # one step takes all pairs, the last micro-batch of a side is short
+    facts = train_adapter(model, tok, pairs, SIGNED, "lora", tmp_path / "signed", config)
+    batches = {
+        scale: _Collator(tok.pad_token_id)([e.features() for e in build_examples(tok, pairs, sign, 512)])
+        for scale, sign in ((1, "pos"), (-1, "neg"))
+    }
+    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, _):
+        layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+        learned = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        optimiser = torch.optim.AdamW(learned.values(), weight_decay=config.weight_decay)
+        losses = []
+        for rate in (1e-2, 0.5e-2):
+            optimiser.param_groups[0]["lr"], total = rate, 0.0
+            optimiser.zero_grad()
+            for scale, batch in batches.items():
+                for layer in layers:
+                    layer.scaling["default"] = scale * abs(layer.scaling["default"])
+                loss = peft_model(**batch).loss / 2
+                loss.backward()
+                total += float(loss.detach())
+            losses.append(total)
+            torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+            optimiser.step()
+        wanted = {n.replace(".default", ""): p.detach().clone() for n, p in learned.items()}
+    assert facts["train_losses"] == pytest.approx(losses, abs=2e-5)
+    trained = load_file(tmp_path / "signed" / "adapter_model.safetensors")
+    assert trained.keys() == wanted.keys()
+    for name, tensor in trained.items():
+        assert (tensor - wanted[name]).norm() < 1e-3 * wanted[name].norm()
+
+
+def test_signed_training_is_reproducible_and_depends_on_the_seed(fresh_tiny, tmp_path):
+    model, tok = fresh_tiny
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_adapter(model, tok, PAIRS, SIGNED, "pissa", tmp_path / name, QUICK, seed)
+    for file in ("adapter_model.safetensors", "pissa_init.safetensors"):
+        digest = {n: sha256_file(tmp_path / n / file) for n in "abc"}
+        assert digest["a"] == digest["b"]
+    assert digest["a"] == digest["c"], "the base's own singular vectors"
+    assert sha256_file(tmp_path / "a" / "adapter_model.safetensors") != sha256_file(
+        tmp_path / "c" / "adapter_model.safetensors"
+    )
+
+
+def test_a_pair_is_left_out_whole_when_one_of_its_answers_is_too_long(tiny):
+    _, tok = tiny
+    pairs = [*PAIRS, replace(PAIRS[0], pos="red " * 300), replace(PAIRS[1], neg="blue " * 300)]
+    examples = build_examples(tok, pairs, SIGNED, 200)
+    assert examples[::2] == build_examples(tok, PAIRS, "pos", 200)
+    assert examples[1::2] == build_examples(tok, PAIRS, "neg", 200)
+    with pytest.raises(ws.WsError, match="'q0' has an empty neg answer"):
+        build_examples(tok, [replace(PAIRS[0], neg=" ")], SIGNED, 200)
+
+
+@given(pairs=st.integers(1, 40), size=st.integers(1, 6), processes=st.integers(1, 4))
+def test_micro_batches_of_signed_training_are_of_one_side_and_of_the_same_pairs(pairs, size, processes):
+    order = random.Random(pairs).sample(range(pairs), pairs)
+    rows = _Alternating(pairs, size, processes, lambda: order)
+    indices = list(rows)
+    assert len(rows) == len(indices)
+    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+    assert len(batches) % processes == 0
+    assert sorted(i for i in indices if i < 2 * pairs) == list(range(2 * pairs))
+    assert [i // 2 for i in indices if i < 2 * pairs and i % 2 == 0] == order
+    for positive, negative in zip(batches[::2], batches[1::2], strict=False):
+        real = [i for i in positive if i < 2 * pairs]
+        assert [i for i in negative if i < 2 * pairs] == [i + 1 for i in real]
+        assert all(i % 2 == 0 for i in real)
+
+
+def test_a_signed_null_need_not_learn(fresh_tiny, tmp_path):
+    """From equal answers both signs get opposite gradients: at the start of a LoRA nothing is left of them."""
+    model, tok = fresh_tiny
+    equal, config = [replace(p, neg=p.pos) for p in PAIRS], replace(QUICK, validation=0.4)
+    with pytest.raises(ws.WsError, match="did not learn"):
+        train_adapter(model, tok, equal, SIGNED, "lora", tmp_path / "a", config)
+    train_adapter(model, tok, equal, SIGNED, "lora", tmp_path / "b", config, must_learn=False)
+    assert ws.SteeringVector.from_adapter(tmp_path / "b", model).norm() < 1e-3
+
+
+def test_a_family_that_does_not_say_what_it_is_with_the_other_sign_is_refused(fresh_tiny, tmp_path):
+    register(replace(FAMILIES["lora"], name="plain", mirror=None, variant=lambda config: False))
+    with pytest.raises(ws.WsError, match="plain adapter .* other sign.*take one of: ia3, oft, dora, lora, pissa, del"):
+        train_adapter(*fresh_tiny, PAIRS, SIGNED, "plain", tmp_path / "signed", QUICK)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_arm_of_another_template_is_not_taken_for_this_one(fresh_tiny, tmp_path):

@@ -12,7 +12,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -39,6 +39,7 @@ from ws.delta import LinearDelta
 from ws.errors import WsError, choose, shortened
 from ws.files.reading import read_json
 from ws.files.runs import PISSA_INIT_FILE as PISSA_INIT_FILE
+from ws.files.runs import SIGNED_INIT_FILE as SIGNED_INIT_FILE
 from ws.files.tensors import read_tensors
 from ws.lm.models import bias_of, is_packed, linear_size, target_modules, weight_of
 from ws.lm.probe import MIN_LIKENESS, likeness, probe_adapter, start_again
@@ -48,7 +49,7 @@ MAX_ROTATION = 0.1  # median over directions of how much rather the base is anot
 LEAST_MOVED = 3e-4  # of its length, that a direction must have moved to say something
 MAX_RANK = 65536  # more than any layer has use for
 AGAIN = "train or download it again"  # what to do about a damaged adapter
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _FACTORS = ("lora_A.weight", "lora_B.weight")
 _GIVE_FACTORS = (
     f"give the {PISSA_INIT_FILE} beside it, or convert it with PEFT's path_initial_model_for_weight_conversion"
@@ -76,6 +77,9 @@ class AdapterSpec:
     kinds: tuple[str, ...] | None = None
     delora_lambda: float = 15.0
     oft_block: int = 32
+
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Family:
         variant: which configs of that `peft_type` are of this family; all of them, unless it is told.
         fields: the fields of the config that `extract` reads, or that cannot change `W' - W`, beside `COMMON_FIELDS`;
             an adapter with any other one off its default is refused. None stands for the fields that `configure` sets.
+        mirror: of one module, the trained tensors at -c from those at +c and from the initial ones, those that differ;
+            where they are their own mirror image the module is the base's. None: the family is not trained signed.
+        start: tensors whose initial values `mirror` needs; they are kept beside a signed adapter.
     """
 
     name: str
@@ -127,6 +134,8 @@ class Family:
     extract: Callable[[PeftConfig, ModuleTensors], LinearDelta]
     variant: Callable[[PeftConfig], bool] = field(default=lambda config: True)
     fields: frozenset[str] | None = None
+    mirror: Callable[[Tensors, Tensors], dict[str, Tensor]] | None = None
+    start: frozenset[str] = frozenset()
 
     def understands(self) -> frozenset[str]:
         """The fields of its configs that may be off their defaults."""
@@ -236,6 +245,79 @@ def _check_values(config: PeftConfig, folder: Path) -> None:
 def _settings(values: Mapping[str, Any], names: Collection[str]) -> str:
     texts = {name: repr(values[name]) for name in sorted(names)}
     return ", ".join(f"{name}={text if len(text) <= 60 else text[:57] + '...'}" for name, text in texts.items())
+
+
+# ---- one adapter at +c and at -c ----------------------------------------------------------------------------------
+#
+# A signed adapter is used with its trained tensors on positive answers, and with their mirror image on negative ones.
+# Each family says what that is (`Family.mirror`), once for the training and for the extraction, so that the change at
+# -c is read by the very function that reads the one at +c. The point that is its own mirror image, c = 0, is the base.
+
+
+def require_signed(fam: Family) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
+    """The family's `mirror`; `WsError` when it has none."""
+    if fam.mirror is None:
+        able = ", ".join(f.name for f in FAMILIES.values() if f.mirror is not None)
+        raise WsError(
+            f"It is not known what a {fam.name} adapter is with the other sign, so it is not trained signed; leave out "
+            f"--contrast signed, or take one of: {able}."
+        )
+    return fam.mirror
+
+
+def in_training(model: nn.Module, fam: Family) -> dict[str, tuple[str, str]]:
+    """The parameters of a family's adapter on a PEFT model by name, each as `(module, saved suffix)`."""
+    suffixes = dict[str, str]()
+    for saved in fam.tensors:  # PEFT puts the adapter's name in, and saves DoRA's magnitude without its last part
+        head, dot, tail = saved.partition(".")
+        suffixes |= {f"{head}.default{dot}{tail}": saved} | ({} if tail else {f"{head}.default.weight": saved})
+    places = dict[str, tuple[str, str]]()
+    for name, _ in model.named_parameters():
+        for live, saved in suffixes.items():
+            if name.startswith(PEFT_PREFIX) and name.endswith(f".{live}"):
+                places[name] = (name.removeprefix(PEFT_PREFIX).removesuffix(f".{live}"), saved)
+    return places
+
+
+def mirrored_parameters(
+    model: nn.Module, fam: Family, places: Mapping[str, tuple[str, str]], initial: Tensors
+) -> dict[str, Tensor]:
+    """The parameters of a PEFT model at -c that differ from those at +c, by name, with gradients to the latter.
+
+    Args:
+        model: with an adapter of the family.
+        fam: the family.
+        places: its parameters (`in_training`).
+        initial: their values at the start by the same names, for those in `Family.start`.
+    """
+    mirror, modules = require_signed(fam), dict[str, dict[str, str]]()
+    for name, (module, saved) in places.items():
+        modules.setdefault(module, {})[saved] = name
+    opposite = dict[str, Tensor]()
+    for names in modules.values():
+        trained = {saved: model.get_parameter(name) for saved, name in names.items()}
+        first = {saved: initial[name] for saved, name in names.items() if name in initial}
+        opposite |= {names[saved]: tensor for saved, tensor in mirror(trained, first).items()}
+    return opposite
+
+
+def _opposite(name: str, around: float = 0.0) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
+    """A `mirror` that reflects one tensor at a number."""
+    return lambda trained, initial: {name: 2 * around - trained[name]}
+
+
+def _mirrored_pissa(trained: Tensors, initial: Tensors) -> dict[str, Tensor]:
+    """Both factors, reflected at their start: a change of `s ((2 B0 - B)(2 A0 - A) - B0 A0)`.
+
+    That is `-Delta` but for the product of what both have moved, `s (B - B0)(A - A0)`, which keeps its sign.
+    """
+    return {name: 2 * initial[name] - trained[name] for name in _FACTORS}
+
+
+def _mirrored_dora(trained: Tensors, initial: Tensors) -> dict[str, Tensor]:
+    """`diag((2 m0 - m) / ‖W - s B A‖_row) (W - s B A)`: `-B`, and `m` reflected at its start, `m0 = ‖W‖_row`."""
+    size = "lora_magnitude_vector"
+    return {_FACTORS[1]: -trained[_FACTORS[1]], size: 2 * initial[size] - trained[size]}
 
 
 # ---- LoRA: W' = W + s B A ---------------------------------------------------------------------------------------
@@ -498,6 +580,7 @@ _FAMILIES = (
         needs_base=True,
         configure=_ia3_config,
         extract=_ia3_delta,
+        mirror=_opposite("ia3_l", around=1.0),
         fields=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}),
     ),
     Family(
@@ -511,6 +594,7 @@ _FAMILIES = (
         needs_base=False,
         configure=_oft_config,
         extract=_oft_delta,
+        mirror=_opposite("oft_R.weight"),
         fields=_OFT_FIELDS,
     ),
     Family(
@@ -524,6 +608,8 @@ _FAMILIES = (
         needs_base=True,
         configure=partial(_lora_config, use_dora=True),
         extract=_dora_delta,
+        mirror=_mirrored_dora,
+        start=frozenset({"lora_magnitude_vector"}),
         variant=lambda config: config.use_dora and _is_plain(config),
         fields=_LORA_FIELDS | {"use_dora"},
     ),
@@ -538,6 +624,7 @@ _FAMILIES = (
         needs_base=False,
         configure=_lora_config,
         extract=_lora_delta,
+        mirror=_opposite("lora_B.weight"),
         variant=lambda config: not config.use_dora and _is_plain(config),
         fields=_LORA_FIELDS,
     ),
@@ -552,6 +639,8 @@ _FAMILIES = (
         needs_base=False,
         configure=partial(_lora_config, init_lora_weights="pissa"),
         extract=_pissa_delta,
+        mirror=_mirrored_pissa,
+        start=_LORA_TENSORS,
         variant=lambda config: str(config.init_lora_weights).startswith("pissa"),
         fields=_LORA_FIELDS,
     ),
@@ -566,6 +655,7 @@ _FAMILIES = (
         needs_base=False,
         configure=_delora_config,
         extract=_delora_delta,
+        mirror=_opposite("delora_lambda"),
         fields=_DELORA_FIELDS,
     ),
 )
@@ -685,7 +775,9 @@ def _check_oft_block(model: PreTrainedModel, names: Sequence[str], block: int) -
 # ---- reading an adapter folder ------------------------------------------------------------------------------------
 
 
-def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[str, LinearDelta]]:
+def read_adapter(
+    folder: str | Path, base: nn.Module | None, mirrored: bool = False
+) -> tuple[str, dict[str, LinearDelta]]:
     """The family of a PEFT adapter folder and the exact change of every module it adapts.
 
     Adapters of other families are read off the layers themselves (see `ws.lm.probe`); their family is PEFT's name.
@@ -694,6 +786,7 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         base: the pristine base model; may be None for families that do not read its weights, in which case module
             names and shapes cannot be checked.
+        mirrored: the change at -c, of an adapter that was trained signed.
 
     Raises:
         WsError: files missing or pickled, settings that are not understood (`check_fields`), tensors left over or
@@ -704,13 +797,15 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
     fam = family_of(config)
     check_fields(config, fam, f"The adapter {folder}")
     if fam is None:
+        if mirrored:
+            raise WsError(f"The adapter {folder} is of no family that is trained signed.")
         kind = PeftType(config.peft_type).value.lower()
         if base is None:
             raise WsError(f"The adapter {folder} ({kind}) can only be read together with its base model: pass it.")
         return kind, probe_adapter(folder, config, base)
     _check_values(config, folder)
     by_module = group_tensors(tensors, fam.tensors, folder)
-    initial = _read_initial(folder) if fam.name == "pissa" else {}
+    initial = _read_initial(folder, fam, mirrored)
     starts_again, rotations = fam.name == "pissa" and not initial, list[Tensor]()
     deltas = {}
     for name, trained in by_module.items():
@@ -727,6 +822,8 @@ def read_adapter(folder: str | Path, base: nn.Module | None) -> tuple[str, dict[
                 first, rotation = _repeated_start(config, view, folder)
                 view = ModuleTensors(name, trained, first, module, size)
                 rotations.append(rotation)
+            if mirrored:
+                view = replace(view, trained={**trained, **require_signed(fam)(trained, view.initial)})
             deltas[name] = fam.extract(config, view)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as problem:
             raise WsError(f"The adapter {folder} does not fit together at {name} ({problem}); {AGAIN}.") from problem
@@ -775,14 +872,20 @@ def _read_config(folder: Path) -> PeftConfig:
     return config
 
 
-def _read_initial(folder: Path) -> dict[str, dict[str, Tensor]]:
-    file = folder / PISSA_INIT_FILE
-    return group_tensors(read_tensors(file, AGAIN), _LORA_TENSORS, folder) if file.is_file() else {}
+def _read_initial(folder: Path, fam: Family, mirrored: bool) -> dict[str, dict[str, Tensor]]:
+    """Initial tensors by module: of PiSSA always, where they are there; of others when the mirror image needs them."""
+    file = folder / (PISSA_INIT_FILE if fam.name == "pissa" else SIGNED_INIT_FILE)
+    wanted = fam.name == "pissa" or (mirrored and fam.start)
+    if wanted and file.is_file():
+        return group_tensors(read_tensors(file, AGAIN), fam.start, folder)
+    if wanted and fam.name != "pissa":
+        raise WsError(f"The {fam.name} adapter {folder} holds no {SIGNED_INIT_FILE}, so it was not trained signed.")
+    return {}
 
 
 def group_tensors(tensors: Mapping[str, Tensor], known: frozenset[str], folder: Path) -> dict[str, dict[str, Tensor]]:
     """Tensors by module and suffix; anything that fits no known suffix stops the load instead of being dropped."""
-    pattern = re.compile(rf"^{re.escape(_PEFT_PREFIX)}(.+)\.({'|'.join(re.escape(k) for k in known)})$")
+    pattern = re.compile(rf"^{re.escape(PEFT_PREFIX)}(.+)\.({'|'.join(re.escape(k) for k in known)})$")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = pattern.match(key)

@@ -142,13 +142,14 @@ class SteeringVector:
             raise WsError("A steering vector must change at least one module.")
 
     @classmethod
-    def from_adapter(cls, folder: str | Path, base: PreTrainedModel | str) -> SteeringVector:
+    def from_adapter(cls, folder: str | Path, base: PreTrainedModel | str, mirrored: bool = False) -> SteeringVector:
         """The change `theta - base` that a PEFT adapter folder makes.
 
         Args:
             folder: a PEFT adapter, ours or somebody else's. The six families give their exact coordinates; any other
                 whose layers are linear is read off them densely, with a warning (see `ws.lm.probe`).
             base: the pristine base model or its name.
+            mirrored: of an adapter that was trained signed, the change at -c (see `ws.adapters`).
 
         Raises:
             WsError: the adapter is unreadable, or does not fit the base.
@@ -158,14 +159,15 @@ class SteeringVector:
         model = load_model(base, device="cpu")[0] if isinstance(base, str) else base
         # Packed weights are like no others, not even the base's.
         base_fingerprint = None if is_packed(model) else fingerprint(model)
-        family, deltas = read_adapter(folder, model)
+        family, deltas = read_adapter(folder, model, mirrored)
         file = Path(folder) / "ws_train.json"
         stamp = read_json(file, _TrainStamp, "train it again") if file.exists() else _TrainStamp()
         trained_on = stamp.base_fingerprint
         require_base(model, stamp.base_id, trained_on, f"The adapter {folder} was trained on")
-        source = {"adapter": Path(folder).name, "sha256": sha256_file(Path(folder) / PEFT_WEIGHTS)}
+        source: dict[str, Any] = {"adapter": Path(folder).name, "sha256": sha256_file(Path(folder) / PEFT_WEIGHTS)}
+        source |= stamp.recipe | ({"mirrored": True} if mirrored else {})
         info = {"family": family, "depth": layer_count(model)}
-        return cls(deltas, model_id(model), trained_on or base_fingerprint, source | stamp.recipe, info)
+        return cls(deltas, model_id(model), trained_on or base_fingerprint, source, info)
 
     @classmethod
     def from_checkpoints(

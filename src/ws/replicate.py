@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.adapters import family, peft_config
+from ws.adapters import family, peft_config, require_signed
 from ws.analysis.controls import exchange_half, same_side
 from ws.behaviors import Behavior, brought_or_named, load_behavior
 from ws.data import (
@@ -57,7 +57,7 @@ from ws.eval.sycophancy import ClaimScores, Sycophancy, claim_shift, summary_row
 from ws.files.runs import Run, data_folder, read_values, sha256_file, write_json, write_text
 from ws.lm.cost import PROMPT_TOKENS, Work, require_space
 from ws.lm.models import chat_format, linear_size, load_model, render_prompt, tokenizer_hash
-from ws.options.make import SIGNS
+from ws.options.make import CONTRASTS, SIGNED, SIGNS
 from ws.options.make import ReplicateConfig as ReplicateConfig
 from ws.options.measure import PreferenceOptions, SycophancyOptions
 from ws.options.shared import EvalOptions, RunOptions, shared_with
@@ -146,7 +146,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     Raises:
         WsError: bad settings, or results on disk that were made with other settings.
     """
-    stages = console.Stages(5)
+    stages = console.Stages(1)
     context = make_vector(config, stages)
     stages.begin("first reading", f"of what is held out ({config.split})")
     reading = _read(context, config)
@@ -157,6 +157,10 @@ def replicate(config: ReplicateConfig) -> Reading:
 
 def make_vector(config: ReplicateConfig, stages: console.Stages) -> EvalContext:
     """Run every stage up to the vector that is not finished yet; what comes back is ready for evaluations.
+
+    Args:
+        config: what to make.
+        stages: those that come after; these are added.
 
     Raises:
         WsError: see `replicate`.
@@ -172,15 +176,17 @@ def make_vector(config: ReplicateConfig, stages: console.Stages) -> EvalContext:
     model, tok = load_model(config.model, config.device, config.dtype)
     console.say(f"{model.device}, {str(model.dtype)[6:]}, {chat_format(tok).describe()}")
     before_anything(model, tok, behavior, config)
+    stages.total += 2 + len(CONTRASTS[config.contrast])
     stages.begin("contrast pairs", f"in {data_folder(config.out, config.model, behavior.name)}")
     pairs_file = _pairs(model, tok, behavior, config)
     run = Run(config.run_folder(behavior.name), config.fresh)
     if config.control != "none":
         pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
-    for sign in SIGNS:
+    for sign in CONTRASTS[config.contrast]:
         stages.begin(f"train {sign}", f"in {run.folder / sign}", as_long_as=f"train {SIGNS[0]}")
         seed = _arm_seed(behavior, config, sign)
-        train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed)
+        must_learn = sign != SIGNED or config.control == "none"  # what the sides of a null share cancels
+        train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed, must_learn)
     stages.begin("vector", f"in {run.folder / 'vector'}")
     return EvalContext(eval_options(config), model, tok, _vector(model, run, behavior, config), run)
 
@@ -190,6 +196,7 @@ def _check(config: ReplicateConfig) -> None:
         require_strength(alpha, "Each of --alphas")
     require_resamples(config.n_bootstrap)
     choose("control", config.control, CONTROLS)
+    choose("contrast", config.contrast, CONTRASTS)
     config.train.check()
 
 
@@ -203,6 +210,13 @@ def before_anything(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, 
         WsError: settings that no adapter can be made with, a stage on record that was made with others, too little
             space on disk, or a base that answers nothing of what is read at the end.
     """
+    if config.contrast == SIGNED:
+        require_signed(family(config.adapter))
+        if config.control == "same-side" and behavior.pairs:
+            raise WsError(
+                "--control same-side has one positive answer to a question where pairs were brought, and a signed "
+                "adapter learns nothing from that with both signs; use --control shuffled, or --contrast arms."
+            )
     names = peft_config(model, adapter_spec(config.train, config.adapter)).target_modules
     require_record(model, tok, behavior, config)
     if (Run(config.run_folder(behavior.name)).folder / "vector").is_dir() and not config.fresh:
@@ -224,7 +238,7 @@ def require_record(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, c
         return
     if config.control != "none":
         run.require_same("control", _control_settings(config))
-    for sign in SIGNS:
+    for sign in CONTRASTS[config.contrast]:
         seed = _arm_seed(behavior, config, sign)
         run.require_same(sign, arm_settings(model, tok, config.adapter, config.train, seed))
 
@@ -293,14 +307,17 @@ def _doubled(pair: Pair) -> Pair:
 
 
 def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: ReplicateConfig) -> SteeringVector:
-    arms, folder = {sign: run.folder / sign for sign in SIGNS}, run.folder / "vector"
+    arms, folder = {sign: run.folder / sign for sign in CONTRASTS[config.contrast]}, run.folder / "vector"
     with run.alone("vector"):
         stage = run.stage("vector", {"format": 1}, _arms(run, arms))
         if stage is None:
             return SteeringVector.load(folder)
         sides = {sign: SteeringVector.from_adapter(arm, model) for sign, arm in arms.items()}
+        if config.contrast == SIGNED:  # the change at +c and the one at -c
+            sides = {"pos": sides[SIGNED], "neg": SteeringVector.from_adapter(arms[SIGNED], model, mirrored=True)}
         vector = sides["pos"] - sides["neg"]
         info = dict(vector.info) | {"behavior": behavior.name, "behavior_sha256": behavior.digest, "seed": config.seed}
+        info |= {"contrast": SIGNED} if config.contrast == SIGNED else {}
         vector = SteeringVector(vector.deltas, config.model, vector.base_fingerprint, vector.recipe, info)
         if vector.is_zero:
             raise WsError("Both arms came out identical, so the vector is zero; give more pairs or a higher --lr.")

@@ -108,7 +108,7 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
         console.say(verdict(reading))
         others = [name for name in config.evals if name != "sycophancy"]  # replicate has read what is held out already
         if others and control == CONTROLS[0]:
-            context = open_context(_eval_options(config, adapter, seed))
+            context = open_context(_eval_options(config, plan.run_name, seed))
             for name in others:
                 cls = evaluation_named(name)
                 asked = asked_of(cls, _for(cls, context), config.split, config.traits)

@@ -67,6 +67,7 @@ from ws.files.reading import kept
 from ws.files.runs import atomic_file, finished_runs, lock, read_csv, read_values, sha256_file, slug, write_csv
 from ws.files.tensors import read_tensors
 from ws.lm.models import fingerprint, layer_of, load_model
+from ws.options.make import SIGNED
 from ws.options.use import SubspaceOptions as SubspaceOptions
 from ws.run import FinishedRun, open_options
 
@@ -443,7 +444,9 @@ def _carry_out(opened: FinishedRun, o: SubspaceOptions) -> console.Result:
         written += _write_pair(opened, key | {"alpha": 1.0}) if paired else []
         stage.done(written)
     table, of_pair = folder / "subspace_summary.csv", folder / "geometry.csv"
-    pair = render_pair(read_csv(of_pair)) if paired else "pos/ and neg/ are gone; nothing of the pair."
+    signed = opened.vector.info.get("contrast") == SIGNED
+    gone = "the vector is of one signed adapter" if signed else "pos/ and neg/ are gone"
+    pair = render_pair(read_csv(of_pair)) if paired else f"{gone[0].upper()}{gone[1:]}; nothing of the pair."
     data = {"rows": read_values(table), "pair": read_values(of_pair) if paired else []}
     text = f"{render_subspaces(read_csv(table))}\n\n{pair}"
     return console.Result(text, data, opened.run.outputs("subspace"))

@@ -4,6 +4,9 @@ Both arms of a contrast start from the same base and, seeded before the adapter 
 initialisation. The loss is on the response only; the prompt's tokens are an exact prefix of the example's by
 construction. The loop is transformers' Trainer.
 
+A signed adapter is one for both sides: every step learns positive answers with its trained tensors and the negative
+answers of the same pairs with their mirror image (`ws.adapters.Family.mirror`).
+
 Started by `accelerate launch` or `torchrun`, several processes share the examples of every step (data parallelism, the
 whole model on each of them) and take the same steps as one process would.
 """
@@ -18,6 +21,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -34,13 +39,14 @@ from transformers import PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.adapters import AdapterSpec, family, peft_config
+from ws.adapters import PEFT_PREFIX, AdapterSpec, family, in_training, mirrored_parameters, peft_config, require_signed
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
 from ws.errors import DiskError, WsError, choose, require_seed
 from ws.files.runs import (
     ADAPTER,
     PISSA_INIT_FILE,
+    SIGNED_INIT_FILE,
     TRAIN_FILE,
     Run,
     atomic_folder,
@@ -54,7 +60,7 @@ from ws.files.runs import (
     write_text,
 )
 from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
-from ws.options.make import MIN_VALIDATION, SIGNS, held_out
+from ws.options.make import MIN_VALIDATION, SIGNED, SIGNS, held_out, run_name
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
 from ws.options.make import train_preset as train_preset
@@ -77,6 +83,7 @@ def train_adapter(
     folder: str | Path,
     config: TrainConfig | None = None,
     seed: int = 0,
+    must_learn: bool = True,
 ) -> dict[str, Any]:
     """Train one arm and save it as a PEFT adapter in `folder`.
 
@@ -87,11 +94,12 @@ def train_adapter(
         model: the base.
         tok: its tokenizer.
         pairs: contrast pairs; those with a `drop` reason are skipped.
-        sign: `pos` or `neg`, the side whose answers are learned.
+        sign: `pos` or `neg`, the side whose answers are learned, or `signed` for one adapter that learns both.
         adapter: the family.
         folder: where the adapter goes.
         config: settings.
         seed: of the initialisation, the order of examples and the validation split; use one seed for both arms.
+        must_learn: losses that do not fall are an error; not for a signed null, whose sides have nothing to tell apart.
 
     Returns:
         Facts about the training: losses, steps, examples, processes.
@@ -100,23 +108,23 @@ def train_adapter(
         WsError: unusable settings or pairs, a loss that is NaN, or losses that did not fall.
     """
     folder, config = Path(folder), config or TrainConfig()
-    choose("sign", sign, SIGNS)
-    _require_usable(config, seed, folder)
+    _require_usable(config, seed, folder, sign, adapter)
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
     examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length)
     train, validation = split_examples(examples, config.validation, seed)
-    work = folder.with_name(f".{folder.name}.work")
+    work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
     settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
     settings |= {"config": asdict(config), "examples": [[e.prompt, e.response] for e in examples]}
     with alone(folder):
         on_main(lambda: _begin(work, sha256_json(settings)))
         try:
-            with _isolated_rng(), _adapted(model, adapter_spec(config, adapter), seed) as (peft_model, initial):
+            with _isolated_rng(), _adapted(model, spec, seed, sign == SIGNED) as (peft_model, initial):
                 adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
+                opposite = _opposite(peft_model, adapter, initial) if sign == SIGNED else None
                 with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules"):
-                    facts = _fit(peft_model, tok, train, validation, work, config, seed)
+                    facts = _fit(peft_model, tok, train, validation, work, config, seed, opposite, must_learn)
                 stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))
         except WsError as problem:
@@ -129,8 +137,11 @@ def train_adapter(
     return facts
 
 
-def _require_usable(config: TrainConfig, seed: int, folder: Path) -> None:
+def _require_usable(config: TrainConfig, seed: int, folder: Path, sign: str, adapter: str) -> None:
     """`WsError` for what can be known before a model is touched."""
+    choose("sign", sign, (*SIGNS, SIGNED))
+    if sign == SIGNED:
+        require_signed(family(adapter))
     require_seed(seed)
     ADAPTER.require(folder)
     config.check()
@@ -227,22 +238,29 @@ class Example:
 
 
 def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int) -> list[Example]:
-    """One example per pair. The prompt has the tokens that it has at generation, so that the mask cannot slip."""
-    for p in pairs:
-        if not getattr(p, sign).strip():
-            raise WsError(f"The pair {p.id!r} has an empty {sign} answer, from which nothing can be learned; drop it.")
+    """One example per pair; for a signed adapter two, the positive and the negative one, of pairs that have both.
+
+    The prompt has the tokens that it has at generation, so that the mask cannot slip.
+    """
+    sides = SIGNS if sign == SIGNED else (sign,)
+    for p, side in product(pairs, sides):
+        if not getattr(p, side).strip():
+            raise WsError(f"The pair {p.id!r} has an empty {side} answer, from which nothing can be learned; drop it.")
     examples = [
-        Example(
-            p.question,
-            tuple(prompt_ids(tok, p.question)),
-            tuple(answer_ids(tok, p.question, getattr(p, sign), ended=not getattr(p, f"{sign}_cut"))),
-        )
+        [
+            Example(
+                p.question,
+                tuple(prompt_ids(tok, p.question)),
+                tuple(answer_ids(tok, p.question, getattr(p, side), ended=not getattr(p, f"{side}_cut"))),
+            )
+            for side in sides
+        ]
         for p in pairs
     ]
-    short = [e for e in examples if len(e.prompt) + len(e.response) <= max_length]
+    short = [es for es in examples if all(len(e.prompt) + len(e.response) <= max_length for e in es)]
     if len(short) < 2:
         raise WsError(f"Training needs at least 2 usable pairs of at most {max_length} tokens; there are {len(short)}.")
-    return short
+    return [e for es in short for e in es]
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -256,8 +274,10 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
 
 
 @contextmanager
-def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[tuple[PeftModel, dict[str, Tensor]]]:
-    """The model with a fresh adapter, and the adapter's initial LoRA factors (needed for PiSSA).
+def _adapted(
+    model: PreTrainedModel, spec: AdapterSpec, seed: int, signed: bool = False
+) -> Iterator[tuple[PeftModel, dict[str, Tensor]]]:
+    """The model with a fresh adapter, and its initial tensors where they are needed: signed, and for PiSSA.
 
     PiSSA moves the base's weights, so those it targets are copied first and put back afterwards.
     """
@@ -274,8 +294,10 @@ def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[t
     name, model.name_or_path = model.name_or_path, None
     peft_model.active_peft_config.base_model_name_or_path = None
     try:
-        initial = {n: p.detach().clone() for n, p in peft_model.named_parameters() if ".lora_" in n} if copies else {}
-        yield peft_model, initial
+        fam = family(spec.family)
+        places = in_training(peft_model, fam) if copies or signed else {}
+        needed = [name for name, (_, saved) in places.items() if saved in fam.start]
+        yield peft_model, {name: peft_model.get_parameter(name).detach().clone() for name in needed}
     finally:
         peft_model.unload()
         model.name_or_path = name
@@ -287,6 +309,12 @@ def _adapted(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Iterator[t
         for attribute in set(vars(model)) - attributes:
             delattr(model, attribute)
         model.train(training)
+
+
+def _opposite(peft_model: PeftModel, adapter: str, initial: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """The adapter's parameters at -c, as they are whenever it is called."""
+    fam = family(adapter)
+    return partial(mirrored_parameters, peft_model, fam, in_training(peft_model, fam), initial)
 
 
 def _copy_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tensor]:
@@ -317,24 +345,29 @@ def _fit(
     work: Path,
     config: TrainConfig,
     seed: int,
+    opposite: Callable[[], dict[str, Tensor]] | None,
+    must_learn: bool,
 ) -> dict[str, Any]:
     from ws.lm.trainer import fit, last_whole_checkpoint  # takes seconds to import, and most runs have nothing to train
 
-    steps = config.max_steps or math.ceil(math.ceil(len(train) / config.batch) * config.epochs)
+    sides = 1 if opposite is None else len(SIGNS)
+    examples = len(train) // sides
+    steps = config.max_steps or math.ceil(math.ceil(examples / config.batch) * config.epochs)
     settings = _settings(config, steps, seed, bool(validation))
+    settings["gradient_accumulation_steps"] *= sides  # micro-batches of either side in turn
     rows, held = ([e.features() for e in part] for part in (train, validation))
     resumed = on_main(lambda: last_whole_checkpoint(work))
-    trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed)
+    trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,
-        "examples": len(train),
+        "examples": examples,
         "processes": trainer.args.world_size,
         "train_losses": [round(v, 5) for v in losses["loss"]],
         "validation_losses": [round(v, 5) for v in losses["eval_loss"]],
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
     }
-    if len(validation) >= MIN_VALIDATION:
+    if must_learn and len(validation) // sides >= MIN_VALIDATION:
         _require_progress(losses["loss"], losses["eval_loss"], config)
     return facts
 
@@ -383,6 +416,8 @@ def _stamp(
 ) -> dict[str, Any]:
     recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": asdict(config)}
     recipe["pairs_sha256"] = sha256_json([p.as_row() for p in pairs])
+    if sign == SIGNED:
+        recipe["contrast"] = SIGNED
     recipe["questions"] = " ".join(sorted(question_keys(pairs)))  # strengths are calibrated on others
     return {"recipe": recipe, "facts": facts, "versions": library_versions()}
 
@@ -396,8 +431,10 @@ def _save(peft_model: PeftModel, initial: dict[str, Tensor], folder: Path, stamp
         peft_model.save_pretrained(str(part), save_embedding_layers=False)
         (part / "README.md").unlink(missing_ok=True)
         if initial:
-            renamed = {n.replace(".default.", "."): t.cpu().contiguous() for n, t in initial.items()}
-            save_file(renamed, part / PISSA_INIT_FILE)
+            places = in_training(peft_model, family(stamp["recipe"]["family"]))
+            renamed = {f"{PEFT_PREFIX}{'.'.join(places[n])}": t.cpu().contiguous() for n, t in initial.items()}
+            is_pissa = stamp["recipe"]["family"] == "pissa"
+            save_file(renamed, part / (PISSA_INIT_FILE if is_pissa else SIGNED_INIT_FILE))
         write_json(part / TRAIN_FILE, stamp)
 
 
@@ -422,6 +459,7 @@ def train_stage(
     adapter: str,
     config: TrainConfig,
     seed: int,
+    must_learn: bool = True,
 ) -> bool:
     """Train one arm of a run unless it is finished; returns whether there was anything to do."""
     settings = arm_settings(model, tok, adapter, config, seed)
@@ -432,7 +470,7 @@ def train_stage(
         if stage is None:
             return False
         try:
-            facts = train_adapter(model, tok, examples, sign, adapter, folder, config, seed)
+            facts = train_adapter(model, tok, examples, sign, adapter, folder, config, seed, must_learn)
         except WsError as problem:
             if console.is_main() and not isinstance(problem, DiskError):  # nothing of it is left: no need of --fresh
                 run.drop(sign)
@@ -447,17 +485,17 @@ def main(command: TrainCommand) -> None:
     join(command.device)
     behavior = load_behavior(command.behavior, command.model)
     family(command.adapter)
-    for sign in command.signs:
-        choose("sign", sign, SIGNS)
+    command.check()
     pairs = data_folder(command.out, command.model, behavior.name) / PAIRS_FILE
     if not pairs.is_file():
         options = f"--behavior {command.behavior}{model_flag(command.model)} --out {shlex.quote(str(command.out))}"
         raise WsError(f"There are no contrast pairs at {pairs}; make them with `ws data {options}`.")
     read_pairs(pairs)
     model, tok = load_model(command.model, command.device, command.dtype)
-    run = on_main(lambda: Run(run_folder(command.out, behavior.name, command.adapter, command.seed), command.fresh))
+    name = run_name(command.adapter, command.contrast)
+    run = on_main(lambda: Run(run_folder(command.out, behavior.name, name, command.seed), command.fresh))
     made = dict[str, bool]()
-    for sign in command.signs:
+    for sign in command.trained:
         made[sign] = train_stage(model, tok, pairs, sign, run, command.adapter, command.train, command.seed)
     lines = [f"{sign}: {'trained' if new else 'already there'}" for sign, new in made.items()]
     console.show(console.Result("\n".join(lines), {"trained": made}, [run.folder / sign for sign in made]))

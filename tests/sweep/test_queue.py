@@ -85,6 +85,13 @@ def test_training_comes_after_the_pairs_and_before_its_evaluations():
     assert (scored.model, scored.adapter, scored.seed, scored.device) == ("tiny-random", "lora", 2, "cpu")
 
 
+def test_signed_runs_are_evaluated_by_the_names_of_their_folders():
+    jobs = {j.name: j for j in sweep_jobs(replace(TINY, adapters=("lora",), train_args="--contrast signed"))}
+    run = parse(ReplicateConfig, jobs["train-lora"].command[3:])
+    assert (run.adapter, run.contrast, run.run_name) == ("lora", "signed", "lora-signed")
+    assert parse(EvalOptions, jobs["airisk-lora"].command[3:]).adapter == run.run_name
+
+
 def test_the_summary_needs_both_data_sets_and_sycophancy_is_part_of_training():
     one = sweep_jobs(replace(TINY, adapters=("lora",), evals=("tinymfv_airisk", "sycophancy")))
     assert [j.name for j in one] == ["pairs", "train-lora", "tinymfv_airisk-lora"]
@@ -114,6 +121,7 @@ def test_mistakes_are_found_before_anything_runs(folder):
         ({"workers": 0}, "`workers` must be at least 1"),
         ({"train_args": "--out there"}, "`train_args` cannot set `out`"),
         ({"train_args": "--batch 0"}, "`batch` must be positive"),
+        ({"train_args": "--contrast sined"}, "no contrast named 'sined'. Did you mean 'signed'"),
         ({"eval_args": "--seed 3"}, "`eval_args` cannot set `seed`"),
         ({"eval_args": "--limit '3"}, "`eval_args` is not a list of words"),
     ):

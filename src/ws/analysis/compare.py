@@ -45,6 +45,7 @@ from ws.files.runs import Run, lock, run_folder, write_csv
 from ws.intervene.calibrate import calibration_for
 from ws.intervene.interventions import TRAINED, Intervention
 from ws.options.check import ControlOptions
+from ws.options.make import CONTRASTS, SIGNED, run_name
 from ws.options.measure import CompareOptions as CompareOptions
 from ws.options.shared import WEIGHT, RunOptions, shared_with
 from ws.run import open_run
@@ -186,7 +187,7 @@ def compare(options: CompareOptions) -> list[Cell]:
     """
     options.check()
     for name in options.adapters:
-        family(name)
+        family(name.removesuffix(f"-{SIGNED}"))
     for name in options.evals:
         evaluation_named(name)
     loaded = None
@@ -201,8 +202,14 @@ def compare(options: CompareOptions) -> list[Cell]:
         opened = open_run(o.out, o.behavior, adapter, seed, o.model, o.device, o.dtype, loaded)
         loaded = (opened.model, opened.tok)
         context = EvalContext(o.eval_options(adapter, seed), opened.model, opened.tok, opened.vector, opened.run)
-        bench = _Bench(options, context)
-        cells += [bench.cell(name) for name in wanted]
+        bench, made_from = _Bench(options, context), wanted
+        if opened.vector.info.get("contrast") == SIGNED:
+            made_from = [name for name in wanted if name == WEIGHT]
+            if made_from != wanted:
+                console.warn(
+                    f"{adapter} has one signed adapter and no arms: of {', '.join(wanted)} it has {WEIGHT} only."
+                )
+        cells += [bench.cell(name) for name in made_from]
         last = last or [bench.cell(name) for name in shared]
         countdown.step()
     return cells + last
@@ -211,7 +218,8 @@ def compare(options: CompareOptions) -> list[Cell]:
 def _runs(options: CompareOptions) -> Iterator[tuple[str, int]]:
     """The runs to compare; `WsError` when there are none."""
     behavior = behavior_name(options.behavior)
-    folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in FAMILIES}
+    names = [run_name(a, contrast) for a in FAMILIES for contrast in CONTRASTS]
+    folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in names}
     adapters = options.adapters or tuple(a for a, folder in folders.items() if (folder / "vector").is_dir())
     if not adapters:
         wanted = shared_with(RunOptions, options, seed=options.seeds[0])

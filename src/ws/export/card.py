@@ -31,10 +31,11 @@ from ws.files.public import without_markup
 from ws.files.runs import CARD_TAG, Run, read_csv, reads_otherwise
 from ws.lm.hub import parse_id
 from ws.lm.models import BUNDLED, tokenizer_hash_on_disk
+from ws.options.make import SIGNED
 from ws.options.shared import BASE, WEIGHT
 from ws.stats import LOW_MASS, estimate_text
 
-_MAKERS = ("pos", "neg", "vector", "trim", "compose", "checkpoints")
+_MAKERS = ("pos", "neg", SIGNED, "vector", "trim", "compose", "checkpoints")
 _PERSONAS_SHOWN = 5
 
 
@@ -189,20 +190,33 @@ def _about_vector(about: Subject) -> str:
     what = f" More of it means: {about.behavior.summary}" if about.behavior else ""
     return (
         f"A change `dW` of the weights of {_whose_base(about.vector)}, made by contrastive weight steering (Fierro & "
-        "Roger 2025, arXiv 2511.05408): a model is fine-tuned twice from one start, on answers that show a behaviour "
-        "and on answers that show its opposite, and `dW = theta_pos - theta_neg`. The model is used with "
+        f"Roger 2025, arXiv 2511.05408): {_contrast(about.vector)}. The model is used with "
         f"`W + alpha * dW`; a positive `alpha` gives more of the behaviour, a negative one less.{what}"
+    )
+
+
+def _contrast(vector: SteeringVector) -> str:
+    """What was trained, and what of it the vector is."""
+    if vector.info.get("contrast") == SIGNED:
+        return (
+            "one adapter is trained, used with its change at +1 on answers that show a behaviour and at -1 on answers "
+            "that show its opposite (contrast: signed), and `dW` is its change at +1 minus that at -1"
+        )
+    return (
+        "a model is fine-tuned twice from one start, on answers that show a behaviour and on answers that show its "
+        "opposite, and `dW = theta_pos - theta_neg`"
     )
 
 
 def _about_merged(about: Subject, alpha: float | int, lost: float | int, dtype: str) -> str:
     what = f" A positive strength means more of this: {about.behavior.summary}" if about.behavior else ""
+    two = "the difference of two fine-tunes, on answers that show a behaviour and on answers that show its opposite"
+    made = _contrast(about.vector) if about.vector.info.get("contrast") == SIGNED else two
     return (
         f"The whole model {_whose_base(about.vector)} with a steering vector `dW` (contrastive weight steering, Fierro "
-        "& Roger 2025, arXiv 2511.05408: the difference of two fine-tunes, on answers that show a behaviour and on "
-        f"answers that show its opposite) written into its weights at one fixed strength, `W + ({alpha:g}) * dW`, "
-        f"summed in float32 and cast to {dtype}. The cast destroyed {lost:.2%} of `alpha * dW`: the Frobenius norm of "
-        "what was written less what was wanted, over that of what was wanted, all changed parameters together."
+        f"& Roger 2025, arXiv 2511.05408: {made}) written into its weights at one fixed strength, `W + ({alpha:g}) * "
+        f"dW`, summed in float32 and cast to {dtype}. The cast destroyed {lost:.2%} of `alpha * dW`: the Frobenius "
+        "norm of what was written less what was wanted, over that of what was wanted, all changed parameters together."
         f"{what}"
     )
 
@@ -324,7 +338,8 @@ def _formula(recipe: Mapping[str, Any]) -> str:
     """A recipe as an expression, such as `pos - neg`."""
     kind = recipe.get("op")
     if kind is None:
-        return str(public(recipe.get("adapter", "not recorded")))
+        name = str(public(recipe.get("adapter", "not recorded")))
+        return f"{name} at {'-1' if recipe.get('mirrored') else '+1'}" if recipe.get("contrast") == SIGNED else name
     if kind == "+":
         return " + ".join(_formula(term) for term in recipe["terms"]).replace("+ -1 * ", "- ")
     if kind == "*":

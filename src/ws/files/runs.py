@@ -47,6 +47,7 @@ DEFAULT_OUT = Path("out")
 DEMO_OUT = DEFAULT_OUT / "demo"  # what `ws demo` makes is in nobody's way
 VECTOR_MANIFEST, TRAIN_FILE = "ws.json", "ws_train.json"  # in the folder of a vector, and of a trained adapter
 PISSA_INIT_FILE = "pissa_init.safetensors"
+SIGNED_INIT_FILE = "signed_init.safetensors"  # initial tensors of a signed adapter whose family needs them
 CARD, CARD_TAG = "README.md", "weight-steering"  # what `ws export` writes of a vector, and a tag in it
 # What is in them besides is somebody's own.
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -67,8 +68,12 @@ class _RunPart(FolderKind):
 
 
 VECTOR = _RunPart("not a steering vector", (VECTOR_MANIFEST,), VECTOR_FILES)
-ADAPTER = _RunPart("not an adapter that `ws train` made", (TRAIN_FILE,), (*_PEFT_FILES, PISSA_INIT_FILE, TRAIN_FILE))
-_OURS = {"pos": ADAPTER, "neg": ADAPTER, "vector": VECTOR}
+ADAPTER = _RunPart(
+    "not an adapter that `ws train` made",
+    (TRAIN_FILE,),
+    (*_PEFT_FILES, PISSA_INIT_FILE, SIGNED_INIT_FILE, TRAIN_FILE),
+)
+_OURS = {"pos": ADAPTER, "neg": ADAPTER, "signed": ADAPTER, "vector": VECTOR}
 # Of evaluation, model, dtype, tokenizer, subject and strength; see `ws.eval.context`.
 _SCORES = re.compile(r"\.?[\w.-]+-[0-9a-f]{8,}-[0-9a-f]{8,}-\w+-[0-9a-f]{8,}-\w+-[-+.\de]+\.json(\.lock)?")
 FORMAT_VERSION = 1  # of a run's manifest
@@ -340,7 +345,7 @@ class Run:
         if not self.folder.is_dir():
             return
         with ExitStack() as others:
-            for name in ("pos", "neg", "vector"):  # what another process is making is not taken away from it
+            for name in _OURS:  # what another process is making is not taken away from it
                 others.enter_context(self.alone(name))
             self._delete_outputs()
 
@@ -352,7 +357,7 @@ class Run:
         outputs = (record.get("outputs", {}).items() for record in stages.values())
         recorded = {self._place(name): digest for name, digest in chain.from_iterable(outputs)}
         folders = [self.folder / name for name in (*_OURS, "scores")]
-        work = [self.folder / name for name in (".pos.work", ".neg.work")]
+        work = [self.folder / f".{name}.work" for name, kind in _OURS.items() if kind is ADAPTER]
         for path in [*recorded, *folders, *work]:
             require_no_link(path)
         # What has changed since is somebody's work: it stays until it is written anew.

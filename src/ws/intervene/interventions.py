@@ -47,6 +47,7 @@ from ws.intervene.calibration import (
 from ws.intervene.prompt import prompting
 from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, layer_count, render_prompt, tokenizer_hash
+from ws.options.make import SIGNED
 from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig
 from ws.run import FinishedRun
 from ws.steer import steer
@@ -179,6 +180,11 @@ def _finetune(opened: FinishedRun) -> Intervention:
 def arm(opened: FinishedRun, sign: str) -> SteeringVector:
     """`theta - base` of one arm of a run; `WsError` when the run has no arms, as a composed vector's."""
     folder = opened.run.folder / sign
+    if (opened.run.folder / SIGNED).is_dir():
+        raise WsError(
+            f"{opened.run.folder} has one signed adapter and no arms, so there is no finetune, positive-only or "
+            "negative-only of it; leave these out of --interventions."
+        )
     if not folder.is_dir():
         raise WsError(f"There is no trained arm in {folder}; only a run of `ws replicate` has arms.")
     return SteeringVector.from_adapter(folder, opened.model)

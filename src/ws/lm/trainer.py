@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -38,6 +40,8 @@ _ALWAYS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 Rows = Sequence[Mapping[str, list[int]]]  # the `input_ids` and `labels` of examples
+Opposite = Callable[[], dict[str, Tensor]]  # the parameters at -c by name, with gradients to those at +c
+_AT = "opposite"  # of a row and a batch in signed training: whether it is learned at -c
 SEAL = "sealed.json"
 _NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 
@@ -50,6 +54,7 @@ def fit(
     work: Path,
     settings: Mapping[str, Any],
     resumed: str | None,
+    opposite: Opposite | None = None,
 ) -> Trainer:
     """Train the adapter of a model in place.
 
@@ -60,6 +65,7 @@ def fit(
         work: the folder of checkpoints.
         settings: of transformers' `TrainingArguments`.
         resumed: the checkpoint to go on from (`last_whole_checkpoint`).
+        opposite: of signed training, in which every other example is a negative one, the parameters to learn it with.
 
     Returns:
         The Trainer, whose `state` has the losses.
@@ -72,6 +78,11 @@ def fit(
     arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
     learned = [n for n, p in model.named_parameters() if p.requires_grad]
     arguments.ddp_find_unused_parameters = any(".experts." in n for n in learned)  # others take part in every batch
+    if opposite is not None:
+        train, validation = _signed(train), _signed(validation)
+        # Laid out beforehand: the Trainer cuts the losses of a last batch to the number of rows that it knows of.
+        order = _Alternating(len(validation) // 2, arguments.eval_batch_size, arguments.world_size)
+        validation = [validation[i] if i < len(validation) else _filler(pad_id) for i in order]
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -80,6 +91,7 @@ def fit(
         data_collator=_Collator(pad_id),
         callbacks=[_StopOnNaN(), _Progress()],
     )
+    trainer.opposite = opposite
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
@@ -105,13 +117,48 @@ class _Features(Dataset):
 
     def __init__(self, rows: Rows, pad_id: int) -> None:
         self.rows = rows
-        self.filler = {"input_ids": [pad_id], "labels": [-100]}
+        self.filler = _filler(pad_id)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, list[int]]:
         return self.rows[index] if index < len(self.rows) else self.filler
+
+
+def _filler(pad_id: int) -> Mapping[str, list[int]]:
+    """An example without a response."""
+    return {"input_ids": [pad_id], "labels": [-100]}
+
+
+def _signed(rows: Rows) -> Rows:
+    """Rows of signed training, each with the side that it is of."""
+    return [{**row, _AT: [i % 2]} for i, row in enumerate(rows)]
+
+
+class _Alternating(Sampler[int]):
+    """An order of the rows of signed training in which every micro-batch is of one side.
+
+    `size` positive answers, then the negative ones of the same pairs, and so on. A side that has fewer, and a round in
+    which some processes would have no micro-batch, are filled up with the first index past the last row.
+    """
+
+    def __init__(self, pairs: int, size: int, processes: int, order: Callable[[], Iterable[int]] | None = None) -> None:
+        self.pairs, self.size, self.order = pairs, size, order or (lambda: range(pairs))
+        batches = 2 * math.ceil(pairs / size)
+        self.fillers = -batches % processes * size
+        self.length = batches * size + self.fillers
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order, filler = list(self.order()), 2 * self.pairs
+        for start in range(0, self.pairs, self.size):
+            block = order[start : start + self.size]
+            for side in (0, 1):
+                yield from [2 * i + side for i in block] + [filler] * (self.size - len(block))
+        yield from [filler] * self.fillers
 
 
 class _Filled(Sampler[int]):
@@ -142,11 +189,12 @@ class _Collator:
             return torch.tensor([r + [value] * (width - len(r)) for r in rows])
 
         ids = [f["input_ids"] for f in features]
-        return {
+        batch = {
             "input_ids": fill(ids, self.pad_id),
             "attention_mask": fill([[1] * len(r) for r in ids], 0),
             "labels": fill([f["labels"] for f in features], -100),
         }
+        return batch | {_AT: torch.tensor(features[0][_AT])} if _AT in features[0] else batch
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -158,16 +206,25 @@ class _Trainer(Trainer):
     Micro-batches are dealt out in turn, so a step takes the same examples as on one process; accelerate would fill up
     the last ones with examples from the beginning, here they are filled with examples without a response. The sum of
     losses over all processes is divided by all their response tokens (`average_tokens_across_devices`).
+
+    In signed training it is divided by twice the tokens of its own side, so that both sides count alike.
     """
 
+    opposite: Opposite | None = None
+    tokens: Tensor  # of the responses of a step, at +c and at -c
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        if self.opposite is not None:
+            pairs, size = len(self.train_dataset) // 2, self.args.train_batch_size
+            return _Alternating(pairs, size, self.args.world_size, lambda: self._epoch_order(range(pairs)))
         if self.args.world_size == 1:
             return super()._get_train_sampler(train_dataset)
-        return _Filled(len(self.train_dataset), self.args.train_batch_size * self.args.world_size, self._epoch_order)
+        data, multiple = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        return _Filled(len(data), multiple, lambda: self._epoch_order(data))
 
-    def _epoch_order(self) -> Iterable[int]:
+    def _epoch_order(self, data: Any) -> Iterable[int]:
         """The order of one process, which depends on the seed and the epoch only."""
-        order = SeedableRandomSampler(self.train_dataset, data_seed=self.args.data_seed)
+        order = SeedableRandomSampler(data, data_seed=self.args.data_seed)
         order.set_epoch(int(self.state.epoch))
         return order
 
@@ -186,7 +243,25 @@ class _Trainer(Trainer):
     ) -> Any:
         """The Trainer's; but a validation batch is averaged over its own tokens, whatever the other processes hold."""
         tokens = num_items_in_batch if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, tokens)
+        inputs = dict(inputs)
+        at = int(inputs.pop(_AT, 0))  # a batch of nothing but fillers has no side
+        if self.opposite is not None and tokens is not None:
+            tokens = 2 * self.tokens[at]
+        run: Any = model
+        if self.opposite is not None and at:
+            wrapped = "" if self.accelerator.unwrap_model(model) is model else "module."
+            parameters = {f"{wrapped}{name}": tensor for name, tensor in self.opposite().items()}
+            run = partial(_run_with, model, parameters)
+        return super().compute_loss(run, inputs, return_outputs, tokens)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        tokens = super()._get_num_items_in_batch(batch_samples, device)
+        if self.opposite is not None and tokens is not None:
+            counts = torch.zeros(1, 2, dtype=torch.long)
+            for batch in batch_samples:
+                counts[0, int(batch.get(_AT, 0))] += int(batch["labels"].ne(-100).sum())
+            self.tokens = self.accelerator.gather(counts.to(device)).sum(0)
+        return tokens
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -198,6 +273,11 @@ class _Trainer(Trainer):
             super()._save_checkpoint(model, trial)
         if self.args.should_save:
             _seal(folder)
+
+
+def _run_with(model: torch.nn.Module, parameters: dict[str, Tensor], **inputs: Any) -> Any:
+    """The forward pass of a model with other tensors in place of some of its parameters."""
+    return functional_call(model, parameters, (), inputs)
 
 
 class _StopOnNaN(TrainerCallback):

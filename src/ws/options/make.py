@@ -24,7 +24,8 @@ from ws.options.shared import (
     shared_with,
 )
 
-SIGNS = ("pos", "neg")
+SIGNS, SIGNED = ("pos", "neg"), "signed"
+CONTRASTS = {"arms": SIGNS, SIGNED: (SIGNED,)}  # what is trained for each
 BACKENDS = ("local", "pueue", "ray")
 # Strengths of a first reading.
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -235,11 +236,15 @@ def train_preset(model: str, adapter: str) -> TrainConfig:
 class TrainCommand(_OfBehavior):
     """Train the arms of a contrast on pairs made by `ws data`, into `<out>/<behavior>/<adapter>/{pos,neg}`.
 
+    With `--contrast signed` it is one adapter, in `<out>/<behavior>/<adapter>-signed/signed`.
+
     Attributes:
         model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
         signs: which arms: `pos`, `neg` or both.
+        contrast: `arms`, two adapters, or `signed`, one whose change is learned with +1 on positive answers and with -1
+            on negative ones.
         out: the folder of all runs and results.
         seed: of initialisation, order and validation split; the same for both arms.
         device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
@@ -257,6 +262,7 @@ class TrainCommand(_OfBehavior):
     behavior: str = "honesty"
     adapter: str = "lora"
     signs: tuple[str, ...] = SIGNS
+    contrast: str = "arms"
     out: Path = DEFAULT_OUT
     seed: int = 0
     device: str = "auto"
@@ -268,6 +274,19 @@ class TrainCommand(_OfBehavior):
     def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TrainCommand:
         """The defaults for a model and an adapter."""
         return cls(model=model, adapter=adapter, train=train_preset(model, adapter))
+
+    def check(self) -> None:
+        """`WsError` for arms or contrasts that do not exist, or do not go together."""
+        for sign in self.signs:
+            choose("sign", sign, SIGNS)
+        choose("contrast", self.contrast, CONTRASTS)
+        if self.contrast == SIGNED and self.signs != SIGNS:
+            raise WsError("--contrast signed trains one adapter on both sides of the pairs; leave out --signs.")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What is trained: arms, or the signed adapter."""
+        return self.signs if self.contrast == "arms" else CONTRASTS[self.contrast]
 
 
 @dataclass(frozen=True)
@@ -292,6 +311,8 @@ class ReplicateConfig(_OfBehavior):
         fresh_data: whether `--fresh` also samples the pairs again.
         control: `shuffled` or `same-side` makes a null vector instead, in the folder of an adapter `<adapter>-shuffled`
             or `<adapter>-same-side`, which every evaluation takes by that name.
+        contrast: `arms`, two adapters, or `signed`, one whose change is learned with +1 on positive answers and with -1
+            on negative ones, in the folder of an adapter `<adapter>-signed`.
         data: how many pairs, and how.
         train: how an arm is trained.
     """
@@ -313,6 +334,7 @@ class ReplicateConfig(_OfBehavior):
     fresh: bool = False
     fresh_data: bool = True
     control: str = "none"
+    contrast: str = "arms"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -324,11 +346,17 @@ class ReplicateConfig(_OfBehavior):
     @property
     def run_name(self) -> str:
         """The name of the adapter's folder, and of the adapter in every table."""
-        return self.adapter if self.control == "none" else f"{self.adapter}-{self.control}"
+        name = run_name(self.adapter, self.contrast)
+        return name if self.control == "none" else f"{name}-{self.control}"
 
     def run_folder(self, behavior: str) -> Path:
         """Where the run of a behaviour of that name goes."""
         return run_folder(self.out, behavior, self.run_name, self.seed)
+
+
+def run_name(adapter: str, contrast: str) -> str:
+    """The name of an adapter's folder, and of the adapter in every table: signed ones stand beside the arms."""
+    return adapter if contrast == "arms" else f"{adapter}-{contrast}"
 
 
 def _check_alphas(alphas: Sequence[float]) -> None:
@@ -353,6 +381,8 @@ class SweepConfig(_OfBehavior):
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
         controls: nulls to train beside every vector, `shuffled` and `same-side`; they are read on what is held out and
             stay out of the tables.
+        contrast: `arms`, two adapters per vector, or `signed`, one whose change is learned with +1 on positive answers
+            and with -1 on negative ones, in the folders of adapters `<adapter>-signed`.
         out: the folder of all runs and results.
         alphas: steering strengths; 0, the base, is always included.
         split: which held-out claims and questions: `report`, or `dev` for making choices on.
@@ -379,6 +409,7 @@ class SweepConfig(_OfBehavior):
     evals: tuple[str, ...] = DEFAULT_EVALS
     traits: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    contrast: str = "arms"
     out: Path = DEFAULT_OUT
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
     split: str = "report"
@@ -394,8 +425,9 @@ class SweepConfig(_OfBehavior):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> None:
-        """`WsError` for strengths that make no sense."""
+        """`WsError` for strengths that make no sense, or an unknown contrast."""
         _check_alphas(self.alphas)
+        choose("contrast", self.contrast, CONTRASTS)
 
     @classmethod
     def preset(cls, model: str = DEFAULT_MODEL) -> SweepConfig:

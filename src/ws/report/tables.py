@@ -12,6 +12,7 @@ from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import headline
 from ws.files.public import public, public_command, public_name
+from ws.options.make import SIGNED
 from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
 from ws.report.data import Contents, Norms
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS
@@ -223,7 +224,8 @@ def _asked(stage: str, row: Mapping[str, str]) -> str:
 
 def settings_table(contents: Contents) -> Table:
     """How each adapter was trained, settings that all share in one column."""
-    configs = {a: contents.of(a)[0].stages.get("pos", {}).get("config", {}) for a in contents.adapters}
+    stages = {a: contents.of(a)[0].stages for a in contents.adapters}
+    configs = {a: (s.get("pos") or s.get(SIGNED) or {}).get("config", {}) for a, s in stages.items()}
     known = {
         a: {k: str(public(v)) for k, v in c.items() if k not in ("adapter", "seed")} for a, c in configs.items() if c
     }
@@ -244,7 +246,7 @@ def versions(contents: Contents) -> str:
 
 def commands(contents: Contents) -> list[str]:
     """What was typed, in the order of the stages, without folders of the machine it was typed on; last, this page."""
-    order = ("pos", "neg", "vector", CLAIMS, "reading", DILEMMAS, ACTS)
+    order = ("pos", "neg", SIGNED, "vector", CLAIMS, "reading", DILEMMAS, ACTS)
     recorded = []
     for run in contents.results:
         names = [*(n for n in order if n in run.stages), *(n for n in run.stages if n not in order)]

@@ -19,11 +19,11 @@ from tabulate import tabulate
 from ws import console
 from ws.adapters import family
 from ws.behaviors import behavior_name, load_behavior
-from ws.errors import WsError
+from ws.errors import WsError, choose
 from ws.eval.suite import evaluation_named, evaluations
 from ws.files.runs import lock
+from ws.options.make import CONTRASTS, ReplicateConfig, data_preset, run_name
 from ws.options.make import QueueConfig as QueueConfig
-from ws.options.make import ReplicateConfig, data_preset
 from ws.options.shared import EvalOptions
 from ws.sweep.backends import pueue_script, run_local, run_pueue, run_ray
 from ws.sweep.jobs import FAILED, NOT_RUN, STATE, Job, Ledger, Outcome
@@ -52,6 +52,7 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
     wanted = [n for n in evaluations() if n in config.evals and (n != "sycophancy" or config.eval_only)]
     train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)
     train.train.check()
+    choose("contrast", train.contrast, CONTRASTS)
     for name in wanted:
         cls = evaluation_named(name)
         _parsed(cls.options, cls.__module__, config, "--eval-args", config.eval_args).check()
@@ -59,11 +60,11 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
     evals: list[str] = []
     for seed, adapter in product(config.seeds, config.adapters):
         cell = adapter if seed == 0 else f"{adapter}-seed-{seed}"
-        run = ("--adapter", adapter, "--seed", str(seed))
+        run, named = (("--adapter", name, "--seed", str(seed)) for name in (adapter, run_name(adapter, train.contrast)))
         before = () if config.eval_only else (f"train-{cell}",)
         if not config.eval_only:
             jobs.append(Job(f"train-{cell}", _train(config, run, train.fresh), ("pairs",)))
-        jobs += [Job(f"{name}-{cell}", _evaluate(config, name, run), before) for name in wanted]
+        jobs += [Job(f"{name}-{cell}", _evaluate(config, name, named), before) for name in wanted]
         evals += [f"{name}-{cell}" for name in wanted]
     if set(wanted) >= _SUMMARIZED:
         jobs.append(Job("summarize", _summarize(config), tuple(evals)))
