@@ -267,7 +267,9 @@ def test_a_shell_completes_commands_members_and_options(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise there")
-@pytest.mark.parametrize("words", [["--help"], ["replicate", "--help"], ["--completion", "bash"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["replicate", "--help"], ["behavior", "new", "--help"], ["--completion", "bash"]]
+)
 def test_a_reader_that_has_had_enough_is_no_error(words, tmp_path):
     command = [sys.executable, "-m", "ws.cli", *words]
     read, write = os.pipe()
@@ -276,6 +278,27 @@ def test_a_reader_that_has_had_enough_is_no_error(words, tmp_path):
     os.close(write)
     assert done.stderr == ""
     assert done.returncode == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes them")
+@pytest.mark.parametrize(
+    ("words", "closed", "code"),
+    [
+        ("inspect nowhere", ">&-", 2),
+        ("behavior new --help", ">&-", 0),
+        ("behavior new one", ">&-", 0),
+        ("inspect nowhere", "2>&-", 2),
+        ("inspect nowhere", "<&- >&- 2>&-", 2),
+    ],
+)
+def test_closed_streams_lead_nowhere(words, closed, code, tmp_path):
+    command = f'exec "$0" -m ws.cli {words} {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert ("There is no folder nowhere" in done.stderr) == (code == 2 and "2>" not in closed)
 
 
 def test_flags_may_come_before_the_command(tmp_path, monkeypatch, capsys):

@@ -427,7 +427,7 @@ def test_commands_with_quotes_lose_their_folders_too(recorded, shown):
     assert public_command(recorded) == shown
 
 
-HOSTILE = "<script>alert(1)</script> ```\n```\n<img src=x onerror=alert(1)> [x](javascript:alert(1)) <!-- | `<b>`"
+HOSTILE = "<script>alert(1)</script> ```\n```\n<img src=x onerror=alert(1)> [x](javascript:alert(1)) <!-- | `<b>` \x1b"
 
 
 def test_what_others_wrote_is_no_markup_on_a_card(run):
@@ -443,6 +443,7 @@ def test_what_others_wrote_is_no_markup_on_a_card(run):
         text = re.sub(r"^```(python|bash)\n.*?^```$", "", card.split("---\n", 2)[2], flags=re.DOTALL | re.MULTILINE)
         assert not re.findall(r"<[A-Za-z/!]|\]\(", text)
         assert "&lt;script>" in text
+        assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", card), "a terminal that shows the file would obey it"
         for code in re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE):
             compile(code, "card", "exec")
             assert "alert(1)" not in re.sub(r'"(\\.|[^"\\])*"', "", code), "it stays inside the literals"

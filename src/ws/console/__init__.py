@@ -386,11 +386,16 @@ def guard(action: Callable[[], None], command: str = "") -> None:
     before, was_in_command = vars(_terminal).copy(), WsError.in_command
     vars(_terminal).update(asked, command=command or "ws", shown=False)
     WsError.in_command = True
+    _open_streams()
     _quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with disk_errors():
-            action()
+            try:
+                action()
+            except SystemExit:  # of `--help`, which the parser has written but not sent off
+                sys.stdout.flush()
+                raise
     except WsError as problem:
         with suppress(OSError):
             _report(problem)
@@ -400,7 +405,8 @@ def guard(action: Callable[[], None], command: str = "") -> None:
         if not is_main():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
-        print(f"{paint('error:', 'red', sys.stderr)} {printable(str(problem))}", file=sys.stderr)
+        with suppress(OSError):  # nobody reads this either, and the exit code says it all the same
+            print(f"{paint('error:', 'red', sys.stderr)} {printable(str(problem))}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` has
         _let_go_of_output()
@@ -412,6 +418,17 @@ def guard(action: Callable[[], None], command: str = "") -> None:
     finally:
         vars(_terminal).update(before)
         WsError.in_command = was_in_command
+
+
+def _open_streams() -> None:
+    """Streams that were closed by whoever started the program (`>&-`) lead nowhere.
+
+    Python has None in their place, and the next file that is opened would get their number, which is where libraries in
+    C write to.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _let_go_of_output() -> None:

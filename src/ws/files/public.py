@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ws.console import printable
 from ws.files.runs import BUNDLED, is_gguf
 
 _PLACE = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Z]:[\\/]|\\\\[\w?.-]+\\|\.\.\\)", re.IGNORECASE)
@@ -112,8 +113,11 @@ def _cut_option(text: str) -> str:
 
 
 def without_markup(markdown: str) -> str:
-    """Markdown in which what others wrote is no HTML and no link: both are marked as text outside of our own code."""
-    parts, end = list[str](), 0
+    """Markdown in which what others wrote is no HTML and no link: both are marked as text outside of our own code.
+
+    Control characters are written out, for a terminal would obey them when the file is shown in it.
+    """
+    markdown, parts, end = printable(markdown), list[str](), 0
     for code in [*_CODE.finditer(markdown), None]:
         text = markdown[end : code.start() if code else None]
         parts.append(_HTML.sub(lambda match: "&lt;" if match.group() == "<" else "\\(", text))
