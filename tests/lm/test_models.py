@@ -466,6 +466,10 @@ def test_a_system_prompt_that_the_template_brings_is_named_and_left_alone():
     assert chat_format(tok).default_system == ""
     assert render_prompt(tok, "Q", system="") == "<|user|>\nQ<|end|>\n<|assistant|>\n"
     assert chat_format(load_tokenizer("pocket")).default_system == ""
+    brief = "{% if enable_thinking is defined and not enable_thinking %}Be brief.{% else %}Think at length.{% endif %}"
+    tok.chat_template = own.replace("Be helpful.", brief) + TURNS + ASKS  # as SmolLM3's: another one where it thinks
+    assert chat_format(tok).default_system == "Be brief."
+    assert "<|system|>\nBe brief.<|end|>" in render_prompt(tok, "Q")
 
 
 # ---- what texts depend on -------------------------------------------------------------------------------------------

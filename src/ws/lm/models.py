@@ -414,7 +414,7 @@ def _chat_format(tok: Tokenizer, template: str | None, *state: Any) -> ChatForma
         before_answer=before,
         after_answer=after,
         end_of_turn_id=end,
-        default_system=_default_system(tok) if _renders_system(tok) else "",
+        default_system=_default_system(tok, switch) if _renders_system(tok) else "",
     )
 
 
@@ -488,11 +488,11 @@ def _renders_system(tok: Tokenizer) -> bool:
         return False
 
 
-def _default_system(tok: Tokenizer) -> str:
-    """What stands in a conversation without a system message where the text of one would."""
+def _default_system(tok: Tokenizer, switch: bool) -> str:
+    """What stands in a prompt without a system message where the text of one would; thinking is off."""
     probe, user = "Zyx probe", [{"role": "user", "content": "Q"}]
-    head, _, tail = _apply(tok, [{"role": "system", "content": probe}, *user]).partition(probe)
-    plain = _apply(tok, user)
+    head, _, tail = _prompt(tok, [{"role": "system", "content": probe}, *user], switch, thinking=False).partition(probe)
+    plain = _prompt(tok, user, switch, thinking=False)
     return plain[len(head) : len(plain) - len(tail)] if plain.startswith(head) and plain.endswith(tail) else ""
 
 
