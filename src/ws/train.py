@@ -488,7 +488,8 @@ def main(command: TrainCommand) -> None:
     command.check()
     pairs = data_folder(command.out, command.model, behavior.name) / PAIRS_FILE
     if not pairs.is_file():
-        options = f"--behavior {command.behavior}{model_flag(command.model)} --out {shlex.quote(str(command.out))}"
+        named, place = shlex.quote(command.behavior), shlex.quote(str(command.out))
+        options = f"--behavior {named}{model_flag(command.model)} --out {place}"
         raise WsError(f"There are no contrast pairs at {pairs}; make them with `ws data {options}`.")
     read_pairs(pairs)
     model, tok = load_model(command.model, command.device, command.dtype)

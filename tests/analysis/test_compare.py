@@ -320,6 +320,12 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     assert capsys.readouterr().out == first
 
 
+def test_items_that_cannot_be_read_are_said_before_strengths_are_solved_for(out):
+    with pytest.raises(ws.WsError, match="nowhere"):
+        main(replace(quick_options(out), evals=("airisk",), dataset=str(out / "nowhere")))
+    assert not list(out.rglob("calibration*"))
+
+
 def test_stored_strengths_are_used_and_named_and_never_solved_for_again(out, capsys, monkeypatch):
     options = quick_options(out)
     main(options)

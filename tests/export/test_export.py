@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,8 @@ def test_the_command_writes_prints_and_stores(tmp_path, capsys, monkeypatch):
 def test_vllm_is_told_a_rank_it_knows():
     assert "--max-lora-rank 64 --lora-modules kind=x" in vllm_lines(Path("x"), "kind", "b", 33)[0]
     assert "up to 512" in vllm_lines(Path("x"), "kind", "b", 513)[0]
+    words = shlex.split(vllm_lines(Path("my x"), "it's kind", "b; reboot", 33)[0])  # can be pasted into a shell
+    assert [words[2], words[-1]] == ["b; reboot", "it's kind=my x"]
 
 
 # ---- merged ---------------------------------------------------------------------------------------------------------

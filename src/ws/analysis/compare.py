@@ -78,6 +78,7 @@ class _Bench:
     def cell(self, name: str) -> Cell:
         """One intervention at both of its strengths."""
         chosen, o = self.context.intervention(name), self.options
+        asked = self.asked  # opens the items, so that what cannot be read is said before strengths are solved for
         key = self.context.key | ({"adapter": name, "seed": 0} if chosen.is_shared else {})
         calibration = calibration_for(
             chosen, self.context.opened, self.context.behavior, o.calibration, key, reuse=True
@@ -101,7 +102,7 @@ class _Bench:
             divergence={sign: s.divergence if s.audit is None else s.audit for sign, s in usable.items()},
             scores=scored,
             readable=read,
-            asked=self.asked,
+            asked=asked,
             nulls={null: null_scores for null, (null_scores, _) in nulls.items()},
             null_readable={null: null_read for null, (_, null_read) in nulls.items()},
             random=self.random_null(alphas) if name == WEIGHT and o.n_draws else {},

@@ -104,8 +104,8 @@ def _runs(config: TableConfig) -> tuple[dict[str, list[_Run]], list[str]]:
         raise WsError(f"No seed of {', '.join(lacking)} has been evaluated on both sets below {config.out / behavior}.")
     if not evaluated:
         raise WsError(
-            f"No run below {config.out / behavior} has been evaluated on both sets; run `just eval-airisk` and "
-            "`just eval-tinymfv-airisk`, or a sweep."
+            f"No run below {config.out / behavior} has been evaluated on both sets; run `ws eval airisk` and "
+            "`ws eval tinymfv-airisk`, or a sweep."
         )
     _check_comparable([run for seeds in evaluated.values() for run in seeds])
     return evaluated, left_out

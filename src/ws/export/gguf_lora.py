@@ -15,6 +15,7 @@ of `B` are reordered alike (see `rope_rows`).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -237,7 +238,7 @@ def main(options: GgufOptions) -> None:
     config = None if options.model is None else load_config(options.model)
     written = write_gguf_lora(vector, file, vector.strength(options.alpha), config)
     base = gguf_file(options.model or vector.base_id) or "base.gguf"
-    serve = f"llama-server -m {base} --lora-scaled {file}:1"
+    serve = shlex.join(["llama-server", "-m", str(base), "--lora-scaled", f"{file}:1"])
     console.show(console.Result(written.describe(), {"lora": written}, [file], serve))
 
 

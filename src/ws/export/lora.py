@@ -7,6 +7,7 @@ error is printed, stored, and refused when it is too large.
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 from tabulate import tabulate
@@ -78,8 +79,9 @@ def vllm_lines(folder: Path, name: str, base: str, rank: int) -> list[str]:
     fitting = [r for r in VLLM_RANKS if r >= rank]
     if not fitting:
         return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}; this one has {rank}. Use `ws export merged` for it."]
-    options = f"--enable-lora --max-lora-rank {fitting[0]} --lora-modules {name}={folder}"
-    return [f"vllm serve {gguf_file(base) or model_folder(base)} {options}"]  # vLLM knows no bundled names
+    place = str(gguf_file(base) or model_folder(base))  # vLLM knows no bundled names
+    loras = f"--enable-lora --max-lora-rank {fitting[0]} --lora-modules".split()
+    return [shlex.join(["vllm", "serve", place, *loras, f"{name}={folder}"])]
 
 
 def main(options: LoraOptions) -> None:
