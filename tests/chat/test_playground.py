@@ -255,6 +255,12 @@ def test_the_page_is_served_to_this_machine_alone_and_reports_to_nobody(served):
     assert blocks.share_url is None
 
 
+@pytest.mark.parametrize("port", [-1, 0, 2**16])
+def test_what_is_no_port_is_refused_before_anything_is_loaded(port):
+    with pytest.raises(ws.WsError, match="port"):
+        PlayOptions(port=port).check()
+
+
 def test_a_port_that_is_taken_is_said(served, engine):
     address, _ = served
     with pytest.raises(ws.WsError, match="another with `port`"):

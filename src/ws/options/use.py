@@ -48,6 +48,10 @@ class PlayOptions(EngineOptions):
     port: int | None = None
     share: bool = False
 
+    def check(self) -> None:
+        """`WsError` for what makes no sense, before anything is loaded."""
+        require_count("--port", self.port, 1, most=2**16 - 1)
+
 
 @dataclass(frozen=True)
 class ServeOptions(VectorsOptions):
