@@ -295,6 +295,16 @@ def test_micro_batches_of_signed_training_are_of_one_side_and_of_the_same_pairs(
         assert all(i % 2 == 0 for i in real)
 
 
+def test_signed_training_refuses_activations_that_would_be_computed_again_with_the_other_sign(fresh_tiny, tmp_path):
+    model, tok = fresh_tiny
+    model.gradient_checkpointing_enable()
+    try:
+        with pytest.raises(ws.WsError, match=r"call gradient_checkpointing_disable\(\)"):
+            train_adapter(model, tok, PAIRS, SIGNED, "lora", tmp_path / "signed", QUICK)
+    finally:
+        model.gradient_checkpointing_disable()
+
+
 def test_a_signed_null_need_not_learn(fresh_tiny, tmp_path):
     """From equal answers both signs get opposite gradients: at the start of a LoRA nothing is left of them."""
     model, tok = fresh_tiny

@@ -313,6 +313,11 @@ def _adapted(
 
 def _opposite(peft_model: PeftModel, adapter: str, initial: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """The adapter's parameters at -c, as they are whenever it is called."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in peft_model.modules()):
+        raise WsError(
+            "The model checkpoints its activations, and what is computed again for a gradient would have the adapter's "
+            "other sign; call gradient_checkpointing_disable() before training signed."
+        )
     fam = family(adapter)
     return partial(mirrored_parameters, peft_model, fam, in_training(peft_model, fam), initial)
 
