@@ -320,3 +320,14 @@ def test_a_runs_folder_opens_as_the_vector_in_it(tmp_path):
     (tmp_path / "run" / "vector" / "ws.json").unlink()
     with pytest.raises(ws.WsError, match="not a steering vector"):
         ws.SteeringVector.load(tmp_path / "run")
+
+
+def test_a_folder_of_runs_is_told_from_a_half_written_vector(tmp_path):
+    vector = ws.SteeringVector({"up": ws.LinearDelta(4, 3, u=torch.ones(4, 1), v=torch.ones(1, 3))}, "base", None)
+    vector.save(tmp_path / "honesty" / "lora" / "vector")
+    assert ws.SteeringVector.load(tmp_path / "honesty" / "lora").deltas.keys() == {"up"}
+    with pytest.raises(ws.WsError, match=r"give one that lies below it, such as .*honesty/lora/vector\."):
+        ws.SteeringVector.load(tmp_path / "honesty")
+    (tmp_path / "honesty" / "lora" / "vector" / "ws.json").unlink()
+    with pytest.raises(ws.WsError, match="half-written"):
+        ws.SteeringVector.load(tmp_path / "honesty")

@@ -587,6 +587,8 @@ class SteeringVector:
                 return cls._from_foreign_lora(folder)
             if (folder / "vector" / MANIFEST).is_file():
                 return cls.load(folder / "vector")
+            if below := sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{MANIFEST}")):
+                raise WsError(f"{folder} is not a steering vector; give one that lies below it, such as {below[0]}.")
             raise WsError(f"{folder} is not a steering vector: {MANIFEST} is missing (half-written?); make it again.")
         manifest, tensors = read_saved(folder, VectorManifest)
         deltas = deltas_from_tensors(manifest.modules, tensors, folder, manifest.kinds)

@@ -63,6 +63,15 @@ def test_the_run_that_a_demo_has_left_is_offered(tmp_path, monkeypatch):
         RunOptions(behavior="truthfulness").require()
 
 
+def test_a_behaviour_that_is_nowhere_is_not_offered_to_be_made(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for wrong, right in (("honest", "honesty"), ("mnie", "mine")):
+        with pytest.raises(ws.WsError, match=f"nor a behaviour {wrong!r}. Did you mean {right!r}"):
+            RunOptions(behavior=wrong, out=tmp_path).require()
+    with pytest.raises(ws.WsError, match="make it with `ws replicate --behavior mine"):
+        RunOptions(behavior="mine", out=tmp_path).require()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_origin, get_type_hints
 import msgspec
 import tyro
 
-from ws.behaviors import behavior_name
+from ws.behaviors import behavior_name, bundled_behaviors
 from ws.console import command_line
-from ws.errors import WsError, choose, require_count, require_resamples, require_strength
+from ws.errors import WsError, choose, did_you_mean, require_count, require_resamples, require_strength
 from ws.files.runs import DEFAULT_OUT, DEMO_OUT, model_name, run_folder
 
 # Adapter families, in the order of tables; `ws.adapters` knows how each is trained.
@@ -74,6 +74,9 @@ def folder_with_vector(
     name = behavior_name(behavior)
     folder = run_folder(out, name, adapter, seed)
     if not (folder / "vector").is_dir():
+        known = [*bundled_behaviors(), *(p.name for p in out.glob("*") if p.is_dir())]
+        if name == behavior and name not in known:
+            raise WsError(f"There is no vector in {folder}, nor a behaviour {name!r}.{did_you_mean(name, known)}")
         options = RunOptions(model=model, behavior=behavior, adapter=adapter, seed=seed, out=out)
         made = command_line("ws replicate", options, always=("behavior", "adapter"))
         raise WsError(
