@@ -5,7 +5,10 @@
 - `import torch`, alone and with the model classes of transformers, which any tool of this kind pays for;
 - `ws --help`, `ws COMMAND --help` of every command, a mistyped option, and files and runs that are not there;
 - the commands that need no model, on an empty behaviour file and on a vector of the tests' size;
-- the modules that carry the other commands out, imported and no more.
+- the modules that carry the other commands out, imported and no more; those that train also where PEFT finds no
+  bitsandbytes, which it imports wherever it is installed (the extra `quantized`; a clone has it for the tests).
+
+`--only` measures what begins with one of its words, beside the first two.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from benchmarks import harness
 from ws.cli import COMMANDS
 
 TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel"
+WITHOUT = "import sys; sys.modules['bitsandbytes'] = None"  # for Python it is not there
 MISTAKES = {
     "mistyped option": ["replicate", "--adaptr", "lora"],
     "mistyped command": ["replcate"],
@@ -48,22 +52,33 @@ def codes(folder: Path) -> dict[str, str]:
     found["ws inspect VECTOR"] = command(["inspect", str(folder / "vector")])
     found["ws behavior check honesty"] = command(["behavior", "check", "honesty"])
     modules = sorted({place.split(":")[0] for place, _ in COMMANDS.values()} - {"ws.cli"})
-    return found | {f"import {module}": f"import {module}" for module in modules}
+    found |= {f"import {module}": f"import {module}" for module in modules}
+    return found | {f"import {m}, no bitsandbytes": f"{WITHOUT}; import {m}" for m in ("ws.replicate", "ws.train")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[""])
     o = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        wanted, seconds = codes(Path(place)), dict[str, list[float]]()
+        asked, seconds = ("import torch", *o.only), dict[str, list[float]]()
+        wanted = {name: code for name, code in codes(Path(place)).items() if name.startswith(asked)}
         for number in range(o.rounds + 1):
             for name, code in wanted.items():
                 taken = harness.fresh_process(["-c", code], cwd=Path(place)).cpu_seconds
                 if number:  # the first round fills the file cache
                     seconds.setdefault(name, []).append(taken)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    rows = {n: {"cpu_seconds": round(s, 2), "ratio": round(s / medians[TORCH], 3)} for n, s in medians.items()}
+    both = medians["import torch, transformers"]
+    rows = {
+        name: {
+            "cpu_seconds": round(taken, 2),
+            "ratio to torch": round(taken / medians["import torch"], 3),
+            "ratio to torch and transformers": round(taken / both, 3),
+        }
+        for name, taken in medians.items()
+    }
     harness.record("startup", {"rounds": o.rounds, "commands": rows})
 
 
