@@ -445,8 +445,8 @@ def _carry_out(opened: FinishedRun, o: SubspaceOptions) -> console.Result:
         stage.done(written)
     table, of_pair = folder / "subspace_summary.csv", folder / "geometry.csv"
     signed = opened.vector.info.get("contrast") == SIGNED
-    gone = "the vector is of one signed adapter" if signed else "pos/ and neg/ are gone"
-    pair = render_pair(read_csv(of_pair)) if paired else f"{gone[0].upper()}{gone[1:]}; nothing of the pair."
+    gone = "The vector is of one signed adapter" if signed else "pos/ and neg/ are gone"
+    pair = render_pair(read_csv(of_pair)) if paired else f"{gone}; nothing of the pair."
     data = {"rows": read_values(table), "pair": read_values(of_pair) if paired else []}
     text = f"{render_subspaces(read_csv(table))}\n\n{pair}"
     return console.Result(text, data, opened.run.outputs("subspace"))

@@ -705,5 +705,5 @@ def test_runs_of_different_items_are_not_put_into_one_table(evaluated, options):
         build_table(replace(evaluated, adapters=("dora",)))
     with pytest.raises(ws.WsError, match="Did you mean 'dora'"):
         build_table(replace(evaluated, adapters=("doraa",)))
-    with pytest.raises(ws.WsError, match="just eval-airisk"):
+    with pytest.raises(ws.WsError, match="run `ws eval airisk` and"):
         build_table(replace(evaluated, out=evaluated.out / "nowhere"))
