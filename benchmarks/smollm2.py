@@ -101,15 +101,16 @@ def plan(behavior: str, adapter: str, seed: int, has_data: bool) -> dict[str, di
 
 def measure(behavior: str, adapter: str, seed: int, out: Path, data: Path | None) -> None:
     """Make and compare one run, unless its files are there."""
-    for part, asked in plan(behavior, adapter, seed, data is not None).items():
-        file = KEPT / behavior / f"{adapter}_{seed}_{part}.json"
-        if file.exists():
-            continue
+    parts = plan(behavior, adapter, seed, data is not None)
+    files = {part: KEPT / behavior / f"{adapter}_{seed}_{part}.json" for part in parts}
+    missing = [part for part, file in files.items() if not file.exists()]
+    if missing:
         make(behavior, adapter, seed, out)
-        usual = {"n_prompts": N_PROMPTS, "n_draws": 0, "limit": N_ITEMS, "traits": TRAITS[behavior], "device": "cpu"}
-        run = {"model": MODEL, "behavior": behavior, "adapters": (adapter,), "seeds": (seed,), "out": out}
-        options = CompareOptions(**(usual | run | asked), dataset=None if data is None else str(data))
-        write_text(file, msgspec.json.encode(compare(options), enc_hook=_plain).decode() + "\n")
+    usual = {"n_prompts": N_PROMPTS, "n_draws": 0, "limit": N_ITEMS, "traits": TRAITS[behavior], "device": "cpu"}
+    run = {"model": MODEL, "behavior": behavior, "adapters": (adapter,), "seeds": (seed,), "out": out}
+    for part in missing:
+        options = CompareOptions(**(usual | run | parts[part]), dataset=None if data is None else str(data))
+        write_text(files[part], msgspec.json.encode(compare(options), enc_hook=_plain).decode() + "\n")
 
 
 def _plain(value: Any) -> Any:

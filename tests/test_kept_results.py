@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from benchmarks import smollm2
 
 from ws.analysis.compare_tables import Cell, Group, group_rows
@@ -47,6 +48,5 @@ def test_a_run_that_is_kept_comes_back_and_is_not_measured_again(tmp_path, monke
     for row, other in zip(rows, wanted, strict=True):
         assert row.keys() == other.keys()
         for name, value in row.items():
-            assert value == (other[name] if not isinstance(value, float) else np.float64(other[name]).round(12)) or (
-                isinstance(value, float) and abs(value - other[name]) < 1e-4 * max(1, abs(value))
-            )
+            same = pytest.approx(other[name], rel=1e-4, abs=1e-4) if isinstance(value, float) else other[name]
+            assert value == same

@@ -643,3 +643,17 @@ def test_what_a_block_copied_is_given_back_when_it_ends():
         assert not any(ref() is not None for ref in held)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_dial_that_is_turned_between_layers_that_share_a_product_is_heard(in_place):
+    module, x = Attention(), torch.randn(2, 3, 6)
+    vector, alpha = low_rank(module, {"q_proj", "k_proj", "v_proj"}), torch.tensor([1.0, 1.0])
+    wanted = changed_weights(module, vector, -0.5).k_proj(x)
+    with torch.no_grad(), ws.steer(module, vector, alpha) as dial:
+        module.q_proj(x)
+        if in_place:
+            alpha.fill_(-0.5)
+        else:
+            dial.alpha = -0.5
+        torch.testing.assert_close(module.k_proj(x), wanted)

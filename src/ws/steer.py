@@ -181,28 +181,32 @@ class _Factors(NamedTuple):
     u_t: dict[_Change, Tensor]
 
 
+def _version(tensor: Tensor) -> int:
+    """Changes when the tensor is written in place; not in inference mode, where no known model writes what it reads."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Readers:
     """The changes of one vector in layers that read the same tensor, as q, k and v do: one product with all their V.
 
     The first layer that is given a tensor computes `V x` for all of them, and each takes its part. Only of that very
-    tensor: a layer that is given another one, whatever its name promised, starts anew.
+    tensor at the same strength: a layer that is given another one, whatever its name promised, starts anew.
     """
 
     def __init__(self, changes: Sequence[_Change]) -> None:
         self._changes = changes
         self._factors: dict[tuple[torch.device, torch.dtype], _Factors | None] = {}
         # Replaced whole, and read once: threads that share a model at worst compute a product twice.
-        self._kept: tuple[Tensor, int, dict[_Change, _Product]] | None = None
+        self._kept: tuple[Tensor, float | Tensor, list[int], dict[_Change, _Product]] | None = None
 
     def product(self, change: _Change, x: Tensor) -> _Product | None:
         """The product of one of the changes with `x [..., d_in]`; None if it has no factors."""
-        # Torch counts what is written in place, but not in inference mode: no known model writes between such layers.
-        version = 0 if x.is_inference() else x._version
-        kept = self._kept
-        if kept is None or kept[0] is not x or kept[1] != version or change not in kept[2]:
-            kept = (x, version, self._products(x))
-        product = kept[2].pop(change, None)
-        self._kept = kept if kept[2] else None  # activations are let go with the last layer that reads them
+        alpha, kept = change.dial.alpha, self._kept
+        versions = [_version(t) for t in (x, alpha) if isinstance(t, Tensor)]
+        if kept is None or kept[0] is not x or kept[1] is not alpha or kept[2] != versions or change not in kept[3]:
+            kept = (x, alpha, versions, self._products(x))
+        product = kept[3].pop(change, None)
+        self._kept = kept if kept[3] else None  # activations are let go with the last layer that reads them
         return product
 
     def _products(self, x: Tensor) -> dict[_Change, _Product]:
@@ -213,9 +217,7 @@ class _Readers:
         if isinstance(alpha, Tensor):
             low, alpha = low.mul_(alpha), 1.0
         low = low.reshape(-1, low.shape[-1])
-        if len(factors.ranks) == 1:
-            return {c: _Product(low, alpha, u_t) for c, u_t in factors.u_t.items()}
-        parts = low.split(factors.ranks, dim=1)
+        parts = low.split(factors.ranks, dim=1) if len(factors.ranks) > 1 else (low,)
         return {c: _Product(part, alpha, u_t) for (c, u_t), part in zip(factors.u_t.items(), parts, strict=True)}
 
     def _beside(self, x: Tensor) -> _Factors | None:
