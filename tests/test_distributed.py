@@ -57,6 +57,7 @@ def words(out: Path, adapter: str = "lora", sign: str = "pos", **changes: object
     """The command line that trains one arm with `CONFIG`."""
     flags = {k: getattr(CONFIG, k) for k in ("batch", "micro_batch", "max_steps", "validation")} | changes
     flags["keep"] = "best" if adapter == "pissa" else "last"
+    flags["kl"] = 0.5 if adapter in ("pissa", "dora") else 0.0
     what = "--contrast signed" if sign == "signed" else f"--signs {sign}"
     line = f"--model tiny-random --device cpu --out {out} --adapter {adapter} {what}"
     return line.split() + [w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v))]

@@ -19,11 +19,15 @@ from conftest import reworded
 from ws.adapters import FAMILIES, register
 from ws.data import Pair
 from ws.files.runs import Run, sha256_file
+from ws.lm.divergence import token_kl
+from ws.lm.loss import predicting
 from ws.lm.models import chat_format, encode, render_prompt
 from ws.lm.trainer import _Alternating, _Collator, last_whole_checkpoint
 from ws.options.make import SIGNED, TrainConfig, train_preset
 from ws.train import (
     _adapted,
+    _as_base,
+    _copy_moved,
     _isolated_rng,
     _require_progress,
     adapter_spec,
@@ -170,10 +174,10 @@ def test_training_is_reproducible_and_depends_on_the_seed(fresh_tiny, tmp_path):
     assert digest["a"] == digest["b"] != digest["c"]
 
 
-@pytest.mark.parametrize(("sign", "keep"), [("pos", "last"), ("pos", "best"), (SIGNED, "last")])
-def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, sign, keep):
+@pytest.mark.parametrize(("sign", "keep", "kl"), [("pos", "last", 0.0), ("pos", "best", 0.5), (SIGNED, "last", 0.5)])
+def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, sign, keep, kl):
     model, tok = fresh_tiny
-    config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep)
+    config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep, kl=kl)
     train_adapter(model, tok, PAIRS, sign, family, tmp_path / "whole", config)
     work, saved = tmp_path / ".cut.work", tmp_path / "saved"
 
@@ -193,6 +197,91 @@ def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monk
     train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+# ---- the penalty on divergence --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", ["pos", SIGNED])
+def test_a_penalty_of_great_weight_keeps_the_model_near_the_base(fresh_tiny, tmp_path, family, sign, weights_hash):
+    model, tok = fresh_tiny
+    before = weights_hash(model)
+    batch = _Collator(tok.pad_token_id)([e.features() for e in build_examples(tok, PAIRS, "pos", 512)])
+    mask, _ = predicting(batch.pop("labels"))
+    divergences = []
+    for kl in (0.0, 100.0):
+        config = replace(train_preset("tiny-random", family), max_steps=12, validation=0.0, kl=kl)
+        train_adapter(model, tok, PAIRS, sign, family, tmp_path / str(kl), config)
+        vector = ws.SteeringVector.from_adapter(tmp_path / str(kl), model, mirrored=False)
+        with torch.no_grad():
+            base = model(**batch).logits[mask]
+            with ws.steer(model, vector, 1.0):
+                divergences.append(token_kl(base, model(**batch).logits[mask]).mean().item())
+    assert divergences[1] < divergences[0] / 4
+    assert weights_hash(model) == before
+
+
+def test_a_step_with_the_penalty_is_that_of_a_plain_loop_with_a_second_model(fresh_tiny, tmp_path):
+    """Two steps of AdamW by hand; the penalty is none at the first, where the model is the base."""
+    model, tok = fresh_tiny
+    pairs = [replace(p, pos=p.pos + " Not blue." * (i % 4)) for i, p in enumerate(PAIRS)]
+    config = replace(QUICK, batch=25, micro_batch=5, max_steps=2, validation=0.0, lr=1e-2, kl=20.0)
+    facts = train_adapter(model, tok, pairs, "pos", "lora", tmp_path / "pos", config)
+    batch = _Collator(tok.pad_token_id)([e.features() for e in build_examples(tok, pairs, "pos", 512)])
+    mask, _ = predicting(batch["labels"])
+    with torch.no_grad():
+        base = model(**batch).logits[mask].log_softmax(-1)
+    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, _):
+        learned = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        optimiser, losses = torch.optim.AdamW(learned.values(), weight_decay=config.weight_decay), []
+        for rate in (1e-2, 0.5e-2):
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.zero_grad()
+            output = peft_model(**batch)
+            terms = base.exp() * (base - output.logits[mask].log_softmax(-1))
+            loss = output.loss + 20.0 * terms.sum(-1).mean()
+            loss.backward()
+            losses.append(loss.item())
+            assert (terms.sum(-1).mean().item() > 1e-5) == (rate < 1e-2)
+            torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+            optimiser.step()
+        wanted = {n.replace(".default", ""): p.detach().clone() for n, p in learned.items()}
+    assert facts["train_losses"] == pytest.approx(losses, abs=2e-5)
+    for name, tensor in load_file(tmp_path / "pos" / "adapter_model.safetensors").items():
+        assert (tensor - wanted[name]).norm() < 1e-3 * wanted[name].norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_with_an_adapter_can_be_the_base_again_bit_for_bit(family, dtype):
+    model, _ = ws.load_model("tiny-random", device="cpu", dtype=dtype)
+    spec, ids = adapter_spec(train_preset("tiny-random", family), family), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        base = model(ids).logits
+        weights = _copy_moved(model, spec)
+        with _adapted(model, spec, seed=0) as (peft_model, _):
+            flags = {n: p.requires_grad for n, p in peft_model.named_parameters()}
+            for p in peft_model.parameters():
+                p.add_(0.1 * p.requires_grad)
+            trained = peft_model(ids).logits
+            with _as_base(peft_model, weights):
+                assert torch.equal(peft_model(ids).logits, base)
+            assert torch.equal(peft_model(ids).logits, trained)
+            assert not torch.equal(trained, base)
+            assert {n: p.requires_grad for n, p in peft_model.named_parameters()} == flags
+
+
+def test_a_setting_that_came_later_is_on_record_only_where_it_does_something(fresh_tiny, tmp_path):
+    """A run of before has no `kl`; it is the same as one without a penalty, and not as one with it."""
+    model, tok = fresh_tiny
+    pairs, run = tmp_path / "pairs.jsonl", Run(tmp_path / "run")
+    pairs.write_text("".join(json.dumps(asdict(p)) + "\n" for p in PAIRS))
+    config = replace(train_preset("tiny-random", "lora"), max_steps=2, validation=0.0)
+    assert train_stage(model, tok, pairs, "pos", run, "lora", config, 0)
+    recorded = run.facts("pos")["config"]
+    assert recorded.keys() == (asdict(config).keys() - {"kl"}) | (recorded.keys() - asdict(config).keys())
+    assert not train_stage(model, tok, pairs, "pos", run, "lora", config, 0)
+    with pytest.raises(ws.WsError, match=r"other settings .kl: None -> 0\.5"):
+        train_stage(model, tok, pairs, "pos", run, "lora", replace(config, kl=0.5), 0)
 
 
 # ---- signed ---------------------------------------------------------------------------------------------------------
@@ -372,6 +461,8 @@ def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
         ({"lr": -1.0}, "`lr` must be positive"),
         ({"lr": float("nan")}, "`lr` must be positive"),
         ({"validation": 1.0}, "`validation`"),
+        ({"kl": -0.1}, "`kl` must be 0 or positive"),
+        ({"kl": float("nan")}, "`kl` must be 0 or positive"),
         ({"keep": "bst"}, "Did you mean 'best'"),
         ({"max_steps": 0}, "`max_steps`"),
         ({"max_steps": 2**64}, "`max_steps` must be positive and at most 2147483647"),

@@ -91,8 +91,7 @@ def train_adapter(
     came. On several processes, each of which calls this with a model on its own device, only the main one writes.
 
     Args:
-        model: the base.
-        tok: its tokenizer.
+        model, tok: the base and its tokenizer.
         pairs: contrast pairs; those with a `drop` reason are skipped.
         sign: `pos` or `neg`, the side whose answers are learned, or `signed` for one adapter that learns both.
         adapter: the family.
@@ -115,8 +114,9 @@ def train_adapter(
     train, validation = split_examples(examples, config.validation, seed)
     work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
+    weights = _copy_moved(model, spec) if config.kl else {}
     settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
-    settings |= {"config": asdict(config), "examples": [[e.prompt, e.response] for e in examples]}
+    settings |= {"config": config.recorded(), "examples": [[e.prompt, e.response] for e in examples]}
     with alone(folder):
         on_main(lambda: _begin(work, sha256_json(settings)))
         try:
@@ -124,7 +124,7 @@ def train_adapter(
                 adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
                 opposite = _opposite(peft_model, adapter, initial) if sign == SIGNED else None
                 with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules"):
-                    facts = _fit(peft_model, tok, train, validation, work, config, seed, opposite, must_learn)
+                    facts = _fit(peft_model, tok, train, validation, work, config, seed, opposite, weights, must_learn)
                 stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))
         except WsError as problem:
@@ -284,7 +284,7 @@ def _adapted(
     config = peft_config(model, spec)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     attributes, training = set(vars(model)), model.training
-    copies = _copy_weights(model, list(config.target_modules)) if spec.family == "pissa" else {}
+    copies = _copy_moved(model, spec)
     set_seed(seed)
     try:
         peft_model = get_peft_model(model, config)
@@ -322,7 +322,27 @@ def _opposite(peft_model: PeftModel, adapter: str, initial: dict[str, Tensor]) -
     return partial(mirrored_parameters, peft_model, fam, in_training(peft_model, fam), initial)
 
 
-def _copy_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tensor]:
+@contextmanager
+def _as_base(peft_model: PeftModel, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model is the base: without its adapter, and with the base's `weights` where PiSSA has moved them."""
+    layers = {name: peft_model.get_base_model().get_submodule(name).get_base_layer() for name in weights}
+    in_use = {name: weight_of(layer).clone() for name, layer in layers.items()}
+
+    def put(values: dict[str, Tensor]) -> None:
+        for name, layer in layers.items():
+            weight_of(layer).copy_(values[name])
+
+    put(weights)
+    try:
+        with peft_model.disable_adapter():
+            yield
+    finally:
+        put(in_use)
+
+
+def _copy_moved(model: PreTrainedModel, spec: AdapterSpec) -> dict[str, Tensor]:
+    """The weights that PiSSA is about to move."""
+    names = peft_config(model, spec).target_modules if spec.family == "pissa" else ()
     return {n: weight_of(model.get_submodule(n)).cpu().clone() for n in names}
 
 
@@ -351,6 +371,7 @@ def _fit(
     config: TrainConfig,
     seed: int,
     opposite: Callable[[], dict[str, Tensor]] | None,
+    weights: dict[str, Tensor],
     must_learn: bool,
 ) -> dict[str, Any]:
     from ws.lm.trainer import fit, last_whole_checkpoint  # takes seconds to import, and most runs have nothing to train
@@ -362,7 +383,8 @@ def _fit(
     settings["gradient_accumulation_steps"] *= sides  # micro-batches of either side in turn
     rows, held = ([e.features() for e in part] for part in (train, validation))
     resumed = on_main(lambda: last_whole_checkpoint(work))
-    trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite)
+    as_base = partial(_as_base, peft_model, weights)
+    trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite, config.kl, as_base)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,
@@ -450,7 +472,7 @@ def arm_settings(
     model: PreTrainedModel, tok: Tokenizer, adapter: str, config: TrainConfig, seed: int
 ) -> dict[str, Any]:
     """What is recorded of an arm besides its pairs; known before there are any."""
-    settings = asdict(config) | {"adapter": adapter, "seed": seed, "model": model_id(model)}
+    settings = config.recorded() | {"adapter": adapter, "seed": seed, "model": model_id(model)}
     settings |= {"dtype": str(model.dtype)[6:], "fingerprint": fingerprint(model)}
     return settings | {"tokenizer_hash": tokenizer_hash(tok)}
 

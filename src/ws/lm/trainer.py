@@ -9,13 +9,16 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.func import functional_call
@@ -28,6 +31,7 @@ from ws.errors import WsError, disk_errors
 from ws.files.reading import read_json
 from ws.files.runs import sha256_file, write_json
 from ws.files.writing import flush
+from ws.lm.loss import Head, head_of, predicting, response_loss
 
 _ALWAYS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
@@ -39,9 +43,10 @@ _ALWAYS: dict[str, Any] = {
     "report_to": [],
     "disable_tqdm": True,
 }
-Rows = Sequence[Mapping[str, list[int]]]  # the `input_ids` and `labels` of examples
+Rows = Sequence[Mapping[str, Any]]  # the `input_ids` and `labels` of examples
 Opposite = Callable[[], dict[str, Tensor]]  # the parameters at -c by name, with gradients to those at +c
 _AT = "opposite"  # of a row and a batch in signed training: whether it is learned at -c
+_BASE = "base"  # of a row and a batch with a penalty: the base's final hidden states where the response is predicted
 SEAL = "sealed.json"
 _NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 
@@ -55,6 +60,8 @@ def fit(
     settings: Mapping[str, Any],
     resumed: str | None,
     opposite: Opposite | None = None,
+    kl: float = 0.0,
+    as_base: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Trainer:
     """Train the adapter of a model in place.
 
@@ -66,6 +73,8 @@ def fit(
         settings: of transformers' `TrainingArguments`.
         resumed: the checkpoint to go on from (`last_whole_checkpoint`).
         opposite: of signed training, in which every other example is a negative one, the parameters to learn it with.
+        kl: weight of the penalty on the divergence from the base (`ws.lm.loss`).
+        as_base: makes the context in which the model is the base.
 
     Returns:
         The Trainer, whose `state` has the losses.
@@ -92,21 +101,28 @@ def fit(
         callbacks=[_StopOnNaN(), _Progress()],
     )
     trainer.opposite = opposite
+    trainer.choose_loss(model, kl, as_base)
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
-    try:
+    with _gradients_named(type(model.get_base_model()).__name__):
         trainer.train(resume_from_checkpoint=resumed)
+    trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
+    return trainer
+
+
+@contextmanager
+def _gradients_named(kind: str) -> Iterator[None]:
+    """Torch's errors about gradients that a class of models has not, as a `WsError`."""
+    try:
+        yield
     except RuntimeError as problem:
         if not _NO_GRADIENT.search(str(problem)):
             raise
-        kind = type(model.get_base_model()).__name__
         raise WsError(
             f"A {kind} cannot be trained, because torch has no gradient for a part of it ({problem}); name modules "
             "that lie behind it with --modules or --layers."
         ) from problem
-    trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
-    return trainer
 
 
 # ---- examples in batches ----------------------------------------------------------------------------------------
@@ -122,7 +138,7 @@ class _Features(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Mapping[str, list[int]]:
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self.rows[index] if index < len(self.rows) else self.filler
 
 
@@ -194,7 +210,10 @@ class _Collator:
             "attention_mask": fill([[1] * len(r) for r in ids], 0),
             "labels": fill([f["labels"] for f in features], -100),
         }
-        return batch | {_AT: torch.tensor(features[0][_AT])} if _AT in features[0] else batch
+        if _AT in features[0]:
+            batch[_AT] = torch.tensor(features[0][_AT])
+        states = [f[_BASE] for f in features if _BASE in f]  # fillers have none
+        return batch | {_BASE: torch.cat(states)} if states else batch
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -212,6 +231,9 @@ class _Trainer(Trainer):
 
     opposite: Opposite | None = None
     tokens: Tensor  # of the responses of a step, at +c and at -c
+    head: Head | None = None
+    plain = False  # the model's loss is the sum of cross-entropies over the number of tokens, and nothing else
+    kl = 0.0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         if self.opposite is not None:
@@ -241,10 +263,14 @@ class _Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The Trainer's; but a validation batch is averaged over its own tokens, whatever the other processes hold."""
+        """The Trainer's; but a validation batch is averaged over its own tokens, whatever the other processes hold.
+
+        Where the model's loss is the plain one, logits are made of response tokens only (`ws.lm.loss`).
+        """
         tokens = num_items_in_batch if model.training else None
         inputs = dict(inputs)
         at = int(inputs.pop(_AT, 0))  # a batch of nothing but fillers has no side
+        base = inputs.pop(_BASE, None)
         if self.opposite is not None and tokens is not None:
             tokens = 2 * self.tokens[at]
         run: Any = model
@@ -252,7 +278,62 @@ class _Trainer(Trainer):
             wrapped = "" if self.accelerator.unwrap_model(model) is model else "module."
             parameters = {f"{wrapped}{name}": tensor for name, tensor in self.opposite().items()}
             run = partial(_run_with, model, parameters)
-        return super().compute_loss(run, inputs, return_outputs, tokens)
+        if self.head is None or not (self.plain or self.kl):
+            return super().compute_loss(run, inputs, return_outputs, tokens)
+        mask, learned = predicting(inputs["labels"])
+        loss: Any = 0.0
+        if self.plain:
+            hidden = self.head.run_body(run, {k: v for k, v in inputs.items() if k != "labels"})
+        else:
+            with self.head.states() as states:
+                loss = super().compute_loss(run, inputs, num_items_in_batch=tokens)
+            hidden = states[0]
+        with self.accelerator.autocast():
+            total = response_loss(self.head, hidden[mask.to(hidden.device)], learned, base, self.kl, self.plain)
+        share = self.accelerator.num_processes / tokens if tokens is not None else 1 / mask.sum()
+        loss = loss + total * share
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def choose_loss(self, model: PeftModel, kl: float, as_base: Callable[[], AbstractContextManager[Any]]) -> None:
+        """See how the loss can be had from the model; for a penalty, keep what the base makes of the examples."""
+        causal = model.get_base_model()
+        ids = self.train_dataset[0]["input_ids"][:8]
+        self.head, self.plain = head_of(causal, ids, self.model_accepts_loss_kwargs)
+        if not kl:
+            return
+        if self.head is None:
+            raise WsError(f"The logits of a {type(causal).__name__} cannot be had as --kl needs them; leave it out.")
+        self.kl = kl
+        with as_base():
+            self.keep_base(self.args.max_steps * self.args.gradient_accumulation_steps)
+
+    @torch.no_grad()
+    def keep_base(self, micro_batches: int) -> None:
+        """Keep the hidden states of the model, which is the base, for all examples that training will come to.
+
+        Args:
+            micro_batches: that a process will take.
+
+        In groups of like lengths that do not depend on how far a training has come, so that one that goes on has the
+        same bits; every process does its share of them.
+        """
+        assert self.head is not None
+        model, first = self.accelerator.unwrap_model(self.model).eval(), self.get_train_dataloader().batch_sampler
+        seen = set(gather_object([i for batch in islice(first, micro_batches) for i in batch]))
+        for data in (self.train_dataset, self.eval_dataset or _Features([], 0)):
+            some = [i for i in range(len(data)) if i in seen or data is not self.train_dataset]
+            some.sort(key=lambda i: len(data[i]["input_ids"]))
+            size, pace = 4 * self.args.eval_batch_size, self.args.world_size  # no gradient, so more fit than in a step
+            states: list[tuple[int, Tensor]] = []
+            for start in range(self.args.process_index * size, len(some), pace * size):
+                group = some[start : start + size]
+                batch = self._prepare_inputs(self.data_collator([data[i] for i in group]))
+                mask, _ = predicting(batch["labels"])
+                hidden = self.head.run_body(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
+                kept = hidden[mask.to(hidden.device)].cpu().split(mask.sum(1).tolist())
+                states += zip(group, kept, strict=True)
+            made = dict(gather_object(states))
+            data.rows = [{**row, _BASE: made[i]} if i in made else row for i, row in enumerate(data.rows)]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         tokens = super()._get_num_items_in_batch(batch_samples, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -160,6 +160,7 @@ class TrainConfig:
         max_steps: optimiser steps; overrides `epochs`.
         max_length: tokens of an example; longer ones are left out, never cut.
         validation: share of the questions held out to watch the loss.
+        kl: weight of a penalty on the divergence from the base, in nats per token of an answer; 0 for none.
         keep: the checkpoint with the `best` validation loss, or the `last`.
     """
 
@@ -178,7 +179,17 @@ class TrainConfig:
     max_steps: int | None = None
     max_length: int = 1024
     validation: float = 0.1
+    kl: float = 0.0
     keep: str = "last"
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a run has them on record.
+
+        Those that came later are left out while they do nothing, so that what was trained before them is not taken for
+        something else.
+        """
+        later = {"kl": 0.0}
+        return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
     def check(self) -> None:
         """Raise `WsError` for settings that cannot be trained with."""
@@ -190,6 +201,8 @@ class TrainConfig:
                 raise WsError(f"{flag} must be positive and at most {MOST}, not {shortened(value)}.")
         if self.batch % self.micro_batch:
             raise WsError(f"--micro-batch {self.micro_batch} must divide --batch {self.batch}.")
+        if not 0 <= self.kl <= MOST:
+            raise WsError(f"--kl must be 0 or positive and at most {MOST}, not {shortened(self.kl)}.")
         if not 0 <= self.validation < 1:
             raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
         choose("--keep", self.keep, ("best", "last"))
