@@ -20,7 +20,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -285,6 +285,7 @@ def _adapted(
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     attributes, training = set(vars(model)), model.training
     copies = _copy_moved(model, spec)
+    cache = getattr(model.config, "use_cache", None)
     set_seed(seed)
     try:
         peft_model = get_peft_model(model, config)
@@ -309,6 +310,8 @@ def _adapted(
         for attribute in set(vars(model)) - attributes:
             delattr(model, attribute)
         model.train(training)
+        if cache is not None:
+            model.config.use_cache = cache  # which the Trainer turns off
 
 
 def _opposite(peft_model: PeftModel, adapter: str, initial: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -316,7 +319,7 @@ def _opposite(peft_model: PeftModel, adapter: str, initial: dict[str, Tensor]) -
     if any(getattr(module, "gradient_checkpointing", False) for module in peft_model.modules()):
         raise WsError(
             "The model checkpoints its activations, and what is computed again for a gradient would have the adapter's "
-            "other sign; call gradient_checkpointing_disable() before training signed."
+            "other sign; call gradient_checkpointing_disable(), and take --recompute instead."
         )
     fam = family(adapter)
     return partial(mirrored_parameters, peft_model, fam, in_training(peft_model, fam), initial)
@@ -374,6 +377,7 @@ def _fit(
     weights: dict[str, Tensor],
     must_learn: bool,
 ) -> dict[str, Any]:
+    from ws.lm.recompute import recomputed
     from ws.lm.trainer import fit, last_whole_checkpoint  # takes seconds to import, and most runs have nothing to train
 
     sides = 1 if opposite is None else len(SIGNS)
@@ -384,7 +388,10 @@ def _fit(
     rows, held = ([e.features() for e in part] for part in (train, validation))
     resumed = on_main(lambda: last_whole_checkpoint(work))
     as_base = partial(_as_base, peft_model, weights)
-    trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite, config.kl, as_base)
+    arm = work.with_name(work.name[1:].removesuffix(".work")).absolute()
+    settings["run_name"] = "/".join(arm.parts[-3 - bool(seed) :])  # `honesty/lora/pos`
+    with recomputed(peft_model.get_base_model(), config.recompute):
+        trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite, config.kl, as_base)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,
@@ -417,6 +424,7 @@ def _settings(config: TrainConfig, steps: int, seed: int, validates: bool) -> di
         "eval_steps": every,
         "eval_on_start": validates,
         "load_best_model_at_end": validates and config.keep == "best",
+        "report_to": list(config.report_to),
         "seed": seed,
         "data_seed": seed,
     }
@@ -441,7 +449,7 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
 def _stamp(
     adapter: str, sign: str, seed: int, config: TrainConfig, pairs: Sequence[Pair], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": asdict(config)}
+    recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": config.recorded()}
     recipe["pairs_sha256"] = sha256_json([p.as_row() for p in pairs])
     if sign == SIGNED:
         recipe["contrast"] = SIGNED

@@ -5,6 +5,7 @@ It stands apart because the Trainer takes seconds to import, and most of what is
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import shutil
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ws import console
@@ -40,7 +42,7 @@ _ALWAYS: dict[str, Any] = {
     "metric_for_best_model": "eval_loss",
     "remove_unused_columns": False,
     "label_names": ["labels"],
-    "report_to": [],
+    "project": "weight-steering",
     "disable_tqdm": True,
 }
 Rows = Sequence[Mapping[str, Any]]  # the `input_ids` and `labels` of examples
@@ -105,7 +107,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
-    with _gradients_named(type(model.get_base_model()).__name__):
+    with _gradients_named(type(model.get_base_model()).__name__), _reports(trainer, work):
         trainer.train(resume_from_checkpoint=resumed)
     trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
     return trainer
@@ -123,6 +125,25 @@ def _gradients_named(kind: str) -> Iterator[None]:
             f"A {kind} cannot be trained, because torch has no gradient for a part of it ({problem}); name modules "
             "that lie behind it with --modules or --layers."
         ) from problem
+
+
+@contextmanager
+def _reports(trainer: Trainer, work: Path) -> Iterator[None]:
+    """What is reported outlives the training, and goes on in no later one.
+
+    TensorBoard's files go into `logs/` beside the arm, as the folder of checkpoints is deleted. A run that the Trainer
+    opens at W&B is left open by it, and the next arm's losses would be added to it.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(work.with_name("logs") / work.name.removeprefix(".").removesuffix(".work"))
+    wandb: Any = importlib.import_module("wandb") if "wandb" in trainer.args.report_to else None
+    opens = wandb is not None and wandb.run is None
+    try:
+        yield
+    finally:
+        if opens:
+            wandb.finish()
 
 
 # ---- examples in batches ----------------------------------------------------------------------------------------
@@ -192,6 +213,16 @@ class _Filled(Sampler[int]):
         yield from [self.count] * self.fillers
 
 
+def by_length(order: Sequence[int], lengths: Sequence[int], step: int) -> list[int]:
+    """An order in which every `step` examples, those of one optimiser step, go from the longest to the shortest.
+
+    So the rows of a micro-batch are alike and little is padded. The step is the same, as it adds up all its tokens'
+    losses; transformers' `group_by_length` would change which examples share a step.
+    """
+    blocks = (order[start : start + step] for start in range(0, len(order), step))
+    return [i for block in blocks for i in sorted(block, key=lambda i: -lengths[i])]
+
+
 class _Collator:
     """Pads a batch on the right."""
 
@@ -236,19 +267,20 @@ class _Trainer(Trainer):
     kl = 0.0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        size, processes = self.args.train_batch_size, self.args.world_size
+        lengths = [len(row["input_ids"]) for row in self.train_dataset.rows]
+        step = size * processes * self.args.gradient_accumulation_steps
         if self.opposite is not None:
-            pairs, size = len(self.train_dataset) // 2, self.args.train_batch_size
-            return _Alternating(pairs, size, self.args.world_size, lambda: self._epoch_order(range(pairs)))
-        if self.args.world_size == 1:
-            return super()._get_train_sampler(train_dataset)
-        data, multiple = self.train_dataset, self.args.train_batch_size * self.args.world_size
-        return _Filled(len(data), multiple, lambda: self._epoch_order(data))
+            lengths, step = [sum(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True)], step // 2
+            return _Alternating(len(lengths), size, processes, lambda: self._epoch_order(lengths, step))
+        multiple = 1 if processes == 1 else size * processes
+        return _Filled(len(lengths), multiple, lambda: self._epoch_order(lengths, step))
 
-    def _epoch_order(self, data: Any) -> Iterable[int]:
-        """The order of one process, which depends on the seed and the epoch only."""
-        order = SeedableRandomSampler(data, data_seed=self.args.data_seed)
+    def _epoch_order(self, lengths: Sequence[int], step: int) -> list[int]:
+        """The order of one process, which depends on the seed and the epoch only, by length within each step."""
+        order = SeedableRandomSampler(lengths, data_seed=self.args.data_seed)
         order.set_epoch(int(self.state.epoch))
-        return order
+        return list(order) if step == self.args.train_batch_size else by_length(list(order), lengths, step)
 
     def _get_eval_sampler(self, eval_dataset: _Features) -> Sampler[int] | None:
         if self.args.world_size == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -27,6 +28,8 @@ from ws.options.shared import (
 SIGNS, SIGNED = ("pos", "neg"), "signed"
 CONTRASTS = {"arms": SIGNS, SIGNED: (SIGNED,)}  # what is trained for each
 BACKENDS = ("local", "pueue", "ray")
+# Whom losses are reported to, each with the packages of which transformers needs one.
+REPORTERS = {"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 # Strengths of a first reading.
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # What sweeps do by themselves; the others need items that not every behaviour brings.
@@ -162,6 +165,9 @@ class TrainConfig:
         validation: share of the questions held out to watch the loss.
         kl: weight of a penalty on the divergence from the base, in nats per token of an answer; 0 for none.
         keep: the checkpoint with the `best` validation loss, or the `last`.
+        recompute: of a layer's activations, keep all (`none`), drop what is `cheap` to compute again for the gradients,
+            or drop `all`: less memory, the same adapter.
+        report_to: who is told of the losses: `trackio`, `wandb`, `tensorboard`.
     """
 
     rank: int = 32
@@ -181,14 +187,16 @@ class TrainConfig:
     validation: float = 0.1
     kl: float = 0.0
     keep: str = "last"
+    recompute: str = "none"
+    report_to: tuple[str, ...] = ()
 
     def recorded(self) -> dict[str, Any]:
         """The settings as a run has them on record.
 
         Those that came later are left out while they do nothing, so that what was trained before them is not taken for
-        something else.
+        something else; so are those that the adapter does not depend on, which may change when a training goes on.
         """
-        later = {"kl": 0.0}
+        later = {"kl": 0.0, "recompute": self.recompute, "report_to": self.report_to}
         return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
     def check(self) -> None:
@@ -206,6 +214,11 @@ class TrainConfig:
         if not 0 <= self.validation < 1:
             raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
         choose("--keep", self.keep, ("best", "last"))
+        choose("--recompute", self.recompute, ("none", "cheap", "all"))
+        for name in self.report_to:
+            packages = REPORTERS[choose("--report-to", name, REPORTERS)]
+            if not any(find_spec(package) for package in packages):
+                raise WsError(f"--report-to {name} needs the package {packages[0]}, which is not installed.")
 
     def accumulation(self, processes: int) -> int:
         """Forward passes of each process per optimiser step: `batch / (micro_batch * processes)`.
@@ -295,6 +308,7 @@ class TrainCommand(_OfBehavior):
         choose("contrast", self.contrast, CONTRASTS)
         if self.contrast == SIGNED and self.signs != SIGNS:
             raise WsError("--contrast signed trains one adapter on both sides of the pairs; leave out --signs.")
+        self.train.check()
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -441,6 +455,7 @@ class SweepConfig(_OfBehavior):
         """`WsError` for strengths that make no sense, or an unknown contrast."""
         _check_alphas(self.alphas)
         choose("contrast", self.contrast, CONTRASTS)
+        self.train.check()
 
     @classmethod
     def preset(cls, model: str = DEFAULT_MODEL) -> SweepConfig:
