@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors import Behavior, load_behavior
 from ws.console import command_line
-from ws.data import PAIRS_FILE, question_key, question_keys, read_pairs
+from ws.data import PAIRS_FILE, Pair, question_key, question_keys, read_pairs
 from ws.diff import SteeringVector
 from ws.errors import WsError
 from ws.files.runs import Run, data_folder, sha256_json
@@ -43,9 +43,7 @@ class FinishedRun:
         Pairs are those of the behaviour and the base (activation vectors are read off them, too), those in the run's
         folder, and those that the vector's recipe says its arms were trained on.
         """
-        shared = data_folder(self.out, self.vector.base_id, behavior.name)
-        files = [f for folder in (shared, self.run.folder) if (f := folder / PAIRS_FILE).is_file()]
-        known = {sha256_json([p.as_row() for p in pairs]): question_keys(pairs) for pairs in map(read_pairs, files)}
+        known = {digest: question_keys(pairs) for digest, pairs in self._pairs(behavior).items()}
         seen = set().union(*known.values())
         for source in _sources(self.vector.recipe):
             if "questions" in source:
@@ -53,6 +51,34 @@ class FinishedRun:
             elif source.get("pairs_sha256") not in known:
                 return None
         return tuple(q for q in behavior.questions if question_key(q) not in seen)
+
+    def training(self, behavior: Behavior) -> tuple[Mapping[str, Any], list[Pair]]:
+        """The recipe of the training that made the vector (settings, seed, contrast), and the pairs it learned from.
+
+        Raises:
+            WsError: another origin than one training on pairs, or pairs that are gone or have changed since.
+        """
+        recipes = list(_sources(self.vector.recipe))
+        made_by = {sha256_json([r.get(key) for key in ("config", "seed", "contrast", "pairs_sha256")]) for r in recipes}
+        if len(made_by) != 1 or not isinstance(recipes[0].get("config"), Mapping):
+            raise WsError(
+                f"The vector in {self.run.folder} does not come from one training on contrast pairs, so there is no "
+                "gradient of it; leave `gradient` and `gradient-low-rank` out of --interventions."
+            )
+        pairs = self._pairs(behavior).get(str(recipes[0].get("pairs_sha256")))
+        if pairs is None:
+            raise WsError(
+                f"The pairs that the vector in {self.run.folder} was trained on are neither there nor in "
+                f"{data_folder(self.out, self.vector.base_id, behavior.name)}, or have changed; put them back, or "
+                "leave `gradient` and `gradient-low-rank` out of --interventions."
+            )
+        return recipes[0], pairs
+
+    def _pairs(self, behavior: Behavior) -> dict[str, list[Pair]]:
+        """By their hash, the pairs of the behaviour and the base, and those in the run's folder."""
+        shared = data_folder(self.out, self.vector.base_id, behavior.name)
+        files = [f for folder in (shared, self.run.folder) if (f := folder / PAIRS_FILE).is_file()]
+        return {sha256_json([p.as_row() for p in pairs]): pairs for pairs in map(read_pairs, files)}
 
 
 def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

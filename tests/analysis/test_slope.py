@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 import ws
 import ws.analysis.slope
+import ws.intervene.gradient
 from conftest import build_adapter, build_model, reworded, tokens
 from ws.analysis.controls import _random_delta, random_like
 from ws.analysis.slope import (
@@ -267,8 +268,8 @@ def test_the_airisk_score_is_the_evaluation_and_its_slope_the_finite_difference(
 def test_several_passes_give_what_one_does(qwen3, tmp_path, monkeypatch):
     vector = random_vector(qwen3, "dora", tmp_path)
     once = slope_test(qwen3, vector, token_score(qwen3))
-    monkeypatch.setattr(ws.analysis.slope, "_BUDGET", 3 * 4 * 32 * 48)
-    assert len(ws.analysis.slope._groups(vector, qwen3)) > 3
+    monkeypatch.setattr(ws.intervene.gradient, "_BUDGET", 3 * 4 * 32 * 48)
+    assert len(ws.intervene.gradient.groups_of(qwen3, list(vector.deltas))) > 3
     assert slope_test(qwen3, vector, token_score(qwen3)) == once
 
 
@@ -328,7 +329,7 @@ def test_what_has_no_slope_is_refused(qwen3, tmp_path, tiny):
     packed = qwen3.get_submodule(name)
     packed.weight = torch.nn.Parameter(torch.zeros(768, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ws.WsError, match=r"up_proj stores uint8 .* unquantised"):
-        score_gradients(qwen3, [name], score)
+        slope_test(qwen3, vector, score)
 
 
 def test_weights_that_the_model_uses_by_itself_have_no_slope_but_a_sentence():

@@ -15,7 +15,7 @@ from ws.cli import COMMANDS
 from ws.eval.airisk import Airisk
 from ws.eval.suite import SUITE, headlines
 from ws.eval.vignettes import CONFIGS
-from ws.intervene.interventions import ACTIVATIONS, TRAINED
+from ws.intervene.interventions import ACTIVATIONS, OF_A_RUN
 from ws.lm import divergence
 from ws.options import make, measure, shared, use
 from ws.options.check import CheckOptions, ControlOptions
@@ -24,7 +24,7 @@ from ws.options.shared import EvalOptions, NamesModel, RunOptions, shared_with
 
 def test_names_that_stand_here_for_a_light_start_are_those_of_what_carries_them_out():
     assert tuple(FAMILIES) == shared.ADAPTERS
-    assert set(shared.INTERVENTIONS) == {*TRAINED, "prompt", *ACTIVATIONS}
+    assert set(shared.INTERVENTIONS) == {*OF_A_RUN, "prompt", *ACTIVATIONS}
     assert (divergence.N_TOKENS, divergence.QUANTILE) == (shared.N_TOKENS, shared.QUANTILE)
     assert set(make.DEFAULT_EVALS) <= set(SUITE)
     assert set(shared.HEADLINES) <= set(headlines())

@@ -43,7 +43,7 @@ from ws.eval.suite import asked_of, evaluation_named, headline, set_notes
 from ws.files.plots import save_svg
 from ws.files.runs import Run, lock, run_folder, write_csv
 from ws.intervene.calibrate import calibration_for
-from ws.intervene.interventions import TRAINED, Intervention
+from ws.intervene.interventions import ARMS, OF_A_RUN, Intervention
 from ws.options.check import ControlOptions
 from ws.options.make import CONTRASTS, SIGNED, run_name
 from ws.options.measure import CompareOptions as CompareOptions
@@ -193,8 +193,8 @@ def compare(options: CompareOptions) -> list[Cell]:
         evaluation_named(name)
     loaded = None
     cells, last = list[Cell](), list[Cell]()  # what needs no adapter is measured once, and stands last
-    wanted = [name for name in options.interventions if name in TRAINED]
-    shared = [name for name in options.interventions if name not in TRAINED]
+    wanted = [name for name in options.interventions if name in OF_A_RUN]
+    shared = [name for name in options.interventions if name not in OF_A_RUN]
     runs = list(_runs(options))
     countdown = console.Countdown(len(runs))
     for adapter, seed in runs:
@@ -205,11 +205,10 @@ def compare(options: CompareOptions) -> list[Cell]:
         context = EvalContext(o.eval_options(adapter, seed), opened.model, opened.tok, opened.vector, opened.run)
         bench, made_from = _Bench(options, context), wanted
         if opened.vector.info.get("contrast") == SIGNED:
-            made_from = [name for name in wanted if name == WEIGHT]
+            made_from = [name for name in wanted if name not in ARMS]
             if made_from != wanted:
-                console.warn(
-                    f"{adapter} has one signed adapter and no arms: of {', '.join(wanted)} it has {WEIGHT} only."
-                )
+                left_out = ", ".join(name for name in wanted if name in ARMS)
+                console.warn(f"{adapter} has one signed adapter and no arms, so {left_out} is left out.")
         cells += [bench.cell(name) for name in made_from]
         last = last or [bench.cell(name) for name in shared]
         countdown.step()

@@ -461,7 +461,8 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
     return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]
 
 
-_COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green"}
+# By the first word of an intervention; the arms are gray.
+_COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green", "activation": "tab:orange", "gradient": "tab:purple"}
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -475,7 +476,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
             key = (*group, score, "span")
             for r in (r for r in rows if (r["intervention"], r["adapter"], r["score"], r["part"]) == key):
                 ends = [[r["shift"] - r["shift_ci_lo"]], [r["shift_ci_hi"] - r["shift"]]]
-                color = _COLORS.get(group[0], "tab:orange" if group[0].startswith("activation") else "tab:gray")
+                color = _COLORS.get(group[0].split("-")[0], "tab:gray")
                 face = color if r["matched"] else "white"
                 shape = "x" if r.get(FLAG) else "o"
                 panel.errorbar(r["shift"], place, xerr=ends, fmt=shape, ms=5, color=color, mfc=face, capsize=2)

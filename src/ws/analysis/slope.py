@@ -36,7 +36,6 @@ says that the vector is not noise, not that it does what it is named after; for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp, sqrt
 from typing import Any
@@ -61,35 +60,16 @@ from ws.eval.evaluation import MeanOfAnswers, MeanOfChoices, Rows
 from ws.eval.prompts import notes_by_score
 from ws.eval.suite import set_notes
 from ws.files.runs import read_csv, read_values, write_csv
-from ws.lm.batches import with_batch_size
+from ws.intervene.gradient import MeanScore, WeightGradient, groups_of, score_gradients
 from ws.lm.choice import _batches, _families, _score_batch, choice_variants
 from ws.lm.likelihood import answer_logp
-from ws.lm.models import encode, layer_of, linear_size, render_prompt, require_calls, tokenizer_hash, weight_of
+from ws.lm.models import encode, layer_of, linear_size, render_prompt, tokenizer_hash, weight_of
 from ws.options.check import SlopeOptions as SlopeOptions
-from ws.steer import uncompiled
 
-START_BATCH = 32
-# Bytes of float32 gradients that are held at once; a vector that needs more is done in several passes.
-_BUDGET = 4 * 2**30
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # ---- scores that can be differentiated ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MeanScore:
-    """The mean of a differentiable score over `n` items.
-
-    Attributes:
-        name: what is averaged.
-        n: the number of items.
-        parts: given a batch size, yields scalars with their graphs whose sum is the mean.
-    """
-
-    name: str
-    n: int
-    parts: Callable[[int], Iterator[Float[Tensor, ""]]]
 
 
 def mean_score(model: PreTrainedModel, tok: Tokenizer, mean: MeanOfChoices | MeanOfAnswers) -> MeanScore:
@@ -136,128 +116,6 @@ def _answer_parts(
             yield (share * margins).sum()
 
     return parts
-
-
-# ---- gradients in the steered weights -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WeightGradient:
-    """The gradient of a mean score in one linear layer, float32 (float64 in a float64 model).
-
-    Attributes:
-        weight: in `W`, `[d_out, d_in]`.
-        bias: in the bias, whether or not the layer has one, `[d_out]`.
-    """
-
-    weight: Float[Tensor, "d_out d_in"]
-    bias: Float[Tensor, "d_out"]
-
-
-@dataclass(frozen=True)
-class ScoreGradients:
-    """A mean score of the model as it stands, and its gradients.
-
-    Attributes:
-        value: the mean score.
-        by_module: per module name.
-    """
-
-    value: float
-    by_module: Mapping[str, WeightGradient]
-
-
-class _Tap:
-    """Records a linear module's inputs, and adds a zero to its outputs whose gradient is that of the output.
-
-    `dscore/dW = sum over positions of dscore/dy x^T`, so no parameter has to require a gradient, sums run in float32
-    whatever the model's dtype, and a weight that two modules share is told apart.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        weight = weight_of(module)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device)
-        self.inputs: list[Tensor] = []
-        self.probes: list[Tensor] = []
-        self.handle = module.register_forward_hook(self)
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        probe = torch.zeros_like(output, requires_grad=True)
-        self.inputs.append(args[0].detach())
-        self.probes.append(probe)
-        return output + probe
-
-    def take(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add what one backward pass gave for the probes, and forget the pass."""
-        for x, gradient in zip(self.inputs, gradients, strict=True):
-            if gradient is not None:
-                g = gradient.flatten(0, -2).to(self.weight.dtype)
-                self.weight += g.T @ x.flatten(0, -2).to(self.weight.dtype)
-                self.bias += g.sum(dim=0)
-        self.inputs, self.probes = [], []
-
-
-@contextmanager
-def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _Tap]]:
-    modules, taps = dict(model.named_modules()), dict[str, _Tap]()
-    advice = "their gradients are unknown; leave them out with `vector.select`"
-    try:
-        for name in names:
-            taps[name] = _Tap(modules[name])
-        with uncompiled(), require_calls(model, {name: modules[name] for name in names}, advice):
-            yield taps
-    finally:
-        for tap in taps.values():
-            tap.handle.remove()
-
-
-def score_gradients(
-    model: PreTrainedModel, names: Sequence[str], score: MeanScore, batch_size: int | None = None
-) -> ScoreGradients:
-    """The mean score and its gradients in the named linear modules, over as many batches as needed.
-
-    Nothing in the model changes: no `requires_grad`, no `.grad`, no weight. Inside `ws.steer` the gradients are those
-    at that strength. Needs 4 bytes per weight of the named modules, and the activations of one batch.
-
-    Args:
-        batch_size: prompts at a time; None starts at 32 and takes fewer while memory does not suffice.
-
-    Raises:
-        WsError: a module whose weight is quantised, or a score or gradient that is not finite.
-    """
-    for name in names:
-        _check_plain(name, model.get_submodule(name))
-
-    def run(batch_size: int) -> ScoreGradients:
-        value = 0.0
-        with torch.inference_mode(False), torch.enable_grad(), _tapped(model, names) as taps:
-            for part in score.parts(batch_size):
-                value += float(part.detach())
-                probes = [p for tap in taps.values() for p in tap.probes]
-                grads = iter(torch.autograd.grad(part, probes, allow_unused=True))
-                for tap in taps.values():
-                    tap.take([next(grads) for _ in tap.probes])
-        return ScoreGradients(value, {n: WeightGradient(t.weight, t.bias) for n, t in taps.items()})
-
-    gradients = with_batch_size(run, batch_size, START_BATCH)
-    if not np.isfinite(gradients.value) or not all(
-        torch.isfinite(g.weight).all() for g in gradients.by_module.values()
-    ):
-        raise WsError(f"The score {score.name} or its gradient is NaN or infinite; the model's weights are broken.")
-    return gradients
-
-
-def _check_plain(name: str, module: nn.Module) -> None:
-    if linear_size(module) is None:
-        raise WsError(f"The slope is that of linear layers, and the vector changes {name}; leave it out with `select`.")
-    weight = weight_of(module)
-    if weight.dtype not in _PLAIN_DTYPES or tuple(weight.shape) != linear_size(module):
-        raise WsError(
-            f"The slope needs plain weights, but {name} stores {str(weight.dtype)[6:]} of shape {tuple(weight.shape)}; "
-            "load the model unquantised."
-        )
 
 
 # ---- the test -------------------------------------------------------------------------------------------------------
@@ -315,15 +173,18 @@ class SlopeTest:
 def slope_test(
     model: PreTrainedModel, vector: SteeringVector, score: MeanScore, batch_size: int | None = None
 ) -> SlopeTest:
-    """Test the slope of `score` along `vector`; see the module's docstring and `score_gradients`.
+    """Test the slope of `score` along `vector`; see the module's docstring and `ws.intervene.gradient`.
 
     Raises:
         WsError: a vector that is zero or of another base, quantised weights, or a score that no changed module affects.
     """
     if vector.is_zero:
         raise WsError("The steering vector is zero: its slope is zero for any score.")
+    changed = [name for name, delta, _ in vector.matched(model) if not delta.is_zero]  # one of zero has no slope
+    for name in changed:
+        _check_plain(name, model.get_submodule(name))
     value, slopes = 0.0, dict[str, tuple[float, float]]()
-    for group in _groups(vector, model):
+    for group in groups_of(model, changed):
         gradients = score_gradients(model, group, score, batch_size)
         value = gradients.value
         slopes |= module_slopes(model, {n: vector.deltas[n] for n in group}, gradients.by_module)
@@ -337,20 +198,6 @@ def module_slopes(
     return {n: _of_module(delta, gradients[n], weight_of(model.get_submodule(n))) for n, delta in deltas.items()}
 
 
-def _groups(vector: SteeringVector, model: PreTrainedModel) -> list[list[str]]:
-    """The changed modules, in groups whose gradients fit into the budget; a change of zero has no slope."""
-    groups, size = list[list[str]](), _BUDGET
-    for name, delta, _ in vector.matched(model):
-        if delta.is_zero:
-            continue
-        size += 4 * delta.d_out * delta.d_in
-        if size > _BUDGET:
-            groups.append([])
-            size = 4 * delta.d_out * delta.d_in
-        groups[-1].append(name)
-    return groups
-
-
 def _tested(score: MeanScore, value: float, slopes: Mapping[str, tuple[float, float]]) -> SlopeTest:
     slope, std = sum(s for s, _ in slopes.values()), sqrt(sum(v for _, v in slopes.values()))
     if std == 0:
@@ -359,6 +206,17 @@ def _tested(score: MeanScore, value: float, slopes: Mapping[str, tuple[float, fl
     rows = [ModuleSlope(name, layer_of(name), s, s / whole, sqrt(v)) for name, (s, v) in slopes.items()]
     z = slope / std
     return SlopeTest(score.name, score.n, value, slope, std, z, float(2 * norm.sf(abs(z))), tuple(rows))
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    if linear_size(module) is None:
+        raise WsError(f"The slope is that of linear layers, and the vector changes {name}; leave it out with `select`.")
+    weight = weight_of(module)
+    if weight.dtype not in _PLAIN_DTYPES or tuple(weight.shape) != linear_size(module):
+        raise WsError(
+            f"The slope needs plain weights, but {name} stores {str(weight.dtype)[6:]} of shape {tuple(weight.shape)}; "
+            "load the model unquantised."
+        )
 
 
 # ---- one module -----------------------------------------------------------------------------------------------------

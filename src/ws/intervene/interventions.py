@@ -7,6 +7,8 @@ a model (or its tokenizer) is in while it is evaluated, and a name that every ro
     finetune                     the two arms themselves: theta_pos at +1, theta_neg at -1
     positive-only                W + alpha (theta_pos - W)
     negative-only                W + alpha (W - theta_neg)
+    gradient                     W + alpha G, the gradient of the contrast at the base (see `ws.intervene.gradient`)
+    gradient-low-rank            W + alpha G_r, its best approximation of the rank that the adapter was trained with
     prompt                       a persona of the behaviour as system prompt: the positive at +1, the negative at -1
     activation                   alpha a^l after one block, at the last position (see `ws.intervene.activation`)
     activation-everywhere        the same at every position
@@ -44,15 +46,18 @@ from ws.intervene.calibration import (
     solve,
     split_questions,
 )
+from ws.intervene.gradient import contrast_gradient
 from ws.intervene.prompt import prompting
 from ws.lm.divergence import Divergence, divergence
 from ws.lm.models import fingerprint, layer_count, render_prompt, tokenizer_hash
-from ws.options.make import SIGNED
-from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig
+from ws.options.make import SIGNED, TrainConfig
+from ws.options.shared import INTERVENTIONS, WEIGHT, CalibrationConfig, read_options
 from ws.run import FinishedRun
 from ws.steer import steer
 
-TRAINED = (WEIGHT, "finetune", "positive-only", "negative-only")
+ARMS = ("finetune", "positive-only", "negative-only")
+GRADIENTS = ("gradient", "gradient-low-rank")
+OF_A_RUN = (WEIGHT, *ARMS, *GRADIENTS)
 ACTIVATIONS = {
     "activation": ("one", "last"),
     "activation-everywhere": ("one", "all"),
@@ -88,7 +93,7 @@ class Intervention:
     @property
     def is_shared(self) -> bool:
         """True when it depends on no adapter, so that its scores serve all runs of a behaviour."""
-        return self.name not in TRAINED
+        return self.name not in OF_A_RUN
 
     @property
     def calibration_file(self) -> Path:
@@ -160,6 +165,8 @@ def _intervention(name: str, opened: FinishedRun, behavior: Behavior) -> Interve
         return _weight(name, opened, opened.vector)
     if name == "finetune":
         return _finetune(opened)
+    if name in GRADIENTS:
+        return _gradient(name, opened, behavior)
     return _weight(name, opened, arm(opened, "pos") if name == "positive-only" else -arm(opened, "neg"))
 
 
@@ -188,6 +195,32 @@ def arm(opened: FinishedRun, sign: str) -> SteeringVector:
     if not folder.is_dir():
         raise WsError(f"There is no trained arm in {folder}; only a run of `ws replicate` has arms.")
     return SteeringVector.from_adapter(folder, opened.model)
+
+
+def _gradient(name: str, opened: FinishedRun, behavior: Behavior) -> Intervention:
+    vector = gradient_of(name, opened, behavior)
+    detail = f"rank {vector.max_rank}" if vector.is_low_rank else ""
+    return replace(_weight(name, opened, vector), detail=detail)
+
+
+def gradient_of(name: str, opened: FinishedRun, behavior: Behavior) -> SteeringVector:
+    """`gradient` or `gradient-low-rank` for the modules and the examples of a run; kept in the run's folder."""
+    recipe, pairs = opened.training(behavior)
+    config = read_options(TrainConfig, recipe["config"], "training setting")
+    contrast, seed = recipe.get("contrast", "arms"), recipe["seed"]
+    rank = config.rank if name == "gradient-low-rank" else None
+    model, tok, run, folder = opened.model, opened.tok, opened.run, opened.run.folder / name
+    modules = list(opened.vector.deltas)
+    settings = {"format": 1, "tokenizer_hash": tokenizer_hash(tok), "rank": rank, "contrast": contrast, "seed": seed}
+    settings |= {"validation": config.validation, "max_length": config.max_length}
+    inputs = {"pairs": recipe["pairs_sha256"], "model": fingerprint(model), "modules": sha256_json(sorted(modules))}
+    with run.alone(name):
+        stage = run.refresh(name, settings, inputs)
+        if stage is not None:
+            console.say(f"{name}: the gradient of the contrast in {len(modules)} modules, in {folder}")
+            contrast_gradient(model, tok, pairs, modules, config, seed, contrast, rank).save(folder)
+            stage.done([f for f in folder.iterdir() if f.is_file()])
+        return SteeringVector.load(folder)
 
 
 def _prompt(opened: FinishedRun, behavior: Behavior) -> Intervention:

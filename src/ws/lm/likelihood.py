@@ -49,8 +49,7 @@ def score_answers(
     """
     if not prompts or not all(answer for of in answers for answer in of):
         raise WsError("There are no answers to score, or one of them has no tokens.")
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    most = max(1, _BUDGET // (4 * vocabulary * max(len(of) * max(map(len, of)) for of in answers)))
+    most = most_at_once(model, answers)
 
     def run(part: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[np.ndarray]]:
         scored = answer_logp(model, tok.pad_token_id, *zip(*part, strict=True))
@@ -68,6 +67,12 @@ def score_answers(
     if not all(np.isfinite(x).all() for of in logp for x in of):
         raise WsError("The model gave NaN or zero probabilities; its weights or the steering strength are broken.")
     return logp
+
+
+def most_at_once(model: PreTrainedModel, answers: Sequence[Sequence[Ids]]) -> int:
+    """How many prompts with these answers may go through a model at once, for the sake of their logits."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return max(1, _BUDGET // (4 * vocabulary * max(len(of) * max(map(len, of)) for of in answers)))
 
 
 def answer_logp(

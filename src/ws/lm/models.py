@@ -65,6 +65,7 @@ _SIDE_FILES = (
     *("tokenizer.json", "chat_template.jinja", "chat_template.json"),
 )
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
+_NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 
 
 # ---- loading --------------------------------------------------------------------------------------------------
@@ -919,6 +920,20 @@ class _Watch(TorchFunctionMode):
 
     def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.called.add(module)
+
+
+@contextmanager
+def require_gradients(model: nn.Module, advice: str) -> Iterator[None]:
+    """Inside, `WsError` where torch has no gradient for a part of the model; `advice` is the end of the sentence."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if not _NO_GRADIENT.search(str(problem)):
+            raise
+        raise WsError(
+            f"A {type(model).__name__} cannot be trained, because torch has no gradient for a part of it ({problem}); "
+            f"{advice}."
+        ) from problem
 
 
 @contextmanager

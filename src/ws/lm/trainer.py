@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +33,7 @@ from ws.files.reading import read_json
 from ws.files.runs import sha256_file, write_json
 from ws.files.writing import flush
 from ws.lm.loss import Head, head_of, predicting, response_loss
+from ws.lm.models import require_gradients
 
 _ALWAYS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
@@ -50,7 +50,6 @@ Opposite = Callable[[], dict[str, Tensor]]  # the parameters at -c by name, with
 _AT = "opposite"  # of a row and a batch in signed training: whether it is learned at -c
 _BASE = "base"  # of a row and a batch with a penalty: the base's final hidden states where the response is predicted
 SEAL = "sealed.json"
-_NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not differentiable|autograd")
 
 
 def fit(
@@ -107,24 +106,11 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
-    with _gradients_named(type(model.get_base_model()).__name__), _reports(trainer, work):
+    advice = "name modules that lie behind it with --modules or --layers"
+    with require_gradients(model.get_base_model(), advice), _reports(trainer, work):
         trainer.train(resume_from_checkpoint=resumed)
     trainer.accelerator.wait_for_everyone()  # all have read the best checkpoint before it is removed
     return trainer
-
-
-@contextmanager
-def _gradients_named(kind: str) -> Iterator[None]:
-    """Torch's errors about gradients that a class of models has not, as a `WsError`."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if not _NO_GRADIENT.search(str(problem)):
-            raise
-        raise WsError(
-            f"A {kind} cannot be trained, because torch has no gradient for a part of it ({problem}); name modules "
-            "that lie behind it with --modules or --layers."
-        ) from problem
 
 
 @contextmanager

@@ -207,7 +207,8 @@ class CompareOptions(NamesModel):
         seeds: of the runs; each adapter must have them all.
         out: the folder of all runs and results.
         interventions: what stands side by side: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
-            `prompt`, `activation`, `activation-everywhere`, `activation-layers`, `activation-layers-everywhere`.
+            `gradient`, `gradient-low-rank`, `prompt`, `activation`, `activation-everywhere`, `activation-layers`,
+            `activation-layers-everywhere`.
         evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
         n_prompts: of calibrations that are not stored yet: questions that strengths are solved for on, at most; as many

@@ -21,7 +21,7 @@ ADAPTERS = ("ia3", "oft", "dora", "lora", "pissa", "delora")
 # What can be done to a model; `ws.intervene.interventions` knows how.
 BASE, WEIGHT = "base", "weight"
 INTERVENTIONS = (
-    *(WEIGHT, "finetune", "positive-only", "negative-only", "prompt"),
+    *(WEIGHT, "finetune", "positive-only", "negative-only", "gradient", "gradient-low-rank", "prompt"),
     *("activation", "activation-everywhere", "activation-layers", "activation-layers-everywhere"),
 )
 # Headline scores that are looked at unless others are named.
@@ -163,7 +163,8 @@ class EvalOptions(RunOptions):
         alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u` where the vector is
             calibrated (`ws calibrate`), and `calibrated` for both of those.
         interventions: what is done to the model: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
-            `prompt`, `activation`, `activation-everywhere`, `activation-layers`, `activation-layers-everywhere`.
+            `gradient`, `gradient-low-rank`, `prompt`, `activation`, `activation-everywhere`, `activation-layers`,
+            `activation-layers-everywhere`.
         batch_size: prompts per forward pass; as many as fit unless given.
         n_think: tokens of guided chain of thought before the answer; the evaluation's own number unless given.
         limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
