@@ -89,6 +89,8 @@ def test_a_signed_vector_is_the_change_of_one_adapter_and_says_so(config, tiny, 
     for name in ("finetune", "positive-only", "negative-only"):
         with pytest.raises(ws.WsError, match="one signed adapter and no arms"):
             intervention(name, opened, ws.load_behavior("honesty", "tiny-random"))
+    low_rank = intervention("gradient-low-rank", opened, ws.load_behavior("honesty", "tiny-random"))
+    assert low_rank.detail == f"rank {config.train.rank}", "it has pairs, and so their gradient"
     options = SubspaceOptions(out=config.out, adapter="lora-signed")
     assert "one signed adapter; nothing of the pair" in carry_out(options).text
     page = write_report(config.out, "honesty").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 
 import numpy as np
@@ -14,9 +14,11 @@ from support.comparisons import KEY, N_BOOT, cell, claims, draws_of, nulls_of
 from ws.analysis.compare import compare, main
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, reality, render
 from ws.behaviors.tables import draw
+from ws.data import PAIRS_FILE, Pair, pair_lines
 from ws.eval.readable import Readability
 from ws.files.plots import save_svg
-from ws.files.runs import Run, read_csv, typed, write_csv
+from ws.files.runs import Run, data_folder, read_csv, sha256_json, typed, write_csv, write_text
+from ws.options.make import TrainConfig
 from ws.options.measure import CompareOptions
 
 
@@ -318,6 +320,27 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     monkeypatch.setattr(import_module("ws.intervene.calibrate"), "calibrate", None)
     main(options)
     assert capsys.readouterr().out == first
+
+
+def test_a_gradient_stands_beside_the_vector_of_its_run_at_the_same_divergence(out, capsys):
+    questions = ws.load_behavior("honesty", "pocket").questions[:6]
+    pairs = [Pair(q[:4], q, f"Yes, and {i} more.", f"No, never {i}.", 6, 5) for i, q in enumerate(questions)]
+    write_text(data_folder(out, "pocket", "honesty") / PAIRS_FILE, pair_lines(pairs))
+    recipe = {
+        "config": asdict(TrainConfig(rank=2)),
+        "seed": 0,
+        "pairs_sha256": sha256_json([p.as_row() for p in pairs]),
+    }
+    folder = out / "honesty" / "lora" / "vector"
+    replace(ws.SteeringVector.load(folder), recipe=recipe).save(folder)
+    main(replace(quick_options(out), interventions=("weight", "gradient-low-rank"), n_draws=0))
+    assert "gradient-low-rank, lora" in capsys.readouterr().out
+    rows = [r for r in read_csv(out / "honesty" / "compare.csv") if r["intervention"] == "gradient-low-rank"]
+    assert {(r["adapter"], r["matched"], r["detail"], r["real"]) for r in rows} == {("lora", "True", "rank 2", "")}
+    calibrations = read_csv(out / "honesty" / "lora" / "calibration_gradient-low-rank.csv")
+    assert [float(r["divergence"]) for r in calibrations] == pytest.approx([1.0, 1.0], rel=0.05)
+    (contest,) = read_csv(out / "honesty" / "compare_pairs.csv")
+    assert (contest["baseline"], contest["matched"]) == ("gradient-low-rank", "True")
 
 
 def test_items_that_cannot_be_read_are_said_before_strengths_are_solved_for(out):

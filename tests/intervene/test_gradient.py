@@ -146,7 +146,8 @@ def test_what_has_no_gradient_is_refused(double):
     same = [replace(p, neg=p.pos) for p in PAIRS]
     for change, sentence in (
         ({"rank": 0}, "Rank must be at least 1, not 0"),
-        ({"modules": ["model.norm"]}, "linear layers, and model.norm is none"),
+        ({"modules": ["model.norm"]}, "model.norm is no linear layer of this model"),
+        ({"modules": ["model.nowhere"]}, "model.nowhere is no linear layer of this model"),
         ({"contrast": "arm"}, "Did you mean 'arms'"),
         ({"pairs": PAIRS[3:]}, "at least 2 usable pairs"),
         ({"pairs": same}, "positive and the negative answers are the same"),

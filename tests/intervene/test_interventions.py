@@ -21,6 +21,7 @@ from ws.files.runs import Run, read_csv
 from ws.intervene.activation import ActivationVector, LayerChoice, LayerScore, activation_steer
 from ws.intervene.calibrate import main as calibrate_main
 from ws.intervene.calibration import Calibration, SideCalibration, store_calibration
+from ws.intervene.gradient import contrast_gradient
 from ws.intervene.interventions import arm, divergence_of, intervention
 from ws.lm.divergence import prompt_divergence
 from ws.lm.models import default_system, encode, fingerprint, render_prompt, tokenizer_hash
@@ -69,6 +70,34 @@ def test_weights_do_what_their_names_say(opened, behavior):
     for (name, alpha), change in expected.items():
         at = intervention(name, opened, behavior).at(alpha)
         assert torch.allclose(logits(opened, at), logits(opened, ws.steer(opened.model, change)), atol=1e-5), name
+
+
+def test_gradients_are_of_the_run_s_training_and_kept(opened, behavior, monkeypatch):
+    pairs = read_pairs(opened.out / "data" / "tiny-random" / "honesty")
+    config, modules = ReplicateConfig.preset("tiny-random", "lora").train, list(opened.vector.deltas)
+    for name, rank in (("gradient", None), ("gradient-low-rank", config.rank)):
+        made = contrast_gradient(opened.model, opened.tok, pairs, modules, config, 0, rank=rank)
+        found = intervention(name, opened, behavior)
+        assert found.digest == vector_digest(made)
+        assert (found.has_dial, found.is_shared, found.run) == (True, False, opened.run)
+        assert found.detail == ("" if rank is None else f"rank {rank}")
+        at = found.at(0.7 / made.norm())
+        assert torch.allclose(logits(opened, at), logits(opened, ws.steer(opened.model, made, 0.7 / made.norm())))
+        with monkeypatch.context() as patch:
+            patch.setattr(ws.intervene.interventions, "contrast_gradient", None)
+            assert intervention(name, opened, behavior).digest == found.digest
+            with pytest.raises(TypeError):  # another template is another answer
+                intervention(name, replace(opened, tok=reworded(opened.tok)), behavior)
+
+
+def test_a_run_without_one_training_has_no_gradient(opened, behavior, tmp_path):
+    recipe = opened.vector.recipe
+    (first, *_) = (term.get("of", term) for term in recipe["terms"])
+    for other in ({"op": "checkpoints"}, {"op": "+", "terms": [recipe, first | {"seed": 1}]}):
+        with pytest.raises(ws.WsError, match="does not come from one training on contrast pairs"):
+            intervention("gradient", replace(opened, vector=replace(opened.vector, recipe=other)), behavior)
+    with pytest.raises(ws.WsError, match="are neither there nor in"):
+        intervention("gradient", replace(opened, out=tmp_path), behavior)
 
 
 def test_the_fine_tune_is_peft_s_own(opened, behavior):

@@ -7,8 +7,9 @@ training has it (`ws.train`), and `W_m` the weight of a linear layer that the ad
 
 so that `W + alpha G` makes positive answers likelier than negative ones, by `alpha ||G||_F^2` nats a token at first.
 It is what full fine-tuning arrives at in one step: two arms that take one step of gradient descent over all of their
-examples, at rate `eta`, differ by exactly `eta G`. Its best approximation of rank `r` in the Frobenius norm (Eckart &
-Young 1936), `sum_(i <= r) s_i u_i v_i^T` of the singular value decomposition of every `G_m`, has the size of a LoRA.
+examples, at rate `eta`, differ by exactly `eta G` (of task vectors: Zhou et al. 2025, arXiv 2508.16082). Its best
+approximation of rank `r` in the Frobenius norm (Eckart & Young 1936), `sum_(i <= r) s_i u_i v_i^T` of the singular
+value decomposition of every `G_m`, has the size of a LoRA.
 Biases, norms and embeddings are not touched.
 
 No parameter has to require a gradient, and of the pairs only sums are kept: 4 bytes per weight of the layers of one
@@ -234,9 +235,10 @@ def contrast_gradient(
     choose("contrast", contrast, CONTRASTS)
     if rank is not None and rank < 1:
         raise WsError(f"Rank must be at least 1, not {rank}.")
+    known = dict(model.named_modules())
     for name in modules:
-        if linear_size(model.get_submodule(name)) is None:
-            raise WsError(f"The gradient of the contrast is taken in linear layers, and {name} is none; leave it out.")
+        if name not in known or linear_size(known[name]) is None:
+            raise WsError(f"{name} is no linear layer of this model; the gradient of the contrast is taken in those.")
     config = config or TrainConfig()
     positive, negative = _examples(tok, pairs, config, seed, contrast)
     if sorted(positive) == sorted(negative):
