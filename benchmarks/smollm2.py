@@ -2,11 +2,10 @@
 
 `uv run python -m benchmarks.smollm2` makes the vector of every behaviour, family and seed, and for `lora` its two
 trained nulls, and asks at -1u, 0 and +1u, one nat per token from the base: the preference on held-out questions, claims
-where a behaviour brings them, and, with the real data at hand, statements, and for the first seed of `lora` tiny-mfv;
-beside the vectors fine-tunes, prompts and added activations, and for the first seed of `lora` one-sided and random
-vectors.
+where a behaviour brings them, and, with the real data at hand, statements; for the first seed of `lora` tiny-mfv, too, and
+beside its vector fine-tunes, prompts, added activations, one-sided and random vectors.
 
-A run is a quarter of an hour and all of them many hours, so what a run gave is kept item by item, as a file of
+A run is five to ten minutes of a core and all of them many hours, so what a run gave is kept item by item, as a file of
 `benchmarks/results/smollm2/`, and is part of the repository: a machine that goes on begins with what others have
 measured, and the tables are made of all there is. `--behaviors`, `--adapters` and `--seeds` do a part, seed by seed;
 `--tables` does nothing but the tables, `docs/results/smollm2_<behavior>.csv` and `..._pairs.csv`.
@@ -53,7 +52,7 @@ TRAITS = {
 # Of a comparison: questions that strengths are solved for, random vectors (with fewer p cannot reach 0.05), and items
 # of every evaluation, drawn evenly over their kinds.
 N_PROMPTS, N_DRAWS, N_ITEMS = 16, 19, 44
-# Trained nulls triple the cost of a run, and one-sided and random vectors double it again: of one family.
+# Trained nulls triple the cost of a run, and all that stands beside a vector doubles it again: of one family.
 WITH_NULLS = "lora"
 KEPT = Path(__file__).parent / "results" / "smollm2"
 DOCS = Path(__file__).parents[1] / "docs" / "results"
@@ -89,9 +88,9 @@ def plan(behavior: str, adapter: str, seed: int, has_data: bool) -> dict[str, di
     """What is compared in one run, by the parts of it that are kept in files of their own."""
     evals = ["preference", *(["sycophancy"] if load_behavior(behavior, MODEL).claims else [])]
     evals += ["statements"] if has_data else []
-    parts = {"run": {"interventions": ("weight", "finetune"), "evals": tuple(evals)}}
+    parts = {"run": {"interventions": ("weight",), "evals": tuple(evals)}}
     if adapter == WITH_NULLS and seed == 0:
-        parts["base"] = {"interventions": ("prompt", "activation"), "evals": tuple(evals)}
+        parts["base"] = {"interventions": ("prompt", "activation", "finetune"), "evals": tuple(evals)}
         one_sided = ("weight", "positive-only", "negative-only")
         parts["one_sided"] = {"interventions": one_sided, "evals": ("preference",), "n_draws": N_DRAWS}
         if has_data:
