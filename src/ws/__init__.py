@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ws.adapters import AdapterSpec as AdapterSpec
     from ws.analysis.monitor import Monitor as Monitor
     from ws.analysis.monitor import MonitorCallback as MonitorCallback
+    from ws.analysis.prevention import steer_training as steer_training
     from ws.behaviors import Behavior as Behavior
     from ws.behaviors import load_behavior as load_behavior
     from ws.data import generate_pairs as generate_pairs
@@ -60,6 +61,7 @@ _HOME = {
     "load_model": "ws.lm.models",
     "steer": "ws.steer",
     "steer_many": "ws.steer",
+    "steer_training": "ws.analysis.prevention",
     "train_adapter": "ws.train",
 }
 __all__ = sorted(_HOME)

@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, tuple[str, type]]] = {
         "diff": ("ws.diff:main", make.DiffOptions),
         "compose": ("ws.analysis.compose:main", make.ComposeOptions),
         "trim": ("ws.analysis.trim:main", make.TrimOptions),
+        "prevent": ("ws.analysis.prevention:main", make.PreventOptions),
     },
     "Measure": {
         "eval sycophancy": ("ws.eval.sycophancy:main", measure.SycophancyOptions),

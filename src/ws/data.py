@@ -956,14 +956,14 @@ def _interval(card: dict[str, Any], name: str) -> str:
     return estimate_text(d, "mean", f"+.{digits}f", scale)
 
 
-def prompt_ids(tok: Tokenizer, question: str) -> list[int]:
-    """Token ids of the stripped prompt (no system prompt, thinking off), as training and steering see it."""
-    return encode(tok, render_prompt(tok, question, system=""))
+def prompt_ids(tok: Tokenizer, question: str, system: str = "") -> list[int]:
+    """Token ids of the prompt, thinking off: the stripped one of training and steering where there is no `system`."""
+    return encode(tok, render_prompt(tok, question, system=system))
 
 
-def answer_ids(tok: Tokenizer, question: str, answer: str, ended: bool = False) -> list[int]:
+def answer_ids(tok: Tokenizer, question: str, answer: str, ended: bool = False, system: str = "") -> list[int]:
     """Token ids of an answer behind `prompt_ids`; with `ended`, up to and with the token that ends the turn."""
-    return encode_answer(tok, render_prompt(tok, question, system=""), answer, ended)
+    return encode_answer(tok, render_prompt(tok, question, system=system), answer, ended)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

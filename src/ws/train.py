@@ -18,9 +18,9 @@ import os
 import random
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -68,6 +68,29 @@ from ws.options.make import train_preset as train_preset
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What holds while an adapter is trained and not when it is used.
+
+    Attributes:
+        system: a system prompt before every question.
+        callback: of the Trainer (`transformers.TrainerCallback`, whose import takes seconds); None for no other.
+        facts: what the callback does, as plain values: a training that went on otherwise is not continued.
+    """
+
+    system: str = ""
+    callback: Any = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is kept on record of them, nothing where there are none."""
+        return ({"system": self.system} if self.system else {}) | dict(self.facts)
+
+
+USUAL = Conditions()
+
+
 def adapter_spec(config: TrainConfig, adapter: str) -> AdapterSpec:
     """The adapter that training settings describe."""
     shape = {f: getattr(config, f) for f in ("rank", "lora_alpha", "layers", "kinds", "delora_lambda", "oft_block")}
@@ -84,6 +107,7 @@ def train_adapter(
     config: TrainConfig | None = None,
     seed: int = 0,
     must_learn: bool = True,
+    under: Conditions = USUAL,
 ) -> dict[str, Any]:
     """Train one arm and save it as a PEFT adapter in `folder`.
 
@@ -99,6 +123,7 @@ def train_adapter(
         config: settings.
         seed: of the initialisation, the order of examples and the validation split; use one seed for both arms.
         must_learn: losses that do not fall are an error; not for a signed null, whose sides have nothing to tell apart.
+        under: what holds while it is trained.
 
     Returns:
         Facts about the training: losses, steps, examples, processes.
@@ -110,13 +135,13 @@ def train_adapter(
     _require_usable(config, seed, folder, sign, adapter)
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
-    examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length)
+    examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length, under.system)
     train, validation = split_examples(examples, config.validation, seed)
     work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
     weights = _copy_moved(model, spec) if config.kl else {}
     settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
-    settings |= {"config": config.recorded(), "examples": [[e.prompt, e.response] for e in examples]}
+    settings |= {"config": config.recorded(), "examples": [[e.prompt, e.response] for e in examples], **under.facts}
     with alone(folder):
         on_main(lambda: _begin(work, sha256_json(settings)))
         try:
@@ -124,8 +149,9 @@ def train_adapter(
                 adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
                 opposite = _opposite(peft_model, adapter, initial) if sign == SIGNED else None
                 with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules"):
-                    facts = _fit(peft_model, tok, train, validation, work, config, seed, opposite, weights, must_learn)
-                stamp = base | _stamp(adapter, sign, seed, config, pairs, facts)
+                    fitted = (peft_model, tok, train, validation, work, config, seed, opposite, weights, must_learn)
+                    facts = _fit(*fitted, under.callback)
+                stamp = base | _stamp(adapter, sign, seed, config, pairs, facts, under)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))
         except WsError as problem:
             if not isinstance(problem, DiskError):  # after which the same command goes on
@@ -237,10 +263,12 @@ class Example:
         return {"input_ids": ids, "labels": [-100] * len(self.prompt) + list(self.response)}
 
 
-def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int) -> list[Example]:
+def build_examples(
+    tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int, system: str = ""
+) -> list[Example]:
     """One example per pair; for a signed adapter two, the positive and the negative one, of pairs that have both.
 
-    The prompt has the tokens that it has at generation, so that the mask cannot slip.
+    The prompt has the tokens that it has at generation, so that the mask cannot slip; `system` stands before it.
     """
     sides = SIGNS if sign == SIGNED else (sign,)
     for p, side in product(pairs, sides):
@@ -250,8 +278,8 @@ def build_examples(tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length:
         [
             Example(
                 p.question,
-                tuple(prompt_ids(tok, p.question)),
-                tuple(answer_ids(tok, p.question, getattr(p, side), ended=not getattr(p, f"{side}_cut"))),
+                tuple(prompt_ids(tok, p.question, system)),
+                tuple(answer_ids(tok, p.question, getattr(p, side), not getattr(p, f"{side}_cut"), system)),
             )
             for side in sides
         ]
@@ -376,6 +404,7 @@ def _fit(
     opposite: Callable[[], dict[str, Tensor]] | None,
     weights: dict[str, Tensor],
     must_learn: bool,
+    callback: Any,
 ) -> dict[str, Any]:
     from ws.lm.recompute import recomputed
     from ws.lm.trainer import fit, last_whole_checkpoint  # takes seconds to import, and most runs have nothing to train
@@ -391,7 +420,8 @@ def _fit(
     arm = work.with_name(work.name[1:].removesuffix(".work")).absolute()
     settings["run_name"] = "/".join(arm.parts[-3 - bool(seed) :])  # `honesty/lora/pos`
     with recomputed(peft_model.get_base_model(), config.recompute):
-        trainer = fit(peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite, config.kl, as_base)
+        fitted = (peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite)
+        trainer = fit(*fitted, config.kl, as_base, callback)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,
@@ -447,9 +477,16 @@ def _require_progress(train: Sequence[float], validation: Sequence[float], confi
 
 
 def _stamp(
-    adapter: str, sign: str, seed: int, config: TrainConfig, pairs: Sequence[Pair], facts: dict[str, Any]
+    adapter: str,
+    sign: str,
+    seed: int,
+    config: TrainConfig,
+    pairs: Sequence[Pair],
+    facts: dict[str, Any],
+    under: Conditions,
 ) -> dict[str, Any]:
     recipe = {"adapter": sign, "family": adapter, "seed": seed, "config": config.recorded()}
+    recipe |= {"under": under.record} if under.record else {}
     recipe["pairs_sha256"] = sha256_json([p.as_row() for p in pairs])
     if sign == SIGNED:
         recipe["contrast"] = SIGNED
@@ -495,23 +532,28 @@ def train_stage(
     config: TrainConfig,
     seed: int,
     must_learn: bool = True,
+    name: str = "",
+    under: Conditions = USUAL,
 ) -> bool:
-    """Train one arm of a run unless it is finished; returns whether there was anything to do."""
-    settings = arm_settings(model, tok, adapter, config, seed)
-    folder, (examples, digest) = run.folder / sign, on_main(lambda: hashed_pairs(pairs))
-    on_main(lambda: run.is_finished(sign, settings, {"pairs": digest}))  # other settings stop before anyone waits
+    """Train one arm of a run unless it is finished; returns whether there was anything to do.
+
+    The arm, and its stage, have the name of the sign unless another one is given.
+    """
+    name, settings = name or sign, arm_settings(model, tok, adapter, config, seed) | under.record
+    folder, (examples, digest) = run.folder / name, on_main(lambda: hashed_pairs(pairs))
+    on_main(lambda: run.is_finished(name, settings, {"pairs": digest}))  # other settings stop before anyone waits
     with alone(folder):
-        stage = on_main(lambda: run.stage(sign, settings, {"pairs": digest}))
+        stage = on_main(lambda: run.stage(name, settings, {"pairs": digest}))
         if stage is None:
             return False
         try:
-            facts = train_adapter(model, tok, examples, sign, adapter, folder, config, seed, must_learn)
+            facts = train_adapter(model, tok, examples, sign, adapter, folder, config, seed, must_learn, under)
         except WsError as problem:
             if console.is_main() and not isinstance(problem, DiskError):  # nothing of it is left: no need of --fresh
-                run.drop(sign)
+                run.drop(name)
             raise
         if console.is_main():
-            stage.done([f for name in ADAPTER.files if (f := folder / name).is_file()], facts=facts)
+            stage.done([f for part in ADAPTER.files if (f := folder / part).is_file()], facts=facts)
     return True
 
 

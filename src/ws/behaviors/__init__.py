@@ -206,12 +206,7 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
             raise WsError("--columns is for the columns of --pairs; give that, too.")
         return behavior
     table = _source_of(pairs)
-    for text in columns:
-        role, colon, column = text.partition(":")
-        if not (colon and column.strip()):
-            raise WsError(f"--columns takes role:column, such as question:prompt, not {text!r}.")
-        choose("role of a column", role, sorted(SOURCE_KEYS - {"file", "hub", "revision"}))
-        table[role] = column
+    table |= named_columns(columns, sorted(SOURCE_KEYS - {"file", "hub", "revision"}))
     name = re.sub(r"[^\w.-]+", "-", Path(table.get("hub", table.get("file", ""))).stem).strip("-.") or "pairs"
     lines = [f"schema = {SCHEMA}", f"name = {json.dumps(name)}"]
     lines += [f"summary = {json.dumps(f'Answers as the positive side of {name} does.')}", "", "[pairs]"]
@@ -222,6 +217,17 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
     parse_behavior(content.encode(), str(file), file.parent, strict=True)  # what does not load is not written
     write_text(file, content)
     return str(file)
+
+
+def named_columns(columns: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
+    """Columns by their roles, from options such as `question:prompt`; `WsError` for others than these roles."""
+    named = dict[str, str]()
+    for text in columns:
+        role, colon, column = text.partition(":")
+        if not (colon and column.strip()):
+            raise WsError(f"--columns takes role:column, such as question:prompt, not {text!r}.")
+        named[choose("role of a column", role, roles)] = column
+    return named
 
 
 def _source_of(pairs: str) -> dict[str, str]:

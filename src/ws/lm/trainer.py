@@ -63,6 +63,7 @@ def fit(
     opposite: Opposite | None = None,
     kl: float = 0.0,
     as_base: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    callback: TrainerCallback | None = None,
 ) -> Trainer:
     """Train the adapter of a model in place.
 
@@ -76,6 +77,7 @@ def fit(
         opposite: of signed training, in which every other example is a negative one, the parameters to learn it with.
         kl: weight of the penalty on the divergence from the base (`ws.lm.loss`).
         as_base: makes the context in which the model is the base.
+        callback: joins the loop's own.
 
     Returns:
         The Trainer, whose `state` has the losses.
@@ -99,7 +101,7 @@ def fit(
         train_dataset=_Features(train, pad_id),
         eval_dataset=_Features(validation, pad_id) if validation else None,
         data_collator=_Collator(pad_id),
-        callbacks=[_StopOnNaN(), _Progress()],
+        callbacks=[_StopOnNaN(), _Progress(), *filter(None, [callback])],
     )
     trainer.opposite = opposite
     trainer.choose_loss(model, kl, as_base)

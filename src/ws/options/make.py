@@ -21,12 +21,15 @@ from ws.options.shared import (
     N_TOKENS,
     EvalOptions,
     NamesModel,
+    RunOptions,
     require_steered,
     shared_with,
 )
 
 SIGNS, SIGNED = ("pos", "neg"), "signed"
 CONTRASTS = {"arms": SIGNS, SIGNED: (SIGNED,)}  # what is trained for each
+# Ways to learn from examples that hold an unwanted trait.
+PLAIN, WAYS = "plain", ("vector", "subtract", "prompt")
 BACKENDS = ("local", "pueue", "ray")
 # Whom losses are reported to, each with the packages of which transformers needs one.
 REPORTERS = {"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
@@ -716,3 +719,66 @@ class TrimOptions(NamesModel):
             raise WsError("There is nothing to trim: give --layers, --modules, --depth-scale, --rank or --energy.")
         if self.rank is not None and self.energy is not None:
             raise WsError("Give either --rank or --energy, not both.")
+
+
+@dataclass(frozen=True)
+class PreventOptions(RunOptions):
+    """Train on your own examples in ways that are to keep an unwanted trait out, and measure what each has learned.
+
+    Attributes:
+        examples: a JSONL, CSV or Parquet file, or a hub id, with a `question` and an `answer`, and perhaps the `kind`
+            of each. Every fifth question is held out.
+        strength: of the run's vector that is active in training, or subtracted afterwards, with the sign that shows the
+            unwanted trait: a number, or calibrated units such as `+1u`.
+        ways: how the examples are learned, besides `plain`: with the `vector` active, plain and the vector then
+            `subtract`ed, and behind a system `prompt` that asks for the trait.
+        columns: what the columns are called, as `question:prompt answer:reply kind:topic`.
+        to: the name that the fine-tunes are filed under; that of the file unless given.
+        rank: of the fine-tunes, which are LoRAs; the model's preset unless given.
+        lr: their peak learning rate; the model's preset unless given.
+        epochs: passes over the examples; the model's preset unless given.
+        split: which held-out claims and questions: `report`, or `dev` for making choices on.
+        batch_size: prompts per forward pass; as many as fit unless given.
+        limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
+        n_bootstrap: resamples per interval.
+        fresh: start over, forgetting what is on disk.
+    """
+
+    former: ClassVar[Mapping[str, str]] = {"--to": "--name"}
+
+    examples: tyro.conf.Positional[str] = field(kw_only=True)
+    strength: str = field(kw_only=True)
+    ways: tuple[str, ...] = WAYS
+    columns: tuple[str, ...] = ()
+    to: Annotated[str | None, tyro.conf.arg(name="name")] = None
+    rank: int | None = None
+    lr: float | None = None
+    epochs: float | None = None
+    split: str = "report"
+    batch_size: int | None = None
+    limit: int | None = None
+    n_bootstrap: int = 10_000
+    fresh: bool = False
+
+    def check(self) -> None:
+        """`WsError` for ways that do not exist, and numbers that make no sense."""
+        for way in self.ways:
+            choose("way", way, (PLAIN, *WAYS))
+        require_resamples(self.n_bootstrap)
+        self.training(self.model or DEFAULT_MODEL).check()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The ways in their order, plain training first: it is what the others are compared with."""
+        return (PLAIN, *(way for way in WAYS if way in self.ways))
+
+    def training(self, model: str) -> TrainConfig:
+        """How the fine-tunes of a model are trained, all alike."""
+        given = {name: value for name in ("rank", "lr", "epochs") if (value := getattr(self, name)) is not None}
+        given |= {} if self.epochs is None else {"max_steps": None}  # the preset of a slow model counts steps
+        return replace(train_preset(model, "lora"), **given)
+
+    @property
+    def eval_options(self) -> EvalOptions:
+        """The same run for evaluations; a fine-tune is asked at strength 1."""
+        return shared_with(EvalOptions, self, alphas=(1.0,))
