@@ -43,6 +43,10 @@ sweep *args:
 queue *args:
     uv run ws queue {{args}}
 
+# settings to train an adapter with, chosen on dev items: `just tune adapter=delora behavior=honesty`
+tune *args:
+    uv run ws tune {{args}}
+
 # the strengths that cost 1 nat: `just calibrate adapter=delora behavior=honesty`
 calibrate *args:
     uv run ws calibrate {{args}}

@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, type]]] = {
         "behavior check": ("ws.new_behavior:main_check", check.CheckOptions),
         "data": ("ws.data:main", make.DataCommand),
         "train": ("ws.train:main", make.TrainCommand),
+        "tune": ("ws.sweep.tune:main", make.TuneOptions),
         "diff": ("ws.diff:main", make.DiffOptions),
         "compose": ("ws.analysis.compose:main", make.ComposeOptions),
         "trim": ("ws.analysis.trim:main", make.TrimOptions),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.adapters import family, peft_config, require_signed
 from ws.analysis.controls import exchange_half, same_side
-from ws.behaviors import Behavior, brought_or_named, load_behavior
+from ws.behaviors import Behavior, behavior_name, brought_or_named, load_behavior
 from ws.data import (
     PAIRS_FILE,
     Pair,
@@ -54,10 +55,11 @@ from ws.eval.readable import (
     worst,
 )
 from ws.eval.sycophancy import ClaimScores, Sycophancy, claim_shift, summary_row
-from ws.files.runs import Run, data_folder, read_values, sha256_file, write_json, write_text
+from ws.files.reading import read_json
+from ws.files.runs import Run, data_folder, read_values, sha256_file, tune_folder, write_json, write_text
 from ws.lm.cost import PROMPT_TOKENS, Work, require_space
 from ws.lm.models import chat_format, linear_size, load_model, render_prompt, tokenizer_hash
-from ws.options.make import CONTRASTS, SIGNED, SIGNS
+from ws.options.make import CONTRASTS, SIGNED, SIGNS, TrainConfig, TuneOptions
 from ws.options.make import ReplicateConfig as ReplicateConfig
 from ws.options.measure import PreferenceOptions, SycophancyOptions
 from ws.options.shared import EvalOptions, RunOptions, shared_with
@@ -66,6 +68,7 @@ from ws.steer import steer
 from ws.train import adapter_spec, arm_settings, train_stage
 
 CONTROLS = ("none", "shuffled", "same-side")
+CHOICE_FILE, CHOICE_FORMAT = "choice.json", 1  # what `ws tune` has chosen
 NOT_KNOWN = (
     "Whether it is the behaviour that moves it is not known before nulls are trained (--control shuffled and --control "
     "same-side, then ws compare)."
@@ -146,7 +149,7 @@ def replicate(config: ReplicateConfig) -> Reading:
     Raises:
         WsError: bad settings, or results on disk that were made with other settings.
     """
-    stages = console.Stages(1)
+    stages, config = console.Stages(1), as_tuned(config)
     context = make_vector(config, stages)
     stages.begin("first reading", f"of what is held out ({config.split})")
     reading = _read(context, config)
@@ -182,13 +185,68 @@ def make_vector(config: ReplicateConfig, stages: console.Stages) -> EvalContext:
     run = Run(config.run_folder(behavior.name), config.fresh)
     if config.control != "none":
         pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
+    vector = train_vector(model, tok, behavior, config, pairs_file, run, stages)
+    return EvalContext(eval_options(config), model, tok, vector, run)
+
+
+def train_vector(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    behavior: Behavior,
+    config: ReplicateConfig,
+    pairs_file: Path,
+    run: Run,
+    stages: console.Stages,
+) -> SteeringVector:
+    """Train what a vector is made of, and the vector, in the folder of a run; what is finished is taken as it is."""
     for sign in CONTRASTS[config.contrast]:
         stages.begin(f"train {sign}", f"in {run.folder / sign}", as_long_as=f"train {SIGNS[0]}")
         seed = _arm_seed(behavior, config, sign)
         must_learn = sign != SIGNED or config.control == "none"  # what the sides of a null share cancels
         train_stage(model, tok, pairs_file, sign, run, config.adapter, config.train, seed, must_learn)
     stages.begin("vector", f"in {run.folder / 'vector'}")
-    return EvalContext(eval_options(config), model, tok, _vector(model, run, behavior, config), run)
+    return _vector(model, run, behavior, config)
+
+
+class _Choice(msgspec.Struct):
+    """What is read of the `choice.json` of `ws tune`."""
+
+    model: str
+    start: TrainConfig
+    train: TrainConfig
+    contrast: str
+
+
+def tuned_file(config: ReplicateConfig) -> Path:
+    """Where the choice of `ws tune` is that a run takes with `--tuned`."""
+    return tune_folder(config.out, behavior_name(config.behavior), config.adapter) / CHOICE_FILE
+
+
+def as_tuned(config: ReplicateConfig) -> ReplicateConfig:
+    """The same with the settings that `ws tune` has chosen, where `--tuned` asks for them.
+
+    Raises:
+        WsError: nothing was chosen, or for another model, or settings are given besides that the search did not have.
+    """
+    if not config.tuned:
+        return config
+    file, usual = tuned_file(config), TuneOptions.preset(config.model, config.adapter)
+    search = replace(usual, behavior=config.behavior, out=config.out)
+    command = console.command_line("ws tune", search, always=("model", "behavior", "adapter"))
+    if not file.is_file():
+        raise WsError(f"--tuned: there is no {file}; make it with `{command}`.")
+    choice = read_json(file, _Choice, f"make it again with `{command} --fresh`", CHOICE_FORMAT)
+    if choice.model != config.model:
+        raise WsError(f"--tuned: {file} was chosen for {choice.model}, not for {config.model}; use another --out.")
+    if config.train not in (usual.train, choice.start, choice.train):
+        raise WsError(
+            f"--tuned takes the settings of the training from {file}; leave out those that are given beside it."
+        )
+    if config.contrast not in ("arms", choice.contrast):
+        raise WsError(
+            f"--tuned takes --contrast {choice.contrast} from {file}; leave out --contrast {config.contrast}."
+        )
+    return replace(config, train=choice.train, contrast=choice.contrast)
 
 
 def _check(config: ReplicateConfig) -> None:
@@ -318,6 +376,7 @@ def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: Replic
         vector = sides["pos"] - sides["neg"]
         info = dict(vector.info) | {"behavior": behavior.name, "behavior_sha256": behavior.digest, "seed": config.seed}
         info |= {"contrast": SIGNED} if config.contrast == SIGNED else {}
+        info |= {"tuned": "on dev", "tuned_sha256": sha256_file(tuned_file(config))} if config.tuned else {}
         vector = SteeringVector(vector.deltas, config.model, vector.base_fingerprint, vector.recipe, info)
         if vector.is_zero:
             raise WsError("Both arms came out identical, so the vector is zero; give more pairs or a higher --lr.")
@@ -584,7 +643,7 @@ def preference_verdict(reading: Reading, n_boot: int = N_BOOTSTRAP) -> list[str]
 def main(config: ReplicateConfig) -> None:
     """The command `ws replicate`."""
     name = brought_or_named(config.behavior, config.pairs, config.columns, config.out)
-    config = replace(config, behavior=name, pairs=None, columns=())
+    config = as_tuned(replace(config, behavior=name, pairs=None, columns=()))
     reading = replicate(config)
     files, following = written(reading), ""
     if config.control == "none":
@@ -612,6 +671,8 @@ def _next(reading: Reading, config: ReplicateConfig) -> str:
         options = shared_with(SycophancyOptions, run, split=config.split, alphas=halved)
         return console.command_line("ws eval sycophancy", options, always)
     another = replace(config, seed=config.seed + 1, fresh=False, fresh_data=True)
+    if config.tuned:  # which says the rest
+        another = replace(another, train=ReplicateConfig.preset(config.model, config.adapter).train, contrast="arms")
     return console.command_line("ws replicate", another, always)
 
 

@@ -120,6 +120,11 @@ def run_folder(out: Path, behavior: str, adapter: str, seed: int = 0) -> Path:
     return top if seed == 0 else top / f"seed-{seed}"
 
 
+def tune_folder(out: Path, behavior: str, adapter: str) -> Path:
+    """`out/<behavior>/<adapter>/tune`: the search of `ws tune`, and what it chose for all seeds."""
+    return run_folder(out, behavior, adapter) / "tune"
+
+
 def finished_runs(out: Path) -> list[Path]:
     """The folders of all runs below `out` that have a vector, in order."""
     folders = [

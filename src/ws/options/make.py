@@ -12,13 +12,14 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import MOST, WsError, choose, require_count, require_resamples, require_strength, shortened
+from ws.errors import MOST, WsError, choose, require_count, require_resamples, require_seed, require_strength, shortened
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT, DEMO_OUT, run_folder
 from ws.options.shared import (
     ADAPTERS,
     N_PROMPTS,
     N_THINK,
     N_TOKENS,
+    CalibrationConfig,
     EvalOptions,
     NamesModel,
     RunOptions,
@@ -38,6 +39,8 @@ ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # What sweeps do by themselves; the others need items that not every behaviour brings.
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
+# What `ws tune` can vary; `ws.sweep.tune` knows the values of each.
+TUNABLE = ("lr", "rank", "layers", "delora_lambda", "contrast")
 # One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
 RESERVE = 5
 
@@ -343,6 +346,7 @@ class ReplicateConfig(_OfBehavior):
             or `<adapter>-same-side`, which every evaluation takes by that name.
         contrast: `arms`, two adapters, or `signed`, one whose change is learned with +1 on positive answers and with -1
             on negative ones, in the folder of an adapter `<adapter>-signed`.
+        tuned: train with the settings that `ws tune` has chosen for this behaviour and adapter.
         data: how many pairs, and how.
         train: how an arm is trained.
     """
@@ -365,6 +369,7 @@ class ReplicateConfig(_OfBehavior):
     fresh_data: bool = True
     control: str = "none"
     contrast: str = "arms"
+    tuned: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -382,6 +387,81 @@ class ReplicateConfig(_OfBehavior):
     def run_folder(self, behavior: str) -> Path:
         """Where the run of a behaviour of that name goes."""
         return run_folder(self.out, behavior, self.run_name, self.seed)
+
+
+@dataclass(frozen=True)
+class TuneOptions(_OfBehavior):
+    """Search for the training settings of an adapter on `dev` items, into `<out>/<behavior>/<adapter>/tune/`.
+
+    The settings that are given here, or the preset, are where the search starts, and one of its candidates.
+
+    Attributes:
+        model: a hub id, a local folder, a GGUF file, `pocket`, `smollm2` or `tiny-random`.
+        behavior: a bundled behaviour by its name, or the path of a TOML file.
+        adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
+        vary: what is searched, of those that the family has: `lr`, `rank` (with `lora_alpha` in proportion), `layers`,
+            `delora_lambda`, `contrast`.
+        budget: so many trainings of full length, at most, all short ones together counted by their steps.
+        contrast: what the search starts from: `arms`, two adapters, or `signed`, one for both sides.
+        n_prompts: questions that the strengths of a candidate are solved for on, at most; as many others check them.
+        target: the divergence at which candidates are compared, in nats.
+        out: the folder of all runs and results.
+        seed: of the draw of candidates, and of initialisation and order of every training.
+        n_bootstrap: resamples per interval.
+        device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
+        dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
+            checkpoint's own.
+        fresh: start over, forgetting what was measured; the pairs stay.
+        data: how many pairs, and how.
+        train: how an arm is trained.
+    """
+
+    former: ClassVar[Mapping[str, str]] = {"--kinds": "--modules"}
+
+    model: str = DEFAULT_MODEL
+    behavior: str = "honesty"
+    adapter: str = "lora"
+    vary: tuple[str, ...] = TUNABLE
+    budget: int = 10
+    contrast: str = "arms"
+    n_prompts: int = 32
+    target: float = 1.0
+    out: Path = DEFAULT_OUT
+    seed: int = 0
+    n_bootstrap: int = 2000
+    device: str = "auto"
+    dtype: str = "auto"
+    fresh: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TuneOptions:
+        """The defaults for a model and an adapter."""
+        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
+
+    def check(self) -> None:
+        """`WsError` for names and numbers that make no sense."""
+        if not self.vary:
+            raise WsError(f"--vary must name at least one of {', '.join(TUNABLE)}.")
+        for name in self.vary:
+            choose("setting to vary", name, TUNABLE)
+        # One for the settings that it starts from, and one for each of three lengths.
+        require_count("--budget", self.budget, 4, 1000)
+        choose("contrast", self.contrast, CONTRASTS)
+        require_seed(self.seed)
+        require_resamples(self.n_bootstrap)
+        self.calibration.check()
+        self.train.check()
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """How the strengths of a candidate are solved for."""
+        return CalibrationConfig(n_prompts=self.n_prompts, target=self.target)
+
+    def candidate(self, train: TrainConfig, contrast: str) -> ReplicateConfig:
+        """One candidate as a run to make, to be read on `dev` items."""
+        return shared_with(ReplicateConfig, self, train=train, contrast=contrast, split="dev")
 
 
 def run_name(adapter: str, contrast: str) -> str:

@@ -1,1 +1,1 @@
-"""A sweep as a graph of jobs: the queue, its jobs and where they run."""
+"""Many runs: a sweep as a graph of jobs, where those run, and the search for training settings."""
