@@ -2,8 +2,8 @@
 
 `uv run python -m benchmarks.smollm2` makes the vector of every behaviour, family and seed, and for `lora` its two
 trained nulls, and asks at -1u, 0 and +1u, one nat per token from the base: the preference on held-out questions, claims
-where a behaviour brings them, and, with the real data at hand, statements; for the first seed of `lora` tiny-mfv, too, and
-beside its vector fine-tunes, prompts, added activations, one-sided and random vectors.
+where a behaviour brings them, and, with the real data at hand, statements; for the first seed of `lora` tiny-mfv, too,
+and beside its vector fine-tunes, prompts, added activations, one-sided and random vectors.
 
 A run is five to ten minutes of a core and all of them many hours, so what a run gave is kept item by item, as a file of
 `benchmarks/results/smollm2/`, and is part of the repository: a machine that goes on begins with what others have
