@@ -22,7 +22,7 @@ from ws.console import parse
 from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
-from ws.files.runs import read_csv, run_folder
+from ws.files.runs import read_csv, run_folder, typed
 from ws.lm.models import encode, fingerprint, render_prompt
 from ws.options.make import PreventOptions
 from ws.steer import _STEERED
@@ -358,3 +358,9 @@ def test_strengths_of_either_sign_are_typed_as_they_are_everywhere():
         assert parse(PreventOptions, ["data.jsonl", "--strength", text]).strength == text
     assert PreventOptions(examples="d", strength="1", epochs=3.0).training("smollm2").max_steps is None
     assert PreventOptions(examples="d", strength="1").training("smollm2").max_steps == 12
+
+
+def test_the_documented_table_is_that_of_the_benchmark():
+    docs = Path(__file__).parents[2] / "docs"
+    table = prevention.render(typed(read_csv(docs / "results" / "prevention_pocket.csv")), "github").split("\n\n")[0]
+    assert table in (docs / "prevention.md").read_text()
