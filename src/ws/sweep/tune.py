@@ -13,7 +13,7 @@ the steps, the better half for a half, and the better half of these for all. Tha
 the rate's schedule depends on its end, so a short one is no beginning of a long one. What starts the search is trained
 in full and never pruned, so that the choice can be no worse on these items.
 
-The budget is in trainings and not in minutes, so that the same command chooses the same anywhere. A model-based search
+The budget is in trainings and not in minutes: a choice must not depend on how busy a machine is. A model-based search
 (optuna's TPE) does not earn a dependency here: it needs about ten results before it is more than a random draw, and
 those are all that there are.
 
@@ -500,10 +500,12 @@ def render(tuned: Tuned) -> str:
                 f"{t.share:g}",
                 "" if m.problem else f"{tuned.effect(t):{spec}}",
                 "" if m.selectivity is None else f"{m.selectivity:{spec}}",
+                ", ".join("" if nats is None else f"{nats:.2f}" for nats in m.audit),
                 m.problem,
             ]
         )
-    header = ["candidate", *tuned.values, "length", f"effect, {tuned.score.unit}", "selectivity", "out, because"]
+    header = ["candidate", *tuned.values, "length", f"effect, {tuned.score.unit}", "selectivity"]
+    header += ["KL on other questions", "out, because"]
     widths = [None] * (len(header) - 1) + [60]
     return "\n\n".join([tabulate(cells, header, disable_numparse=True, maxcolwidths=widths), verdict(tuned)])
 
