@@ -40,7 +40,7 @@ ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 # What `ws tune` can vary; `ws.sweep.tune` knows the values of each.
-TUNABLE = ("lr", "rank", "layers", "delora_lambda", "contrast")
+TUNABLE = ("lr", "rank", "layers", "delora_lambda", "kl", "contrast")
 # One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
 RESERVE = 5
 
@@ -400,7 +400,7 @@ class TuneOptions(_OfBehavior):
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
         vary: what is searched, of those that the family has: `lr`, `rank` (with `lora_alpha` in proportion), `layers`,
-            `delora_lambda`, `contrast`.
+            `delora_lambda`, `kl`, `contrast`.
         budget: so many trainings of full length, at most, all short ones together counted by their steps.
         contrast: what the search starts from: `arms`, two adapters, or `signed`, one for both sides.
         n_prompts: questions that the strengths of a candidate are solved for on, at most; as many others check them.

@@ -85,6 +85,7 @@ def space(model: PreTrainedModel, options: TuneOptions) -> dict[str, tuple[Any, 
         "rank": tuple(max(1, round(start.rank * f)) for f in (1, 0.25, 0.5, 2)),
         "layers": (start.layers, "all", "0.3:0.8", "0.5:1.0"),
         "delora_lambda": tuple(start.delora_lambda * f for f in steps),
+        "kl": (start.kl, 0.0, 0.1, 1.0),
         "contrast": (options.contrast, *CONTRASTS) if fam.mirror else (options.contrast,),
     }
     distinct = {name: _distinct(model, options, name, values[name]) for name in options.vary}
