@@ -27,7 +27,6 @@ from ws.options.make import SIGNED, TrainConfig, train_preset
 from ws.train import (
     _adapted,
     _as_base,
-    _copy_moved,
     _isolated_rng,
     _require_progress,
     adapter_spec,
@@ -160,7 +159,7 @@ def test_both_arms_start_from_the_same_initialisation(fresh_tiny, family):
     starts = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        with _adapted(model, spec, seed=5) as (peft_model, _):
+        with _adapted(model, spec, seed=5) as (peft_model, *_):
             starts.append({n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad})
     assert starts[0].keys() == starts[1].keys()
     assert all(torch.equal(p, starts[1][n]) for n, p in starts[0].items())
@@ -231,7 +230,7 @@ def test_a_step_with_the_penalty_is_that_of_a_plain_loop_with_a_second_model(fre
     mask, _ = predicting(batch["labels"])
     with torch.no_grad():
         base = model(**batch).logits[mask].log_softmax(-1)
-    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, _):
+    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, *_):
         learned = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
         optimiser, losses = torch.optim.AdamW(learned.values(), weight_decay=config.weight_decay), []
         for rate in (1e-2, 0.5e-2):
@@ -257,8 +256,7 @@ def test_a_model_with_an_adapter_can_be_the_base_again_bit_for_bit(family, dtype
     spec, ids = adapter_spec(train_preset("tiny-random", family), family), torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         base = model(ids).logits
-        weights = _copy_moved(model, spec)
-        with _adapted(model, spec, seed=0) as (peft_model, _):
+        with _adapted(model, spec, seed=0) as (peft_model, _, weights):
             flags = {n: p.requires_grad for n, p in peft_model.named_parameters()}
             for p in peft_model.parameters():
                 p.add_(0.1 * p.requires_grad)
@@ -320,7 +318,7 @@ def test_a_signed_step_is_that_of_the_mean_of_both_sides_by_a_plain_loop(fresh_t
         scale: _Collator(tok.pad_token_id)([e.features() for e in build_examples(tok, pairs, sign, 512)])
         for scale, sign in ((1, "pos"), (-1, "neg"))
     }
-    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, _):
+    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, *_):
         layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
         learned = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(learned.values(), weight_decay=config.weight_decay)

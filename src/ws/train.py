@@ -19,7 +19,7 @@ import random
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -139,18 +139,15 @@ def train_adapter(
     train, validation = split_examples(examples, config.validation, seed)
     work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
-    weights = _copy_moved(model, spec) if config.kl else {}
     settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
     settings |= {"config": config.recorded(), "examples": [[e.prompt, e.response] for e in examples], **under.facts}
     with alone(folder):
         on_main(lambda: _begin(work, sha256_json(settings)))
         try:
-            with _isolated_rng(), _adapted(model, spec, seed, sign == SIGNED) as (peft_model, initial):
-                adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
+            with _isolated_rng(), _adapted(model, spec, seed, sign == SIGNED) as (peft_model, initial, moved):
                 opposite = _opposite(peft_model, adapter, initial) if sign == SIGNED else None
-                with require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules"):
-                    fitted = (peft_model, tok, train, validation, work, config, seed, opposite, weights, must_learn)
-                    facts = _fit(*fitted, under.callback)
+                fitted = (peft_model, tok, train, validation, work, config, seed, opposite, must_learn)
+                facts = _fit(*fitted, partial(_as_base, peft_model, moved), under.callback)
                 stamp = base | _stamp(adapter, sign, seed, config, pairs, facts, under)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))
         except WsError as problem:
@@ -304,15 +301,17 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
 @contextmanager
 def _adapted(
     model: PreTrainedModel, spec: AdapterSpec, seed: int, signed: bool = False
-) -> Iterator[tuple[PeftModel, dict[str, Tensor]]]:
-    """The model with a fresh adapter, and its initial tensors where they are needed: signed, and for PiSSA.
+) -> Iterator[tuple[PeftModel, dict[str, Tensor], dict[str, Tensor]]]:
+    """The model with a fresh adapter, its initial tensors where they are needed (signed, and for PiSSA), and the base's
+    weights that it has moved.
 
     PiSSA moves the base's weights, so those it targets are copied first and put back afterwards.
     """
     config = peft_config(model, spec)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     attributes, training = set(vars(model)), model.training
-    copies = _copy_moved(model, spec)
+    moved = config.target_modules if spec.family == "pissa" else ()
+    copies = {n: weight_of(model.get_submodule(n)).cpu().clone() for n in moved}
     cache = getattr(model.config, "use_cache", None)
     set_seed(seed)
     try:
@@ -326,7 +325,7 @@ def _adapted(
         fam = family(spec.family)
         places = in_training(peft_model, fam) if copies or signed else {}
         needed = [name for name, (_, saved) in places.items() if saved in fam.start]
-        yield peft_model, {name: peft_model.get_parameter(name).detach().clone() for name in needed}
+        yield peft_model, {name: peft_model.get_parameter(name).detach().clone() for name in needed}, copies
     finally:
         peft_model.unload()
         model.name_or_path = name
@@ -371,12 +370,6 @@ def _as_base(peft_model: PeftModel, weights: dict[str, Tensor]) -> Iterator[None
         put(in_use)
 
 
-def _copy_moved(model: PreTrainedModel, spec: AdapterSpec) -> dict[str, Tensor]:
-    """The weights that PiSSA is about to move."""
-    names = peft_config(model, spec).target_modules if spec.family == "pissa" else ()
-    return {n: weight_of(model.get_submodule(n)).cpu().clone() for n in names}
-
-
 @contextmanager
 def _isolated_rng() -> Iterator[None]:
     """Python's, NumPy's and torch's global random states are put back, whatever training did with them."""
@@ -402,8 +395,8 @@ def _fit(
     config: TrainConfig,
     seed: int,
     opposite: Callable[[], dict[str, Tensor]] | None,
-    weights: dict[str, Tensor],
     must_learn: bool,
+    as_base: Callable[[], AbstractContextManager[None]],
     callback: Any,
 ) -> dict[str, Any]:
     from ws.lm.recompute import recomputed
@@ -416,10 +409,11 @@ def _fit(
     settings["gradient_accumulation_steps"] *= sides  # micro-batches of either side in turn
     rows, held = ([e.features() for e in part] for part in (train, validation))
     resumed = on_main(lambda: last_whole_checkpoint(work))
-    as_base = partial(_as_base, peft_model, weights)
     arm = work.with_name(work.name[1:].removesuffix(".work")).absolute()
     settings["run_name"] = "/".join(arm.parts[-3 - bool(seed) :])  # `honesty/lora/pos`
-    with recomputed(peft_model.get_base_model(), config.recompute):
+    adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
+    watched = require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules")
+    with watched, recomputed(peft_model.get_base_model(), config.recompute):
         fitted = (peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite)
         trainer = fit(*fitted, config.kl, as_base, callback)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}

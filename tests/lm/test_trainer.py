@@ -107,7 +107,7 @@ def in_training_names(family: str) -> list[str]:
     from ws.train import _adapted, adapter_spec
 
     model, _ = ws.load_model("tiny-random", device="cpu")
-    with _adapted(model, adapter_spec(settings(family), family), 0) as (peft_model, _):
+    with _adapted(model, adapter_spec(settings(family), family), 0) as (peft_model, *_):
         trained = {n for n, p in peft_model.named_parameters() if p.requires_grad}
         return sorted(trained & in_training(peft_model, ws.adapters.family(family)).keys())
 
