@@ -418,6 +418,7 @@ def kill_when(path: str, cwd: Path) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_with_the_same_vector(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):

@@ -287,6 +287,7 @@ def test_the_function_steer_survives_every_import_order():
     assert broken.returncode == 1
 
 
+@pytest.mark.slow
 def test_former_names_of_modules_lead_to_where_they_are_now():
     code = (
         "import warnings, ws\n"

@@ -322,6 +322,7 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.slow
 def test_a_gradient_stands_beside_the_vector_of_its_run_at_the_same_divergence(out, capsys):
     questions = ws.load_behavior("honesty", "pocket").questions[:6]
     pairs = [Pair(f"p{i}", q, f"Yes, and {i} more.", f"No, never {i}.", 6, 5) for i, q in enumerate(questions)]

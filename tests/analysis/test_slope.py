@@ -187,7 +187,9 @@ def test_parts_that_add_up_in_one_direction_make_a_wider_null():
     assert np.std(drawn) == pytest.approx((2 * separate) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("lora", "all"), ("ia3", "1:3"), ("oft", "1:2")])
+@pytest.mark.parametrize(
+    ("family", "layers"), [pytest.param("lora", "all", marks=pytest.mark.slow), ("ia3", "1:3"), ("oft", "1:2")]
+)
 def test_the_null_is_gaussian_with_the_stated_width(family, layers, tmp_path):
     """400 random directions, their slopes taken densely from one gradient; 5 % of them are `significant`."""
     model = build_model("qwen2")

@@ -461,6 +461,7 @@ def inspect_command(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_provider_and_takes_strengths(inspect_command, places, pocket, vectors, tmp_path):
     asked = ["eval", "birds.py", "--model", "ws/pocket", "-M", f"vectors={','.join(places)}", "-M", "device=cpu"]
     settings = ["--temperature", "0", "--max-tokens", "14", "--log-dir", str(tmp_path / "logs")]

@@ -32,7 +32,7 @@ def fresh_tiny():
     return ws.load_model("tiny-random", device="cpu")
 
 
-@pytest.mark.parametrize("what", ["cheap", "all"])
+@pytest.mark.parametrize("what", ["cheap", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_signed_adapter_of_every_family_comes_out_bit_for_bit(fresh_tiny, family, what, tmp_path, monkeypatch):
     """A layer that was computed again with the other sign's parameters would have other gradients."""
     monkeypatch.setattr(recompute, "TERMS", 16)  # so that products of a model this small are kept
