@@ -50,8 +50,7 @@ SIDES = ("plain", "arm", "kl", "signed")
 def settings(steps: int, batch: int, recompute: str) -> TrainConfig:
     """Defaults of real models, but for the number of steps."""
     rate = family("lora").learning_rate
-    size = TrainConfig(batch=batch, max_steps=steps, max_length=LENGTH, validation=0.0, lr=rate)
-    return replace(size, recompute=recompute)
+    return TrainConfig(lr=rate, batch=batch, max_steps=steps, max_length=LENGTH, validation=0.0, recompute=recompute)
 
 
 def prepare(folder: Path, examples: int, layers: int) -> None:

@@ -334,7 +334,8 @@ def measure(
             problems = {way: worst(both).problem for way, both in known.items()}
             by_way = {way: x[score.key].astype(float)[None] for way, x in values.items()}
             measured.append(Measured(score, kind, by_way, problems, evaluation.brief))
-    along = {way: change.inner(vector, model) / vector.inner(vector, model) for way, change in changes.items()}
+    size = vector.inner(vector, model)
+    along = {way: change.inner(vector, model) / size for way, change in changes.items()}
     projections = {way: np.array([[x]]) for way, x in ({BASE: 0.0} | along).items()}
     return [*measured, Measured(PROJECTION, "", projections, {}, {})]
 
