@@ -37,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 from ws import console
 from ws.delta import LinearDelta
 from ws.errors import WsError, choose, shortened
-from ws.files.reading import read_json
+from ws.files.reading import convert, read_json
 from ws.files.runs import PISSA_INIT_FILE as PISSA_INIT_FILE
 from ws.files.runs import SIGNED_INIT_FILE as SIGNED_INIT_FILE
 from ws.files.tensors import read_tensors
@@ -235,7 +235,7 @@ def _check_values(config: PeftConfig, folder: Path) -> None:
     for name in _VALUES.keys() & {f.name for f in fields(config)}:
         value = getattr(config, name)
         try:
-            msgspec.convert(list(value) if isinstance(value, set) else value, _VALUES[name])
+            convert(list(value) if isinstance(value, set) else value, _VALUES[name])
         except msgspec.ValidationError as problem:
             raise WsError(
                 f"The adapter {folder} has {_settings({name: value}, [name])}, which is no value for it."

@@ -30,7 +30,7 @@ from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import DamagedError, WsError, require_strength, shortened
 from ws.files.places import place_below
 from ws.files.public import public
-from ws.files.reading import kept, read_json
+from ws.files.reading import convert, kept, read_json
 from ws.files.runs import (
     CARD,
     CARD_TAG,
@@ -727,7 +727,7 @@ class _StoredRecipe(msgspec.Struct):
         if absent := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(f"a recipe of {self.op!r} lacks {absent[0]!r}")
         if self.op == "+":
-            msgspec.convert(self.terms, list[_StoredRecipe])
+            convert(self.terms, list[_StoredRecipe])
 
 
 class SavedManifest(msgspec.Struct, kw_only=True):
@@ -739,8 +739,8 @@ class SavedManifest(msgspec.Struct, kw_only=True):
     recipe: dict[str, Any]
 
     def __post_init__(self) -> None:
-        msgspec.convert(self.info, _StoredInfo)
-        msgspec.convert(self.recipe, _StoredRecipe)
+        convert(self.info, _StoredInfo)
+        convert(self.recipe, _StoredRecipe)
 
 
 class VectorManifest(SavedManifest):

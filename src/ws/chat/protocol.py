@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ws.errors import WsError, did_you_mean, require_characters, shortened
-from ws.files.reading import strict_json
+from ws.files.reading import convert, strict_json
 
 MAX_LOGPROBS, MAX_CHOICES, MAX_STOPS = 20, 128, 16
 LOWEST = -9999.0  # JSON has no infinity: OpenAI's number for what a model thinks impossible
@@ -236,7 +236,7 @@ def parse_body(content: bytes, kind: type[Kind]) -> Kind:
     if not isinstance(given, dict):
         raise RequestError(400, f"The request is no object of JSON but {shortened(given)}.", code="invalid_json")
     try:
-        return msgspec.convert(_understood(given, kind), kind)
+        return convert(_understood(given, kind), kind)
     except msgspec.ValidationError as problem:
         what, _, place = str(problem).rstrip("`").partition(" - at `$.")
         param = place.split("[")[0] or None

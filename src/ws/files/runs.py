@@ -26,8 +26,8 @@ import msgspec
 
 from ws.errors import DamagedError, WsError
 from ws.files.places import FolderKind, place_below, plain_name, require_no_link
+from ws.files.reading import convert, read_json
 from ws.files.reading import read_csv as read_csv
-from ws.files.reading import read_json
 from ws.files.reading import read_values as read_values
 from ws.files.reading import typed as typed
 from ws.files.writing import atomic_file as atomic_file
@@ -216,7 +216,7 @@ class _Manifest(msgspec.Struct):
     stages: dict[str, dict[str, Any]]
 
     def __post_init__(self) -> None:
-        msgspec.convert(self.stages, dict[str, _Record])
+        convert(self.stages, dict[str, _Record])
 
 
 class Run:
@@ -252,7 +252,7 @@ class Run:
     def fact(self, name: str, key: str, kind: type[T]) -> T:
         """One of them, of this type; `DamagedError` when it is not on record."""
         try:
-            return msgspec.convert(self.facts(name)[key], kind)
+            return convert(self.facts(name)[key], kind)
         except (KeyError, msgspec.ValidationError) as problem:
             file = self.folder / RUN_MANIFEST
             raise DamagedError(

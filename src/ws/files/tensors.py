@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ws.errors import DamagedError, WsError
 from ws.files.places import place_below
-from ws.files.reading import disguise, parse_json, read_json
+from ws.files.reading import convert, disguise, parse_json, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a checkpoint in one file, and in several
 DTYPES = {
@@ -116,7 +116,7 @@ def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, Any], int]:
         length = int.from_bytes(handle.read(8), "little")
         header = parse_json(handle.read(length), file, dict[str, Any], "make it again")
     facts = header.pop("__metadata__", {})
-    return msgspec.convert(header, dict[str, Entry]), facts, 8 + length
+    return convert(header, dict[str, Entry]), facts, 8 + length
 
 
 class TensorWriter:

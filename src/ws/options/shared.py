@@ -14,6 +14,7 @@ import tyro
 from ws.behaviors import behavior_name, bundled_behaviors
 from ws.console import command_line
 from ws.errors import WsError, choose, did_you_mean, require_count, require_resamples, require_strength
+from ws.files.reading import convert
 from ws.files.runs import DEFAULT_OUT, DEMO_OUT, model_name, run_folder
 
 # Adapter families, in the order of tables; `ws.adapters` knows how each is trained.
@@ -62,7 +63,7 @@ def read_options(options: type[Target], given: Mapping[str, Any], what: str, str
         is_single = get_origin(hints[name]) is tuple and isinstance(value, str)
         values[name] = [value] if is_single else str(value) if isinstance(value, Path) else value
     try:
-        return msgspec.convert(values, options, strict=strict, dec_hook=lambda kind, value: kind(value))
+        return convert(values, options, strict=strict, dec_hook=lambda kind, value: kind(value))
     except (msgspec.ValidationError, TypeError) as problem:
         raise WsError(f"The {what}s are not understood: {problem}.") from problem
 
