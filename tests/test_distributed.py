@@ -37,7 +37,8 @@ PAIRS = [
 # Each process adds up two micro-batches per step; eight steps go twice through the 14 training examples.
 CONFIG = replace(train_preset("tiny-random", "lora"), batch=4, micro_batch=1, max_steps=8, validation=0.4)
 CUT = 7  # the step after which a training is interrupted; its last checkpoint, at 6, is amid the second pass
-ARMS = (("lora", "pos"), ("lora", "neg"), ("pissa", "pos"), ("dora", "signed"))
+ARMS = (("lora", "pos"), ("lora", "neg"), ("pissa", "pos"), ("dora", "signed"), ("ia3", "signed"))
+WITH_MARGIN = {("lora", "neg"), ("ia3", "signed")}
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def words(out: Path, adapter: str = "lora", sign: str = "pos", **changes: object
     flags = {k: getattr(CONFIG, k) for k in ("batch", "micro_batch", "max_steps", "validation")} | changes
     flags["keep"] = "best" if adapter == "pissa" else "last"
     flags["kl"] = 0.5 if adapter in ("pissa", "dora") else 0.0
+    flags["objective"] = "margin" if (adapter, sign) in WITH_MARGIN else "likelihood"
     what = "--contrast signed" if sign == "signed" else f"--signs {sign}"
     line = f"--model tiny-random --device cpu --out {out} --adapter {adapter} {what}"
     return line.split() + [w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v))]

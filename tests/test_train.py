@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from dataclasses import asdict, replace
@@ -279,6 +280,84 @@ def test_a_setting_that_came_later_is_on_record_only_where_it_does_something(fre
     assert not train_stage(model, tok, pairs, "pos", run, "lora", replace(config, recompute="cheap"), 0)
     with pytest.raises(ws.WsError, match=r"other settings .kl: None -> 0\.5"):
         train_stage(model, tok, pairs, "pos", run, "lora", replace(config, kl=0.5), 0)
+
+
+# ---- the margin between two answers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", ["pos", "neg", SIGNED])
+def test_a_step_with_the_margin_is_that_of_dpo_by_a_plain_loop(fresh_tiny, tmp_path, sign):
+    """Two steps of AdamW by hand, with the base as reference, or the model with PEFT's own scale negated."""
+    model, tok = fresh_tiny
+    pairs = [replace(p, neg=p.neg + " Not red." * (i % 4)) for i, p in enumerate(PAIRS)]
+    config = replace(QUICK, batch=25, micro_batch=5, max_steps=2, validation=0.0, lr=1e-2)
+    config = replace(config, objective="margin", beta=0.5, kl=0.25)
+    facts = train_adapter(model, tok, pairs, sign, "lora", tmp_path / "arm", config)
+    assert facts["examples"] == len(PAIRS)
+    batches = [
+        _Collator(tok.pad_token_id)([e.features() for e in build_examples(tok, pairs, side, 512)])
+        for side in (("neg", "pos") if sign == "neg" else ("pos", "neg"))
+    ]
+    masks = [predicting(batch["labels"]) for batch in batches]
+
+    def all_logp(m):
+        return [m(**batch).logits[mask].log_softmax(-1) for batch, (mask, _) in zip(batches, masks, strict=True)]
+
+    def sums(logp):
+        """Of either answer to every question, `[2, pairs]`."""
+        rows = zip(logp, masks, strict=True)
+        chosen = [(x.gather(1, tokens[:, None])[:, 0], mask.sum(1).tolist()) for x, (mask, tokens) in rows]
+        return torch.stack([torch.stack([row.sum() for row in x.split(n)]) for x, n in chosen])
+
+    with torch.no_grad():
+        base = all_logp(model)
+    with _isolated_rng(), _adapted(model, adapter_spec(config, "lora"), 0) as (peft_model, *_):
+        layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+        learned = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+        optimiser, losses = torch.optim.AdamW(learned.values(), weight_decay=config.weight_decay), []
+        for rate in (1e-2, 0.5e-2):
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.zero_grad()
+            found = []
+            for scale in (1, -1) if sign == SIGNED else (1,):
+                for layer in layers:
+                    layer.scaling["default"] = scale * abs(layer.scaling["default"])
+                found.append(all_logp(peft_model))
+            gains = sums(found[0]) - sums(found[1] if sign == SIGNED else base)
+            loss = -torch.nn.functional.logsigmoid(0.5 * (gains[0] - gains[1])).mean()
+            terms = [q.exp() * (q - p) for logp in found for q, p in zip(base, logp, strict=True)]
+            loss = loss + 0.25 * torch.cat(terms).sum(-1).mean()
+            loss.backward()
+            losses.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+            optimiser.step()
+        wanted = {n.replace(".default", ""): p.detach().clone() for n, p in learned.items()}
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5), "the model is its own reference at first"
+    assert facts["train_losses"] == pytest.approx(losses, abs=2e-5)
+    for name, tensor in load_file(tmp_path / "arm" / "adapter_model.safetensors").items():
+        assert (tensor - wanted[name]).norm() < 1e-3 * wanted[name].norm()
+
+
+@pytest.mark.parametrize("sign", ["neg", SIGNED])
+def test_an_interrupted_training_of_the_margin_goes_on_and_widens_it(fresh_tiny, family, tmp_path, monkeypatch, sign):
+    model, tok = fresh_tiny
+    config = replace(train_preset("tiny-random", family), objective="margin", max_steps=10, micro_batch=2, kl=0.1)
+    facts = train_adapter(model, tok, PAIRS, sign, family, tmp_path / "whole", config)
+    assert facts["validation_losses"][-1] < facts["validation_losses"][0] == pytest.approx(math.log(2), abs=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.train._save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
+    shutil.rmtree(max((tmp_path / ".cut.work").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])))
+    train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+def test_a_model_whose_logits_stand_apart_has_no_margin(fresh_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("ws.lm.trainer.head_of", lambda *args: (None, False))
+    with pytest.raises(ws.WsError, match="`objective` margin needs them; leave it out"):
+        train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", replace(QUICK, objective="margin"))
 
 
 # ---- signed ---------------------------------------------------------------------------------------------------------

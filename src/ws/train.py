@@ -60,7 +60,7 @@ from ws.files.runs import (
     write_text,
 )
 from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
-from ws.options.make import MIN_VALIDATION, SIGNED, SIGNS, held_out, run_name
+from ws.options.make import MARGIN, MIN_VALIDATION, SIGNED, SIGNS, held_out, run_name
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
 from ws.options.make import train_preset as train_preset
@@ -117,7 +117,8 @@ def train_adapter(
     Args:
         model, tok: the base and its tokenizer.
         pairs: contrast pairs; those with a `drop` reason are skipped.
-        sign: `pos` or `neg`, the side whose answers are learned, or `signed` for one adapter that learns both.
+        sign: `pos` or `neg`, the side whose answers are learned (or, with the margin as objective, preferred), or
+            `signed` for one adapter that learns both.
         adapter: the family.
         folder: where the adapter goes.
         config: settings.
@@ -135,7 +136,8 @@ def train_adapter(
     _require_usable(config, seed, folder, sign, adapter)
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
-    examples = build_examples(tok, [p for p in pairs if p.drop is None], sign, config.max_length, under.system)
+    usable, both = [p for p in pairs if p.drop is None], config.objective == MARGIN
+    examples = build_examples(tok, usable, sign, config.max_length, under.system, both)
     train, validation = split_examples(examples, config.validation, seed)
     work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
@@ -261,13 +263,15 @@ class Example:
 
 
 def build_examples(
-    tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int, system: str = ""
+    tok: Tokenizer, pairs: Sequence[Pair], sign: str, max_length: int, system: str = "", both: bool = False
 ) -> list[Example]:
-    """One example per pair; for a signed adapter two, the positive and the negative one, of pairs that have both.
+    """One example per pair, or, if `both` answers are needed, two, that of the sign's own side first.
+
+    A signed adapter needs both, the positive one first. A pair whose answers are not all short enough is left out.
 
     The prompt has the tokens that it has at generation, so that the mask cannot slip; `system` stands before it.
     """
-    sides = SIGNS if sign == SIGNED else (sign,)
+    sides = SIGNS if sign == SIGNED else (sign, *(other for other in SIGNS if both and other != sign))
     for p, side in product(pairs, sides):
         if not getattr(p, side).strip():
             raise WsError(f"The pair {p.id!r} has an empty {side} answer, from which nothing can be learned; drop it.")
@@ -402,11 +406,13 @@ def _fit(
     from ws.lm.recompute import recomputed
     from ws.lm.trainer import fit, last_whole_checkpoint  # takes seconds to import, and most runs have nothing to train
 
-    sides = 1 if opposite is None else len(SIGNS)
+    margin = config.objective == MARGIN
+    sides = len(SIGNS) if margin or opposite is not None else 1
     examples = len(train) // sides
     steps = config.max_steps or math.ceil(math.ceil(examples / config.batch) * config.epochs)
     settings = _settings(config, steps, seed, bool(validation))
-    settings["gradient_accumulation_steps"] *= sides  # micro-batches of either side in turn
+    if not margin:
+        settings["gradient_accumulation_steps"] *= sides  # micro-batches of either side in turn
     rows, held = ([e.features() for e in part] for part in (train, validation))
     resumed = on_main(lambda: last_whole_checkpoint(work))
     arm = work.with_name(work.name[1:].removesuffix(".work")).absolute()
@@ -415,7 +421,7 @@ def _fit(
     watched = require_calls(peft_model, adapted, "name the kinds to adapt, without these, with --modules")
     with watched, recomputed(peft_model.get_base_model(), config.recompute):
         fitted = (peft_model, tok.pad_token_id, rows, held, work, settings, resumed, opposite)
-        trainer = fit(*fitted, config.kl, as_base, callback)
+        trainer = fit(*fitted, config.kl, config.beta if margin else 0.0, as_base, callback)
     losses = {key: [h[key] for h in trainer.state.log_history if key in h] for key in ("loss", "eval_loss")}
     facts = {
         "steps": trainer.state.global_step,

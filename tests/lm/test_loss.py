@@ -76,7 +76,7 @@ def inner(model: PreTrainedModel) -> Tensor:
 def ours(model: PreTrainedModel, head: Head, base: PreTrainedModel | None = None, kl: float = 0.0) -> Tensor:
     mask, tokens = predicting(LABELS)
     kept = None if base is None else Head(base).run_body(base, BATCH)[mask].detach()
-    return response_loss(head, head.run_body(model, BATCH)[mask], tokens, kept, kl)
+    return response_loss(head, head.run_body(model, BATCH)[mask], tokens, kept, kl).sum()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
@@ -160,7 +160,7 @@ def test_a_batch_without_responses_costs_nothing_and_has_a_gradient():
     model = build("tied")
     head, _ = head_of(model, IDS[0].tolist(), sums=True)
     mask, tokens = predicting(torch.full_like(LABELS, -100))
-    loss = response_loss(head, head.run_body(model, BATCH)[mask], tokens)
+    loss = response_loss(head, head.run_body(model, BATCH)[mask], tokens).sum()
     loss.backward()
     assert loss.item() == 0
     assert float(inner(model).grad.abs().max()) == 0

@@ -153,10 +153,10 @@ def test_nothing_is_chosen_where_all_are_out():
 @pytest.mark.parametrize(
     ("adapter", "there", "absent"),
     [
-        ("lora", {"lr", "rank", "layers", "kl", "contrast"}, {"delora_lambda"}),
-        ("delora", {"lr", "rank", "layers", "kl", "contrast", "delora_lambda"}, set()),
-        ("ia3", {"lr", "layers", "kl", "contrast"}, {"rank", "delora_lambda"}),
-        ("oft", {"lr", "layers", "kl", "contrast"}, {"rank", "delora_lambda"}),
+        ("lora", {"lr", "rank", "layers", "kl", "objective", "contrast"}, {"delora_lambda"}),
+        ("delora", {"lr", "rank", "layers", "kl", "objective", "contrast", "delora_lambda"}, set()),
+        ("ia3", {"lr", "layers", "kl", "objective", "contrast"}, {"rank", "delora_lambda"}),
+        ("oft", {"lr", "layers", "kl", "objective", "contrast"}, {"rank", "delora_lambda"}),
     ],
 )
 def test_only_what_a_family_takes_notice_of_is_searched(tiny, adapter, there, absent):

@@ -4,6 +4,12 @@ With `h_t` the hidden state behind which token `y_t` of a response comes, and `p
 
     sum_t  -log p(y_t)  +  w KL(p_base || p)        KL(p || q) = sum_v p(v) (log p(v) - log q(v)),  in nats per token
 
+or, with the margin between the two answers of a pair as its objective, the preferred one first,
+
+    -log sigmoid(beta ((s(y1) - r(y1)) - (s(y2) - r(y2))))        s(y) = sum_t log p(y_t),  r(y) of a reference model
+
+(DPO: Rafailov et al. 2023, arXiv 2305.18290, equation 7). The reference is the base, or the adapter at its other sign.
+
 The body runs once over the whole batch. The head, and whatever else the model does to its logits, runs over a part of
 the response tokens at a time, and the gradient of `h` is taken at once: of a vocabulary of 150,000 no more than one
 part's logits exist at any time. The base's logits are made again from its hidden states, which are kept.
@@ -118,41 +124,59 @@ def response_loss(
     base: Float[Tensor, "n width"] | None = None,
     kl: float = 0.0,
     likelihood: bool = True,
-) -> Float[Tensor, ""]:
-    """The sum over tokens of the module's equation; without `likelihood` of its second term alone."""
+) -> Float[Tensor, "n"]:
+    """Both terms of the module's first equation at every token, added up; without `likelihood` the second alone."""
 
     def of_part(rows: slice, states: Tensor) -> Tensor:
-        logp, total = head.logits(states).float().log_softmax(dim=-1), torch.zeros((), device=states.device)
+        logp = head.logits(states).float().log_softmax(dim=-1)
+        total = torch.zeros(len(logp), device=logp.device)
         if likelihood:
-            total = total + functional.nll_loss(logp, tokens[rows].to(logp.device), reduction="sum")
-        if base is not None:
+            total = total + functional.nll_loss(logp, tokens[rows].to(logp.device), reduction="none")
+        if base is not None and kl:
             with torch.no_grad():
                 before = head.logits(base[rows].to(states.device)).float().log_softmax(dim=-1)
-            total = total + kl * functional.kl_div(logp, before, reduction="sum", log_target=True)
-        return total
+            total = total + kl * functional.kl_div(logp, before, reduction="none", log_target=True).sum(1)
+        return total.to(states.device)
 
     vocabulary = int(head.model.config.get_text_config().vocab_size)
     return _InParts.apply(hidden, of_part, max(1, _BUDGET // (4 * vocabulary)))
 
 
 class _InParts(torch.autograd.Function):
-    """A sum over rows, part by part; the gradient of a part is taken before the next one is computed."""
+    """A number for every row, part by part; the gradient of a part is taken before the next one is computed."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, of_part: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
-        wanted, total = ctx.needs_input_grad[0], torch.zeros((), device=hidden.device)
-        gradients: list[Tensor] = []
+        wanted = ctx.needs_input_grad[0]
+        values, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             with torch.set_grad_enabled(wanted):
                 part = hidden[rows].detach().requires_grad_(wanted)
                 value = of_part(rows, part)
-                gradients += torch.autograd.grad(value, part) if wanted else ()
-            total += value.detach()
+                gradients += torch.autograd.grad(value.sum(), part) if wanted else ()
+            values.append(value.detach())
         if wanted:
-            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
-        return total
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * upstream[0], None, None
+        (gradients,) = ctx.saved_tensors
+        return gradients * upstream[0][:, None].to(gradients.dtype), None, None
+
+
+def margin_loss(
+    logp: Float[Tensor, "n"], reference: Float[Tensor, "n"], rows: Int[Tensor, "n"], n_rows: int, beta: float
+) -> Float[Tensor, "pairs"]:
+    """The module's second equation for every pair of rows `(0, 1), (2, 3), ...`; pairs without tokens are left out.
+
+    Args:
+        logp, reference: of every response token.
+        rows: that the tokens are of.
+        n_rows: in the batch, twice the number of pairs.
+        beta: how steeply the loss falls with the margin, per nat.
+    """
+    gains = torch.zeros(n_rows, device=logp.device).index_add(0, rows, logp - reference).view(-1, 2)
+    filled = torch.bincount(rows, minlength=n_rows).view(-1, 2).sum(1) > 0
+    return -functional.logsigmoid(beta * (gains[:, 0] - gains[:, 1]))[filled]

@@ -32,7 +32,7 @@ from ws.errors import WsError, disk_errors
 from ws.files.reading import read_json
 from ws.files.runs import sha256_file, write_json
 from ws.files.writing import flush
-from ws.lm.loss import Head, head_of, predicting, response_loss
+from ws.lm.loss import Head, head_of, margin_loss, predicting, response_loss
 from ws.lm.models import require_gradients
 
 _ALWAYS: dict[str, Any] = {
@@ -45,10 +45,11 @@ _ALWAYS: dict[str, Any] = {
     "project": "weight-steering",
     "disable_tqdm": True,
 }
-Rows = Sequence[Mapping[str, Any]]  # the `input_ids` and `labels` of examples
+Rows = Sequence[Mapping[str, Any]]  # the `input_ids` and `labels` of examples; or of two each, see `_PAIR`
 Opposite = Callable[[], dict[str, Tensor]]  # the parameters at -c by name, with gradients to those at +c
 _AT = "opposite"  # of a row and a batch in signed training: whether it is learned at -c
-_BASE = "base"  # of a row and a batch with a penalty: the base's final hidden states where the response is predicted
+_PAIR = "pair"  # of a row with the margin as objective: the preferred answer's example, then the other's
+_BASE = "base"  # of a row and a batch: the base's final hidden states where the responses are predicted, if needed
 SEAL = "sealed.json"
 
 
@@ -62,6 +63,7 @@ def fit(
     resumed: str | None,
     opposite: Opposite | None = None,
     kl: float = 0.0,
+    beta: float = 0.0,
     as_base: Callable[[], AbstractContextManager[Any]] = nullcontext,
     callback: TrainerCallback | None = None,
 ) -> Trainer:
@@ -76,6 +78,8 @@ def fit(
         resumed: the checkpoint to go on from (`last_whole_checkpoint`).
         opposite: of signed training, in which every other example is a negative one, the parameters to learn it with.
         kl: weight of the penalty on the divergence from the base (`ws.lm.loss`).
+        beta: if positive, two examples in a row are the answers to a question, the preferred one first, and the margin
+            between them is the objective.
         as_base: makes the context in which the model is the base.
         callback: joins the loop's own.
 
@@ -90,7 +94,9 @@ def fit(
     arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
     learned = [n for n, p in model.named_parameters() if p.requires_grad]
     arguments.ddp_find_unused_parameters = any(".experts." in n for n in learned)  # others take part in every batch
-    if opposite is not None:
+    if beta:
+        train, validation = _paired(train), _paired(validation)
+    elif opposite is not None:
         train, validation = _signed(train), _signed(validation)
         # Laid out beforehand: the Trainer cuts the losses of a last batch to the number of rows that it knows of.
         order = _Alternating(len(validation) // 2, arguments.eval_batch_size, arguments.world_size)
@@ -103,7 +109,7 @@ def fit(
         data_collator=_Collator(pad_id),
         callbacks=[_StopOnNaN(), _Progress(), *filter(None, [callback])],
     )
-    trainer.opposite = opposite
+    trainer.opposite, trainer.beta = opposite, beta
     trainer.choose_loss(model, kl, as_base)
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
@@ -142,7 +148,8 @@ class _Features(Dataset):
 
     def __init__(self, rows: Rows, pad_id: int) -> None:
         self.rows = rows
-        self.filler = _filler(pad_id)
+        filler = _filler(pad_id)
+        self.filler = {_PAIR: (filler, filler)} if rows and _PAIR in rows[0] else filler
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,6 +166,20 @@ def _filler(pad_id: int) -> Mapping[str, list[int]]:
 def _signed(rows: Rows) -> Rows:
     """Rows of signed training, each with the side that it is of."""
     return [{**row, _AT: [i % 2]} for i, row in enumerate(rows)]
+
+
+def _paired(rows: Rows) -> Rows:
+    """Two and two rows as one."""
+    return [{_PAIR: pair} for pair in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def _examples(row: Mapping[str, Any]) -> Rows:
+    """The two of a pair, or the one that the row is."""
+    return row.get(_PAIR, (row,))
+
+
+def _n_tokens(row: Mapping[str, Any]) -> int:
+    return sum(len(example["input_ids"]) for example in _examples(row))
 
 
 class _Alternating(Sampler[int]):
@@ -212,22 +233,23 @@ def by_length(order: Sequence[int], lengths: Sequence[int], step: int) -> list[i
 
 
 class _Collator:
-    """Pads a batch on the right."""
+    """Pads a batch on the right; the two examples of a pair are two rows of it, one after the other."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, features: Rows) -> dict[str, Tensor]:
-        width = max(len(f["input_ids"]) for f in features)
+        rows = [row for f in features for row in _examples(f)]
+        width = max(len(row["input_ids"]) for row in rows)
 
-        def fill(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([r + [value] * (width - len(r)) for r in rows])
+        def fill(lists: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([x + [value] * (width - len(x)) for x in lists])
 
-        ids = [f["input_ids"] for f in features]
+        ids = [row["input_ids"] for row in rows]
         batch = {
             "input_ids": fill(ids, self.pad_id),
-            "attention_mask": fill([[1] * len(r) for r in ids], 0),
-            "labels": fill([f["labels"] for f in features], -100),
+            "attention_mask": fill([[1] * len(x) for x in ids], 0),
+            "labels": fill([row["labels"] for row in rows], -100),
         }
         if _AT in features[0]:
             batch[_AT] = torch.tensor(features[0][_AT])
@@ -245,20 +267,23 @@ class _Trainer(Trainer):
     the last ones with examples from the beginning, here they are filled with examples without a response. The sum of
     losses over all processes is divided by all their response tokens (`average_tokens_across_devices`).
 
-    In signed training it is divided by twice the tokens of its own side, so that both sides count alike.
+    In signed training it is divided by twice the tokens of its own side, so that both sides count alike; with the
+    margin as objective, by the pairs.
     """
 
     opposite: Opposite | None = None
     tokens: Tensor  # of the responses of a step, at +c and at -c
+    pairs: Tensor  # of a step
     head: Head | None = None
     plain = False  # the model's loss is the sum of cross-entropies over the number of tokens, and nothing else
     kl = 0.0
+    beta = 0.0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         size, processes = self.args.train_batch_size, self.args.world_size
-        lengths = [len(row["input_ids"]) for row in self.train_dataset.rows]
+        lengths = [_n_tokens(row) for row in self.train_dataset.rows]
         step = size * processes * self.args.gradient_accumulation_steps
-        if self.opposite is not None:
+        if self.opposite is not None and not self.beta:
             lengths, step = [sum(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True)], step // 2
             return _Alternating(len(lengths), size, processes, lambda: self._epoch_order(lengths, step))
         multiple = 1 if processes == 1 else size * processes
@@ -291,13 +316,12 @@ class _Trainer(Trainer):
         inputs = dict(inputs)
         at = int(inputs.pop(_AT, 0))  # a batch of nothing but fillers has no side
         base = inputs.pop(_BASE, None)
+        if self.beta:
+            mean = self.margin(model, inputs, base, tokens)
+            return (mean, {"loss": mean}) if return_outputs else mean
         if self.opposite is not None and tokens is not None:
             tokens = 2 * self.tokens[at]
-        run: Any = model
-        if self.opposite is not None and at:
-            wrapped = "" if self.accelerator.unwrap_model(model) is model else "module."
-            parameters = {f"{wrapped}{name}": tensor for name, tensor in self.opposite().items()}
-            run = partial(_run_with, model, parameters)
+        run = self.at_opposite(model) if at else model
         if self.head is None or not (self.plain or self.kl):
             return super().compute_loss(run, inputs, return_outputs, tokens)
         mask, learned = predicting(inputs["labels"])
@@ -309,23 +333,53 @@ class _Trainer(Trainer):
                 loss = super().compute_loss(run, inputs, num_items_in_batch=tokens)
             hidden = states[0]
         with self.accelerator.autocast():
-            total = response_loss(self.head, hidden[mask.to(hidden.device)], learned, base, self.kl, self.plain)
+            total = response_loss(self.head, hidden[mask.to(hidden.device)], learned, base, self.kl, self.plain).sum()
         share = self.accelerator.num_processes / tokens if tokens is not None else 1 / mask.sum()
         loss = loss + total * share
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def at_opposite(self, model: torch.nn.Module) -> Callable[..., Any]:
+        """The forward pass of a model, as it is wrapped, at -c."""
+        assert self.opposite is not None
+        wrapped = "" if self.accelerator.unwrap_model(model) is model else "module."
+        return partial(_run_with, model, {f"{wrapped}{name}": tensor for name, tensor in self.opposite().items()})
+
+    def margin(self, model: torch.nn.Module, inputs: dict[str, Any], base: Tensor | None, tokens: Any) -> Tensor:
+        """The mean margin loss of the pairs of a batch, and the penalty per token, where there is one.
+
+        The reference is the adapter at -c, if there is such a thing, whose gradient counts, too; else the base.
+        """
+        assert self.head is not None
+        mask, learned = predicting(inputs.pop("labels"))
+        runs: list[Callable[..., Any]] = [model]
+        if self.opposite is not None:
+            runs.append(self.at_opposite(model))
+        states = [h[mask.to(h.device)] for h in (self.head.run_body(run, inputs) for run in runs)]
+        with self.accelerator.autocast():
+            compared = states if self.opposite is not None else [*states, *([] if base is None else [base])]
+            logp, reference = (-response_loss(self.head, h, learned) for h in compared)
+            rows = mask.nonzero()[:, 0].to(logp.device)
+            margins = margin_loss(logp, reference.to(logp.device), rows, len(mask), self.beta)
+            penalties = [response_loss(self.head, h, learned, base, self.kl, False).sum() for h in states if self.kl]
+        per_pair, per_token = 1 / max(1, len(margins)), 1 / max(1, len(rows))
+        if tokens is not None:  # of all micro-batches of a step, and all processes
+            per_pair, per_token = (self.accelerator.num_processes / n for n in (self.pairs, tokens))
+        return margins.sum() * per_pair + sum(penalties) * per_token / len(runs)
+
     def choose_loss(self, model: PeftModel, kl: float, as_base: Callable[[], AbstractContextManager[Any]]) -> None:
         """See how the loss can be had from the model; for a penalty, keep what the base makes of the examples."""
         causal = model.get_base_model()
-        ids = self.train_dataset[0]["input_ids"][:8]
-        self.head, self.plain = head_of(causal, ids, self.model_accepts_loss_kwargs)
-        if not kl:
+        (first, *_) = _examples(self.train_dataset[0])
+        self.head, self.plain = head_of(causal, first["input_ids"][:8], self.model_accepts_loss_kwargs)
+        if not kl and not self.beta:
             return
         if self.head is None:
-            raise WsError(f"The logits of a {type(causal).__name__} cannot be had as --kl needs them; leave it out.")
+            flag = "--kl" if kl else "--objective margin"
+            raise WsError(f"The logits of a {type(causal).__name__} cannot be had as {flag} needs them; leave it out.")
         self.kl = kl
-        with as_base():
-            self.keep_base(self.args.max_steps * self.args.gradient_accumulation_steps)
+        if kl or self.opposite is None:
+            with as_base():
+                self.keep_base(self.args.max_steps * self.args.gradient_accumulation_steps)
 
     @torch.no_grad()
     def keep_base(self, micro_batches: int) -> None:
@@ -342,7 +396,7 @@ class _Trainer(Trainer):
         seen = set(gather_object([i for batch in islice(first, micro_batches) for i in batch]))
         for data in (self.train_dataset, self.eval_dataset or _Features([], 0)):
             some = [i for i in range(len(data)) if i in seen or data is not self.train_dataset]
-            some.sort(key=lambda i: len(data[i]["input_ids"]))
+            some.sort(key=lambda i: _n_tokens(data[i]))
             size, pace = 4 * self.args.eval_batch_size, self.args.world_size  # no gradient, so more fit than in a step
             states: list[tuple[int, Tensor]] = []
             for start in range(self.args.process_index * size, len(some), pace * size):
@@ -350,14 +404,17 @@ class _Trainer(Trainer):
                 batch = self._prepare_inputs(self.data_collator([data[i] for i in group]))
                 mask, _ = predicting(batch["labels"])
                 hidden = self.head.run_body(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
-                kept = hidden[mask.to(hidden.device)].cpu().split(mask.sum(1).tolist())
+                kept = hidden[mask.to(hidden.device)].cpu().split(mask.view(len(group), -1).sum(1).tolist())
                 states += zip(group, kept, strict=True)
             made = dict(gather_object(states))
             data.rows = [{**row, _BASE: made[i]} if i in made else row for i, row in enumerate(data.rows)]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         tokens = super()._get_num_items_in_batch(batch_samples, device)
-        if self.opposite is not None and tokens is not None:
+        if tokens is not None and self.beta:
+            pairs = sum(batch["labels"].ne(-100).any(1).sum() for batch in batch_samples) // 2
+            self.pairs = self.accelerator.gather(pairs.to(device)).sum()
+        elif tokens is not None and self.opposite is not None:
             counts = torch.zeros(1, 2, dtype=torch.long)
             for batch in batch_samples:
                 counts[0, int(batch.get(_AT, 0))] += int(batch["labels"].ne(-100).sum())

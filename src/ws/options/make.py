@@ -29,6 +29,7 @@ from ws.options.shared import (
 
 SIGNS, SIGNED = ("pos", "neg"), "signed"
 CONTRASTS = {"arms": SIGNS, SIGNED: (SIGNED,)}  # what is trained for each
+LIKELIHOOD, MARGIN = OBJECTIVES = ("likelihood", "margin")
 # Ways to learn from examples that hold an unwanted trait.
 PLAIN, WAYS = "plain", ("vector", "subtract", "prompt")
 BACKENDS = ("local", "pueue", "ray")
@@ -40,7 +41,7 @@ ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 # What `ws tune` can vary; `ws.sweep.tune` knows the values of each.
-TUNABLE = ("lr", "rank", "layers", "delora_lambda", "kl", "contrast")
+TUNABLE = ("lr", "rank", "layers", "delora_lambda", "kl", "objective", "contrast")
 # One question in so many is not sampled unless asked for: strengths are calibrated on what no vector was trained on.
 RESERVE = 5
 
@@ -169,6 +170,8 @@ class TrainConfig:
         max_steps: optimiser steps; overrides `epochs`.
         max_length: tokens of an example; longer ones are left out, never cut.
         validation: share of the questions held out to watch the loss.
+        objective: `likelihood` of the side's own answer, or the `margin` between the two answers of a pair (DPO).
+        beta: how steeply the loss falls with the margin, per nat of an answer.
         kl: weight of a penalty on the divergence from the base, in nats per token of an answer; 0 for none.
         keep: the checkpoint with the `best` validation loss, or the `last`.
         recompute: of a layer's activations, keep all (`none`), drop what is `cheap` to compute again for the gradients,
@@ -191,6 +194,8 @@ class TrainConfig:
     max_steps: int | None = None
     max_length: int = 1024
     validation: float = 0.1
+    objective: str = LIKELIHOOD
+    beta: float = 0.1
     kl: float = 0.0
     keep: str = "last"
     recompute: str = "none"
@@ -202,13 +207,14 @@ class TrainConfig:
         Those that came later are left out while they do nothing, so that what was trained before them is not taken for
         something else; so are those that the adapter does not depend on, which may change when a training goes on.
         """
-        later = {"kl": 0.0, "recompute": self.recompute, "report_to": self.report_to}
+        later = {"objective": LIKELIHOOD, "kl": 0.0, "recompute": self.recompute, "report_to": self.report_to}
+        later |= {"beta": self.beta} if self.objective == LIKELIHOOD else {}
         return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
     def check(self) -> None:
         """Raise `WsError` for settings that cannot be trained with."""
         positive = {"--batch": self.batch, "--micro-batch": self.micro_batch, "--epochs": self.epochs}
-        positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length}
+        positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length, "--beta": self.beta}
         positive |= {"--max-steps": 1 if self.max_steps is None else self.max_steps}
         for flag, value in positive.items():
             if not 0 < value <= MOST:
@@ -219,6 +225,7 @@ class TrainConfig:
             raise WsError(f"--kl must be 0 or positive and at most {MOST}, not {shortened(self.kl)}.")
         if not 0 <= self.validation < 1:
             raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
+        choose("--objective", self.objective, OBJECTIVES)
         choose("--keep", self.keep, ("best", "last"))
         choose("--recompute", self.recompute, ("none", "cheap", "all"))
         for name in self.report_to:
@@ -400,7 +407,7 @@ class TuneOptions(_OfBehavior):
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         adapter: the adapter family: `ia3`, `oft`, `dora`, `lora`, `pissa`, `delora`, or one that you have registered.
         vary: what is searched, of those that the family has: `lr`, `rank` (with `lora_alpha` in proportion), `layers`,
-            `delora_lambda`, `kl`, `contrast`.
+            `delora_lambda`, `kl`, `objective`, `contrast`.
         budget: so many trainings of full length, at most, all short ones together counted by their steps.
         contrast: what the search starts from: `arms`, two adapters, or `signed`, one for both sides.
         n_prompts: questions that the strengths of a candidate are solved for on, at most; as many others check them.

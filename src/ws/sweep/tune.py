@@ -56,7 +56,7 @@ from ws.files.writing import delete
 from ws.intervene.calibrate import calibration_for
 from ws.intervene.interventions import Intervention
 from ws.lm.models import load_model
-from ws.options.make import CONTRASTS, SIGNED, ReplicateConfig
+from ws.options.make import CONTRASTS, OBJECTIVES, SIGNED, ReplicateConfig
 from ws.options.make import TuneOptions as TuneOptions
 from ws.options.shared import shared_with
 from ws.replicate import CHOICE_FILE, CHOICE_FORMAT, eval_options, train_vector
@@ -86,6 +86,7 @@ def space(model: PreTrainedModel, options: TuneOptions) -> dict[str, tuple[Any, 
         "layers": (start.layers, "all", "0.3:0.8", "0.5:1.0"),
         "delora_lambda": tuple(start.delora_lambda * f for f in steps),
         "kl": (start.kl, 0.0, 0.1, 1.0),
+        "objective": (start.objective, *OBJECTIVES),
         "contrast": (options.contrast, *CONTRASTS) if fam.mirror else (options.contrast,),
     }
     distinct = {name: _distinct(model, options, name, values[name]) for name in options.vary}
