@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,6 +329,29 @@ def test_the_activation_layer_is_chosen_at_equal_cost_on_dev_claims(tmp_path, mo
     assert ws.intervene.interventions.chosen_layer(context, behavior, vector, home, "last") == layer, (
         "kept, not chosen again"
     )
+
+
+def test_of_many_blocks_twelve_are_tried_each_from_where_the_last_search_ended(monkeypatch):
+    """Divergence grows with the square of the strength, and with depth."""
+    module, measured = ws.intervene.interventions, []
+
+    def divergence(model, tok, prompts, at, n_tokens):
+        return SimpleNamespace(at=lambda quantile: at())
+
+    def steered(model, vector, alpha, layers, position):
+        measured.append(layers)
+        return (0.01 + 0.0001 * layers) * alpha**2
+
+    monkeypatch.setattr(module, "divergence", divergence)
+    monkeypatch.setattr(module, "activation_steer", steered)
+    monkeypatch.setattr(module, "layer_count", lambda model: 36)
+    vector = SimpleNamespace(norms=[1.0] * 35 + [0.0])
+    found = module._matched_strengths(SimpleNamespace(model=None, tok=None), [], vector, "last")
+    assert list(found) == [i * 35 // 12 for i in range(12)]
+    for layer, strengths in found.items():
+        assert np.abs(strengths) == pytest.approx((0.01 + 0.0001 * layer) ** -0.5, rel=0.1)
+        assert strengths[0] < 0 < strengths[1]
+    assert len(measured) < 50
 
 
 def open_for(model, tok, folder):

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.behaviors import Behavior
+from ws.behaviors.tables import evenly
 from ws.data import PAIRS_FILE, hashed_pairs
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import WsError, choose
@@ -64,8 +65,10 @@ ACTIVATIONS = {
     "activation-layers": ("all", "last"),
     "activation-layers-everywhere": ("all", "all"),
 }
-# Layers are compared at the strengths that cost this divergence on this many of the questions.
+# Blocks are compared at the strengths that cost this divergence on this many of the questions. So many are tried at
+# most, evenly spread: next to one another they do much the same, and on a real model each takes minutes.
 _CHOICE = CalibrationConfig(n_prompts=10, tolerance=0.2)
+_BLOCKS = 12
 
 
 @dataclass(frozen=True)
@@ -291,17 +294,22 @@ def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVect
 def _matched_strengths(
     opened: FinishedRun, prompts: Sequence[str], vector: ActivationVector, position: str
 ) -> dict[int, tuple[float, float]]:
-    """Negative and positive strength per block at the target divergence; blocks that cannot reach it are left out."""
-    model, tok, strengths = opened.model, opened.tok, {}
-    for layer in [i for i in range(layer_count(model)) if vector.norms[i] > 0]:
+    """Negative and positive strength per block at the target divergence; blocks that cannot reach it are left out.
+
+    The search at a block begins where that of the block before has ended.
+    """
+    model, tok, strengths, start = opened.model, opened.tok, {}, 1.0
+    blocks = [i for i in range(layer_count(model)) if vector.norms[i] > 0]
+    for layer in console.progress(evenly(blocks, min(_BLOCKS, len(blocks))), desc="blocks", unit="block"):
         steerable = partial(activation_steer, model, vector, layers=layer, position=position)
 
         def measure(alpha: float, steerable: Callable[..., Any] = steerable) -> float:
             return divergence(model, tok, prompts, partial(steerable, alpha), _CHOICE.n_tokens).at(_CHOICE.quantile)
 
-        sides = [solve(measure, sign, _CHOICE) for sign in (-1, 1)]
-        if all(side.converged for side in sides):
-            strengths[layer] = (sides[0].alpha, sides[1].alpha)
+        minus = solve(measure, -1, _CHOICE, start)
+        plus = solve(measure, 1, _CHOICE, abs(minus.alpha) if minus.converged else start)
+        if minus.converged and plus.converged:
+            strengths[layer], start = (minus.alpha, plus.alpha), plus.alpha
     if not strengths:
         raise WsError(f"Steering activations after one block ({position} position) reaches 1 nat at no block.")
     return strengths
