@@ -316,13 +316,13 @@ def test_flags_may_come_before_the_command(tmp_path, monkeypatch, capsys):
     assert "nowhere" in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_modules_without_a_command_say_so_and_the_package_has_one():
+def test_modules_without_a_command_say_so_and_the_package_has_one(tmp_path):
     for module, code, said in (
         ("ws", 0, "usage: ws COMMAND"),
         ("ws.steer", 2, "is for Python"),
         ("ws.diff", 2, "--pos"),
     ):
-        done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False)
+        done = processes.run(["python", "-m", module], tmp_path)
         assert done.returncode == code
         assert said in done.stdout + done.stderr
 

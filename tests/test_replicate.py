@@ -97,7 +97,7 @@ def test_a_signed_vector_is_the_change_of_one_adapter_and_says_so(config, tiny, 
     assert re.search(r"Settings of the training.*lora-signed.*lora_alpha", page, re.DOTALL)
 
 
-@pytest.mark.parametrize("control", ["shuffled", "same-side"])
+@pytest.mark.parametrize("control", ["same-side", pytest.param("shuffled", marks=pytest.mark.slow)])
 def test_nulls_of_signed_vectors_stand_beside_them(config, control):
     """There may be nothing to learn: what both sides share cancels."""
     reading = replicate(replace(config, contrast="signed", control=control))

@@ -338,7 +338,7 @@ def test_a_step_with_the_margin_is_that_of_dpo_by_a_plain_loop(fresh_tiny, tmp_p
         assert (tensor - wanted[name]).norm() < 1e-3 * wanted[name].norm()
 
 
-@pytest.mark.parametrize("sign", ["neg", SIGNED])
+@pytest.mark.parametrize("sign", [pytest.param("neg", marks=pytest.mark.slow), SIGNED])
 def test_an_interrupted_training_of_the_margin_goes_on_and_widens_it(fresh_tiny, family, tmp_path, monkeypatch, sign):
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", family), objective="margin", max_steps=10, micro_batch=2, kl=0.1)

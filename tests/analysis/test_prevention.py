@@ -251,6 +251,7 @@ def options(tiny, tmp_path) -> PreventOptions:
     )
 
 
+@pytest.mark.slow
 def test_every_way_is_an_adapter_and_is_measured_by_the_same_items(options, tiny, capsys, monkeypatch):
     model, tok = tiny
     main(options)

@@ -188,7 +188,8 @@ def test_parts_that_add_up_in_one_direction_make_a_wider_null():
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [pytest.param("lora", "all", marks=pytest.mark.slow), ("ia3", "1:3"), ("oft", "1:2")]
+    ("family", "layers"),
+    [("oft", "1:2"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "all"), ("ia3", "1:3")))],
 )
 def test_the_null_is_gaussian_with_the_stated_width(family, layers, tmp_path):
     """400 random directions, their slopes taken densely from one gradient; 5 % of them are `significant`."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from transformers import PreTrainedModel
 
 import ws
 from conftest import reworded, without_thinking
@@ -369,16 +370,19 @@ def test_batch_size_and_order_of_the_rows_do_not_matter(pocket):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def options(tiny, tmp_path):
-    """Two adapters, one of them with two seeds, as `replicate` leaves them, with small random vectors."""
-    model, _ = tiny
+def two_adapters(model: PreTrainedModel, out: Path) -> AiriskOptions:
+    """One of them with two seeds, as `replicate` leaves them, with small random vectors."""
     for number, place in enumerate(("lora", "lora/seed-1", "oft")):
         torch.manual_seed(number)
         delta = LinearDelta(96, 64, u=torch.randn(96, 2) * 0.3, v=torch.randn(2, 64))
         vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
-        vector.save(tmp_path / "honesty" / place / "vector")
-    return AiriskOptions(out=tmp_path, limit=5, n_think=6, n_bootstrap=100, device="cpu")
+        vector.save(out / "honesty" / place / "vector")
+    return AiriskOptions(out=out, limit=5, n_think=6, n_bootstrap=100, device="cpu")
+
+
+@pytest.fixture
+def options(tiny, tmp_path):
+    return two_adapters(tiny[0], tmp_path)
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -542,13 +546,21 @@ def test_numbers_without_sense_are_refused_before_anything_loads(options, change
 # ---- the results table ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def evaluated(options):
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A folder of runs that have both evaluations of the table."""
+    options = two_adapters(tiny[0], tmp_path_factory.mktemp("finished"))
     for adapter, seed in (("lora", 0), ("lora", 1), ("oft", 0)):
         context = open_context(replace(options, adapter=adapter, seed=seed))
         run(context)
         plain = replace(context, options=replace(context.options, n_think=None))
         context.carry_out(TinymfvAirisk.of_run(plain))
+    return options.out
+
+
+@pytest.fixture
+def evaluated(finished, options):
+    shutil.copytree(finished, options.out, dirs_exist_ok=True)
     return TableConfig(out=options.out, n_bootstrap=100)
 
 

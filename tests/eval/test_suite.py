@@ -199,6 +199,7 @@ def test_the_slope_command_takes_both(out, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_both_at_matched_divergence(out, capsys):
     options = CompareOptions(
         **shared(out),

@@ -302,6 +302,7 @@ def test_what_has_no_dial_is_calibrated_by_saying_what_it_costs(out, capsys):
     assert file.read_text() == whole
 
 
+@pytest.mark.slow
 def test_the_activation_layer_is_chosen_at_equal_cost_on_dev_claims(tmp_path, monkeypatch):
     """Two of the pocket model's blocks get a vector, and the one that lowers agreement with false claims is taken."""
     monkeypatch.setattr(
@@ -364,7 +365,7 @@ def open_for(model, tok, folder):
 # ---- the two trained nulls ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("control", ["shuffled", "same-side"])
+@pytest.mark.parametrize("control", ["shuffled", pytest.param("same-side", marks=pytest.mark.slow)])
 def test_a_trained_null_is_a_run_beside_the_vector_s_own(out, control):
     config = replace(ReplicateConfig.preset("tiny-random", "lora"), out=out, split="dev", alphas=(-1.0, 1.0))
     reading = replicate(replace(config, control=control))

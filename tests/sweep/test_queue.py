@@ -417,6 +417,7 @@ open("verdict", "w").write(f"{len(before)} before, {len(alive)} alive")
 """
 
 
+@pytest.mark.slow
 @linux
 def test_ray_runs_a_lost_nodes_job_again_and_never_beside_its_orphan(folder, cluster):
     jobs = [note("first"), job("hangs", HANGS_ONCE, "first"), note("last", "hangs"), note("aside", "first")]
