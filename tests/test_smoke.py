@@ -1,6 +1,6 @@
 """The whole path on random weights, for every adapter family: shapes, files and restoration, not effects.
 
-Run alone by `just smoke`, like every test with shapes and types checked at run time.
+Run alone by `just smoke`, which checks shapes and types at run time.
 """
 
 from __future__ import annotations
