@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[""])
     o = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as on any machine where a command has run before
     with tempfile.TemporaryDirectory() as place:
         asked, seconds = ("import torch", *o.only), dict[str, list[float]]()
         wanted = {name: code for name, code in codes(Path(place)).items() if name.startswith(asked)}

@@ -24,6 +24,8 @@ from support import processes
 ROOT = Path(__file__).parents[1]
 FIRST = [ROOT / "README.md", ROOT / "docs" / "tour.md"]  # they leave what the other pages use
 PAGES = [*FIRST, *sorted(set((ROOT / "docs").glob("*.md")) - set(FIRST))]
+# Pages of minutes, whose commands have tests of their own.
+LONG = ("baselines", "data", "evaluations")
 SERVED = "http://127.0.0.1:8000/v1"
 FENCE = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
@@ -96,7 +98,7 @@ def run_snippets(page: Path, cwd: Path, start: Callable[[str], str]) -> None:
                 assert "one seed" in out
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in LONG], ids=lambda p: p.stem)
 def test_snippets_run(page, newcomer, monkeypatch, capsys):
     monkeypatch.chdir(newcomer)
     with background(newcomer) as start:
@@ -106,6 +108,14 @@ def test_snippets_run(page, newcomer, monkeypatch, capsys):
         assert base.startswith("0 ")
         assert "wings" in base
         assert "gills" in steered
+
+
+@pytest.mark.slow
+def test_snippets_of_long_pages_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for page in [*FIRST, *(p for p in PAGES if p.stem in LONG)]:
+        with background(tmp_path) as start:
+            run_snippets(page, tmp_path, start)
 
 
 def test_the_documented_behaviour_file_is_valid(tmp_path):

@@ -366,7 +366,7 @@ def to_8_bits(base):
     return model
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "pocket"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", pytest.param("pocket", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_pissa_of_peft_alone_is_never_refused_on_its_base(family, saved, tmp_path):
     base = small(family)

@@ -1,4 +1,7 @@
-"""The notebook runs from its first cell to its last in an empty folder, and what it says is so."""
+"""The notebook runs from its first cell to its last in an empty folder, and what it says is so.
+
+Executing it takes minutes; its way is that of the README and the tour, which every run of the tests goes.
+"""
 
 from __future__ import annotations
 
@@ -119,6 +122,7 @@ def test_paths_of_machines_are_recognised(path):
 # ---- as it runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_shows_what_is_stored(tool, committed, executed):
     """The same kinds of outputs cell by cell, and the same words; numbers may differ with the processor."""
     assert tool.sources_hash(committed) == tool.sources_hash(
@@ -134,6 +138,7 @@ def test_it_shows_what_is_stored(tool, committed, executed):
     assert "False" not in "".join(printed(cell).replace("False and true", "") for cell in code_cells(cleaned)[:-1])
 
 
+@pytest.mark.slow
 def test_the_vector_is_what_the_text_says(found):
     assert len(set(found["digests"])) == 1, "made, loaded, of the run, of the run asked for again"
     assert found["cosine"] < 0
@@ -142,6 +147,7 @@ def test_the_vector_is_what_the_text_says(found):
     assert found["base_is_back"]
 
 
+@pytest.mark.slow
 def test_the_effect_is_what_the_text_says(found):
     assert found["expected"] == -1
     assert found["held_out"]
@@ -152,17 +158,20 @@ def test_the_effect_is_what_the_text_says(found):
     assert min(found["mass"]) > 0.9
 
 
+@pytest.mark.slow
 def test_random_vectors_do_less(found):
     assert len(found["null"]) == 20
     assert max(map(abs, found["null"])) < min(map(abs, found["shift"])) / 3
     assert found["p"] == pytest.approx(1 / 21)
 
 
+@pytest.mark.slow
 def test_true_claims_do_not_fall_along(found):
     assert min(found["true_span"]) > 0
     assert found["agreement"] == "specific"
 
 
+@pytest.mark.slow
 def test_strengths_side_by_side_differ(executed):
     """At least one of the questions is answered differently at the two ends, and no strength of a row is missing."""
     (cell,) = (c for c in executed.cells if c.id == "steer-code")
@@ -171,6 +180,7 @@ def test_strengths_side_by_side_differ(executed):
     assert any(answers[i][1] != answers[i + 4][1] for i in (0, 5, 10))
 
 
+@pytest.mark.slow
 def test_everything_lands_beside_the_reader(found, scratch):
     assert found["report"] == str(Path("out") / "honesty" / "report.html")
     assert (scratch / found["report"]).is_file()

@@ -204,6 +204,7 @@ def test_the_demo_has_a_folder_of_its_own():
     assert str(parse(ReplicateConfig, []).out) == "out"
 
 
+@pytest.mark.slow
 def test_the_first_answers_of_every_persona_are_looked_at(monkeypatch, tmp_path, capsys):
     from ws import data
 

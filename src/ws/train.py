@@ -117,8 +117,7 @@ def train_adapter(
     Args:
         model, tok: the base and its tokenizer.
         pairs: contrast pairs; those with a `drop` reason are skipped.
-        sign: `pos` or `neg`, the side whose answers are learned (or, with the margin as objective, preferred), or
-            `signed` for one adapter that learns both.
+        sign: `pos` or `neg`, whose answers are learned, or `signed` for one adapter that learns both.
         adapter: the family.
         folder: where the adapter goes.
         config: settings.
@@ -136,8 +135,7 @@ def train_adapter(
     _require_usable(config, seed, folder, sign, adapter)
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
-    usable, both = [p for p in pairs if p.drop is None], config.objective == MARGIN
-    examples = build_examples(tok, usable, sign, config.max_length, under.system, both)
+    examples = _examples(tok, pairs, sign, config, under)
     train, validation = split_examples(examples, config.validation, seed)
     work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
@@ -290,6 +288,13 @@ def build_examples(
     if len(short) < 2:
         raise WsError(f"Training needs at least 2 usable pairs of at most {max_length} tokens; there are {len(short)}.")
     return [e for es in short for e in es]
+
+
+def _examples(
+    tok: Tokenizer, pairs: Sequence[Pair], sign: str, config: TrainConfig, under: Conditions
+) -> list[Example]:
+    usable = [p for p in pairs if p.drop is None]
+    return build_examples(tok, usable, sign, config.max_length, under.system, config.objective == MARGIN)
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

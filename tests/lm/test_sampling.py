@@ -139,6 +139,7 @@ def test_rows_that_have_ended_take_no_part(tiny, monkeypatch):
     assert max(steps) <= 16
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
     model, ends, prompts = tiny[0], end_ids(*tiny), prompts_of(20)
     wanted, tried, begin = sample_rows(model, 0, prompts, range(20), 30, ends, WARM, batch_size=8), [], RowBatch.begin

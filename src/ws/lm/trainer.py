@@ -78,8 +78,7 @@ def fit(
         resumed: the checkpoint to go on from (`last_whole_checkpoint`).
         opposite: of signed training, in which every other example is a negative one, the parameters to learn it with.
         kl: weight of the penalty on the divergence from the base (`ws.lm.loss`).
-        beta: if positive, two examples in a row are the answers to a question, the preferred one first, and the margin
-            between them is the objective.
+        beta: of the margin between every two examples, the preferred one first, if that is the objective; else 0.
         as_base: makes the context in which the model is the base.
         callback: joins the loop's own.
 
@@ -87,8 +86,7 @@ def fit(
         The Trainer, whose `state` has the losses.
 
     Raises:
-        WsError: a loss that is not finite, a model that torch has no gradient for, or one that cannot be trained on
-            several processes.
+        WsError: a loss that is not finite, or a model without a gradient or that several processes cannot train.
     """
     arguments = TrainingArguments(output_dir=str(work), use_cpu=model.device.type == "cpu", **_ALWAYS, **settings)
     arguments._n_gpu = min(1, arguments.n_gpu)  # on several GPUs DataParallel would multiply the effective batch
@@ -97,10 +95,7 @@ def fit(
     if beta:
         train, validation = _paired(train), _paired(validation)
     elif opposite is not None:
-        train, validation = _signed(train), _signed(validation)
-        # Laid out beforehand: the Trainer cuts the losses of a last batch to the number of rows that it knows of.
-        order = _Alternating(len(validation) // 2, arguments.eval_batch_size, arguments.world_size)
-        validation = [validation[i] if i < len(validation) else _filler(pad_id) for i in order]
+        train, validation = _signed(train), _laid_out(_signed(validation), arguments, pad_id)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -166,6 +161,12 @@ def _filler(pad_id: int) -> Mapping[str, list[int]]:
 def _signed(rows: Rows) -> Rows:
     """Rows of signed training, each with the side that it is of."""
     return [{**row, _AT: [i % 2]} for i, row in enumerate(rows)]
+
+
+def _laid_out(rows: Rows, arguments: TrainingArguments, pad_id: int) -> Rows:
+    """The rows in the order of `_Alternating`; the Trainer cuts a last batch to the number of rows that it knows of."""
+    order = _Alternating(len(rows) // 2, arguments.eval_batch_size, arguments.world_size)
+    return [rows[i] if i < len(rows) else _filler(pad_id) for i in order]
 
 
 def _paired(rows: Rows) -> Rows:
@@ -356,8 +357,9 @@ class _Trainer(Trainer):
             runs.append(self.at_opposite(model))
         states = [h[mask.to(h.device)] for h in (self.head.run_body(run, inputs) for run in runs)]
         with self.accelerator.autocast():
-            compared = states if self.opposite is not None else [*states, *([] if base is None else [base])]
-            logp, reference = (-response_loss(self.head, h, learned) for h in compared)
+            # A batch of nothing but fillers has nothing of the base, and nothing to compare.
+            other = states[1] if len(states) > 1 else states[0].detach() if base is None else base
+            logp, reference = (-response_loss(self.head, h, learned) for h in (states[0], other))
             rows = mask.nonzero()[:, 0].to(logp.device)
             margins = margin_loss(logp, reference.to(logp.device), rows, len(mask), self.beta)
             penalties = [response_loss(self.head, h, learned, base, self.kl, False).sum() for h in states if self.kl]
