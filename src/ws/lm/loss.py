@@ -163,7 +163,7 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradients,) = ctx.saved_tensors
-        return gradients * upstream[0][:, None].to(gradients.dtype), None, None
+        return (gradients * upstream[0][:, None]).to(gradients.dtype), None, None
 
 
 def margin_loss(
