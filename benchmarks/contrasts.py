@@ -7,7 +7,8 @@ gradient of the contrast and added activations, and a vector of shuffled labels.
 `truthfulness`, read by the preference on held-out questions.
 
 What a run gave is kept, item by item, in `benchmarks/results/contrasts/`, and is part of the repository; the tables,
-`docs/results/contrasts_<model>.csv`, are made of all there is. `--ways` and `--seeds` do a part, `--tables` none.
+`docs/results/contrasts_<model>.csv` and `..._beyond_arms.csv`, are made of all there is. `--ways` and `--seeds` do a
+part, `--tables` none.
 """
 
 from __future__ import annotations
@@ -20,26 +21,24 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.smollm2 import keep, read_kept
 from ws import console
+from ws.analysis.compare import compare
+from ws.analysis.compare_tables import Cell, Group, group_rows
 from ws.analysis.controls import exchange_half
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.acting import persona_margins
 from ws.data import PAIRS_FILE, Pair, generate_pairs, pair_lines, read_pairs
-from ws.eval.capability import Capability, read_texts
-from ws.eval.context import EvalContext
-from ws.eval.evaluation import Evaluation
-from ws.eval.preference import Preferences
-from ws.eval.sycophancy import Sycophancy
 from ws.files.runs import Run, data_folder, write_csv, write_text
-from ws.intervene.calibrate import calibration_for
 from ws.lm.models import load_model
+from ws.options.make import CONTRASTS as SIDES
 from ws.options.make import ReplicateConfig
-from ws.options.shared import CalibrationConfig
-from ws.replicate import eval_options, train_vector
+from ws.options.measure import CompareOptions
+from ws.options.shared import WEIGHT
+from ws.replicate import train_vector
 from ws.stats import estimate_over_seeds, holm
 
 BEHAVIORS = {"pocket": "honesty", "smollm2": "truthfulness"}
@@ -65,38 +64,15 @@ class Way:
     pairs: str | int = "all"
 
 
-CONTRASTS = ("arms", "signed")
 WAYS = {
     "arms": Way(),
     "signed": Way("signed"),
-    **{f"{c}, penalty": Way(c, {"kl": 0.1}) for c in CONTRASTS},
-    **{f"{c}, margin": Way(c, {"objective": "margin"}) for c in CONTRASTS},
-    **{f"{c}, acted half": Way(c, pairs="acted") for c in CONTRASTS},
-    **{f"{c}, shuffled": Way(c, pairs="shuffled") for c in CONTRASTS},
-    **{f"{c}, {n} pairs": Way(c, pairs=n) for n in SIZES for c in CONTRASTS},
+    **{f"{c}, penalty": Way(c, {"kl": 0.1}) for c in SIDES},
+    **{f"{c}, margin": Way(c, {"objective": "margin"}) for c in SIDES},
+    **{f"{c}, acted half": Way(c, pairs="acted") for c in SIDES},
+    **{f"{c}, shuffled": Way(c, pairs="shuffled") for c in SIDES},
+    **{f"{c}, {n} pairs": Way(c, pairs=n) for n in SIZES for c in SIDES},
 }
-
-
-class Reading(msgspec.Struct):
-    """What was measured of one intervention.
-
-    Attributes:
-        way, intervention, seed, n_pairs: what it is.
-        problem: why it was not measured; empty where it was.
-        alphas, audit: the strengths -1u and +1u, and what they cost on other questions, in nats.
-        spans: `score(+1u) - score(-1u)` of every item, by score.
-        kl: the mean KL divergence from the base on neutral text, at either strength, in nats per token.
-    """
-
-    way: str
-    intervention: str
-    seed: int
-    n_pairs: int
-    problem: str = ""
-    alphas: list[float] = []
-    audit: list[float] = []
-    spans: dict[str, list[float]] = {}
-    kl: list[float] = []
 
 
 class Bench:
@@ -138,93 +114,69 @@ class Bench:
         few = isinstance(way.pairs, int) and way.pairs > len(self.pairs)
         return not few and (way.pairs != "acted" or bool(self.behavior.positive))
 
-    def vector(self, name: str, seed: int) -> tuple[EvalContext, int]:
-        """The run of a way and a seed, and its number of pairs."""
-        way = WAYS[name]
-        out = self.start.out if name == "arms" else self.start.out / name.replace(", ", "-").replace(" ", "-")
-        train = replace(self.start.train, **way.training, max_steps=self.steps, validation=0.0)
-        config = replace(self.start, out=out, seed=seed, contrast=way.contrast, train=train)
-        run, pairs = Run(config.run_folder(self.behavior.name)), self.chosen(way, seed)
+    def run(self, name: str, seed: int) -> list[Cell]:
+        """The vector of a way and a seed, and what stands beside it, at -1u and +1u."""
+        way, o = WAYS[name], self.start
+        out = o.out if name == "arms" else o.out / slug(name)
+        train = replace(o.train, **way.training, max_steps=self.steps, validation=0.0)
+        config = replace(o, out=out, seed=seed, contrast=way.contrast, train=train)
+        run = Run(config.run_folder(self.behavior.name))
         file = run.folder / PAIRS_FILE
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, pair_lines(pairs))
-        stages = console.Stages(1 + len(CONTRASTS))
-        vector = train_vector(self.model, self.tok, self.behavior, config, file, run, stages)
-        return EvalContext(eval_options(config), self.model, self.tok, vector, run), len(pairs)
-
-    def read(self, context: EvalContext, reading: Reading) -> Reading:
-        """An intervention of a run at -1u and +1u."""
-        chosen, behavior = context.intervention(reading.intervention), self.behavior
-        config = CalibrationConfig(n_prompts=PROMPTS)
-        key = context.key | ({"adapter": reading.intervention, "seed": 0} if chosen.is_shared else {})
-        calibration = calibration_for(chosen, context.opened, behavior, config, key, reuse=True)
-        for side in (calibration.negative, calibration.positive):
-            if not side.converged:
-                reading.problem = side.reason
-                return reading
-            reading.alphas.append(side.alpha)
-            reading.audit.append(side.divergence if side.audit is None else side.audit)
-        kind: Any = Preferences if behavior.held_out("report") else Sycophancy
-        evaluation: Evaluation = kind.of_behavior(context, behavior, "report")
-        scores = context.scores(evaluation, chosen, [0.0, *reading.alphas])
-        low, high = (evaluation.headlines(scores[alpha]) for alpha in reading.alphas)
-        expected = 1 if kind is Preferences else behavior.effect
-        reading.spans = {name: (expected * (high[name] - low[name])).round(5).tolist() for name in high}
-        neutral = Capability.of_run(context)
-        for alpha in reading.alphas:
-            with chosen.at(alpha):
-                read = read_texts(self.model, self.tok, neutral.neutral.texts, neutral.base, neutral.max_tokens)
-            reading.kl.append(float(read["kl"].mean()))
-        return reading
-
-    def run(self, name: str, seed: int) -> list[Reading]:
-        """All that is read of a way and a seed."""
-        context, n_pairs = self.vector(name, seed)
-        interventions = ("weight", *(BESIDE if name == "arms" else ()))
-        return [self.read(context, Reading(name, which, seed, n_pairs)) for which in interventions]
+        write_text(file, pair_lines(self.chosen(way, seed)))
+        stages = console.Stages(1 + len(SIDES[way.contrast]))
+        train_vector(self.model, self.tok, self.behavior, config, file, run, stages)
+        beside = BESIDE if name == "arms" else ()
+        evals = ("preference",) if self.behavior.held_out("report") else ("sycophancy",)
+        options = CompareOptions(
+            model=o.model, behavior=o.behavior, adapters=(config.run_name,), seeds=(seed,), out=out, device="cpu",
+            interventions=(WEIGHT, *beside), evals=evals, n_prompts=PROMPTS, n_draws=0,
+        )  # fmt: skip
+        return compare(options)
 
 
-def kept(model: str) -> dict[tuple[str, str], list[Reading]]:
-    """What all runs gave, by way and intervention, seeds in order."""
-    files = sorted((KEPT / model).glob("*.json"))
-    found = [r for file in files for r in msgspec.json.decode(file.read_bytes(), type=list[Reading])]
-    by_name: dict[tuple[str, str], list[Reading]] = {}
-    for way in WAYS:
-        for r in sorted((r for r in found if r.way == way), key=lambda r: r.seed):
-            by_name.setdefault((way, r.intervention), []).append(r)
-    return by_name
+def slug(way: str) -> str:
+    """The name of a way in files."""
+    return way.replace(", ", "-").replace(" ", "-")
 
 
-def rows_of(model: str) -> list[dict[str, Any]]:
-    """One row per way, intervention and score: the span and what it is beyond that of the two arms, seed by seed."""
-    groups, rows = kept(model), list[dict[str, Any]]()
-    arms = {r.seed: r for r in groups.get(("arms", "weight"), [])}
-    for (way, intervention), readings in groups.items():
-        usable = [r for r in readings if not r.problem]
-        key = {"model": model, "behavior": BEHAVIORS[model], "way": way, "intervention": intervention}
-        problems = "; ".join(f"seed {r.seed}: {r.problem}" for r in readings if r.problem)
-        for score in usable[0].spans if usable else ():
-            spans = np.array([r.spans[score] for r in usable])
-            row = key | {"score": score, "n_pairs": usable[0].n_pairs, "seeds": " ".join(str(r.seed) for r in usable)}
-            row |= estimate_over_seeds(spans).columns("span", "ci_lo", "ci_hi")
-            both = [r for r in usable if r.seed in arms and not arms[r.seed].problem]
-            beyond = None
-            if both and (way, intervention) != ("arms", "weight"):
-                other = np.array([arms[r.seed].spans[score] for r in both])
-                beyond = estimate_over_seeds(np.array([r.spans[score] for r in both]) - other)
-            empty = dict.fromkeys(("beyond_arms", "beyond_arms_ci_lo", "beyond_arms_ci_hi", "p"))
-            row |= empty if beyond is None else beyond.columns("beyond_arms", "ci_lo", "ci_hi") | {"p": beyond.p}
-            row |= {"audit": float(np.mean([r.audit for r in usable])), "kl": float(np.mean([r.kl for r in usable]))}
-            rows.append(row | {"p_holm": None, "problems": problems})
-    tested = [row for row in rows if row["p"] is not None]
-    for row, p in zip(tested, holm(np.array([r["p"] for r in tested])) if tested else (), strict=True):
+def kept(model: str) -> list[Group]:
+    """What all runs gave, by way and intervention, under the name of the way."""
+    files = [(way, seed, KEPT / model / f"{slug(way)}_{seed}.json") for way in WAYS for seed in range(10)]
+    return Group.of([replace(c, adapter=way) for way, _, file in files if file.exists() for c in read_kept(file)])
+
+
+def beyond_arms(key: dict[str, Any], groups: Sequence[Group], effect: int) -> list[dict[str, Any]]:
+    """The span of every vector beyond that of the two arms, paired by seed and item; `p_holm` is over the table.
+
+    Spans on false claims count in the direction of the behaviour, so that more is better.
+    """
+    rows, arms = list[dict[str, Any]](), {c.seed: c for g in groups for c in g.cells if is_arms(c)}
+    for group in groups:
+        both = [c for c in group.cells if c.seed in arms and not is_arms(c)]
+        if not both:
+            continue
+        other = Group(tuple(arms[c.seed] for c in both))
+        for score in both[0].scores:
+            mine, theirs = Group(tuple(both)).shifts(score, "span"), other.shifts(score, "span")
+            if mine is None or theirs is None:
+                continue
+            difference = estimate_over_seeds((effect if score == "false_claims" else 1) * (mine - theirs))
+            row = key | {"way": both[0].adapter, "intervention": both[0].intervention, "score": score}
+            row |= {"seeds": " ".join(str(c.seed) for c in both), **difference.columns("beyond_arms", "ci_lo", "ci_hi")}
+            rows.append(row | {"p": difference.p})
+    for row, p in zip(rows, holm(np.array([r["p"] for r in rows])) if rows else (), strict=True):
         row["p_holm"] = float(p)
     return rows
 
 
+def is_arms(cell: Cell) -> bool:
+    """Whether it is the vector that all others are compared with."""
+    return (cell.adapter, cell.intervention) == ("arms", WEIGHT)
+
+
 def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) -> None:
     """Make and read what is not kept yet."""
-    files = {(w, s): KEPT / model / f"{w.replace(', ', '-').replace(' ', '-')}_{s}.json" for s in seeds for w in ways}
+    files = {(way, seed): KEPT / model / f"{slug(way)}_{seed}.json" for seed in seeds for way in ways}
     left = {run: file for run, file in files.items() if not file.exists()}
     if not left:
         return
@@ -233,7 +185,7 @@ def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) ->
     countdown = console.Countdown(len(left))
     for (way, seed), file in left.items():
         console.say(f"== {way}, seed {seed}{countdown.left}")
-        write_text(file, msgspec.json.encode(bench.run(way, seed)).decode() + "\n")
+        keep(file, bench.run(way, seed))
         countdown.step()
 
 
@@ -247,9 +199,14 @@ def main() -> None:
     o = parser.parse_args()
     if not o.tables:
         measure(o.model, o.ways, o.seeds, o.out)
-    if rows := rows_of(o.model):
+    if groups := kept(o.model):
+        key = {"model": o.model, "behavior": BEHAVIORS[o.model]}
+        effect = load_behavior(BEHAVIORS[o.model], o.model).effect
+        rows, pairs = group_rows(key, groups, effect), beyond_arms(key, groups, effect)
         write_csv(DOCS / f"contrasts_{o.model}.csv", rows)
-        harness.record(f"contrasts_{o.model}", {"rows": rows}, "contrasts")
+        if pairs:
+            write_csv(DOCS / f"contrasts_{o.model}_beyond_arms.csv", pairs)
+        harness.record(f"contrasts_{o.model}", {"rows": rows, "beyond_arms": pairs}, "contrasts")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,17 @@ def measure(behavior: str, adapter: str, seed: int, out: Path, data: Path | None
     run = {"model": MODEL, "behavior": behavior, "adapters": (adapter,), "seeds": (seed,), "out": out}
     for part in missing:
         options = CompareOptions(**(usual | run | parts[part]), dataset=None if data is None else str(data))
-        write_text(files[part], msgspec.json.encode(compare(options), enc_hook=_plain).decode() + "\n")
+        keep(files[part], compare(options))
+
+
+def keep(file: Path, cells: list[Cell]) -> None:
+    """Write what a comparison gave, item by item."""
+    write_text(file, msgspec.json.encode(cells, enc_hook=_plain).decode() + "\n")
+
+
+def read_kept(file: Path) -> list[Cell]:
+    """What `keep` has written."""
+    return msgspec.json.decode(file.read_bytes(), type=list[Cell], dec_hook=_array)
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +132,7 @@ def _plain(value: Any) -> Any:
 def kept(behavior: str, part: str) -> list[Cell]:
     """What all runs of a behaviour gave, by family and seed."""
     files = sorted((KEPT / behavior).glob(f"*_{part}.json"))
-    cells = [c for file in files for c in msgspec.json.decode(file.read_bytes(), type=list[Cell], dec_hook=_array)]
+    cells = [c for file in files for c in read_kept(file)]
     families = list(FAMILIES)
     return sorted(cells, key=lambda c: (families.index(c.adapter) if c.adapter in families else len(families), c.seed))
 
