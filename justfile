@@ -6,7 +6,7 @@ list:
 
 # the whole path on random weights, six families, with shape and type checks (about a minute)
 smoke:
-    uv run pytest tests/test_smoke.py --jaxtyping-packages=ws,beartype.beartype
+    uv run pytest -m smoke --dist load tests/test_smoke.py --jaxtyping-packages=ws,beartype.beartype
 
 # honesty on the bundled model, offline: `just demo`, `just demo --adapter all`
 demo *args:

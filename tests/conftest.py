@@ -34,9 +34,6 @@ from ws.adapters import FAMILIES, PISSA_INIT_FILE, SIGNED_INIT_FILE, AdapterSpec
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-# Libraries collect garbage again and again; what the imports have left need not be looked through each time.
-gc.freeze()
-
 EVALUATION_NAMES = ("sycophancy", "airisk", "tinymfv_airisk", "preference", "statements")
 FAMILY_NAMES = ("ia3", "oft", "dora", "lora", "pissa", "delora")
 SHAPE = {
@@ -55,6 +52,12 @@ NO_SYSTEM = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Libraries collect garbage again and again; what the imports have left need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -145,9 +148,13 @@ def lay_out(source: Path, target: Path, copies: str, sharded: bool = False) -> P
 
 
 @pytest.fixture(autouse=True)
-def only_the_six() -> Iterator[None]:
-    """Families and evaluations that a test (or a snippet) registers are gone after it."""
+def nothing_stays() -> Iterator[None]:
+    """Families and evaluations that a test (or a snippet) registers are gone after it, and so is the engine that
+    Inspect's models of one process share: its model stays steered while it lives."""
     yield
+    provider = sys.modules.get("ws.chat.inspect_provider")
+    if provider:
+        provider._ENGINES.close()
     suite = sys.modules.get("ws.eval.suite")
     for name in suite.SUITE.keys() - set(EVALUATION_NAMES) if suite else ():
         del suite.SUITE[name]

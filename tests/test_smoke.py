@@ -24,6 +24,8 @@ from ws.options.use import TableConfig
 from ws.replicate import render, replicate
 from ws.report import write_report
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):

@@ -30,6 +30,7 @@ from ws.train import (
     _as_base,
     _isolated_rng,
     _require_progress,
+    _save,
     adapter_spec,
     build_examples,
     split_examples,
@@ -174,21 +175,27 @@ def test_training_is_reproducible_and_depends_on_the_seed(fresh_tiny, tmp_path):
     assert digest["a"] == digest["b"] != digest["c"]
 
 
+def train_and_cut(monkeypatch, folder, train):
+    """Train `whole`, and leave in the work folder of `cut` what a kill before the adapter was written leaves there."""
+
+    def save(*args):
+        shutil.copytree(folder / ".cut.work", folder / "kept")
+        _save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.train._save", save)
+        facts = train(folder / "cut")
+    (folder / "cut").rename(folder / "whole")
+    (folder / "kept").rename(folder / ".cut.work")
+    return facts
+
+
 @pytest.mark.parametrize(("sign", "keep", "kl"), [("pos", "last", 0.0), ("pos", "best", 0.5), (SIGNED, "last", 0.5)])
 def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, sign, keep, kl):
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep, kl=kl)
-    train_adapter(model, tok, PAIRS, sign, family, tmp_path / "whole", config)
-    work, saved = tmp_path / ".cut.work", tmp_path / "saved"
-
-    def die(*args, **kwargs):
-        shutil.copytree(work, saved)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("ws.train._save", die)
-        with pytest.raises(KeyboardInterrupt):
-            train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
+    train_and_cut(monkeypatch, tmp_path, lambda to: train_adapter(model, tok, PAIRS, sign, family, to, config))
+    work = tmp_path / ".cut.work"
     newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / "trainer_state.json").write_text("{")  # as a kill in the middle of writing it leaves it
     earlier = last_whole_checkpoint(work)
@@ -342,12 +349,8 @@ def test_a_step_with_the_margin_is_that_of_dpo_by_a_plain_loop(fresh_tiny, tmp_p
 def test_an_interrupted_training_of_the_margin_goes_on_and_widens_it(fresh_tiny, family, tmp_path, monkeypatch, sign):
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", family), objective="margin", max_steps=10, micro_batch=2, kl=0.1)
-    facts = train_adapter(model, tok, PAIRS, sign, family, tmp_path / "whole", config)
+    facts = train_and_cut(monkeypatch, tmp_path, lambda to: train_adapter(model, tok, PAIRS, sign, family, to, config))
     assert facts["validation_losses"][-1] < facts["validation_losses"][0] == pytest.approx(math.log(2), abs=1e-4)
-    with monkeypatch.context() as patch:
-        patch.setattr("ws.train._save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
     shutil.rmtree(max((tmp_path / ".cut.work").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])))
     train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))

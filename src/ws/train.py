@@ -330,6 +330,7 @@ def _adapted(
     # With a base name PEFT would ask the hub for its config at every checkpoint; the name is put back when saving.
     name, model.name_or_path = model.name_or_path, None
     peft_model.active_peft_config.base_model_name_or_path = None
+    peft_model.create_or_update_model_card = lambda output_dir: None  # nobody reads it, and every checkpoint writes it
     try:
         fam = family(spec.family)
         places = in_training(peft_model, fam) if copies or signed else {}
@@ -506,7 +507,6 @@ def _save(peft_model: PeftModel, initial: dict[str, Tensor], folder: Path, stamp
         for name, value in vars(config).items():  # sets would be written in another order every time
             setattr(config, name, sorted(value) if isinstance(value, set) else value)
         peft_model.save_pretrained(str(part), save_embedding_layers=False)
-        (part / "README.md").unlink(missing_ok=True)
         if initial:
             places = in_training(peft_model, family(stamp["recipe"]["family"]))
             renamed = {f"{PEFT_PREFIX}{'.'.join(places[n])}": t.cpu().contiguous() for n, t in initial.items()}

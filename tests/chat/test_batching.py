@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import random
 import threading
-import time
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
@@ -124,24 +124,29 @@ def requests(tok, number: int) -> list[Request]:
     ]
 
 
+def hold(scheduler: Scheduler) -> threading.Event:
+    """The scheduler does nothing from now on until the event is set; what is asked meanwhile waits."""
+    begun, held = threading.Event(), threading.Event()
+    threading.Thread(target=scheduler.call, args=(lambda: begun.set() or held.wait(),)).start()
+    assert begun.wait(60)
+    return held
+
+
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_rows_that_come_and_go_are_written_as_alone(pocket, vectors, reproducible):
     asked = requests(pocket[1], 24)
     wanted = [alone(pocket, vectors, request) for request in asked]
     assert len(set(wanted)) > 12
-    scheduler = Scheduler(*pocket, vectors, max_batch=5, reproducible=reproducible)
-    answers, most = [], 0
-    for request in asked:
-        answers += scheduler.submit(request)
-        time.sleep(0.02)
-    texts = []
-    for answer in answers:
-        most = max(most, scheduler.stats.running)
-        texts.append(text(answer))
-    assert texts == wanted
+    with closing(Scheduler(*pocket, vectors, max_batch=5, reproducible=reproducible)) as scheduler:
+        held, answers = hold(scheduler), []
+        for number, request in enumerate(asked):
+            answers += scheduler.submit(request)
+            if number == 12:  # the others come while these are written
+                held.set()
+        assert [text(answer) for answer in answers] == wanted
     assert {answer.finish for answer in answers} == {"stop", "length"}
-    assert 1 < most <= 5
-    scheduler.close()
+    shared = scheduler.stats.steps < scheduler.stats.tokens
+    assert shared != reproducible, "rows share passes unless no other may matter"
     assert (scheduler.stats.running, scheduler.stats.waiting) == (0, 0)
     assert scheduler.stats.tokens == sum(answer.n_tokens for answer in answers)
     assert reproducible or scheduler.stats.steps < scheduler.stats.tokens / 1.5, "rows share their steps"
@@ -332,9 +337,7 @@ def test_a_failure_of_the_model_ends_those_rows_alone(scheduler, pocket, monkeyp
 
 def test_a_full_queue_is_busy_and_has_room_again(pocket, vectors):
     scheduler = Scheduler(*pocket, vectors, max_batch=1, max_queue=2)
-    held = threading.Event()
-    threading.Thread(target=scheduler.call, args=(held.wait,)).start()
-    time.sleep(0.05)
+    held = hold(scheduler)
     asked = Request(prompt(pocket[1], QUESTIONS[0]), {}, 2)
     answers = [scheduler.submit(asked)[0] for _ in range(2)]
     with pytest.raises(BusyError, match="2 requests wait, and 2 at most may"):
@@ -395,9 +398,7 @@ def test_a_vector_comes_and_goes_while_others_are_used(pocket, vectors):
         scheduler.add("oft", vectors["oft"])
     asked = Request(prompt(pocket[1], QUESTIONS[0]), {"oft": 0.7}, 8)
     assert text(scheduler.submit(asked)[0]) == alone(pocket, vectors, asked)
-    held, removing = threading.Event(), threading.Thread(target=scheduler.remove, args=("lora",))
-    threading.Thread(target=scheduler.call, args=(held.wait,)).start()
-    time.sleep(0.05)
+    held, removing = hold(scheduler), threading.Thread(target=scheduler.remove, args=("lora",))
     mine, other = (scheduler.submit(Request(tokens, {"lora": a}, 150, 1.2))[0] for a in (0.5, 0.0))
     removing.start()
     held.set()

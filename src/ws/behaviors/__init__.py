@@ -519,10 +519,10 @@ def _check_held_out(draft: Draft) -> None:
     behavior = draft.behavior
     folded = [(q, q.lower()) for q in behavior.questions]
     for place, claim in draft.claims:
-        question = next((q for q, lower in folded if claim.text.lower() in lower), None)
+        text = claim.text.lower()
+        question = next((q for q, lower in folded if text in lower), None)
         if question is not None:
-            text = f"The held-out claim {claim.text!r} occurs in the question {question!r}"
-            draft.refuse(place, f"{text}; remove one.")
+            draft.refuse(place, f"The held-out claim {claim.text!r} occurs in the question {question!r}; remove one.")
     asked = [p.question for p in behavior.pairs] if behavior.pairs else behavior.questions
     trained = {plain_question(q) for q in asked}
     for p in behavior.preferences:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ class EvalContext:
         """The run that is evaluated."""
         return FinishedRun(self.run, self.vector, self.model, self.tok, self.options.out)
 
-    @property
+    @cached_property
     def behavior(self) -> Behavior:
         """The behaviour of the run, as it is written for the model."""
         return load_behavior(self.options.behavior, self.options.model or self.vector.base_id)
