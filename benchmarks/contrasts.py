@@ -44,7 +44,7 @@ from ws.stats import estimate_over_seeds, holm
 BEHAVIORS = {"pocket": "honesty", "smollm2": "truthfulness"}
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 BESIDE = ("positive-only", "negative-only", "gradient", "gradient-low-rank", "activation")  # the two arms
-PROMPTS = 16  # that strengths are solved for on; as many others check them
+PROMPTS = {"pocket": 100, "smollm2": 16}  # that strengths are solved for on, at most; as many others check them
 KEPT = Path(__file__).parent / "results" / "contrasts"
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -129,7 +129,7 @@ class Bench:
         evals = ("preference",) if self.behavior.held_out("report") else ("sycophancy",)
         options = CompareOptions(
             model=o.model, behavior=o.behavior, adapters=(config.run_name,), seeds=(seed,), out=out, device="cpu",
-            interventions=(WEIGHT, *beside), evals=evals, n_prompts=PROMPTS, n_draws=0,
+            interventions=(WEIGHT, *beside), evals=evals, n_prompts=PROMPTS[str(o.model)], n_draws=0,
         )  # fmt: skip
         return compare(options)
 

@@ -5,7 +5,7 @@
 - `import torch`, alone and with the model classes of transformers, which any tool of this kind pays for;
 - `ws --help`, `ws COMMAND --help` of every command, a mistyped option, and files and runs that are not there;
 - the commands that need no model, on an empty behaviour file and on a vector of the tests' size;
-- the modules that carry the other commands out, imported and no more; those that train also where PEFT finds no
+- the modules that carry the other commands out, imported and no more; those that need PEFT also where it finds no
   bitsandbytes, which it imports wherever it is installed (the extra `quantized`; a clone has it for the tests).
 
 `--only` measures what begins with one of its words, beside the first two.
@@ -28,6 +28,7 @@ from ws.cli import COMMANDS
 
 TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel"
 WITHOUT = "import sys; sys.modules['bitsandbytes'] = None"  # for Python it is not there
+TRAINING = "replicate run_sweep train sweep.queue sweep.tune analysis.compare analysis.monitor analysis.prevention"
 MISTAKES = {
     "mistyped option": ["replicate", "--adaptr", "lora"],
     "mistyped command": ["replcate"],
@@ -54,7 +55,7 @@ def codes(folder: Path) -> dict[str, str]:
     found["ws behavior check honesty"] = command(["behavior", "check", "honesty"])
     modules = sorted({place.split(":")[0] for place, _ in COMMANDS.values()} - {"ws.cli"})
     found |= {f"import {module}": f"import {module}" for module in modules}
-    return found | {f"import {m}, no bitsandbytes": f"{WITHOUT}; import {m}" for m in ("ws.replicate", "ws.train")}
+    return found | {f"import ws.{m}, no bitsandbytes": f"{WITHOUT}; import ws.{m}" for m in TRAINING.split()}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from benchmarks.startup import TRAINING
 
 import ws
 from support import processes
@@ -245,6 +246,15 @@ def test_no_command_needs_torch_to_say_what_it_can_be_told():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("heavy: []\n")
     assert done.stdout.count("usage: ") == len(COMMANDS)
+
+
+def test_what_trains_nothing_imports_no_peft():
+    """It takes seconds, and brings bitsandbytes where that is installed."""
+    others = {place.split(":")[0] for place, _ in COMMANDS.values()} - {f"ws.{name}" for name in TRAINING.split()}
+    assert len(others) > 20
+    code = f"import sys, {', '.join(sorted(others))}\nprint('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")

@@ -34,7 +34,6 @@ from jaxtyping import Float
 from tabulate import tabulate
 
 from ws import console
-from ws.adapters import FAMILIES
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.tables import DRAW_SEED
 from ws.diff import MANIFEST, SteeringVector, vector_digest
@@ -298,6 +297,8 @@ def save_run(
     Raises:
         WsError: a name that is not free, or the same name made with other settings.
     """
+    from ws.adapters import FAMILIES  # peft takes seconds, and who looks for a vector needs none of it
+
     out, behavior, name, seed = place
     if not re.fullmatch(r"\w[\w.+-]*", name) or name.startswith("seed-") or name in FAMILIES:
         raise WsError(f"{name!r} cannot name this run: use letters, digits, . + - and _, and no adapter family's name.")
