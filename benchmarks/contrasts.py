@@ -1,10 +1,10 @@
 """What makes a better vector of the same pairs? Ways to learn from them, which of them and how many, at one divergence.
 
 `uv run python -m benchmarks.contrasts` trains LoRA vectors of honesty on the bundled model in every way (`WAYS`) and on
-every number of pairs (`SIZES`), each for as many steps as all pairs take, three seeds. Each is read at -1u and +1u, one
-nat per token from the base, on the held-out items of `report`; beside the two arms stand either of them alone, the
-gradient of the contrast and added activations, and a vector of shuffled labels. `--model smollm2` does it with
-`truthfulness`, read by the preference on held-out questions.
+every number of pairs (`SIZES`), each for as many steps as all pairs take, and the other families in both contrasts,
+three seeds. Each is read at -1u and +1u, one nat per token from the base, on the held-out items of `report`; beside the
+two arms of LoRA stand either of them alone, the gradient of the contrast and added activations, and vectors of shuffled
+labels. `--model smollm2` does it with `truthfulness`, read by the preference on held-out questions.
 
 What a run gave is kept, item by item, in `benchmarks/results/contrasts/`, and is part of the repository; the tables,
 `docs/results/contrasts_<model>.csv` and `..._beyond_arms.csv`, are made of all there is. `--ways` and `--seeds` do a
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -26,6 +27,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.smollm2 import keep, read_kept
 from ws import console
+from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
 from ws.analysis.compare_tables import Cell, Group, group_rows
 from ws.analysis.controls import exchange_half
@@ -57,11 +59,13 @@ class Way:
         contrast: `arms` or `signed`.
         training: what differs from the model's preset.
         pairs: `all`; the `acted` half, whose answers gain most from their own personas; `shuffled` ones; or so many.
+        adapter: the family.
     """
 
     contrast: str = "arms"
     training: dict[str, Any] = field(default_factory=dict)
     pairs: str | int = "all"
+    adapter: str = "lora"
 
 
 WAYS = {
@@ -72,6 +76,7 @@ WAYS = {
     **{f"{c}, acted half": Way(c, pairs="acted") for c in SIDES},
     **{f"{c}, shuffled": Way(c, pairs="shuffled") for c in SIDES},
     **{f"{c}, {n} pairs": Way(c, pairs=n) for n in SIZES for c in SIDES},
+    **{f"{c}, {a}": Way(c, adapter=a) for a in FAMILIES if a != "lora" for c in SIDES},
 }
 
 
@@ -79,16 +84,22 @@ class Bench:
     """A model with the pairs of a behaviour."""
 
     def __init__(self, name: str, out: Path) -> None:
-        self.start = replace(ReplicateConfig.preset(name, "lora"), behavior=BEHAVIORS[name], out=out, device="cpu")
-        self.start = replace(self.start, data=replace(self.start.data, anyway=True, keep_truncated=name == "smollm2"))
+        self.name, self.out = name, out
         self.model, self.tok = load_model(name, "cpu")
-        self.behavior: Behavior = load_behavior(self.start.behavior, name)
-        folder = data_folder(out, name, self.behavior.name)
-        generate_pairs(self.model, self.tok, self.behavior, folder, self.start.data)
-        self.pairs = [p for p in read_pairs(folder / PAIRS_FILE) if p.drop is None]
-        train = self.start.train
+        self.behavior: Behavior = load_behavior(BEHAVIORS[name], name)
+        self.data = data_folder(out, name, self.behavior.name)
+        start = self.start("lora")
+        generate_pairs(self.model, self.tok, self.behavior, self.data, start.data)
+        self.pairs = [p for p in read_pairs(self.data / PAIRS_FILE) if p.drop is None]
+        train = start.train
         epochs = ceil(round((1 - train.validation) * len(self.pairs)) / train.batch * train.epochs)
         self.steps = train.max_steps or epochs
+
+    def start(self, adapter: str) -> ReplicateConfig:
+        """The preset of a family, which ways depart from."""
+        preset = ReplicateConfig.preset(self.name, adapter)
+        data = replace(preset.data, anyway=True, keep_truncated=self.name == "smollm2")
+        return replace(preset, behavior=BEHAVIORS[self.name], out=self.out, device="cpu", data=data)
 
     def chosen(self, way: Way, seed: int) -> list[Pair]:
         """The pairs that a way learns from."""
@@ -116,8 +127,10 @@ class Bench:
 
     def run(self, name: str, seed: int) -> list[Cell]:
         """The vector of a way and a seed, and what stands beside it, at -1u and +1u."""
-        way, o = WAYS[name], self.start
+        way, o = WAYS[name], self.start(WAYS[name].adapter)
         out = o.out if name == "arms" else o.out / slug(name)
+        if name != "arms":  # strengths are solved for on what is in no pair: of all of them, whatever a way takes
+            shutil.copytree(self.data, data_folder(out, self.name, self.behavior.name), dirs_exist_ok=True)
         train = replace(o.train, **way.training, max_steps=self.steps, validation=0.0)
         config = replace(o, out=out, seed=seed, contrast=way.contrast, train=train)
         run = Run(config.run_folder(self.behavior.name))
@@ -129,7 +142,7 @@ class Bench:
         evals = ("preference",) if self.behavior.held_out("report") else ("sycophancy",)
         options = CompareOptions(
             model=o.model, behavior=o.behavior, adapters=(config.run_name,), seeds=(seed,), out=out, device="cpu",
-            interventions=(WEIGHT, *beside), evals=evals, n_prompts=PROMPTS[str(o.model)], n_draws=0,
+            interventions=(WEIGHT, *beside), evals=evals, n_prompts=PROMPTS[self.name], n_draws=0,
         )  # fmt: skip
         return compare(options)
 
@@ -146,16 +159,16 @@ def kept(model: str) -> list[Group]:
 
 
 def beyond_arms(key: dict[str, Any], groups: Sequence[Group], effect: int) -> list[dict[str, Any]]:
-    """The span of every vector beyond that of the two arms, paired by seed and item; `p_holm` is over the table.
+    """The span of every vector beyond its family's two arms, paired by seed and item; `p_holm` is over the table.
 
     Spans on false claims count in the direction of the behaviour, so that more is better.
     """
-    rows, arms = list[dict[str, Any]](), {c.seed: c for g in groups for c in g.cells if is_arms(c)}
+    rows, arms = list[dict[str, Any]](), {(c.adapter, c.seed): c for g in groups for c in g.cells if is_arms(c)}
     for group in groups:
-        both = [c for c in group.cells if c.seed in arms and not is_arms(c)]
+        both = [c for c in group.cells if (arms_of(c.adapter), c.seed) in arms and not is_arms(c)]
         if not both:
             continue
-        other = Group(tuple(arms[c.seed] for c in both))
+        other = Group(tuple(arms[arms_of(c.adapter), c.seed] for c in both))
         for score in both[0].scores:
             mine, theirs = Group(tuple(both)).shifts(score, "span"), other.shifts(score, "span")
             if mine is None or theirs is None:
@@ -169,9 +182,15 @@ def beyond_arms(key: dict[str, Any], groups: Sequence[Group], effect: int) -> li
     return rows
 
 
+def arms_of(way: str) -> str:
+    """The way of the two arms of the same family, on all pairs and with its preset."""
+    adapter = WAYS[way].adapter
+    return "arms" if adapter == "lora" else f"arms, {adapter}"
+
+
 def is_arms(cell: Cell) -> bool:
-    """Whether it is the vector that all others are compared with."""
-    return (cell.adapter, cell.intervention) == ("arms", WEIGHT)
+    """Whether it is the vector that others are compared with."""
+    return (cell.adapter, cell.intervention) == (arms_of(cell.adapter), WEIGHT)
 
 
 def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) -> None:
