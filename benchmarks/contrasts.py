@@ -16,20 +16,21 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from tabulate import tabulate
 
 from benchmarks import harness
 from benchmarks.smollm2 import keep, read_kept
 from ws import console
 from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
-from ws.analysis.compare_tables import Cell, Group, group_rows
+from ws.analysis.compare_tables import COSTS, Cell, Group, group_rows
 from ws.analysis.controls import exchange_half
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.acting import persona_margins
@@ -41,7 +42,9 @@ from ws.options.make import ReplicateConfig
 from ws.options.measure import CompareOptions
 from ws.options.shared import WEIGHT
 from ws.replicate import train_vector
-from ws.stats import estimate_over_seeds, holm
+from ws.stats import estimate_over_seeds, estimate_text, holm
+
+Row: TypeAlias = Mapping[str, Any]
 
 BEHAVIORS = {"pocket": "honesty", "smollm2": "truthfulness"}
 SIZES = (8, 16, 32, 64, 128, 256, 512)
@@ -171,7 +174,7 @@ def beyond_arms(key: dict[str, Any], groups: Sequence[Group], effect: int) -> li
         other = Group(tuple(arms[arms_of(c.adapter), c.seed] for c in both))
         for score in both[0].scores:
             mine, theirs = Group(tuple(both)).shifts(score, "span"), other.shifts(score, "span")
-            if mine is None or theirs is None:
+            if score in COSTS or mine is None or theirs is None:
                 continue
             difference = estimate_over_seeds((effect if score == "false_claims" else 1) * (mine - theirs))
             row = key | {"way": both[0].adapter, "intervention": both[0].intervention, "score": score}
@@ -191,6 +194,35 @@ def arms_of(way: str) -> str:
 def is_arms(cell: Cell) -> bool:
     """Whether it is the vector that others are compared with."""
     return (cell.adapter, cell.intervention) == (arms_of(cell.adapter), WEIGHT)
+
+
+def render(rows: Sequence[Row], beyond: Sequence[Row]) -> str:
+    """The tables of the page, in Markdown: LoRA on all pairs and what stands beside it, numbers of pairs, families."""
+    names = list(dict.fromkeys((str(r["adapter"]), str(r["intervention"])) for r in rows))
+    sizes = [n for n in names if isinstance(WAYS[n[0]].pairs, int)]
+    families = [n for n in names if WAYS[n[0]].adapter != "lora"]
+    parts = [[n for n in names if n not in sizes + families], sizes, families]
+    scores = [s for s in ("false_claims", "preference", "true_claims") if any(r["score"] == s for r in rows)]
+    titles = [s.replace("_", " ") for s in scores]
+    header = ["vector", "seeds", *titles, f"{titles[0]}, beyond two arms", "neutral text", "nats at -1u, +1u"]
+    lines = [[_line(name, rows, beyond, scores) for name in part] for part in parts if part]
+    return "\n\n".join(tabulate(part, header, tablefmt="github", disable_numparse=True) for part in lines)
+
+
+def _line(name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], scores: Sequence[str]) -> list[str]:
+    mine = [r for r in rows if (r["adapter"], r["intervention"]) == name]
+    spans = {str(r["score"]): r for r in mine if r["part"] == "span"}
+    more = [r for r in beyond if (r["way"], r["intervention"], r["score"]) == (*name, scores[0])]
+    costs = [float(r["shift"]) for r in mine if r["score"] == "nll" and r["part"] != "span"]
+    first = spans[scores[0]]
+    return [
+        name[0] if name[1] == WEIGHT else f"{name[0]}: {name[1]}",
+        str(first["n_seeds"]),
+        *(estimate_text(spans[s], "shift") for s in scores),
+        "".join(estimate_text(r, "beyond_arms") + ("*" if float(r["p_holm"]) < 0.05 else "") for r in more),
+        f"{max(costs):+.3f}" if costs else "",
+        ", ".join(f"{float(first[f'divergence_{side}']):.2f}" for side in ("minus", "plus")),
+    ]
 
 
 def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) -> None:
@@ -225,7 +257,8 @@ def main() -> None:
         write_csv(DOCS / f"contrasts_{o.model}.csv", rows)
         if pairs:
             write_csv(DOCS / f"contrasts_{o.model}_beyond_arms.csv", pairs)
-        harness.record(f"contrasts_{o.model}", {"rows": rows, "beyond_arms": pairs}, "contrasts")
+        harness.record(f"contrasts_{o.model}", {"vectors": sum(len(g.cells) for g in groups)}, "contrasts")
+        print(render(rows, pairs))
 
 
 if __name__ == "__main__":

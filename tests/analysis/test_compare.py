@@ -11,8 +11,8 @@ from scipy.stats import binom
 
 import ws
 from support.comparisons import KEY, N_BOOT, cell, claims, draws_of, nulls_of
-from ws.analysis.compare import compare, main
-from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, reality, render
+from ws.analysis.compare import compare, main, plot
+from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, reality, render
 from ws.behaviors.tables import draw
 from ws.data import PAIRS_FILE, Pair, pair_lines
 from ws.eval.readable import Readability

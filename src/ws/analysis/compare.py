@@ -20,16 +20,17 @@ the same Frobenius norm:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ws import console
 from ws.adapters import FAMILIES, family
-from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, plot, render
+from ws.analysis.compare_tables import Cell, Group, comparison_rows, effects, group_rows, render
 from ws.analysis.controls import measure_controls
 from ws.behaviors import behavior_name, load_behavior
 from ws.console import command_line
@@ -38,7 +39,7 @@ from ws.errors import WsError
 from ws.eval.capability import Capability
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, Scores
-from ws.eval.readable import Readability
+from ws.eval.readable import FLAG, Readability
 from ws.eval.suite import asked_of, evaluation_named, headline, set_notes
 from ws.files.plots import save_svg
 from ws.files.runs import Run, lock, run_folder, write_csv
@@ -228,6 +229,37 @@ def _runs(options: CompareOptions) -> Iterator[tuple[str, int]]:
             f"No run below {options.folder} has a vector; make one with `{made}`, or several with `ws sweep`."
         )
     yield from ((adapter, seed) for adapter in adapters for seed in options.seeds)
+
+
+# By the first word of an intervention; the arms are gray.
+_COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green", "activation": "tab:orange", "gradient": "tab:purple"}
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A forest plot: one panel per score, one line per intervention with the interval of its span."""
+    scores = effects(rows)
+    groups = list(dict.fromkeys((r["intervention"], r["adapter"]) for r in rows))
+    figure = Figure(figsize=(3 + 3 * len(scores), 1 + 0.24 * len(groups)), layout="constrained")
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for panel, score in zip(panels, scores, strict=True):
+        for place, group in enumerate(groups):
+            key = (*group, score, "span")
+            for r in (r for r in rows if (r["intervention"], r["adapter"], r["score"], r["part"]) == key):
+                ends = [[r["shift"] - r["shift_ci_lo"]], [r["shift_ci_hi"] - r["shift"]]]
+                color = _COLORS.get(group[0].split("-")[0], "tab:gray")
+                face = color if r["matched"] else "white"
+                shape = "x" if r.get(FLAG) else "o"
+                panel.errorbar(r["shift"], place, xerr=ends, fmt=shape, ms=5, color=color, mfc=face, capsize=2)
+        panel.axvline(0, color="black", lw=0.8)
+        panel.set_xlabel(headline(score).axis, fontsize=9)
+        panel.grid(axis="x", lw=0.3)
+    names = [name if name == adapter else f"{name}, {adapter}" for name, adapter in groups]
+    panels[0].set_yticks(range(len(groups)), names, fontsize=8)
+    panels[0].invert_yaxis()
+    title = "Spans from -1u to +1u, 95 % intervals; hollow: no dial, not at matched divergence"
+    doubts = "; cross: cannot be read" if any(r.get(FLAG) for r in rows if r["part"] == "span") else ""
+    figure.suptitle(f"{title}{doubts}", fontsize=10)
+    return figure
 
 
 def main(options: CompareOptions) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ws.analysis.controls import empirical_p
@@ -335,7 +334,7 @@ def _contests(groups: Sequence[Group]) -> Iterator[tuple[Group, Group, str]]:
 def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str:
     """The spans as one table, the verdicts, and who wins."""
     groups = dict.fromkeys((r["intervention"], r["adapter"]) for r in rows)
-    scores = _effects(rows)
+    scores = effects(rows)
     table = [_line([r for r in rows if (r["intervention"], r["adapter"]) == g], scores) for g in groups]
     names = [f"span, {s.replace('_', ' ')}" for s in scores]
     mass = ["mass"] if any("mass" in r for r in rows) else []
@@ -344,7 +343,7 @@ def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
     return "\n\n".join([spans, *_notes(rows), *_winners(pairs, tablefmt)])
 
 
-def _effects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def effects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The headline scores of some rows, in the order of tables; last those that no evaluation here has."""
     present = dict.fromkeys(r["score"] for r in rows if r["score"] not in COSTS)
     return [s for s in dict.fromkeys((*headlines(), *present)) if s in present]
@@ -459,34 +458,3 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
         f"{NATS} nats or {WRONGNESS} of wrongness{others} at least):"
     )
     return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]
-
-
-# By the first word of an intervention; the arms are gray.
-_COLORS = {WEIGHT: "tab:blue", "prompt": "tab:green", "activation": "tab:orange", "gradient": "tab:purple"}
-
-
-def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A forest plot: one panel per score, one line per intervention with the interval of its span."""
-    scores = _effects(rows)
-    groups = list(dict.fromkeys((r["intervention"], r["adapter"]) for r in rows))
-    figure = Figure(figsize=(3 + 3 * len(scores), 1 + 0.24 * len(groups)), layout="constrained")
-    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
-    for panel, score in zip(panels, scores, strict=True):
-        for place, group in enumerate(groups):
-            key = (*group, score, "span")
-            for r in (r for r in rows if (r["intervention"], r["adapter"], r["score"], r["part"]) == key):
-                ends = [[r["shift"] - r["shift_ci_lo"]], [r["shift_ci_hi"] - r["shift"]]]
-                color = _COLORS.get(group[0].split("-")[0], "tab:gray")
-                face = color if r["matched"] else "white"
-                shape = "x" if r.get(FLAG) else "o"
-                panel.errorbar(r["shift"], place, xerr=ends, fmt=shape, ms=5, color=color, mfc=face, capsize=2)
-        panel.axvline(0, color="black", lw=0.8)
-        panel.set_xlabel(headline(score).axis, fontsize=9)
-        panel.grid(axis="x", lw=0.3)
-    names = [name if name == adapter else f"{name}, {adapter}" for name, adapter in groups]
-    panels[0].set_yticks(range(len(groups)), names, fontsize=8)
-    panels[0].invert_yaxis()
-    title = "Spans from -1u to +1u, 95 % intervals; hollow: no dial, not at matched divergence"
-    doubts = "; cross: cannot be read" if any(r.get(FLAG) for r in rows if r["part"] == "span") else ""
-    figure.suptitle(f"{title}{doubts}", fontsize=10)
-    return figure

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest
 from tabulate import tabulate
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -301,6 +300,8 @@ def per_answer_rows(key: Mapping[str, Any], alpha: float, questions: Sequence[st
 
 def summary_row(key: Mapping[str, Any], alpha: float, scores: ByAlpha, n_boot: int) -> dict[str, Any]:
     """One row of `capability_summary.csv`; shifts are paired against the base, the interval of `valid` is Wilson's."""
+    from scipy.stats import binomtest  # a third of a second, which all commands that can ask for this would pay for
+
     s = scores[alpha]
     cost, level = capability_cost(scores[0.0], s, n_boot), per_token(s["text"], s["nll"], n_boot)
     n = len(s["ended"])
