@@ -214,14 +214,14 @@ def _line(name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], sco
     spans = {str(r["score"]): r for r in mine if r["part"] == "span"}
     more = [r for r in beyond if (r["way"], r["intervention"], r["score"]) == (*name, scores[0])]
     costs = [float(r["shift"]) for r in mine if r["score"] == "nll" and r["part"] != "span"]
-    first = spans[scores[0]]
+    nats = [mine[0][f"divergence_{side}"] for side in ("minus", "plus")]  # empty where a seed has no -1u or +1u
     return [
         name[0] if name[1] == WEIGHT else f"{name[0]}: {name[1]}",
-        str(first["n_seeds"]),
-        *(estimate_text(spans[s], "shift") for s in scores),
+        str(mine[0]["n_seeds"]),
+        *(estimate_text(spans[s], "shift") if s in spans else "" for s in scores),
         "".join(estimate_text(r, "beyond_arms") + ("*" if float(r["p_holm"]) < 0.05 else "") for r in more),
         f"{max(costs):+.3f}" if costs else "",
-        ", ".join(f"{float(first[f'divergence_{side}']):.2f}" for side in ("minus", "plus")),
+        ", ".join("" if n in (None, "") else f"{float(n):.2f}" for n in nats),
     ]
 
 

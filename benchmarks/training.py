@@ -117,7 +117,8 @@ def train(side: str, folder: Path, config: TrainConfig) -> None:
     model.get_input_embeddings().register_forward_pre_hook(count)
     pairs = read_pairs(folder / "pairs.jsonl")
     if side == "signed":
-        pairs, config = pairs[: len(pairs) // 2], replace(config, batch=config.batch // 2)
+        half = config.batch // 2
+        pairs, config = pairs[: len(pairs) // 2], replace(config, batch=half, micro_batch=min(config.micro_batch, half))
     rows = [e.features() for e in build_examples(tok, pairs, side if side == "signed" else "pos", LENGTH)]
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if side == "plain":

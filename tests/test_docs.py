@@ -20,6 +20,7 @@ from textwrap import dedent
 import pytest
 
 from support import processes
+from ws.files.runs import read_csv, typed
 
 ROOT = Path(__file__).parents[1]
 FIRST = [ROOT / "README.md", ROOT / "docs" / "tour.md"]  # they leave what the other pages use
@@ -179,7 +180,6 @@ def test_the_tables_of_the_sweep_are_their_csvs():
     """What the page shows of the sweep is what it wrote."""
     from ws.analysis.sweep_tables import render
     from ws.eval.readme_airisk_table import check
-    from ws.files.runs import read_csv
 
     results = ROOT / "docs" / "results"
     page = ROOT / "docs" / "results.md"
@@ -190,11 +190,19 @@ def test_the_tables_of_the_sweep_are_their_csvs():
 def test_the_comparison_is_its_csvs():
     """The page's tables are the ones that `ws compare` wrote."""
     from ws.analysis.compare_tables import render
-    from ws.files.runs import read_csv, typed
 
     rows, pairs = (typed(read_csv(ROOT / "docs" / "results" / f"{n}.csv")) for n in ("compare", "compare_pairs"))
     page = (ROOT / "docs" / "results.md").read_text()
     assert page.split("<!-- compare -->")[1].split("<!-- /compare -->")[0].strip() == render(rows, pairs, "github")
+
+
+def test_the_ways_to_learn_are_their_csvs():
+    from benchmarks.contrasts import render
+
+    rows, beyond = (read_csv(ROOT / "docs" / "results" / f"contrasts_pocket{n}.csv") for n in ("", "_beyond_arms"))
+    page = (ROOT / "docs" / "vectors.md").read_text()
+    shown = page.split("<!-- contrasts pocket -->")[1].split("<!-- /contrasts pocket -->")[0]
+    assert shown.strip() == render(rows, beyond)
 
 
 def test_the_results_table_is_the_csv():
