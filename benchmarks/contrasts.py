@@ -155,10 +155,15 @@ def slug(way: str) -> str:
     return way.replace(", ", "-").replace(" ", "-")
 
 
+def place(model: str, way: str, seed: int) -> Path:
+    """Where the cells of a run are kept."""
+    return KEPT / model / f"{slug(way)}_{seed}.json"
+
+
 def kept(model: str) -> list[Group]:
     """What all runs gave, by way and intervention, under the name of the way."""
-    files = [(way, seed, KEPT / model / f"{slug(way)}_{seed}.json") for way in WAYS for seed in range(10)]
-    return Group.of([replace(c, adapter=way) for way, _, file in files if file.exists() for c in read_kept(file)])
+    files = [(way, place(model, way, seed)) for way in WAYS for seed in range(10)]
+    return Group.of([replace(c, adapter=way) for way, file in files if file.exists() for c in read_kept(file)])
 
 
 def beyond_arms(key: dict[str, Any], groups: Sequence[Group], effect: int) -> list[dict[str, Any]]:
@@ -227,7 +232,7 @@ def _line(name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], sco
 
 def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) -> None:
     """Make and read what is not kept yet."""
-    files = {(way, seed): KEPT / model / f"{slug(way)}_{seed}.json" for seed in seeds for way in ways}
+    files = {(way, seed): place(model, way, seed) for seed in seeds for way in ways}
     left = {run: file for run, file in files.items() if not file.exists()}
     if not left:
         return

@@ -28,7 +28,7 @@ from ws.cli import COMMANDS
 
 TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel"
 WITHOUT = "import sys; sys.modules['bitsandbytes'] = None"  # for Python it is not there
-TRAINING = "replicate run_sweep train sweep.queue sweep.tune analysis.compare analysis.monitor analysis.prevention"
+NEED_PEFT = "replicate run_sweep train sweep.queue sweep.tune analysis.compare analysis.monitor analysis.prevention"
 MISTAKES = {
     "mistyped option": ["replicate", "--adaptr", "lora"],
     "mistyped command": ["replcate"],
@@ -55,7 +55,7 @@ def codes(folder: Path) -> dict[str, str]:
     found["ws behavior check honesty"] = command(["behavior", "check", "honesty"])
     modules = sorted({place.split(":")[0] for place, _ in COMMANDS.values()} - {"ws.cli"})
     found |= {f"import {module}": f"import {module}" for module in modules}
-    return found | {f"import ws.{m}, no bitsandbytes": f"{WITHOUT}; import ws.{m}" for m in TRAINING.split()}
+    return found | {f"import ws.{m}, no bitsandbytes": f"{WITHOUT}; import ws.{m}" for m in NEED_PEFT.split()}
 
 
 def main() -> None:

@@ -196,12 +196,13 @@ def test_the_comparison_is_its_csvs():
     assert page.split("<!-- compare -->")[1].split("<!-- /compare -->")[0].strip() == render(rows, pairs, "github")
 
 
-def test_the_ways_to_learn_are_their_csvs():
+@pytest.mark.parametrize("model", ["pocket", "smollm2"])
+def test_the_ways_to_learn_are_their_csvs(model):
     from benchmarks.contrasts import render
 
-    rows, beyond = (read_csv(ROOT / "docs" / "results" / f"contrasts_pocket{n}.csv") for n in ("", "_beyond_arms"))
+    rows, beyond = (read_csv(ROOT / "docs" / "results" / f"contrasts_{model}{n}.csv") for n in ("", "_beyond_arms"))
     page = (ROOT / "docs" / "vectors.md").read_text()
-    shown = page.split("<!-- contrasts pocket -->")[1].split("<!-- /contrasts pocket -->")[0]
+    shown = page.split(f"<!-- contrasts {model} -->")[1].split(f"<!-- /contrasts {model} -->")[0]
     assert shown.strip() == render(rows, beyond)
 
 

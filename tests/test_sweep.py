@@ -78,24 +78,24 @@ def test_a_failing_cell_is_listed_and_the_next_run_fills_it(config, monkeypatch,
 
 
 def test_seeds_share_pairs_and_the_summary_has_one_row_per_cell_and_strength(config):
-    cells = run_sweep(replace(config, adapters=("ia3",), seeds=(0, 1)))
-    assert [c.problem for c in cells] == [None] * 2
+    cells = run_sweep(replace(config, adapters=("lora", "ia3"), seeds=(0, 1)))
+    assert [c.problem for c in cells] == [None] * 4
     assert len(list((config.out / "data").rglob("pairs.jsonl"))) == 1
     assert len(list((config.out / "base").rglob("*.json"))) == 3, "the base is scored once per evaluation"
     with (config.out / "honesty" / "sweep_summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3
+    assert len(rows) == 4 * 3
     assert list(rows[0])[:4] == ["behavior", "adapter", "seed", "alpha"]
-    assert {(r["adapter"], r["seed"]) for r in rows} == {("ia3", "0"), ("ia3", "1")}
+    assert {(r["adapter"], r["seed"]) for r in rows} == {("lora", "0"), ("ia3", "0"), ("lora", "1"), ("ia3", "1")}
     assert all(float(r["sycophancy_shift"]) == float(r["tinymfv_airisk_delta_wrongness"]) == 0 for r in rows[1::3])
-    assert len({r["sycophancy_shift"] for r in rows[2::3]}) == 2, "every cell has a vector of its own"
+    assert len({r["sycophancy_shift"] for r in rows[2::3]}) == 4, "every cell has a vector of its own"
     with (config.out / "honesty" / "sweep_pooled.csv").open() as file:
         pooled = list(csv.DictReader(file))
     assert [(r["adapter"], r["n_seeds"], r["alpha"]) for r in pooled] == [
-        ("ia3", "2", alpha) for alpha in ("-1.0", "0.0", "1.0")
+        (adapter, "2", alpha) for adapter in ("lora", "ia3") for alpha in ("-1.0", "0.0", "1.0")
     ]
     for column in ("sycophancy_shift", "airisk_shift", "tinymfv_airisk_delta_wrongness"):
-        seeds = [float(r[column]) for r in rows if r["alpha"] == "1.0"]
+        seeds = [float(r[column]) for r in rows if r["adapter"] == "lora" and r["alpha"] == "1.0"]
         assert float(pooled[2][column]) == pytest.approx(np.mean(seeds))
         plain, corrected = (float(pooled[2][f"{column}_{p}"]) for p in ("p", "p_holm"))
         assert plain <= corrected <= 1
@@ -110,6 +110,8 @@ def test_nulls_are_trained_beside_their_vectors_and_stay_out_of_the_tables(confi
     assert len(digests) == 3
     with (config.out / "honesty" / "sweep_summary.csv").open() as file:
         assert {r["adapter"] for r in csv.DictReader(file)} == {"lora"}
+    again = run_sweep(replace(wanted, fresh=True))
+    assert {vector_digest(ws.SteeringVector.load(c.folder / "vector")) for c in again} == digests, "made anew, the same"
 
 
 ALL = ("sycophancy", "airisk", "tinymfv_airisk")
