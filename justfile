@@ -131,6 +131,10 @@ eval-preference *args:
 eval-statements *args:
     uv run python -m ws.eval.statements {{args}}
 
+# free answers, rated by a judge: `just eval-answers adapter=delora --judges Qwen/Qwen3-4B`
+eval-answers *args:
+    uv run python -m ws.eval.answers {{args}}
+
 # what steering costs on neutral text: `just eval-capability adapter=delora behavior=honesty`
 eval-capability *args:
     uv run python -m ws.eval.capability {{args}}

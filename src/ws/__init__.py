@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ws.diff import SteeringVector as SteeringVector
     from ws.errors import WsError as WsError
     from ws.eval.airisk import evaluate_airisk as evaluate_airisk
+    from ws.eval.answers import evaluate_answers as evaluate_answers
     from ws.eval.capability import evaluate_capability as evaluate_capability
     from ws.eval.evaluation import Evaluation as Evaluation
     from ws.eval.evaluation import HeadlineScore as HeadlineScore
@@ -51,6 +52,7 @@ _HOME = {
     "WsError": "ws.errors",
     "calibrate": "ws.intervene.calibration",
     "evaluate_airisk": "ws.eval.airisk",
+    "evaluate_answers": "ws.eval.answers",
     "evaluate_capability": "ws.eval.capability",
     "evaluate_preference": "ws.eval.preference",
     "evaluate_statements": "ws.eval.statements",

@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, type]]] = {
         "eval tinymfv-airisk": ("ws.eval.tinymfv_airisk:main", measure.TinymfvOptions),
         "eval preference": ("ws.eval.preference:main", measure.PreferenceOptions),
         "eval statements": ("ws.eval.statements:main", measure.StatementOptions),
+        "eval answers": ("ws.eval.answers:main", measure.AnswerOptions),
         "eval capability": ("ws.eval.capability:main", measure.CapabilityOptions),
         "eval lm-eval": ("ws.eval.lm_eval:main", measure.LmEvalOptions),
         "calibrate": ("ws.intervene.calibrate:main", measure.CalibrateOptions),

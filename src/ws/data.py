@@ -569,6 +569,21 @@ def sample_answers(
     return [_answer(tok, answer.tokens, ends) for answer in written]
 
 
+def sample_each(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingSettings,
+    batch_size: int | None = None,
+) -> list[Answer]:
+    """Continue rendered prompts, each with random numbers of its own; see `ws.lm.sampling.sample_rows`."""
+    rows, ends = [encode(tok, prompt) for prompt in prompts], end_ids(model, tok)
+    written = sample_rows(model, tok.pad_token_id, rows, seeds, max_new_tokens, ends, sampling, batch_size)
+    return [_answer(tok, ids, ends) for ids in written]
+
+
 def _answer(tok: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answer:
     words = without_end(ids, ends)
     return Answer(decode_answer(tok, words), len(words), len(words) < len(ids))
@@ -698,10 +713,8 @@ def _sample_batch(
         seed = _seed(config.data_seed, number, n_bytes=4)
         answers = sample_answers(model, tok, prompts, config.max_new_tokens, seed, sampling)
     else:
-        rows, ends = [encode(tok, prompt) for prompt in prompts], end_ids(model, tok)
         seeds = [_seed(config.data_seed, job.id, side) for side in ("positive", "negative") for job in jobs]
-        ids = sample_rows(model, tok.pad_token_id, rows, seeds, config.max_new_tokens, ends, sampling)
-        answers = [_answer(tok, row, ends) for row in ids]
+        answers = sample_each(model, tok, prompts, seeds, config.max_new_tokens, sampling)
     both = list(zip(jobs, answers[: len(jobs)], answers[len(jobs) :], strict=True))
     return _as_pairs(model, tok, behavior, both, config)
 

@@ -96,7 +96,10 @@ def _before_anything(config: SweepConfig, behavior: Behavior, plan: Sequence[tup
     first_asked = read_at_the_end(EvalContext.of_base(eval_options(first), model, tok), behavior, first)
     context = EvalContext.of_base(_eval_options(config, first.adapter, first.seed), model, tok)
     others = [evaluation_named(name) for name in config.evals if name not in ("sycophancy", "preference")]
-    asked = [*first_asked, *(asked_of(cls, _for(cls, context), config.split, config.traits) for cls in others)]
+    asked = [
+        *first_asked,
+        *(asked_of(cls, _for(cls, context), config.split, config.traits, config.judges) for cls in others),
+    ]
     require_readable(context, asked, config.data.anyway)
 
 
@@ -111,7 +114,7 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
             context = open_context(_eval_options(config, plan.run_name, seed))
             for name in others:
                 cls = evaluation_named(name)
-                asked = asked_of(cls, _for(cls, context), config.split, config.traits)
+                asked = asked_of(cls, _for(cls, context), config.split, config.traits, config.judges)
                 console.say(context.carry_out(asked).text)
     except Exception as problem:  # whatever it is, the other cells must not be lost to it
         write_text(folder / LOG, traceback.format_exc())

@@ -13,8 +13,10 @@ import ws
 from support.statements import folder, rows
 from ws.behaviors import Preference
 from ws.delta import LinearDelta
+from ws.eval.answers import OpenQuestion
 from ws.eval.capability import Capability, Neutral, base_twin
 from ws.eval.dilemmas import load_dilemmas
+from ws.eval.judges import open_judge
 from ws.eval.statements import load_statements, trait_files
 from ws.eval.suite import SUITE
 from ws.eval.sycophancy import Prompts, prompts_of
@@ -29,6 +31,7 @@ SHAPES = {
     "tinymfv_airisk": {"p_true": (2, 2), "bool_mass": (2, 2)},
     "preference": {"positive": (), "negative": (), "n_positive": (), "n_negative": ()},
     "statements": {"logratio": (), "pmass": ()},
+    "answers": {"answer": (), "tokens": (), "trait": (), "coherence": (), "trait_mass": (), "trait_cost": (3,)},
     "capability": {"answer": (), "ended": (), "n_tokens": (), "repetition": ()},
 }
 
@@ -47,9 +50,12 @@ def ask(tiny, tmp_path) -> Callable[..., Mapping[str, np.ndarray]]:
             Preference(f"q{n}", f"What is {n} and {n}?", f"{2 * n}.", "It is none.", "dev") for n in (1, 2, 3)
         ],
         "statements": load_statements(files)[:3],
+        "answers": [OpenQuestion(text, text) for text in questions],
         "capability": Neutral(texts, questions),
     }
-    more = {"airisk": {"n_think": 4}, "capability": {"base": base_twin(model), "n_tokens": 4}}
+    judge = open_judge("tiny-random", device="cpu", steered=tiny)
+    judged = {"judges": [judge], "rubric": ws.load_behavior("tone").rubric, "max_new_tokens": 4}
+    more = {"answers": judged} | {"airisk": {"n_think": 4}, "capability": {"base": base_twin(model), "n_tokens": 4}}
 
     def call(name: str, batch_size: int | None = None) -> Mapping[str, np.ndarray]:
         scores = getattr(ws, FUNCTIONS[name])(model, tok, items[name], batch_size=batch_size, **more.get(name, {}))
@@ -64,12 +70,14 @@ def test_every_function_scores_its_items_steered_or_not(ask, tiny, name):
     base, one_by_one = ask(name), ask(name, batch_size=1)
     for key, shape in SHAPES[name].items():
         assert np.shape(base[key]) == (3, *shape), key
-        if np.issubdtype(base[key].dtype, np.floating):
+        if np.issubdtype(base[key].dtype, np.floating) and not key.endswith("_cost"):
             assert base[key] == pytest.approx(one_by_one[key], abs=1e-4), f"{key} depends on the batch"
     torch.manual_seed(0)
     delta = LinearDelta(96, 64, u=torch.randn(96, 2), v=torch.randn(2, 64))
     vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
-    moved = {"tinymfv_airisk": "p_true", "preference": "positive", "capability": "kl"}.get(name, "logratio")
+    moved = {"answers": "trait", "tinymfv_airisk": "p_true", "preference": "positive", "capability": "kl"}.get(
+        name, "logratio"
+    )
     with ws.steer(model, vector, alpha=1.0):
         assert not np.allclose(ask(name)[moved], base[moved], atol=1e-3)
     assert np.allclose(ask(name)[moved], base[moved], atol=1e-6)

@@ -40,6 +40,7 @@ from ws.report import write_report
 from ws.sweep.queue import sweep_jobs
 
 BOTH = ("preference", "statements")
+JUDGED = ("judged_trait", "judged_coherence")
 QUESTIONS = [(f"What is {n} and {n}?", f"{2 * n}.", f"{n}, and nothing more.", "sums") for n in range(1, 7)]
 QUESTIONS += [(f"Is number {n} a number?", "Yes.", "No, never.", "numbers") for n in range(1, 5)]
 
@@ -95,8 +96,8 @@ def test_what_is_done_by_itself_stays_what_it_was():
     assert QueueConfig().evals == ("airisk", "tinymfv_airisk")
     assert CompareOptions().evals == ("sycophancy", "tinymfv_airisk")
     assert SlopeOptions().scores == ("false_claims", "true_claims", "wrongness", "choices")
-    assert list(SUITE) == [*DEFAULT_EVALS, *BOTH]
-    assert list(headlines()) == ["false_claims", "true_claims", "wrongness", "choices", *BOTH]
+    assert list(SUITE) == [*DEFAULT_EVALS, *BOTH, "answers"]
+    assert list(headlines()) == ["false_claims", "true_claims", "wrongness", "choices", *BOTH, *JUDGED]
     assert {s.evaluation for s in headlines().values()} == set(SUITE.values())
     assert [e.name for e in evaluations_of(("statements", "true_claims", "false_claims"))] == [
         "sycophancy",

@@ -71,7 +71,7 @@ class _Bench:
     def evaluations(self) -> list[Evaluation]:
         """Those that were asked for, and capability."""
         o, c = self.options, self.context
-        evaluations = [asked_of(evaluation_named(name), c, o.split, o.traits) for name in o.evals]
+        evaluations = [asked_of(evaluation_named(name), c, o.split, o.traits, o.judges) for name in o.evals]
         if o.capability:  # on its own texts, whatever data set the others take
             evaluations.append(Capability.of_run(replace(c, options=replace(c.options, dataset=None))))
         return evaluations

@@ -190,7 +190,7 @@ def headline_evaluations(context: EvalContext, options: HeadlineOptions) -> list
     # Without a thought: what a gradient can follow, and what 20 draws can afford.
     quick = replace(context, options=replace(context.options, n_think=0))
     chosen = {cls: quick if cls.thinks else context for cls in evaluations_of(options.scores)}
-    return [asked_of(cls, where, options.split, options.traits) for cls, where in chosen.items()]
+    return [asked_of(cls, where, options.split, options.traits, options.judges) for cls, where in chosen.items()]
 
 
 def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[float, int]]:

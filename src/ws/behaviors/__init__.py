@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, read_preferences
 from ws.behaviors.answered import Preference as Preference
+from ws.behaviors.rubric import MOST_POINTS, POINTS, RUBRIC_KEYS, Rubric, generic_rubric, read_known
 from ws.errors import WsError, choose, decoded, did_you_mean
 from ws.files.places import is_plain_name, plain_name
 from ws.files.reading import parse_toml, read_bytes
@@ -33,7 +34,7 @@ SIDES = ("positive", "negative")
 # What the tables of a file may hold.
 TOP_KEYS = frozenset(
     {"schema", "name", "summary", "personas", "questions", "pairs", "claims", "preferences", "statements", "judge"}
-    | {"keep_refusals"}
+    | {"keep_refusals", "rubric"}
 )
 PERSONA_KEYS = frozenset({"template", *SIDES})
 QUESTION_KEYS = frozenset({"templates", "topics"})
@@ -105,11 +106,12 @@ class Behavior:
         questions: user messages that both sides answer; of brought pairs those to train on and those of `dev`.
         claims: the held-out claims; None for a behaviour without.
         judge: a Yes/No question about an answer, for the optional judge filter.
-        digest: SHA-256 of the file (and of the files it takes claims, pairs and preferences from).
+        digest: SHA-256 of the file without `[rubric]` (and of the files it takes claims, pairs and preferences from).
         keep_refusals: a refusal is an answer like any other, so pairs that hold one are not dropped.
         pairs: brought pairs to train on; none where answers are sampled under the personas.
         preferences: held-out questions with both answers, of the splits `dev` and `report`.
         traits: names of sets of statements that somebody with the behaviour would say (`ws.eval.statements`).
+        rubric: how free answers are rated (`ws.eval.answers`).
     """
 
     name: str
@@ -124,6 +126,7 @@ class Behavior:
     pairs: tuple[Preference, ...] = ()
     preferences: tuple[Preference, ...] = ()
     traits: tuple[str, ...] = ()
+    rubric: Rubric = field(default_factory=Rubric)
 
     @property
     def test(self) -> ClaimTest:
@@ -355,11 +358,12 @@ def parse_behavior(content: bytes, file: str, folder: Path, model: str | None = 
         questions=questions,
         claims=test,
         judge=str(raw.get("judge", f"Does the answer fit this description: {summary} Answer Yes or No.")),
-        digest=hashlib.sha256(content + borrowed + read).hexdigest(),
+        digest=hashlib.sha256(_without_rubric(content, raw) + borrowed + read).hexdigest(),
         keep_refusals=raw.get("keep_refusals") is True,
         pairs=pairs,
         preferences=preferences,
         traits=() if table is None else _texts(draft, table, "traits", "[statements]"),
+        rubric=_rubric(draft, raw, folder, summary),
     )
     _check_held_out(draft)
     return draft
@@ -512,6 +516,44 @@ def _claim(draft: Draft, item: Mapping[str, Any], place: str) -> Claim:
         draft.refuse(place, f"There is no split named {split!r}.{did_you_mean(split, SPLITS)}")
     draft.claims_known &= isinstance(is_true, bool) and split in SPLITS
     return Claim(claim_id, text, is_true is True, split)
+
+
+def _rubric(draft: Draft, raw: Mapping[str, Any], folder: Path, summary: str) -> Rubric:
+    """How free answers are rated; in the words of the summary where the file does not say."""
+    table = _table(draft, raw, "rubric", RUBRIC_KEYS) if "rubric" in raw else None
+    if table is None:
+        return generic_rubric(summary)
+    where = "[rubric]"
+    trait, low, high = (_text(draft, table, key, where) for key in ("trait", "low", "high"))
+    if low and low.strip() == high.strip():
+        draft.refuse(where, f"low and high mean the same, {low!r}; they must differ.")
+    points = table.get("points", POINTS)
+    if type(points) is not int or not 2 <= points <= MOST_POINTS:
+        draft.refuse(where, f"points must be a whole number from 2 to {MOST_POINTS}, not {points!r}.")
+        points = POINTS
+    file = _text(draft, table, "known", where) if "known" in table else ""
+    known = draft.attempt(where, partial(read_known, folder / file, where)) if file else None
+    return Rubric(trait, low, high, points, known or ())
+
+
+# Up to the next table, with one empty line before it and none behind it: what stays is the file as it was without.
+_RUBRIC = re.compile(rb"^(?:\r?\n)?\[rubric\][^\n]*(?:\n|\Z)(?:(?:\r?\n)*[^\[\r\n][^\n]*(?:\n|\Z))*", re.MULTILINE)
+
+
+def _without_rubric(content: bytes, raw: Mapping[str, Any]) -> bytes:
+    """A file's content without the table `[rubric]`, which nothing that is trained depends on.
+
+    So a rubric can be written when the vectors are there. Where the table cannot be cut out by its first line and the
+    start of the next table, as from within a text of several lines, all of the content counts.
+    """
+    if "rubric" not in raw:
+        return content
+    rest = _RUBRIC.sub(b"", content, count=1)
+    try:
+        same = parse_toml(decoded(rest, "The text in")) == {key: v for key, v in raw.items() if key != "rubric"}
+    except WsError:
+        same = False
+    return rest if same else content
 
 
 def _check_held_out(draft: Draft) -> None:

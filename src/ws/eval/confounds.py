@@ -29,7 +29,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors import Behavior, Claim
 from ws.behaviors.tables import draw_fact, evenly
-from ws.data import LENGTH_RATIO, PAIRS_FILE, SHARE_GAP, data_card, is_refusal, read_pairs, repetition, sample_answers
+from ws.data import (
+    LENGTH_RATIO,
+    PAIRS_FILE,
+    SHARE_GAP,
+    data_card,
+    is_refusal,
+    read_pairs,
+    repetition,
+    sample_answers,
+    sample_each,
+)
 from ws.errors import WsError
 from ws.eval.airisk import evaluate_airisk, signed_scores
 from ws.eval.context import EvalContext, open_context
@@ -42,6 +52,7 @@ from ws.files.runs import data_folder
 from ws.intervene.calibration import split_questions
 from ws.lm.models import render_prompt
 from ws.lm.rollout import REASONS, thinks_aloud
+from ws.lm.sampling import sampling_settings
 from ws.options.check import ConfoundOptions as ConfoundOptions
 from ws.options.shared import N_PROMPTS, N_THINK
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, group_difference
@@ -389,14 +400,25 @@ def free_answers(
     questions: Sequence[str],
     max_new_tokens: int,
     batch_size: int | None = None,
+    temperature: float = 0.0,
+    sample_seed: int = 0,
 ) -> Scores:
-    """Greedy answers without a system prompt: `tokens`, `ended`, `refusal`, `repetition` and the `answer`, all `[n]`.
+    """Answers without a system prompt: `tokens`, `ended`, `refusal`, `repetition` and the `answer`, all `[n]`.
 
-    `ended` is 1 where an answer ended by itself; elsewhere `tokens` is the budget and the answer would be longer.
+    `ended` is 1 where an answer ended by itself; elsewhere `tokens` is the budget and the answer would be longer. At
+    temperature 0 answers are greedy, and nothing that a model advises besides, such as a penalty on repetition, holds.
+    Above it they are sampled, with random numbers that depend on the seed and the question's place alone: the same
+    ones, however the model is steered.
     """
     size, prompts = batch_size or _BATCH, [render_prompt(tok, q) for q in questions]
-    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    answers = [a for batch in batches for a in sample_answers(model, tok, batch, max_new_tokens)]
+    if temperature > 0:
+        seeds = [int(s) for s in np.random.SeedSequence(sample_seed).generate_state(len(prompts), np.uint64)]
+        answers = sample_each(
+            model, tok, prompts, seeds, max_new_tokens, sampling_settings(model, temperature), batch_size
+        )
+    else:
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        answers = [a for batch in batches for a in sample_answers(model, tok, batch, max_new_tokens)]
     return {
         "tokens": np.array([float(a.tokens) for a in answers]),
         "ended": np.array([float(a.ended) for a in answers]),

@@ -11,8 +11,10 @@ from typing import Any
 
 from ws.errors import WsError, choose
 from ws.eval.airisk import Airisk
+from ws.eval.answers import Answers
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, HeadlineScore
+from ws.eval.judges import LEXICAL
 from ws.eval.preference import Preferences
 from ws.eval.readable import NATS, WRONGNESS
 from ws.eval.statements import Statements
@@ -21,7 +23,7 @@ from ws.eval.tinymfv_airisk import TinymfvAirisk
 from ws.options.shared import HEADLINES
 
 SUITE: dict[str, type[Evaluation]] = {
-    cls.name: cls for cls in (Sycophancy, Airisk, TinymfvAirisk, Preferences, Statements)
+    cls.name: cls for cls in (Sycophancy, Airisk, TinymfvAirisk, Preferences, Statements, Answers)
 }
 _ENTRY_POINTS = "ws.evaluations"
 
@@ -94,25 +96,36 @@ def evaluations_of(scores: Sequence[str]) -> list[type[Evaluation]]:
 
 
 def asked_of(
-    cls: type[Evaluation], context: EvalContext, split: str = "report", traits: Sequence[str] = ()
+    cls: type[Evaluation],
+    context: EvalContext,
+    split: str = "report",
+    traits: Sequence[str] = (),
+    judges: Sequence[str] = (),
 ) -> Evaluation:
     """An evaluation as a command on several of them asks it of a run.
 
     Args:
         cls: which.
         context: the run. Its data set is of the published sets alone.
-        split, traits: for those whose options have them: which held-out items, and whose statements.
+        split, traits, judges: for those whose options have them: which held-out items, whose statements, and who
+            rates free answers.
+
+    Raises:
+        WsError: free answers without a judge that rates them, of which a table of several evaluations has no column.
     """
     options = context.options_as(cls.options)
     given: dict[str, Any] = {"split": split, "traits": tuple(traits)}
+    given["judges"] = tuple(judges)
     overrides = {name: value for name, value in given.items() if hasattr(options, name)}
+    if "judges" in overrides and not set(judges) - {LEXICAL}:
+        raise WsError(f"{cls.name} stands beside other evaluations by a judge that rates: name one with --judges.")
     overrides |= {} if cls.is_published else {"dataset": None}
     return cls.of_run(replace(context, options=replace(options, **overrides)))
 
 
 def floors_text(scores: Iterable[HeadlineScore]) -> str:
     """The floors of some headline scores, for a sentence: `0.2 nats (0.05 of wrongness)`."""
-    others = [s for s in scores if s.floor not in (NATS, WRONGNESS)]
+    others = [s for s in scores if s.floor != (WRONGNESS if s.key == "wrongness" else NATS)]
     more = "".join(f"; {s.floor} {s.unit} of {s.key.replace('_', ' ')}" for s in others)
     return f"{NATS} nats ({WRONGNESS} of wrongness{more})"
 

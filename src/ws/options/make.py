@@ -494,8 +494,10 @@ class SweepConfig(_OfBehavior):
         behavior: a bundled behaviour by its name, or the path of a TOML file.
         adapters: adapter families.
         seeds: of initialisation and order; the pairs are shared by all.
-        evals: evaluations of every run: `sycophancy`, `airisk`, `tinymfv_airisk`, `preference`, `statements`.
+        evals: evaluations of every run: `sycophancy`, `airisk`, `tinymfv_airisk`, `preference`, `statements`,
+            `answers`.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         controls: nulls to train beside every vector, `shuffled` and `same-side`; they are read on what is held out and
             stay out of the tables.
         contrast: `arms`, two adapters per vector, or `signed`, one whose change is learned with +1 on positive answers
@@ -525,6 +527,7 @@ class SweepConfig(_OfBehavior):
     seeds: tuple[int, ...] = (0,)
     evals: tuple[str, ...] = DEFAULT_EVALS
     traits: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
     contrast: str = "arms"
     out: Path = DEFAULT_OUT
@@ -565,6 +568,7 @@ class QueueConfig(_OfBehavior):
         seeds: of initialisation and order; the pairs are shared by all.
         evals: evaluations of every run; `sycophancy` is part of a training job, and a job of its own only without one.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         out: the folder of all runs and results.
         alphas: steering strengths; 0, the base, is always included.
         dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
@@ -594,6 +598,7 @@ class QueueConfig(_OfBehavior):
     seeds: tuple[int, ...] = (0,)
     evals: tuple[str, ...] = ("airisk", "tinymfv_airisk")
     traits: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
     out: Path = DEFAULT_OUT
     alphas: tuple[float, ...] = (-1.0, 0.0, 1.0)
     dataset: str | None = None

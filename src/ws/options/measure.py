@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from ws.behaviors import behavior_name
-from ws.errors import WsError, choose, require_count, require_resamples
+from ws.behaviors import SPLITS, behavior_name
+from ws.errors import WsError, choose, require_count, require_resamples, require_seed
 from ws.files.runs import DEFAULT_OUT
 from ws.options.shared import (
     INTERVENTIONS,
@@ -102,6 +103,49 @@ class StatementOptions(EvalOptions):
 
     traits: tuple[str, ...] = ()
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class AnswerOptions(EvalOptions):
+    """Measure what a vector does to free answers to held-out questions, by judges.
+
+    Attributes:
+        judges: who rates the answers, one or two of: a local model (a folder, a hub id, `pocket`, `smollm2`),
+            `MODEL@URL` for an OpenAI-compatible address; and `lexical`, which counts instead of rating.
+        pairwise: also show the judges every answer beside the base's, in both orders.
+        anyway: use a judge that does not tell answers of known kind apart; the tables say so.
+        split: which of the behaviour's held-out questions: `report`, or `dev` for making choices on.
+        max_new_tokens: tokens after which an answer is cut off.
+        temperature: of the answers; 0 takes the most probable token of every step.
+        sample_seed: of the random numbers at temperatures above 0, the same ones at every strength.
+        judge_max_tokens: room for a reply of a judge behind an address; one that thinks needs more.
+    """
+
+    judges: tuple[str, ...] = ("lexical",)
+    pairwise: bool = False
+    anyway: bool = False
+    split: str = "report"
+    max_new_tokens: int = ANSWER_TOKENS
+    temperature: float = 0.0
+    sample_seed: int = 0
+    judge_max_tokens: int = 16
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, and for options that have no meaning here."""
+        super().check()
+        require_count("--max-new-tokens", self.max_new_tokens, 1)
+        require_count("--judge-max-tokens", self.judge_max_tokens, 1)
+        require_seed(self.sample_seed, "--sample-seed")
+        choose("split", self.split, SPLITS)
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise WsError(f"--temperature must be 0 or more, not {self.temperature}.")
+        raters = [name for name in self.judges if name != "lexical"]
+        if not self.judges or len(set(self.judges)) != len(self.judges) or len(raters) > 2:
+            raise WsError(f"--judges must name one or two judges, each once, not {' '.join(self.judges) or 'none'}.")
+        if self.pairwise and not raters:
+            raise WsError("--pairwise needs a judge that rates; `lexical` only counts.")
+        if self.n_think or self.prompts:
+            raise WsError("Open answers take neither --n-think nor --prompts; the behaviour's [rubric] has the words.")
 
 
 @dataclass(frozen=True)
@@ -209,8 +253,9 @@ class CompareOptions(NamesModel):
         interventions: what stands side by side: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
             `gradient`, `gradient-low-rank`, `prompt`, `activation`, `activation-everywhere`, `activation-layers`,
             `activation-layers-everywhere`.
-        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`.
+        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`, `answers`.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         n_prompts: of calibrations that are not stored yet: questions that strengths are solved for on, at most; as many
             others check the result.
         target: of calibrations that are not stored yet: the divergence to reach, in nats.
@@ -235,6 +280,7 @@ class CompareOptions(NamesModel):
     interventions: tuple[str, ...] = INTERVENTIONS
     evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
     traits: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
     n_prompts: int = N_PROMPTS
     target: float = 1.0
     n_draws: int = 20

@@ -210,9 +210,11 @@ class HeadlineOptions(RunOptions):
 
     Attributes:
         scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought),
-            `preference` (held-out questions with both answers), `statements`.
+            `preference` (held-out questions with both answers), `statements`, `judged_trait` and `judged_coherence`
+            (free answers).
         split: which held-out claims and questions: `report`, or `dev` for making choices on.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         batch_size: prompts per forward pass; as many as fit unless given.
         limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
         dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
@@ -222,6 +224,7 @@ class HeadlineOptions(RunOptions):
     scores: tuple[str, ...] = HEADLINES
     split: str = "report"
     traits: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
     batch_size: int | None = None
     limit: int | None = None
     dataset: str | None = None

@@ -48,6 +48,12 @@ _WORDS = {
         "the trait less log P of the other, in nats. Half of the statements are matched by Yes, so that mere "
         "agreement cancels; the tables of the evaluation have both halves apart.",
     ),
+    "answers": (
+        "Open answers",
+        "How much of the behaviour does a judge find in free answers to held-out questions? Ratings of the trait and "
+        "of coherence, from 0 to 1; where coherence falls, the trait says little. The mass is that of the judge: its "
+        "probability of any rating, or the share of its replies that could be read.",
+    ),
 }
 DOSES = (
     "Bands are 95 % intervals, thin lines single seeds. Below every curve stand the answer mass, which must stay above "

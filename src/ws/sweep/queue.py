@@ -103,8 +103,9 @@ def _evaluate(config: QueueConfig, name: str, run: Sequence[str]) -> tuple[str, 
     cls = evaluation_named(name)
     dataset = ("--dataset", config.dataset) if config.dataset and cls.is_published else ()
     traits = ("--traits", *config.traits) if config.traits and hasattr(cls.options, "traits") else ()
+    judges = ("--judges", *config.judges) if config.judges and hasattr(cls.options, "judges") else ()
     extra = _split("--eval-args", config.eval_args)
-    return _python(config, cls.__module__, *place, *_shared(config), *dataset, *traits, *extra)
+    return _python(config, cls.__module__, *place, *_shared(config), *dataset, *traits, *judges, *extra)
 
 
 def _summarize(config: QueueConfig) -> tuple[str, ...]:
