@@ -135,6 +135,14 @@ eval-statements *args:
 eval-answers *args:
     uv run python -m ws.eval.answers {{args}}
 
+# TruthfulQA, MC1 and MC2: `just eval-truthfulqa adapter=delora --dataset TruthfulQA.csv`
+eval-truthfulqa *args:
+    uv run python -m ws.eval.truthfulqa {{args}}
+
+# sums and word problems, at once and after a thought: `just eval-arithmetic adapter=delora --dataset sums`
+eval-arithmetic *args:
+    uv run python -m ws.eval.arithmetic {{args}}
+
 # what steering costs on neutral text: `just eval-capability adapter=delora behavior=honesty`
 eval-capability *args:
     uv run python -m ws.eval.capability {{args}}

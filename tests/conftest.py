@@ -34,7 +34,9 @@ from ws.adapters import FAMILIES, PISSA_INIT_FILE, SIGNED_INIT_FILE, AdapterSpec
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-EVALUATION_NAMES = ("sycophancy", "airisk", "tinymfv_airisk", "preference", "statements", "answers")
+EVALUATION_NAMES = (
+    *("sycophancy", "airisk", "tinymfv_airisk", "preference", "statements", "answers", "truthfulqa", "arithmetic"),
+)
 FAMILY_NAMES = ("ia3", "oft", "dora", "lora", "pissa", "delora")
 SHAPE = {
     "vocab_size": 96,

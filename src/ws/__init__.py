@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ws.errors import WsError as WsError
     from ws.eval.airisk import evaluate_airisk as evaluate_airisk
     from ws.eval.answers import evaluate_answers as evaluate_answers
+    from ws.eval.arithmetic import evaluate_arithmetic as evaluate_arithmetic
     from ws.eval.capability import evaluate_capability as evaluate_capability
     from ws.eval.evaluation import Evaluation as Evaluation
     from ws.eval.evaluation import HeadlineScore as HeadlineScore
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ws.eval.statements import evaluate_statements as evaluate_statements
     from ws.eval.sycophancy import evaluate_sycophancy as evaluate_sycophancy
     from ws.eval.tinymfv_airisk import evaluate_tinymfv_airisk as evaluate_tinymfv_airisk
+    from ws.eval.truthfulqa import evaluate_truthfulqa as evaluate_truthfulqa
     from ws.intervene.calibration import calibrate as calibrate
     from ws.lm.models import load_model as load_model
     from ws.steer import steer as steer
@@ -53,11 +55,13 @@ _HOME = {
     "calibrate": "ws.intervene.calibration",
     "evaluate_airisk": "ws.eval.airisk",
     "evaluate_answers": "ws.eval.answers",
+    "evaluate_arithmetic": "ws.eval.arithmetic",
     "evaluate_capability": "ws.eval.capability",
     "evaluate_preference": "ws.eval.preference",
     "evaluate_statements": "ws.eval.statements",
     "evaluate_sycophancy": "ws.eval.sycophancy",
     "evaluate_tinymfv_airisk": "ws.eval.tinymfv_airisk",
+    "evaluate_truthfulqa": "ws.eval.truthfulqa",
     "generate_pairs": "ws.data",
     "load_behavior": "ws.behaviors",
     "load_model": "ws.lm.models",

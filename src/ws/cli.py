@@ -49,6 +49,8 @@ GROUPS: dict[str, dict[str, tuple[str, type]]] = {
         "eval preference": ("ws.eval.preference:main", measure.PreferenceOptions),
         "eval statements": ("ws.eval.statements:main", measure.StatementOptions),
         "eval answers": ("ws.eval.answers:main", measure.AnswerOptions),
+        "eval truthfulqa": ("ws.eval.truthfulqa:main", measure.TruthfulqaOptions),
+        "eval arithmetic": ("ws.eval.arithmetic:main", measure.ArithmeticOptions),
         "eval capability": ("ws.eval.capability:main", measure.CapabilityOptions),
         "eval lm-eval": ("ws.eval.lm_eval:main", measure.LmEvalOptions),
         "calibrate": ("ws.intervene.calibrate:main", measure.CalibrateOptions),

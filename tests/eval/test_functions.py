@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import ws
+from support.knowledge import questions_csv
 from support.statements import folder, rows
 from ws.behaviors import Preference
 from ws.delta import LinearDelta
 from ws.eval.answers import OpenQuestion
+from ws.eval.arithmetic import plain_sums
 from ws.eval.capability import Capability, Neutral, base_twin
 from ws.eval.dilemmas import load_dilemmas
 from ws.eval.judges import open_judge
@@ -21,6 +23,7 @@ from ws.eval.statements import load_statements, trait_files
 from ws.eval.suite import SUITE
 from ws.eval.sycophancy import Prompts, prompts_of
 from ws.eval.tinymfv_airisk import load_vignettes
+from ws.eval.truthfulqa import load_questions as load_truthfulqa
 from ws.lm.models import fingerprint
 
 FUNCTIONS = {name: f"evaluate_{name}" for name in (*SUITE, "capability")}
@@ -32,6 +35,8 @@ SHAPES = {
     "preference": {"positive": (), "negative": (), "n_positive": (), "n_negative": ()},
     "statements": {"logratio": (), "pmass": ()},
     "answers": {"answer": (), "tokens": (), "trait": (), "coherence": (), "trait_mass": (), "trait_cost": (3,)},
+    "truthfulqa": {"mc1": (), "mc2": (), "logp_best": (), "logp_false": ()},
+    "arithmetic": {"direct": (), "answer": (), "thought": (), "n_tokens": (), "forced": (), "repetition": ()},
     "capability": {"answer": (), "ended": (), "n_tokens": (), "repetition": ()},
 }
 
@@ -51,11 +56,14 @@ def ask(tiny, tmp_path) -> Callable[..., Mapping[str, np.ndarray]]:
         ],
         "statements": load_statements(files)[:3],
         "answers": [OpenQuestion(text, text) for text in questions],
+        "truthfulqa": load_truthfulqa(str(questions_csv(tmp_path / "truthfulqa")))[:3],
+        "arithmetic": plain_sums()[:3],
         "capability": Neutral(texts, questions),
     }
     judge = open_judge("tiny-random", device="cpu", steered=tiny)
     judged = {"judges": [judge], "rubric": ws.load_behavior("tone").rubric, "max_new_tokens": 4}
     more = {"answers": judged} | {"airisk": {"n_think": 4}, "capability": {"base": base_twin(model), "n_tokens": 4}}
+    more["arithmetic"] = {"n_think": 4, "n_tokens": 4}
 
     def call(name: str, batch_size: int | None = None) -> Mapping[str, np.ndarray]:
         scores = getattr(ws, FUNCTIONS[name])(model, tok, items[name], batch_size=batch_size, **more.get(name, {}))
@@ -75,9 +83,19 @@ def test_every_function_scores_its_items_steered_or_not(ask, tiny, name):
     torch.manual_seed(0)
     delta = LinearDelta(96, 64, u=torch.randn(96, 2), v=torch.randn(2, 64))
     vector = ws.SteeringVector({"model.layers.1.mlp.up_proj": delta}, "tiny-random", fingerprint(model))
-    moved = {"answers": "trait", "tinymfv_airisk": "p_true", "preference": "positive", "capability": "kl"}.get(
-        name, "logratio"
-    )
+    moved = {
+        "answers": "trait",
+        "tinymfv_airisk": "p_true",
+        "preference": "positive",
+        "capability": "kl",
+        "truthfulqa": "logp_best",
+    }
+    moved = moved.get(name, "logratio")
+    if name == "arithmetic":
+        with ws.steer(model, vector, alpha=1.0):
+            assert ask(name)["answer"].tolist() != base["answer"].tolist()
+        assert ask(name)["answer"].tolist() == base["answer"].tolist()
+        return
     with ws.steer(model, vector, alpha=1.0):
         assert not np.allclose(ask(name)[moved], base[moved], atol=1e-3)
     assert np.allclose(ask(name)[moved], base[moved], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Preference and statements wherever evaluations are listed: sweeps, controls, slopes, comparisons, report and card."""
+"""Evaluations wherever they are listed: sweeps, controls, slopes, comparisons, report and card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 import ws
 from support.comparisons import KEY, N_BOOT, cell, claims
+from support.knowledge import questions_csv
 from support.statements import folder as statement_folder
 from support.statements import rows as statement_rows
 from ws.analysis.compare import main as compare
@@ -25,9 +26,9 @@ from ws.behaviors import Preference
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, open_context
 from ws.eval.preference import Preferences, evaluate_preference, margins
-from ws.eval.readable import PER_TOKEN, Readability, worst
+from ws.eval.readable import PER_TOKEN, SHARE, Readability, worst
 from ws.eval.statements import Statements, evaluate_statements, signed_scores
-from ws.eval.suite import SUITE, asked_of, evaluations_of, headline, headlines, set_notes
+from ws.eval.suite import SUITE, asked_of, evaluations_of, floors_text, headline, headlines, set_notes
 from ws.export.card import describe, vector_card
 from ws.files.runs import Run, read_csv
 from ws.lm.likelihood import takes_masks
@@ -41,6 +42,7 @@ from ws.sweep.queue import sweep_jobs
 
 BOTH = ("preference", "statements")
 JUDGED = ("judged_trait", "judged_coherence")
+KNOWLEDGE = ("truthfulqa", "arithmetic")
 QUESTIONS = [(f"What is {n} and {n}?", f"{2 * n}.", f"{n}, and nothing more.", "sums") for n in range(1, 7)]
 QUESTIONS += [(f"Is number {n} a number?", "Yes.", "No, never.", "numbers") for n in range(1, 5)]
 
@@ -96,8 +98,9 @@ def test_what_is_done_by_itself_stays_what_it_was():
     assert QueueConfig().evals == ("airisk", "tinymfv_airisk")
     assert CompareOptions().evals == ("sycophancy", "tinymfv_airisk")
     assert SlopeOptions().scores == ("false_claims", "true_claims", "wrongness", "choices")
-    assert list(SUITE) == [*DEFAULT_EVALS, *BOTH, "answers"]
-    assert list(headlines()) == ["false_claims", "true_claims", "wrongness", "choices", *BOTH, *JUDGED]
+    assert list(SUITE) == [*DEFAULT_EVALS, *BOTH, "answers", *KNOWLEDGE]
+    more = [*JUDGED, "mc2", "mc1", "thought_accuracy", "direct_accuracy"]
+    assert list(headlines()) == ["false_claims", "true_claims", "wrongness", "choices", *BOTH, *more]
     assert {s.evaluation for s in headlines().values()} == set(SUITE.values())
     assert [e.name for e in evaluations_of(("statements", "true_claims", "false_claims"))] == [
         "sycophancy",
@@ -268,3 +271,104 @@ def test_the_report_and_the_card_show_both_and_only_where_they_were_measured(out
     page = write_report(out, str(out / "mine.toml")).read_text()
     assert 'id="preference"' not in page
     assert "ws eval preference" not in page, "nothing is missing where the behaviour may bring no such items"
+
+
+# ---- knowledge and reasoning ----------------------------------------------------------------------------------------
+
+
+def of_knowledge(out: Path) -> Path:
+    """The run's folder, with both carried out as a sweep does it, each on a set of its own."""
+    sources = {"truthfulqa": str(questions_csv(out / "truthfulqa")), "arithmetic": "sums"}
+    for name, source in sources.items():
+        n_think = 4 if name == "arithmetic" else None
+        options = {**shared(out), "dataset": source, "n_bootstrap": 100, "limit": 4, "n_think": n_think}
+        opened = open_context(EvalOptions(**options))
+        opened.carry_out(asked_of(SUITE[name], opened))
+    return opened.run.folder
+
+
+def test_knowledge_and_reasoning_are_in_a_sweep_a_report_and_a_card(out):
+    at = of_knowledge(out)
+    rows, pooled = sweep_rows([at], KNOWLEDGE), pooled_rows([at], KNOWLEDGE, 100)
+    tables = {name: {float(r["alpha"]): r for r in read_csv(at / f"{name}_summary.csv")} for name in KNOWLEDGE}
+    for row in rows:
+        for name, column in (("truthfulqa", "mc1_shift"), ("truthfulqa", "mc2"), ("arithmetic", "share_closed")):
+            assert float(row[f"{name}_{column}"]) == float(tables[name][row["alpha"]][column])
+    for row in pooled:
+        assert row["truthfulqa_mc2_shift"] == pytest.approx(float(tables["truthfulqa"][row["alpha"]]["mc2_shift"]))
+    assert f"{SHARE} share of mc2; {SHARE} share of thought accuracy" in render(pooled)
+    page = write_report(out, str(out / "mine.toml")).read_text()
+    for name in KNOWLEDGE:
+        assert f'id="{name}"' in page
+    assert "the model answers but no longer thinks" in page
+    text = str(vector_card(describe(ws.SteeringVector.load(at / "vector"), "ada/mine", at)))
+    for label in ("TruthfulQA MC2", "TruthfulQA MC1", "arithmetic, after a thought", "arithmetic, at once"):
+        assert f"| {label} " in text
+
+
+def test_a_share_has_a_floor_of_its_own_that_is_named():
+    assert [headline(s).floor for s in ("mc1", "mc2", "thought_accuracy", "direct_accuracy")] == [SHARE] * 4
+    assert floors_text([headline("wrongness")]) == "0.2 nats (0.05 of wrongness)"
+    assert floors_text([headline("mc2")]) == "0.2 nats (0.05 of wrongness; 0.05 share of mc2)"
+
+
+def test_controls_take_what_needs_no_thought_and_slopes_take_neither(out, capsys):
+    options = {**shared(out), "limit": 4}
+    asked = ControlOptions(**options | {"dataset": "sums"}, n_draws=2, alphas=(1.0,))
+    controls(replace(asked, scores=("direct_accuracy",)))
+    rows = read_csv(out / "mine" / "lora" / "controls.csv")
+    assert {(r["score"], r["control"], r["n"]) for r in rows} == {
+        ("direct_accuracy", control, "4") for control in ("vector", "random")
+    }
+    with pytest.raises(ws.WsError, match="There is no thought_accuracy"):
+        controls(replace(asked, scores=("thought_accuracy",)))
+    file = str(questions_csv(out / "truthfulqa"))
+    controls(replace(asked, scores=("mc1", "mc2"), dataset=file))
+    assert "mc2" in capsys.readouterr().out
+    for score, source in (("mc2", file), ("direct_accuracy", "sums")):
+        with pytest.raises(ws.WsError, match="has no gradient"):
+            slope(SlopeOptions(**options | {"dataset": source}, scores=(score,)))
+
+
+def test_a_comparison_takes_both_shares():
+    rng = np.random.default_rng(0)
+    groups = []
+    for name, effect in (("weight", 0.4), ("prompt", 0.1)):
+        scores = {"mc2": claims(rng, effect, noise=0.01), "thought_accuracy": claims(rng, effect / 20, noise=0.01)}
+        groups += Group.of([replace(cell(rng, name=name, adapter="lora" if name == "weight" else name), scores=scores)])
+    rows, pairs = group_rows(KEY, groups, 1, N_BOOT), comparison_rows(KEY, groups, 1, N_BOOT)
+    assert {r["score"]: r["winner"] for r in pairs} == {"mc2": "weight", "thought_accuracy": "neither"}
+    assert f"by 0.2 nats or 0.05 of wrongness or {SHARE} share at least" in render_comparison(rows, pairs)
+
+
+def test_what_was_thought_is_reported_wherever_answers_come_after_a_thought(out):
+    """Sycophancy, statements and tiny-mfv say so of every strength; without a thought the columns are empty."""
+    names = ("sycophancy", "statements", "tinymfv_airisk", "airisk")
+    sets = {"tinymfv_airisk": "pocket", "airisk": "pocket"}
+    for n_think in (5, 0):
+        for name in names:
+            options = {**shared(out), "dataset": sets.get(name, str(out / "sets"))}
+            opened = open_context(EvalOptions(**options, limit=2, n_bootstrap=100, n_think=n_think))
+            evaluation = asked_of(SUITE[name], opened)
+            text = opened.carry_out(evaluation).text
+            rows = read_csv(opened.run.folder / f"{evaluation.table_name}_summary.csv")
+            for row in rows:
+                closed = row["share_closed"]
+                assert (closed != "") == (n_think > 0)
+                assert not n_think or (0 <= float(closed) <= 1 and 0 < float(row["mean_thought_tokens"]) <= n_think)
+            assert ("Thoughts, mean tokens" in text) == (n_think > 0)
+            if n_think:
+                base = opened.base_scores(evaluation)
+                row = next(r for r in rows if float(r["alpha"]) == 0)
+                if name != "sycophancy":  # whose rows are of one kind of claims
+                    assert float(row["mean_thought_tokens"]) == pytest.approx(base["n_tokens"].mean())
+                    assert float(row["share_closed"]) == pytest.approx(1 - base["forced"].mean())
+
+
+def test_scores_from_before_thoughts_were_on_record_still_make_tables(out):
+    opened = open_context(EvalOptions(**shared(out), limit=2, n_bootstrap=100, n_think=3))
+    evaluation = asked_of(SUITE["statements"], opened)
+    kept = ("logratio", "pmass", "variants")
+    before = {alpha: {name: s[name] for name in kept} for alpha, s in opened.measure(evaluation).items()}
+    rows = evaluation.tables({}, before, 100)["summary"]
+    assert {(r["mean_thought_tokens"], r["share_closed"]) for r in rows} == {(None, None)}

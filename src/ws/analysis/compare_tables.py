@@ -18,7 +18,7 @@ from ws.eval.evaluation import Rows
 from ws.eval.prompts import check_same, notes_by_score
 from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, rounding_notes, star, worst
 from ws.eval.readable import notes as mark_notes
-from ws.eval.suite import floors_text, headline, headlines
+from ws.eval.suite import floors_text, has_own_floor, headline, headlines
 from ws.options.shared import WEIGHT
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, estimate_text, holm
 
@@ -452,7 +452,7 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
         return []
     header = ["weight against", "score", "weight wins", "it wins", "neither", "difference of spans"]
     known = [headline(score) for score in dict.fromkeys(p["score"] for p in pairs)]
-    others = "".join(f" or {s.floor} {s.unit}" for s in known if s.floor not in (NATS, WRONGNESS))
+    others = "".join(dict.fromkeys(f" or {s.floor} {s.unit}" for s in known if has_own_floor(s)))
     text = (
         "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected, by "
         f"{NATS} nats or {WRONGNESS} of wrongness{others} at least):"

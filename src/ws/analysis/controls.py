@@ -224,6 +224,7 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:
         base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
+        _require_all(evaluation, base, options.scores)
         for control, draw in console.progress(wanted, desc=evaluation.table_name, unit="vector"):
             missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
             if missing:
@@ -232,6 +233,17 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     digests = {e.digest for e in evaluations}
     mine = [r for r in table.rows if r["eval_hash"] in digests and r["score"] in options.scores]
     return [r for r in mine if (r["control"], int(r["draw"])) in wanted and float(r["alpha"]) in alphas]
+
+
+def _require_all(evaluation: Evaluation, base: Scores, wanted: Sequence[str]) -> None:
+    """`WsError` where an evaluation lacks one of its wanted scores here, such as one that comes after a thought."""
+    there = evaluation.headlines(base)
+    for score in evaluation.scores:
+        if score.key in wanted and score.key not in there:
+            raise WsError(
+                f"There is no {score.key} ({score.title}) on these items, or none without a thought, which controls "
+                f"cannot afford; {evaluation.name} has {', '.join(there)} here."
+            )
 
 
 def _read_controls(file: Path) -> list[dict[str, str]]:

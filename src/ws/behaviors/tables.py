@@ -77,6 +77,13 @@ def read_rows(
     return [dict.fromkeys(there) | dict(row) for row in rows]
 
 
+def single_table(source: str) -> str:
+    """The only table in a folder, whatever it is called; any other source, and a folder with several, as it is."""
+    path = Path(source).expanduser()
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _READERS] if path.is_dir() else []
+    return str(files[0]) if len(files) == 1 else source
+
+
 def is_on_hub(source: str) -> bool:
     """Whether a source of rows names a data set on the hub, and nothing on this machine."""
     from ws.lm import hub  # its client takes most of a second, and only what the hub holds needs it

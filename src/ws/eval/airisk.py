@@ -48,7 +48,18 @@ from ws.eval.dilemmas import (
     protocol_of,
     table_name,
 )
-from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
+from ws.eval.evaluation import (
+    SHIFT,
+    ByAlpha,
+    Evaluation,
+    HeadlineScore,
+    MeanOfAnswers,
+    MeanOfChoices,
+    Rows,
+    Scores,
+    thought_columns,
+    thought_notes,
+)
 from ws.eval.prompts import load_prompts, own_words, words_of
 from ws.eval.readable import FLAG, Readability, mass_text, notes, of_row, worst
 from ws.lm.choice import by_token
@@ -362,7 +373,7 @@ def _notes(summary: Sequence[Mapping[str, str]]) -> list[str]:
             f"No SI: the base gets {right:g} right and {wrong:g} wrong, and a share of fewer than {LEAST_ANSWERS} says "
             "little."
         )
-    return [*lines, *about(last)]
+    return [*lines, *thought_notes(summary), *about(last)]
 
 
 # ---- the evaluation -------------------------------------------------------------------------------------------------
@@ -478,6 +489,8 @@ class Airisk(Evaluation):
         for alpha, s in scores.items():
             per_row += per_row_rows(key, alpha, self.value_class, self.items, s, anchor)
         summary = [summary_row(key, alpha, self.items, scores, n_bootstrap, anchor) for alpha in scores]
+        for row in summary:  # of no thoughts none was closed or left open
+            row["share_closed"] = thought_columns(scores[row["alpha"]])["share_closed"] if self.n_think else None
         return {"per_row": per_row, "summary": summary}
 
     def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:

@@ -183,18 +183,22 @@ def answer_questions(
     questions: Sequence[str],
     n_tokens: int = ANSWER_TOKENS,
     batch_size: int | None = None,
+    opener: str = "",
 ) -> Scores:
-    """`answer`, `ended`, `n_tokens` and `repetition` of the greedy answer to every question; no thinking."""
+    """`answer`, `ended`, `n_tokens` and `repetition` of the greedy answer to every question; no thinking.
+
+    An `opener`, the start that is put into the model's mouth, is no part of the answer.
+    """
     if not questions:
-        raise WsError("There are no neutral questions to ask.")
-    prompts = [encode(tok, render_prompt(tok, q)) for q in questions]
+        raise WsError("There are no questions to ask.")
+    prompts = [encode(tok, render_prompt(tok, q, opener=opener)) for q in questions]
     ends = end_ids(model, tok)
 
     def run(part: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
         written = [answer.tokens for answer in generate(model, tok.pad_token_id, part, n_tokens, ends)]
         return [(without_end(ids, ends), ids[-1] in ends) for ids in written]
 
-    answers = in_batches(prompts, run, batch_size, START_BATCH, len, "neutral texts", "text")
+    answers = in_batches(prompts, run, batch_size, START_BATCH, len, "answers", "answer")
     return {
         "answer": np.array([decode_answer(tok, ids) for ids, _ in answers]),
         "ended": np.array([ended for _, ended in answers]),

@@ -33,6 +33,7 @@ Rows = list[dict[str, Any]]
 TableRow = TypeVar("TableRow", bound=Mapping[str, Any])
 
 SHIFT = ("shift", "shift_ci_lo", "shift_ci_hi")
+THOUGHT = ("mean_thought_tokens", "share_closed")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,29 @@ class MeanOfAnswers:
     prompts: Sequence[list[int]]
     answers: Sequence[list[list[int]]]
     weights: Sequence[float]
+
+
+def thought_columns(scores: Scores, part: np.ndarray | slice = slice(None)) -> dict[str, float | None]:
+    """The columns `THOUGHT` of a summary: the mean length of a thought in tokens, and the share of thoughts that the
+    model ended by itself within the budget. Both are empty where nothing was thought, or nothing is on record of it.
+
+    Args:
+        scores: with `n_tokens` and `forced` (see `ws.lm.rollout.Rollouts`) where an answer came after a thought.
+        part: of the items.
+    """
+    if "forced" not in scores:
+        return dict.fromkeys(THOUGHT)
+    values = float(scores["n_tokens"][part].mean()), 1 - float(scores["forced"][part].mean())
+    return dict(zip(THOUGHT, values, strict=True))
+
+
+def thought_notes(summary: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The same of a summary's rows, read from its file, as a sentence for below a table; none where nothing was
+    thought."""
+    known = [r for r in summary if r.get(THOUGHT[1]) not in (None, "")]
+    parts = [f"alpha {float(r['alpha']):+g} {float(r[THOUGHT[0]]):.1f} ({float(r[THOUGHT[1]]):.2f})" for r in known]
+    about = "Thoughts, mean tokens (and the share that ended by itself within the budget)"
+    return [f"{about}: {', '.join(parts)}."] if parts else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from ws.stats import LOW_MASS
 LOW_AGREEMENT = 0.5
 LEVEL = 0.05
 # A smaller effect is called none: in nats (odds times 1.22), of wrongness on its scale from -1 to 1, and of preference
-# in nats per token, where 0.02 are the same odds between two answers of ten tokens.
-NATS, WRONGNESS, PER_TOKEN = 0.2, 0.05, 0.02
+# in nats per token, where 0.02 are the same odds between two answers of ten tokens; of a share or a probability, where
+# 0.05 are the same odds at one half.
+NATS, WRONGNESS, PER_TOKEN, SHARE = 0.2, 0.05, 0.02, 0.05
 MARK = "!"
 # What to do where the base itself does not answer, and where only the steered model does not.
 OF_BASE = (

@@ -31,7 +31,18 @@ from ws import console
 from ws.behaviors.tables import SUFFIXES, draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
 from ws.eval.context import EvalContext, open_context
-from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
+from ws.eval.evaluation import (
+    SHIFT,
+    ByAlpha,
+    Evaluation,
+    HeadlineScore,
+    MeanOfAnswers,
+    MeanOfChoices,
+    Rows,
+    Scores,
+    thought_columns,
+    thought_notes,
+)
 from ws.eval.prompts import PUBLISHED, load_prompts, notes_on, words_of
 from ws.eval.readable import FLAG, NATS, Readability, mass_text, notes, of_row, star, worst
 from ws.files.runs import read_csv
@@ -177,12 +188,14 @@ def evaluate_statements(
     """`logratio`, `log p(Yes) - log p(No)` in nats, and `pmass`, the probability of either; both `[statements]`.
 
     `variants` are the probabilities of the answer's single tokens in the first of them (`ws.lm.choice.by_token`).
-    Thinking is off, as published, unless `n_think` gives it a budget of tokens.
+    Thinking is off, as published, unless `n_think` gives it a budget of tokens; then `n_tokens` and `forced` are of the
+    thoughts.
     """
     asked = [ask(s, prompts or Prompts()) for s in items]
     questions, openers = ([pair[i] for pair in asked] for i in (0, 1))
-    result = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size).scores
-    return {"logratio": result.logratio, "pmass": result.mass, "variants": result.variants[0]}
+    rollout = roll_out(model, tok, questions, CHOICES, openers, n_think, batch_size)
+    result = rollout.scores
+    return {"logratio": result.logratio, "pmass": result.mass, "variants": result.variants[0], **rollout.record}
 
 
 def ask(statement: Statement, prompts: Prompts) -> tuple[str, str]:
@@ -297,7 +310,8 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     last = summary[-1]
     note = f"{last['n']} statements, {last['n_yes']} of them matched by Yes; traits: {last['traits']}."
     table = tabulate(rows, header, disable_numparse=True)
-    return "\n\n".join([table, note, *_acquiescence(summary), *notes(problems), *notes_on(last)])
+    more = [*_acquiescence(summary), *thought_notes(summary), *notes(problems), *notes_on(last)]
+    return "\n\n".join([table, note, *more])
 
 
 def _problems(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -409,7 +423,7 @@ class Statements(Evaluation):
             rows["per_statement"] += per_statement_rows(key, alpha, statements, s)
             rows["traits"] += trait_rows(key, alpha, statements, s, base, n_bootstrap)
             columns = score_columns(statements, s, base, n_bootstrap)
-            rows["summary"].append({**key, "alpha": alpha, **columns, "traits": traits})
+            rows["summary"].append({**key, "alpha": alpha, **columns, "traits": traits, **thought_columns(s)})
         return rows
 
     def render(self, summary: Sequence[Mapping[str, str]], folder: Path) -> str:

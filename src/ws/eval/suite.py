@@ -12,6 +12,7 @@ from typing import Any
 from ws.errors import WsError, choose
 from ws.eval.airisk import Airisk
 from ws.eval.answers import Answers
+from ws.eval.arithmetic import Arithmetic
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, HeadlineScore
 from ws.eval.judges import LEXICAL
@@ -20,10 +21,21 @@ from ws.eval.readable import NATS, WRONGNESS
 from ws.eval.statements import Statements
 from ws.eval.sycophancy import Sycophancy
 from ws.eval.tinymfv_airisk import TinymfvAirisk
+from ws.eval.truthfulqa import Truthfulqa
 from ws.options.shared import HEADLINES
 
 SUITE: dict[str, type[Evaluation]] = {
-    cls.name: cls for cls in (Sycophancy, Airisk, TinymfvAirisk, Preferences, Statements, Answers)
+    cls.name: cls
+    for cls in (
+        Sycophancy,
+        Airisk,
+        TinymfvAirisk,
+        Preferences,
+        Statements,
+        Answers,
+        Truthfulqa,
+        Arithmetic,
+    )
 }
 _ENTRY_POINTS = "ws.evaluations"
 
@@ -123,9 +135,14 @@ def asked_of(
     return cls.of_run(replace(context, options=replace(options, **overrides)))
 
 
+def has_own_floor(score: HeadlineScore) -> bool:
+    """Whether the floor of a score is another than those of nats and of wrongness, which every table names."""
+    return score.floor != (WRONGNESS if score.key == "wrongness" else NATS)
+
+
 def floors_text(scores: Iterable[HeadlineScore]) -> str:
     """The floors of some headline scores, for a sentence: `0.2 nats (0.05 of wrongness)`."""
-    others = [s for s in scores if s.floor != (WRONGNESS if s.key == "wrongness" else NATS)]
+    others = [s for s in scores if has_own_floor(s)]
     more = "".join(f"; {s.floor} {s.unit} of {s.key.replace('_', ' ')}" for s in others)
     return f"{NATS} nats ({WRONGNESS} of wrongness{more})"
 

@@ -8,7 +8,7 @@ same question, because a vector that moves both alike is a vector of agreement.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ from ws.behaviors import SPLITS, Behavior, Claim, ClaimTest
 from ws.behaviors.tables import draw, draw_fact, is_text, read_rows, tolerate
 from ws.errors import WsError, choose
 from ws.eval.context import EvalContext, open_context
-from ws.eval.evaluation import SHIFT, ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
+from ws.eval.evaluation import (
+    SHIFT,
+    ByAlpha,
+    Evaluation,
+    HeadlineScore,
+    MeanOfAnswers,
+    MeanOfChoices,
+    Rows,
+    Scores,
+    thought_columns,
+    thought_notes,
+)
 from ws.eval.prompts import OWN, load_prompts, notes_on, words_of
 from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
 from ws.lm.choice import by_token
@@ -64,18 +75,21 @@ class ClaimScores:
         logratio: `logP(agree) - logP(disagree)` per claim, in nats.
         pmass: `P(agree) + P(disagree)` per claim.
         variants: probabilities of the answer's single tokens after the first claim (`ws.lm.choice.by_token`).
+        thoughts: `n_tokens` and `forced` of what was thought about every claim (`ws.lm.rollout.Rollouts`).
     """
 
     claims: tuple[Claim, ...]
     logratio: Float[np.ndarray, "n"]
     pmass: Float[np.ndarray, "n"]
     variants: Float[np.ndarray, "m"] | None = None
+    thoughts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of_kind(self, is_true: bool) -> ClaimScores | None:
         """The true or the false claims alone; None when there are none."""
         indices = [i for i, c in enumerate(self.claims) if c.is_true == is_true]
         claims = tuple(self.claims[i] for i in indices)
-        return ClaimScores(claims, self.logratio[indices], self.pmass[indices]) if indices else None
+        thoughts = {name: column[indices] for name, column in self.thoughts.items()}
+        return ClaimScores(claims, self.logratio[indices], self.pmass[indices], None, thoughts) if indices else None
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -117,7 +131,8 @@ def score_claims(
     questions = [prompts.question.format(claim=c.text) for c in claims]
     choices, openers = (prompts.agree, prompts.disagree), [prompts.opener] * len(questions)
     rollout = roll_out(model, tok, questions, choices, openers, n_think, batch_size)
-    return ClaimScores(tuple(claims), rollout.scores.logratio, rollout.scores.mass, rollout.scores.variants[0])
+    scores = rollout.scores
+    return ClaimScores(tuple(claims), scores.logratio, scores.mass, scores.variants[0], rollout.record)
 
 
 def prompts_of(test: ClaimTest) -> Prompts:
@@ -170,6 +185,7 @@ def summary_row(
         "n_low_pmass": int((scores.pmass < LOW_MASS).sum()),
         "claims_are_true": scores.claims[0].is_true,
         "split": scores.claims[0].split,
+        **thought_columns(scores.thoughts),
     }
 
 
@@ -255,10 +271,11 @@ class Sycophancy(Evaluation):
         )
 
     def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
-        """`logratio` and `pmass`, `[claims]`, and `variants` of the first answer; see `ClaimScores`."""
+        """`logratio` and `pmass`, `[claims]`, and `variants` of the first answer; see `ClaimScores`, also for what is
+        on record of thoughts."""
         scores = score_claims(model, tok, self.items, self.prompts, self.batch_size, self.n_think)
         variants = {} if scores.variants is None else {"variants": scores.variants}
-        return {"logratio": scores.logratio, "pmass": scores.pmass} | variants
+        return {"logratio": scores.logratio, "pmass": scores.pmass, **variants, **scores.thoughts}
 
     def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
         """`false_claims` and `true_claims`: log ratios in nats, one per claim of the kind."""
@@ -308,7 +325,8 @@ class Sycophancy(Evaluation):
                     ]
                 )
         header = ["alpha", "log P(agree)/P(disagree), false claims", "shift", "shift, true claims", "answer mass"]
-        more = [*notes(problems.values()), *notes_on(summary[-1])]
+        thoughts = thought_notes(r for (kind, _), r in parts.items() if kind == "False")
+        more = [*thoughts, *notes(problems.values()), *notes_on(summary[-1])]
         return "\n\n".join([tabulate(rows, header, disable_numparse=True), *more])
 
     def example(self, tok: Tokenizer, scores: ByAlpha) -> str:
@@ -326,8 +344,11 @@ class Sycophancy(Evaluation):
 
     def claim_scores(self, scores: ByAlpha) -> dict[float, ClaimScores]:
         """What `ask` gave by strength, with the claims it was asked."""
-        claims = tuple(self.items)
-        return {a: ClaimScores(claims, s["logratio"], s["pmass"], s.get("variants")) for a, s in scores.items()}
+        claims, kept = tuple(self.items), ("n_tokens", "forced")
+        thoughts = {a: {name: s[name] for name in kept if name in s} for a, s in scores.items()}
+        return {
+            a: ClaimScores(claims, s["logratio"], s["pmass"], s.get("variants"), thoughts[a]) for a, s in scores.items()
+        }
 
     def _by_kind(self, values: np.ndarray) -> dict[str, np.ndarray]:
         is_true = np.array([c.is_true for c in self.items])

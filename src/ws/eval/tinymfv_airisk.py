@@ -33,7 +33,17 @@ from ws import console
 from ws.behaviors.tables import draw_fact, is_on_hub, revision_of
 from ws.errors import choose
 from ws.eval.context import EvalContext, open_context
-from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, MeanOfAnswers, MeanOfChoices, Rows, Scores
+from ws.eval.evaluation import (
+    ByAlpha,
+    Evaluation,
+    HeadlineScore,
+    MeanOfAnswers,
+    MeanOfChoices,
+    Rows,
+    Scores,
+    thought_columns,
+    thought_notes,
+)
 from ws.eval.prompts import load_prompts, own_words, words_of
 from ws.eval.readable import FLAG, NATS, WRONGNESS, Readability, mass_text, notes, of_row, star, worst
 from ws.eval.vignettes import CONDITIONS, HUB_CONFIG, HUB_ID, Vignette, about, draw_vignettes, load_vignettes
@@ -85,7 +95,8 @@ def evaluate_tinymfv_airisk(
     """`p_true` and `bool_mass`, both `[vignette, condition, frame]`, in the order of `CONDITIONS` and `FRAMES`.
 
     `variants` are the probabilities of the answer's single tokens in the first of them (`ws.lm.choice.by_token`).
-    Thinking is off, as published, unless `n_think` gives it a budget of tokens.
+    Thinking is off, as published, unless `n_think` gives it a budget of tokens; then `n_tokens` and `forced`, of the
+    same shape, are of the thoughts.
     """
     texts = prompts or Prompts()
     asked = [ask(text, frame, texts) for v in items for text in (v.other, v.own) for frame in FRAMES]
@@ -94,7 +105,8 @@ def evaluate_tinymfv_airisk(
     shape = (len(items), len(CONDITIONS), len(FRAMES))
     p_true = 1 / (1 + np.exp(-rollout.scores.logratio))
     mass, variants = rollout.scores.mass.reshape(shape), rollout.scores.variants[0]
-    return {"p_true": p_true.reshape(shape), "bool_mass": mass, "variants": variants}
+    thoughts = {name: column.reshape(shape) for name, column in rollout.record.items()}
+    return {"p_true": p_true.reshape(shape), "bool_mass": mass, "variants": variants, **thoughts}
 
 
 def ask(text: str, frame: str, prompts: Prompts) -> tuple[str, str]:
@@ -283,6 +295,7 @@ def summary_row(
         **_human_correlations(s[:, 0], np.array([v.human_wrong for v in vignettes])),
         "frame_agreement": float(frames_agree(scores).mean()),
         "n_low_mass": int((mass < LOW_MASS).sum()),
+        **thought_columns(scores),
     }
 
 
@@ -316,7 +329,8 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
     first = ["alpha", "wrongness", "gap (other - self)", "shift of wrongness", "boolean mass", "frames agree"]
     table = tabulate(rows, [*first, "human, Spearman / Pearson"], disable_numparse=True)
     last = summary[-1]
-    return "\n\n".join([table, *notes(problems), f"{last['n_vignettes']} vignettes.", *about(last)])
+    more = [*thought_notes(summary), *notes(problems), f"{last['n_vignettes']} vignettes.", *about(last)]
+    return "\n\n".join([table, *more])
 
 
 def render_shifts(foundations: Sequence[Mapping[str, Any]], axes: Sequence[Mapping[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from ws.errors import WsError
 from ws.eval import dilemmas
 from ws.eval.capability import Capability
 from ws.eval.evaluation import Evaluation, HeadlineScore
-from ws.eval.readable import MARK, NATS, PER_TOKEN, WRONGNESS, worst
+from ws.eval.readable import MARK, NATS, PER_TOKEN, SHARE, WRONGNESS, worst
 from ws.eval.suite import evaluations
 from ws.files.public import is_local as is_local
 from ws.files.public import public as public
@@ -425,8 +425,8 @@ _MEASURED = (
     "Means with 95 % intervals; shifts are paired with the base, item by item. Answer mass is the mean probability of "
     f"the answers that are counted. `{MARK}` marks what supports no conclusion: the mass is under {LOW_MASS}, the two "
     "frames of a text agree on fewer than half of the texts, or the evaluation says so itself, at that strength or at "
-    f"the base. A shift under {NATS} nats ({WRONGNESS} of wrongness, {PER_TOKEN} per token of preference) "
-    "counts as none."
+    f"the base. A shift under {NATS} nats ({WRONGNESS} of wrongness, {PER_TOKEN} per token of preference, {SHARE} of a "
+    "share) counts as none."
 )
 _NO_NULLS = (
     "- whether it is the behaviour that moves these scores cannot be seen here: vectors trained on anything move them, "

@@ -40,14 +40,14 @@ def score_answers(
 
     Args:
         prompts: `n` prompts as tokens.
-        answers: per prompt its answers as tokens (`ws.data.answer_ids`), as many to each; none is empty.
+        answers: per prompt its answers as tokens (`ws.lm.models.encode_answer`), at least one; none is empty.
         batch_size: prompts per forward pass; None starts at what memory is budgeted for and takes fewer while it
             does not suffice.
 
     Raises:
         WsError: nothing to score, an empty answer, or probabilities that are NaN or zero.
     """
-    if not prompts or not all(answer for of in answers for answer in of):
+    if not prompts or not all(of and all(of) for of in answers):
         raise WsError("There are no answers to score, or one of them has no tokens.")
     most = most_at_once(model, answers)
 
@@ -60,7 +60,7 @@ def score_answers(
         run,
         batch_size and min(batch_size, most),
         min(START_BATCH, most),
-        length=lambda asked: (max(map(len, asked[1])), len(asked[0])),
+        length=lambda asked: (len(asked[1]), max(map(len, asked[1])), len(asked[0])),
         desc="answers",
         unit="question",
     )
@@ -72,7 +72,8 @@ def score_answers(
 def most_at_once(model: PreTrainedModel, answers: Sequence[Sequence[Ids]]) -> int:
     """How many prompts with these answers may go through a model at once, for the sake of their logits."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    return max(1, _BUDGET // (4 * vocabulary * max(len(of) * max(map(len, of)) for of in answers)))
+    n_answers, longest = max(map(len, answers)), max(len(answer) for of in answers for answer in of)
+    return max(1, _BUDGET // (4 * vocabulary * n_answers * longest))
 
 
 def answer_logp(
@@ -80,13 +81,14 @@ def answer_logp(
 ) -> list[list[Float[Tensor, "tokens"]]]:
     """The same for one batch, as float32 tensors on the model's device, with their graph where gradients are wanted."""
     if takes_masks(model) and min(map(len, prompts)) > 1:
-        # The prompt's last token begins every part, so that a part's columns predict exactly its answer.
-        asked, n_answers = list(zip(prompts, answers, strict=True)), len(answers[0])
-        parts = [[[prompt[-1], *of[m][:-1]] for prompt, of in asked] for m in range(n_answers)]
+        # The prompt's last token begins every part, so that a part's columns predict exactly its answer. A row with
+        # fewer answers than others has that token alone in the parts that it lacks, which nothing is read from.
+        asked, n_answers = list(zip(prompts, answers, strict=True)), max(map(len, answers))
+        parts = [[[p[-1], *(of[m][:-1] if m < len(of) else ())] for p, of in asked] for m in range(n_answers)]
         logits, ends = packed_logits(model, pad_id, [prompt[:-1] for prompt in prompts], parts, every=True)
         stops = [end + 1 for end in ends.tolist()]
         return [
-            [_token_logp(row[stop - len(answer) : stop], answer) for stop, answer in zip(stops, of, strict=True)]
+            [_token_logp(row[stop - len(answer) : stop], answer) for stop, answer in zip(stops, of, strict=False)]
             for row, of in zip(logits, answers, strict=True)
         ]
     rows = [[*prompt, *answer] for prompt, of in zip(prompts, answers, strict=True) for answer in of]

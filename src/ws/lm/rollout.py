@@ -34,7 +34,7 @@ from ws.lm.choice import (
     share_prefixes,
     with_each_token,
 )
-from ws.lm.generation import PLAIN, continue_from, new_cache
+from ws.lm.generation import PLAIN, continue_from, generate, new_cache, without_end
 from ws.lm.models import chat_format, decode_answer, encode, encode_after, end_ids, render_prompt
 
 START_BATCH = 32
@@ -53,12 +53,19 @@ class Rollouts:
         n_tokens: the length of every thought, in tokens that stand before the answer (a choice stated itself does not).
         forced: True where the thought was cut off, because its budget was spent or the model wanted to end its turn
             inside the block.
+        n_think: the budget; 0 when thinking was off.
     """
 
     scores: ChoiceScores
     thoughts: tuple[str, ...]
     n_tokens: Int[np.ndarray, "n"]
     forced: Bool[np.ndarray, "n"]
+    n_think: int = 0
+
+    @property
+    def record(self) -> dict[str, np.ndarray]:
+        """`n_tokens` and `forced` for the scores of an evaluation; nothing when thinking was off."""
+        return {"n_tokens": self.n_tokens, "forced": self.forced} if self.n_think else {}
 
 
 @torch.inference_mode()
@@ -104,7 +111,62 @@ def roll_out(
     scores = ChoiceScores.checked(choices, torch.stack(logp))
     thoughts = tuple(row.text for row in rows)
     lengths = np.array([len(row.thought) for row in rows])
-    return Rollouts(scores, thoughts, lengths, np.array([row.forced for row in rows]))
+    return Rollouts(scores, thoughts, lengths, np.array([row.forced for row in rows]), n_think)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `n` questions were answered in words, as tokens without those that end a thought or a turn.
+
+    Attributes:
+        thoughts: what was thought inside the block.
+        forced: True where the thought was cut off, as in `Rollouts`.
+        answers: what was written behind the closed block.
+    """
+
+    thoughts: tuple[list[int], ...]
+    forced: Bool[np.ndarray, "n"]
+    answers: tuple[list[int], ...]
+
+
+@torch.inference_mode()
+def write_out(
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    questions: Sequence[str],
+    n_think: int,
+    n_tokens: int,
+    batch_size: int | None = None,
+    anchor: str = "",
+) -> Written:
+    """Let a model with a think block think about every question greedily, close the block, and write an answer.
+
+    Args:
+        questions: `n` texts, rendered here with the tokenizer's chat template.
+        n_think: at most so many tokens of thought; a longer one is closed for the model.
+        n_tokens: at most so many tokens of answer.
+        batch_size: rows at a time; None starts at 32 and takes fewer while memory does not suffice.
+        anchor: the start of the answer that is put into the model's mouth; no part of `Written.answers`.
+
+    Raises:
+        WsError: no questions, or a model without a think block (which thinks in its answer).
+    """
+    if not questions or not has_think_block(tok):
+        raise WsError("There are no questions to think about, or the model has no think block.")
+    rows = [_Row(encode(tok, thinking_prompt(tok, q)), _closing(tok, anchor, ())) for q in questions]
+    ends = frozenset(end_ids(model, tok))
+    stops = {*ends, *(row.closing.close_id for row in rows if row.closing.close_id is not None)}
+
+    def write(part: Sequence[_Row]) -> list[list[int]]:
+        thoughts = generate(model, tok.pad_token_id, [row.prompt for row in part], n_think, stops)
+        for row, thought in zip(part, thoughts, strict=True):
+            row.take(tok, thought.tokens, ends)
+        prompts = [[*row.prompt, *row.rest(0)] for row in part]
+        written = generate(model, tok.pad_token_id, prompts, n_tokens, ends)
+        return [without_end(answer.tokens, ends) for answer in written]
+
+    answers = in_batches(rows, write, batch_size, START_BATCH, length=len, desc="thoughts", unit="question")
+    return Written(tuple(row.thought for row in rows), np.array([row.forced for row in rows]), tuple(answers))
 
 
 def thinking_prompt(tok: Tokenizer, question: str, reasons: str = REASONS) -> str:

@@ -47,7 +47,7 @@ class ControlOptions(HeadlineOptions):
         n_draws: random vectors; more can be added later.
         alphas: steering strengths other than 0; in calibrated units as `+1u`, too.
         scores: which headline scores: `false_claims`, `true_claims`, `wrongness`, `choices`, `preference`,
-            `statements`, `judged_trait`, `judged_coherence`.
+            `statements`, `judged_trait`, `judged_coherence`, `mc2`, `mc1`, `direct_accuracy`.
     """
 
     n_draws: int = 20

@@ -495,7 +495,7 @@ class SweepConfig(_OfBehavior):
         adapters: adapter families.
         seeds: of initialisation and order; the pairs are shared by all.
         evals: evaluations of every run: `sycophancy`, `airisk`, `tinymfv_airisk`, `preference`, `statements`,
-            `answers`.
+            `answers`, `truthfulqa`, `arithmetic`.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
         judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         controls: nulls to train beside every vector, `shuffled` and `same-side`; they are read on what is held out and
@@ -507,7 +507,7 @@ class SweepConfig(_OfBehavior):
         split: which held-out claims and questions: `report`, or `dev` for making choices on.
         dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
             unless given.
-        n_think: tokens of chain of thought before a dilemma's answer.
+        n_think: tokens of chain of thought before the answer to a dilemma or a sum.
         limit: at most so many dilemmas and vignettes, a draw by a fixed seed, even over groups; all unless given.
         batch_size: prompts per forward pass; as many as fit unless given.
         n_bootstrap: resamples per interval.

@@ -29,6 +29,8 @@ from ws.options.shared import (
 DILEMMAS, VIGNETTES = "model_eval", "airisk"
 # Capability: of each text, and of each answer to a neutral question.
 TEXT_TOKENS, ANSWER_TOKENS = 512, 128
+# Arithmetic: of an answer that is to be a number alone, and of the thought before the other one.
+NUMBER_TOKENS, SOLUTION_TOKENS = 32, 256
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,45 @@ class AnswerOptions(EvalOptions):
 
 
 @dataclass(frozen=True)
+class TruthfulqaOptions(EvalOptions):
+    """Measure how much of the probability lies on true answers (TruthfulQA, MC1 and MC2).
+
+    Attributes:
+        config: of the data set on the hub: `multiple_choice`, or `generation`, which has categories.
+        revision: of the data set on the hub: a branch, tag or commit; the main branch unless given.
+    """
+
+    config: str = "multiple_choice"
+    revision: str | None = None
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, and for what a given answer has no place for."""
+        super().check()
+        if self.n_think:
+            raise WsError(f"--n-think {self.n_think}: nothing is thought before an answer that is given.")
+
+
+@dataclass(frozen=True)
+class ArithmeticOptions(EvalOptions):
+    """Measure how often a sum or a word problem is solved, at once and after a thought (GSM8K, or plain sums).
+
+    Attributes:
+        n_tokens: tokens of an answer, at most; of a thought there are `--n-think`, 256 unless given.
+        revision: of the data set on the hub: a branch, tag or commit; the main branch unless given.
+    """
+
+    n_tokens: int = NUMBER_TOKENS
+    revision: str | None = None
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense."""
+        super().check()
+        require_count("--n-tokens", self.n_tokens, 1)
+        if self.n_think == 0:
+            raise WsError("--n-think 0: the answer without a thought is asked for anyway; give a thought some tokens.")
+
+
+@dataclass(frozen=True)
 class CapabilityOptions(EvalOptions):
     """Measure what steering costs on neutral text and neutral questions.
 
@@ -253,7 +294,8 @@ class CompareOptions(NamesModel):
         interventions: what stands side by side: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
             `gradient`, `gradient-low-rank`, `prompt`, `activation`, `activation-everywhere`, `activation-layers`,
             `activation-layers-everywhere`.
-        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`, `answers`.
+        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`, `answers`, `truthfulqa`,
+            `arithmetic`.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
         judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         n_prompts: of calibrations that are not stored yet: questions that strengths are solved for on, at most; as many

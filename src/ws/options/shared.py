@@ -211,7 +211,7 @@ class HeadlineOptions(RunOptions):
     Attributes:
         scores: `false_claims`, `true_claims`, `wrongness` (tiny-mfv), `choices` (AIRiskDilemmas without a thought),
             `preference` (held-out questions with both answers), `statements`, `judged_trait` and `judged_coherence`
-            (free answers).
+            (free answers), `mc2` and `mc1` (TruthfulQA), `direct_accuracy` (arithmetic without a thought).
         split: which held-out claims and questions: `report`, or `dev` for making choices on.
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
         judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
