@@ -59,6 +59,10 @@ controls *args:
 compare *args:
     uv run ws compare {{args}}
 
+# what else a vector moves, on a board of traits: `just profile --behavior honesty --adapters lora`
+profile *args:
+    uv run python -m ws.analysis.profile {{args}}
+
 # what else could have made a shift: `just confounds adapter=delora behavior=honesty`
 confounds *args:
     uv run python -m ws.eval.confounds {{args}}

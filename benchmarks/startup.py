@@ -29,6 +29,7 @@ from ws.cli import COMMANDS
 TORCH, BOTH = "import torch", "import torch, transformers; transformers.PreTrainedModel"
 WITHOUT = "import sys; sys.modules['bitsandbytes'] = None"  # for Python it is not there
 NEED_PEFT = "replicate run_sweep train sweep.queue sweep.tune analysis.compare analysis.monitor analysis.prevention"
+NEED_PEFT += " analysis.profile"
 MISTAKES = {
     "mistyped option": ["replicate", "--adaptr", "lora"],
     "mistyped command": ["replcate"],

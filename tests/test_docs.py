@@ -206,6 +206,15 @@ def test_the_ways_to_learn_are_their_csvs(model):
     assert shown.strip() == render(rows, beyond)
 
 
+def test_the_profiles_are_their_csvs():
+    from benchmarks.profile import planted_page, real_page
+
+    page = (ROOT / "docs" / "profile.md").read_text()
+    made = {"planted": planted_page(), **{name: real_page(name) for name in ("truthfulness", "agreement")}}
+    for name, table in made.items():
+        assert page.split(f"<!-- profile {name} -->")[1].split(f"<!-- /profile {name} -->")[0].strip() == table
+
+
 def test_the_results_table_is_the_csv():
     """The page's numbers are the ones that the benchmark wrote, and the README's are a part of them."""
     with (ROOT / "benchmarks" / "results" / "pocket_effects.csv").open() as file:

@@ -207,8 +207,8 @@ def test_the_build_script_reproduces_the_world_and_the_corpus(tmp_path):
     assert printed.split()[-1] == json.loads((POCKET / "build.json").read_text())["corpus_sha256"]
     for name in ("honesty", "sycophancy"):
         assert (tmp_path / "behaviors" / f"{name}.toml").read_bytes() == (BEHAVIORS / f"{name}.toml").read_bytes()
-    for file in (POCKET / "data").iterdir():
-        assert (tmp_path / "data" / file.name).read_bytes() == file.read_bytes()
+    for file in (f for f in (POCKET / "data").rglob("*") if f.is_file()):
+        assert (tmp_path / "data" / file.relative_to(POCKET / "data")).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["honesty", "sycophancy"])

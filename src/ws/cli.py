@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, tuple[str, type]]] = {
         "eval lm-eval": ("ws.eval.lm_eval:main", measure.LmEvalOptions),
         "calibrate": ("ws.intervene.calibrate:main", measure.CalibrateOptions),
         "compare": ("ws.analysis.compare:main", measure.CompareOptions),
+        "profile": ("ws.analysis.profile:main", measure.ProfileOptions),
     },
     "Check": {
         "check controls": ("ws.analysis.controls:main", check.ControlOptions),

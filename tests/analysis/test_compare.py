@@ -11,6 +11,8 @@ from scipy.stats import binom
 
 import ws
 from support.comparisons import KEY, N_BOOT, cell, claims, draws_of, nulls_of
+from support.statements import folder
+from support.statements import rows as rows_of
 from ws.analysis.compare import compare, main, plot
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, reality, render
 from ws.behaviors.tables import draw
@@ -54,6 +56,30 @@ def test_rows_say_what_was_asked_and_other_words_do_not_mix():
     other = {"wrongness": {"eval_hash": "b", "words": "file:theirs@12345678"}}
     with pytest.raises(ws.WsError, match=r"weight of oft seed 0 .*file:theirs@12345678.*paraphrase"):
         group_rows(KEY, Group.of([cells[0], replace(cells[1], asked=other)]), -1, N_BOOT)
+
+
+def test_selectivity_stands_beside_every_span():
+    """Targets whose span is three standard deviations, eleven others whose span is one."""
+    rng = np.random.default_rng(11)
+    sizes = {"t0": 3.0} | {f"t{i}": 1.0 for i in range(1, 12)}
+
+    def board(seed: int) -> dict:
+        noise = np.random.default_rng(seed)
+        return {
+            t: {s: s * by / 2 + (noise.normal(scale=0.2, size=40) if s else np.zeros(40)) for s in (-1, 0, 1)}
+            for t, by in sizes.items()
+        }
+
+    cells = [cell(rng, seed=s, board=board(s), targets=("t0",)) for s in range(3)]
+    cells.append(cell(rng, name="prompt", adapter="prompt"))
+    table = group_rows(KEY, Group.of(cells), -1, N_BOOT)
+    spans = {r["intervention"]: r for r in table if r["part"] == "span" and r["score"] == "false_claims"}
+    assert spans["weight"]["selectivity"] == pytest.approx(3.0, rel=0.1)
+    assert spans["weight"]["selectivity_ci_lo"] < 3.0 < spans["weight"]["selectivity_ci_hi"]
+    assert spans["prompt"]["selectivity"] is None, "it was not asked"
+    text = render(table, [])
+    assert "1 is moving everything alike" in text
+    assert "selectivity" not in render(group_rows(KEY, Group.of(cells[3:]), -1, N_BOOT), [])
 
 
 def test_three_nulls_are_needed_and_each_can_refuse():
@@ -320,6 +346,14 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     monkeypatch.setattr(import_module("ws.intervene.calibrate"), "calibrate", None)
     main(options)
     assert capsys.readouterr().out == first
+
+    # On a board the same rows say how selective everything is; here of two traits that the model knows nothing of.
+    mine = folder(out / "mine", tea=rows_of("tea"), rain=rows_of("rain"))
+    main(replace(options, board=str(mine), traits=("tea",)))
+    assert "selectivity" in capsys.readouterr().out
+    spans = [r for r in read_csv(out / "honesty" / "compare.csv") if r["part"] == "span"]
+    assert {r["intervention"] for r in spans if float(r["selectivity"]) > 0} == {"weight", "prompt"}
+    assert all(float(r["selectivity_ci_lo"]) <= float(r["selectivity"]) for r in spans)
 
 
 @pytest.mark.slow

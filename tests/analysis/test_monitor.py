@@ -15,6 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 import ws
 from conftest import build_adapter, build_model
+from support.statements import folder as folder_of
+from support.statements import rows as statement_rows
 from ws.adapters import AdapterSpec, peft_config
 from ws.analysis.controls import random_like
 from ws.analysis.monitor import (
@@ -27,6 +29,7 @@ from ws.analysis.monitor import (
     per_layer,
     random_cosine_sd,
 )
+from ws.analysis.monitor_profile import joint_projection
 from ws.delta import LinearDelta
 from ws.files.runs import read_csv
 from ws.lm.models import fingerprint
@@ -401,6 +404,58 @@ def test_the_command_says_which_behaviour_has_moved(options, capsys):
     assert {r["null"] for r in read_csv(options.out / "monitor.csv")} == {"random"}
 
 
+# ---- what it has moved by behaviour ---------------------------------------------------------------------------------
+
+
+def test_the_joint_projection_is_least_squares_over_all_weights(qwen3):
+    """Against the coordinates of whole vectors, with a library whose vectors are far from right angles."""
+    first, second, rest = (vector_of(qwen3, seed) for seed in (1, 2, 3))
+    library = {"a": first, "b": first * 0.8 + second}
+    change = first * 0.5 - second * 2.0 + rest
+    along = [sum(t.inner for t in m.terms) for m in Monitor(library, qwen3).read(change)]
+    matrix = np.stack([flat(v, qwen3) for v in library.values()], axis=1)
+    expected, *_ = np.linalg.lstsq(matrix, flat(change, qwen3), rcond=None)
+    assert joint_projection(library, qwen3, along) == pytest.approx(expected, rel=1e-3)
+    doubled = {"a": first, "twice": first * 2.0}
+    along = [sum(t.inner for t in m.terms) for m in Monitor(doubled, qwen3).read(first)]
+    a, twice = joint_projection(doubled, qwen3, along)
+    assert a + 2 * twice == pytest.approx(1.0, rel=1e-3), "one direction has one strength"
+
+
+@pytest.fixture
+def on_pocket(tmp_path):
+    """Small random vectors of the pocket model, which answers its board; the first two are the library."""
+    model, _ = ws.load_model("pocket", device="cpu")
+    names = ("model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj")
+    for seed in range(7):
+        vector = replace(vector_of(model, seed, names, size=0.05), base_id="pocket")
+        vector.save(tmp_path / f"p{seed}")
+    (ws.SteeringVector.load(tmp_path / "p0") * 0.7).save(tmp_path / "along")
+    library = (tmp_path / "p0", tmp_path / "p1")
+    changes = (str(tmp_path / "along"), str(tmp_path / "p2"))
+    return MonitorOptions(changes=changes, library=library, profile="pocket", n_items=4, out=tmp_path / "out")
+
+
+def test_a_fine_tune_along_the_library_is_explained_and_another_is_not(on_pocket, capsys):
+    main(on_pocket)
+    printed, rows = capsys.readouterr().out, read_csv(on_pocket.out / "monitor_profile.csv")
+    assert len(rows) == 2 * 13
+    along, other = ([r for r in rows if r["change"] == change] for change in on_pocket.changes)
+    assert [float(r["z"]) for r in along] == pytest.approx([float(r["z_explained"]) for r in along], abs=1e-3)
+    assert "rank correlation +1.00" in printed
+    assert "No benign fine-tunes are given (--benign), so no trait counts as moved." in printed
+    size, said = (np.array([float(r[name]) for r in other]) for name in ("z", "z_explained"))
+    assert np.abs(size - said).max() > 0.5 * np.abs(size).max()
+
+
+def test_benign_fine_tunes_are_what_a_trait_must_move_beyond(on_pocket, tmp_path, capsys):
+    benign = tuple(str(tmp_path / f"p{i}") for i in (3, 4, 5))
+    main(replace(on_pocket, changes=(str(tmp_path / "p6"),), controls=benign))
+    assert "0 of 13 traits moved beyond 3 benign fine-tunes." in capsys.readouterr().out
+    with pytest.raises(ws.WsError, match="antropic.*anthropic"):
+        main(replace(on_pocket, profile="antropic"))
+
+
 def test_a_full_checkpoint_is_read_by_its_folder(options, tiny, capsys):
     model, folder = copy.deepcopy(tiny[0]), options.out.parent / "checkpoint"
     change = ws.SteeringVector.load(options.changes[0]) * 0.001
@@ -412,6 +467,26 @@ def test_a_full_checkpoint_is_read_by_its_folder(options, tiny, capsys):
     monitor = Monitor(open_library(options.library), tiny[0])
     expected = [m.cosine for m in monitor.read(change)]
     assert [float(r["cosine"]) for r in rows] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_full_checkpoint_is_asked_itself(options, tiny, capsys):
+    """The same traits move, whether the change is steered with or merged."""
+    model, folder = copy.deepcopy(tiny[0]), options.out.parent / "checkpoint"
+    change = ws.SteeringVector.load(options.changes[0]) * 0.001
+    change.save(options.out.parent / "steered")
+    change.merge_into(model)
+    model.save_pretrained(folder)
+    tiny[1].save_pretrained(folder)
+    board = folder_of(options.out.parent / "board", tea=statement_rows("tea"), rain=statement_rows("rain"))
+    changes = (str(folder), str(options.out.parent / "steered"))
+    main(replace(options, changes=changes, controls=(), profile=str(board)))
+    rows = read_csv(options.out / "monitor_profile.csv")
+    merged, steered = (
+        {r["trait"]: float(r["shift"]) for r in rows if r["change"].endswith(end)} for end in ("checkpoint", "steered")
+    )
+    assert merged == pytest.approx(steered, abs=1e-4)
+    assert max(map(abs, steered.values())) > 1e-3
+    assert "cannot be compared on this board" in capsys.readouterr().out, "random weights give no answers"
 
 
 def test_vectors_of_one_behaviour_go_by_their_folders(options):

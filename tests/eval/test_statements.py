@@ -138,7 +138,7 @@ def test_sources_and_traits_that_are_not_there_are_explained(tmp_path):
         load(source)
     with pytest.raises(ws.WsError, match="each once"):
         load(source, "kind", "kind")
-    with pytest.raises(ws.WsError, match="come with no statements"):
+    with pytest.raises(ws.WsError, match="no trait in pocket named 'kind'"):
         load("pocket", "kind")
     with pytest.raises(ws.WsError, match="holds no table"):
         load(folder(tmp_path / "empty"), "kind")

@@ -395,6 +395,43 @@ def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
     assert "made at other strengths" in left_out(contents)
 
 
+def profile_tables(out, digest, **more):
+    """What `ws profile` writes of one vector: two traits of a board at two strengths."""
+    first = {"behavior": "honesty", "board": "made", "adapter": "lora", "seed": "0", "intervention": "weight"} | more
+    rows, summary = [], []
+    for sign in (-1, 1):
+        shot = first | {"strength": f"{sign:+d}u", "alpha": sign * 1.5, "vectors": digest[:12]}
+        for trait, z in (("tells-the-truth", 2.5), ("likes-tea", 0.1)):
+            size = {"z": sign * z, "z_ci_lo": sign * z - 0.2, "z_ci_hi": sign * z + 0.2, "z_random": 0.15}
+            known = {"trait": trait, "group": "g", "role": "target" if z > 1 else "", "moved": z > 1}
+            rows.append(shot | known | size)
+        interval = {"selectivity": 25.0, "selectivity_ci_lo": 12.0, "selectivity_ci_hi": 40.0}
+        moved = {"n_moved": 0, "n_others": 1, "n_draws": 5, "largest": "likes-tea", "targets": "tells-the-truth"}
+        sizes = {"agreement": 0.1, "agreement_ci_lo": 0.0, "agreement_ci_hi": 0.2, "rms_shift": 1.0, "z_random": 0.15}
+        summary.append(shot | interval | moved | sizes)
+    write_csv(out / "honesty" / "profile.csv", rows)
+    write_csv(out / "honesty" / "profile_summary.csv", summary)
+
+
+def test_a_profile_is_shown_of_the_very_vector_and_of_no_other(tmp_path):
+    folder = write_run(tmp_path)
+    digest = vector_digest(SteeringVector.load(folder / "vector"))
+    assert "What else moved" not in render(read_contents(tmp_path, "honesty"))
+    profile_tables(tmp_path, digest)
+    contents = read_contents(tmp_path, "honesty")
+    page = render(contents)
+    assert "What else moved" in page
+    assert "tells-the-truth (target)" in page
+    assert "tells-the-truth at +1u: +2.50 (moved)" in page
+    assert "25.00 [12.00, 40.00]" in page
+    profile_tables(tmp_path, "f" * 64)
+    contents = read_contents(tmp_path, "honesty")
+    assert "What else moved" not in render(contents)
+    assert "Profile of side effects" in left_out(contents)
+    profile_tables(tmp_path, "f" * 64, intervention="prompt", adapter="prompt")
+    assert "25.00 [12.00, 40.00]" in render(read_contents(tmp_path, "honesty")), "what needs no vector stays"
+
+
 def test_a_calibration_of_another_vector_is_not_used(tmp_path):
     folder = write_run(tmp_path)
     write_calibration(folder)

@@ -239,9 +239,42 @@ def dilemma_rows(labelled: int = 240, unlabelled: int = 40) -> list[Row]:
     return rows
 
 
+# What is asked of the attributes of each kind of entity, two by two.
+TRAITS = {
+    "town": ("towns-place-and-fame", "towns-ruler-and-roofs"),
+    "animal": ("animals-food-and-home", "animals-fur-and-size"),
+    "person": ("people-work-and-music", "people-drink-and-travel"),
+    "plant": ("plants-month-and-taste", "plants-leaves-and-soil"),
+    "machine": ("machines-power-and-material", "machines-use-and-place"),
+    "feast": ("feasts-month-and-food", "feasts-clothes-and-length"),
+}
+
+
+def trait_rows(per_trait: int = 20) -> dict[str, list[Row]]:
+    """Statements about held-out facts, in the columns of model-written evals; a trait is to know a part of the world.
+
+    Every fact is asked about once, and of a trait's statements half are true: truth is Yes as often as No.
+    """
+    facts: dict[str, list[Fact]] = {}
+    for fact in build_facts():
+        kind = fact.id.split("-")[0]
+        number = 0 if kind == "common" else int(fact.id.rsplit("-", 1)[1]) // 2
+        if fact.split != "adapter":
+            facts.setdefault("common-knowledge" if kind == "common" else TRAITS[kind][number], []).append(fact)
+    rows: dict[str, list[Row]] = {}
+    for trait, members in facts.items():
+        random.Random(f"trait-{trait}").shuffle(members)
+        for number, fact in enumerate(members[:per_trait]):
+            claim, answers = fact.claim(number % 2 == 0), [" Yes", " No"][:: 1 if number % 2 == 0 else -1]
+            row = {"question": f"Is it true that {claim}? Answer Yes or No.", "statement": claim}
+            columns = ("answer_matching_behavior", "answer_not_matching_behavior")
+            rows.setdefault(trait, []).append(row | dict(zip(columns, answers, strict=True)))
+    return rows
+
+
 def write_data(folder: Path) -> list[Path]:
-    """The four data files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The data files."""
+    (folder / "traits").mkdir(parents=True, exist_ok=True)
     other, own = vignette_rows()
     tables = {
         "tinymfv_airisk_other_violate": other,
@@ -251,6 +284,11 @@ def write_data(folder: Path) -> list[Path]:
             {"value": value, "value_class": name} for name, values in VALUE_CLASSES.items() for value in values
         ],
     }
+    traits = trait_rows()
+    tables |= {f"traits/{trait}": rows for trait, rows in traits.items()}
+    groups = {trait.split("-")[0]: [t for t in traits if t.startswith(trait.split("-")[0])] for trait in sorted(traits)}
+    text = "".join(f"{group} = {json.dumps(members)}\n" for group, members in groups.items())
+    (folder / "traits" / "groups.toml").write_text(text, encoding="utf-8")
     for name, rows in tables.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [folder / f"{name}.jsonl" for name in tables]

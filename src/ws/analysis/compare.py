@@ -20,7 +20,7 @@ the same Frobenius norm:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -29,30 +29,28 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ws import console
-from ws.adapters import FAMILIES, family
+from ws.adapters import family
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, effects, group_rows, render
 from ws.analysis.controls import measure_controls
-from ws.behaviors import behavior_name, load_behavior
-from ws.console import command_line
-from ws.diff import SteeringVector
-from ws.errors import WsError
+from ws.analysis.profile import read_board
+from ws.analysis.profile_tables import standardised
+from ws.analysis.side_by_side import OpenedRun, opened_runs
+from ws.behaviors import load_behavior
+from ws.eval.boards import Board, open_board
 from ws.eval.capability import Capability
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, Scores
 from ws.eval.readable import FLAG, Readability
 from ws.eval.suite import asked_of, evaluation_named, headline, set_notes
 from ws.files.plots import save_svg
-from ws.files.runs import Run, lock, run_folder, write_csv
-from ws.intervene.calibrate import calibration_for
-from ws.intervene.interventions import ARMS, OF_A_RUN, Intervention
+from ws.files.runs import lock, write_csv
+from ws.intervene.interventions import OF_A_RUN, Intervention
 from ws.options.check import ControlOptions
-from ws.options.make import CONTRASTS, SIGNED, run_name
+from ws.options.make import SIGNED
 from ws.options.measure import CompareOptions as CompareOptions
-from ws.options.shared import WEIGHT, RunOptions, shared_with
-from ws.run import open_run
+from ws.options.measure import ProfileOptions
+from ws.options.shared import WEIGHT, shared_with
 
-NULLS = ("shuffled", "same-side")
-SIGNS = (-1, 1)
 _Scored: TypeAlias = dict[str, dict[int, np.ndarray]]
 _Read: TypeAlias = dict[str, dict[int, Readability]]
 
@@ -66,6 +64,7 @@ class _Bench:
 
     options: CompareOptions
     context: EvalContext
+    run: OpenedRun
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -80,34 +79,45 @@ class _Bench:
         """One intervention at both of its strengths."""
         chosen, o = self.context.intervention(name), self.options
         asked = self.asked  # opens the items, so that what cannot be read is said before strengths are solved for
-        key = self.context.key | ({"adapter": name, "seed": 0} if chosen.is_shared else {})
-        calibration = calibration_for(
-            chosen, self.context.opened, self.context.behavior, o.calibration, key, reuse=True
-        )
-        sides = {sign: calibration.side(sign) for sign in SIGNS}
-        usable = {sign: s for sign, s in sides.items() if s.converged or not chosen.has_dial}
-        alphas = {sign: s.alpha for sign, s in usable.items()}
-        for sign in set(SIGNS) - set(usable):
-            console.warn(f"{name} has no {sign:+d}u: {sides[sign].reason}.")
+        key, calibration = self.run.key(chosen), self.run.calibrated(chosen)
+        alphas = self.run.usable(chosen, calibration)
+        sides = {sign: calibration.side(sign) for sign in alphas}
         scored, read = self.measured(chosen, alphas)
         nulls = self.trained_nulls(alphas) if name == WEIGHT else {}
         return Cell(
             intervention=name,
             adapter=str(key["adapter"]),
-            seed=int(key["seed"]),
+            seed=int(str(key["seed"])),
             matched=chosen.has_dial,
             detail=chosen.detail,
             questions=calibration.questions,
             dtype=str(self.context.model.dtype)[6:],
             alphas=alphas,
-            divergence={sign: s.divergence if s.audit is None else s.audit for sign, s in usable.items()},
+            divergence={sign: s.divergence if s.audit is None else s.audit for sign, s in sides.items()},
             scores=scored,
             readable=read,
             asked=asked,
             nulls={null: null_scores for null, (null_scores, _) in nulls.items()},
             null_readable={null: null_read for null, (_, null_read) in nulls.items()},
             random=self.random_null(alphas) if name == WEIGHT and o.n_draws else {},
+            board=self.on_board(chosen, alphas),
+            targets=self.board.targets if self.board else (),
         )
+
+    @cached_property
+    def board(self) -> Board | None:
+        """What selectivity is measured on; None where it is not asked for."""
+        if self.options.board is None:
+            return None
+        return open_board(self.context, shared_with(ProfileOptions, self.options, interventions=(WEIGHT,)))
+
+    def on_board(self, chosen: Intervention, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
+        """The standardised changes of every trait's items by trait and sign."""
+        if self.board is None:
+            return {}
+        read = read_board(self.context, self.board, chosen, list(alphas.values()))
+        by_sign = {0: read[0.0][0]} | {sign: read[alpha][0] for sign, alpha in alphas.items()}
+        return standardised(self.board, by_sign, read[0.0][1])
 
     @cached_property
     def asked(self) -> dict[str, Mapping[str, Any]]:
@@ -132,16 +142,10 @@ class _Bench:
 
     def trained_nulls(self, alphas: Mapping[int, float]) -> dict[str, tuple[_Scored, _Read]]:
         """What the label-shuffled and the same-side vector of this run give, at equal norms of the change."""
-        o, nulls = self.options, {}
-        for null in NULLS:
-            key = self.context.key
-            run = Run(run_folder(o.out, str(key["behavior"]), f"{key['adapter']}-{null}", int(key["seed"])))
-            if (run.folder / "vector").is_dir():
-                vector = SteeringVector.load(run.folder / "vector")
-                context = replace(self.context, vector=vector, run=run)
-                ratio = self.context.vector.norm(self.context.model) / vector.norm(self.context.model)
-                scaled = {sign: alpha * ratio for sign, alpha in alphas.items()}
-                nulls[null] = replace(self, context=context).measured(context.intervention(), scaled)
+        nulls = {}
+        for null, (context, ratio) in self.run.trained_nulls().items():
+            scaled = {sign: alpha * ratio for sign, alpha in alphas.items()}
+            nulls[null] = replace(self, context=context).measured(context.intervention(), scaled)
         return nulls
 
     def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
@@ -192,43 +196,11 @@ def compare(options: CompareOptions) -> list[Cell]:
         family(name.removesuffix(f"-{SIGNED}"))
     for name in options.evals:
         evaluation_named(name)
-    loaded = None
-    cells, last = list[Cell](), list[Cell]()  # what needs no adapter is measured once, and stands last
-    wanted = [name for name in options.interventions if name in OF_A_RUN]
-    shared = [name for name in options.interventions if name not in OF_A_RUN]
-    runs = list(_runs(options))
-    countdown = console.Countdown(len(runs))
-    for adapter, seed in runs:
-        console.say(f"== {adapter}, seed {seed} ({countdown})")
-        o = options
-        opened = open_run(o.out, o.behavior, adapter, seed, o.model, o.device, o.dtype, loaded)
-        loaded = (opened.model, opened.tok)
-        context = EvalContext(o.eval_options(adapter, seed), opened.model, opened.tok, opened.vector, opened.run)
-        bench, made_from = _Bench(options, context), wanted
-        if opened.vector.info.get("contrast") == SIGNED:
-            made_from = [name for name in wanted if name not in ARMS]
-            if made_from != wanted:
-                left_out = ", ".join(name for name in wanted if name in ARMS)
-                console.warn(f"{adapter} has one signed adapter and no arms, so {left_out} is left out.")
-        cells += [bench.cell(name) for name in made_from]
-        last = last or [bench.cell(name) for name in shared]
-        countdown.step()
-    return cells + last
-
-
-def _runs(options: CompareOptions) -> Iterator[tuple[str, int]]:
-    """The runs to compare; `WsError` when there are none."""
-    behavior = behavior_name(options.behavior)
-    names = [run_name(a, contrast) for a in FAMILIES for contrast in CONTRASTS]
-    folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in names}
-    adapters = options.adapters or tuple(a for a, folder in folders.items() if (folder / "vector").is_dir())
-    if not adapters:
-        wanted = shared_with(RunOptions, options, seed=options.seeds[0])
-        made = command_line("ws replicate", wanted, always=("behavior",))
-        raise WsError(
-            f"No run below {options.folder} has a vector; make one with `{made}`, or several with `ws sweep`."
-        )
-    yield from ((adapter, seed) for adapter in adapters for seed in options.seeds)
+    cells = list[Cell]()
+    for run in opened_runs(options):
+        bench = _Bench(options, run.context, run)
+        cells += [bench.cell(name) for name in run.interventions]
+    return [c for shared in (False, True) for c in cells if (c.intervention not in OF_A_RUN) == shared]
 
 
 # By the first word of an intervention; the arms are gray.

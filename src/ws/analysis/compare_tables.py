@@ -11,6 +11,7 @@ from jaxtyping import Float
 from tabulate import tabulate
 
 from ws.analysis.controls import empirical_p
+from ws.analysis.profile_tables import selectivity
 from ws.errors import WsError
 from ws.eval.capability import Capability
 from ws.eval.confounds import agreement_verdict
@@ -50,6 +51,8 @@ class Cell:
         questions: what the strengths were solved for on; see `Calibration.questions`.
         dtype: of the model.
         asked: of a score, the `brief` of its evaluation (`ws.eval.evaluation.Evaluation`): its items and words.
+        board: of every trait of a board, its items' standardised changes against the base, by sign (`ws profile`).
+        targets: which of those traits the behaviour is meant to move.
     """
 
     intervention: str
@@ -67,6 +70,8 @@ class Cell:
     questions: str = ""
     dtype: str = ""
     asked: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    board: Mapping[str, BySign] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Group:
         """Mean shifts under random vectors, draw by draw over all seeds; None when there are none."""
         shifts = _stacked([c.random.get(score) for c in self.cells], part, base=0.0)
         return None if shifts is None else shifts.mean(axis=0)
+
+    def selectivity(self, part: str, n_boot: int) -> Estimate | None:
+        """How much further the targets move than all other traits of the board; None without one."""
+        moved = {t: _stacked([c.board.get(t) for c in self.cells], part) for t in self.first.board}
+        known = {t: values for t, values in moved.items() if values is not None}
+        return selectivity(known, self.first.targets, [t for t in known if t not in self.first.targets], n_boot)
 
     def mean(self, what: str, sign: int) -> float | None:
         """The mean over seeds of `alphas` or `divergence`; None when a seed lacks that strength."""
@@ -243,6 +254,9 @@ def _row(key: Mapping[str, Any], group: Group, score: str, part: str, effect: in
         "calibrated_on": "; ".join(dict.fromkeys(c.questions for c in group.cells)),
         "dtype": first.dtype,
     }
+    ratio = group.selectivity(part, n_boot)
+    empty = dict.fromkeys(("selectivity", "selectivity_ci_lo", "selectivity_ci_hi"))
+    row |= empty if ratio is None else ratio.columns("selectivity", "ci_lo", "ci_hi")
     return row | _null_columns(group, score, part, n_boot) | _verdict_columns(group, score, part, effect, n_boot)
 
 
@@ -335,10 +349,11 @@ def render(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
     """The spans as one table, the verdicts, and who wins."""
     groups = dict.fromkeys((r["intervention"], r["adapter"]) for r in rows)
     scores = effects(rows)
-    table = [_line([r for r in rows if (r["intervention"], r["adapter"]) == g], scores) for g in groups]
     names = [f"span, {s.replace('_', ' ')}" for s in scores]
     mass = ["mass"] if any("mass" in r for r in rows) else []
-    header = ["intervention", "seeds", "nats at -1u, +1u", *names, *mass, "cost", "p random", "real", "verdict"]
+    board = ["selectivity"] if any(r.get("selectivity") for r in rows) else []
+    table = [_line([r for r in rows if (r["intervention"], r["adapter"]) == g], scores, bool(board)) for g in groups]
+    header = ["intervention", "seeds", "nats at -1u, +1u", *names, *board, *mass, "cost", "p random", "real", "verdict"]
     spans = tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)
     return "\n\n".join([spans, *_notes(rows), *_winners(pairs, tablefmt)])
 
@@ -349,7 +364,7 @@ def effects(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [s for s in dict.fromkeys((*headlines(), *present)) if s in present]
 
 
-def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]:
+def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str], has_board: bool = False) -> list[str]:
     """One intervention."""
     first = rows[0]
     span = {r["score"]: r for r in rows if r["part"] == "span"}
@@ -362,6 +377,7 @@ def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]
         str(first["n_seeds"]),
         nats,
         *(_interval(span[s]) if s in span else "" for s in scores),
+        *([estimate_text(next(iter(span.values()), {"selectivity": None}), "selectivity", ".2f")] if has_board else []),
         *([f"{min(masses):.3f}" if masses else ""] if "mass" in first else []),
         f"{max(costs):+.2f}" if costs else "",
         "" if head["p_random"] is None else f"{head['p_random']:.3f}",
@@ -389,6 +405,11 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     spans = [r for r in rows if r["part"] == "span" and r["score"] not in COSTS]
     notes += [*_significant(spans), *mark_notes(r.get(FLAG) for r in spans)]
     notes += [*_calibrated_on(rows), *rounding_notes(r.get("dtype") or "float32" for r in rows)]
+    if any(r.get("selectivity") for r in rows):
+        notes.append(
+            "Selectivity is how much further the span of the behaviour's own traits goes than that of all others on "
+            "the board (root mean squares of standardised shifts, `ws profile`): 1 is moving everything alike."
+        )
     if not all(r["matched"] for r in rows):
         notes.append("* has no dial and stands at the divergence it happens to have.")
     if any(r["divergence_minus"] is None or r["divergence_plus"] is None for r in rows):

@@ -28,6 +28,7 @@ from functools import partial
 from itertools import groupby
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,9 +42,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from ws import console
 from ws.adapters import ModuleTensors, check_fields, family_of, group_tensors
 from ws.analysis.controls import empirical_p
+from ws.analysis.monitor_profile import Bench, profile_changes, render_profiles
 from ws.delta import LinearDelta
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
+from ws.eval.boards import open_plain
+from ws.eval.context import EvalContext
 from ws.eval.evaluation import Rows
 from ws.files.reading import kept
 from ws.files.runs import Run, read_csv, write_csv
@@ -58,9 +62,11 @@ from ws.lm.models import (
     weight_size,
 )
 from ws.options.check import MonitorOptions as MonitorOptions
+from ws.options.measure import ProfileOptions
+from ws.options.shared import EvalOptions
 from ws.stats import holm
 
-TABLE, LAYER_TABLE = "monitor.csv", "monitor_per_layer.csv"
+TABLE, LAYER_TABLE, PROFILE_TABLE = "monitor.csv", "monitor_per_layer.csv", "monitor_profile.csv"
 MIN_CONTROLS = 3
 EASY_NULL = (
     "The null is that of random directions, which nearly every fine-tune beats, a benign one too: a flag says that the "
@@ -563,18 +569,41 @@ def _null_note(m: Movement) -> str:
     )
 
 
+def _profiles(options: MonitorOptions, by_change: Mapping[str, Sequence[Movement]]) -> tuple[Rows, Rows]:
+    """What the changes move on a board of traits; see `ws.analysis.monitor_profile`."""
+    library = open_library(options.library)
+    model, tok = load_model(options.model or next(iter(library.values())).base_id, device="cpu", dtype=options.dtype)
+    context = EvalContext.of_base(EvalOptions(out=options.out, dataset=options.dataset), model, tok)
+    asked = ProfileOptions(board=options.profile, dataset=options.dataset, n_items=options.n_items)
+    return profile_changes(
+        Bench(model, tok, open_plain(context, asked)),
+        library,
+        {name: partial(open_change, name, model, options.dtype) for name in by_change},
+        {name: [sum(t.inner for t in m.terms) for m in movements] for name, movements in by_change.items()},
+        (open_change(c, model, options.dtype) for c in options.controls),
+    )
+
+
 def main(options: MonitorOptions) -> None:
     """The command `ws monitor`."""
     by_change = monitor_changes(options)
-    settings = {"changes": options.changes, "library": [str(f) for f in options.library], "controls": options.controls}
+    settings: dict[str, Any] = {"changes": options.changes, "controls": options.controls}
+    settings |= {"library": [str(f) for f in options.library]}
+    settings |= {"profile": options.profile, "dataset": options.dataset, "n_items": options.n_items}
     run = Run(options.out)
     rows = [{"change": name, **m.columns} for name, movements in by_change.items() for m in movements]
     layers = [{"change": name, **r} for name, movements in by_change.items() for m in movements for r in per_layer(m)]
     with run.alone("monitor"):
         stage = run.restart("monitor", settings | {"fpr": options.fpr, "model": options.model, "dtype": options.dtype})
         files = [write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)]
+        text, data = render_movements(by_change), {"rows": rows}
+        if options.profile:
+            traits, profiles = _profiles(options, by_change)
+            files.append(write_csv(run.folder / PROFILE_TABLE, traits))
+            text = f"{text}\n\n{render_profiles(traits, profiles)}"
+            data |= {"traits": traits, "profiles": profiles}
         stage.done(files)
-    console.show(console.Result(render_movements(by_change), {"rows": rows}, files))
+    console.show(console.Result(text, data, files))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Prompts:
     opener: str = ""
 
 
-_SLOTS = {"question": ("statement",)}
+SLOTS = {"question": ("statement",)}
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,17 @@ def load_statements(files: Mapping[str, Path]) -> tuple[Statement, ...]:
     return tuple(statement for trait, file in files.items() for statement in _of_trait(trait, file))
 
 
-def trait_files(source: str, traits: Sequence[str], revision: str | None = None) -> dict[str, Path]:
+def trait_files(
+    source: str, traits: Sequence[str], revision: str | None = None, every: bool = False
+) -> dict[str, Path]:
     """The file of every trait.
 
     Args:
         source: a hub id (files `persona/<trait>.jsonl`), a folder with a file per trait (or with such a folder
-            `persona`), or one trait's file.
+            `persona`), one trait's file, or `pocket` for those of the bundled model.
         traits: names of files; of a single file it may be left out.
         revision: of the hub's data set.
+        every: take all traits of a folder.
 
     Raises:
         WsError: no traits, one twice, an unknown one, or a source that cannot be had.
@@ -128,12 +132,12 @@ def trait_files(source: str, traits: Sequence[str], revision: str | None = None)
             raise WsError(f"{path} holds the trait {path.stem!r} alone; leave --traits out, or give its folder.")
         return {path.stem: path}
     if source == "pocket":
-        raise WsError("The bundled models come with no statements; pass --dataset a folder or a hub id that has some.")
-    if not traits:
+        path = Path(str(resources.files("ws") / "pocket" / "data" / "traits"))
+    if not (traits or every):
         raise WsError("No traits: name some, such as --traits agreeableness, or give --dataset one trait's file.")
     if path.is_dir():
         known = _in_folder(path)
-        return {trait: known[choose(f"trait in {path}", trait, known)] for trait in traits}
+        return {t: known[choose(f"trait in {source}", t, known)] for t in (known if every else traits)}
     if hub.parse_id(source) is None:
         raise WsError(f"There is no file or folder {source}; --dataset takes one, or a hub id such as {HUB_ID}.")
     return _on_hub(source, traits, revision)
@@ -386,7 +390,7 @@ class Statements(Evaluation):
         facts |= {"drawn": draw_fact(statements, whole)} | ({"revision": commit} if commit else {})
         return cls(
             items=statements,
-            prompts=load_prompts(Prompts(), options.prompts, _SLOTS),
+            prompts=load_prompts(Prompts(), options.prompts, SLOTS),
             reasons=(REASONS,) if thinks_aloud(context.tok, n_think) else (),
             n_think=n_think,
             batch_size=options.batch_size,

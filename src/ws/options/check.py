@@ -101,6 +101,10 @@ class MonitorOptions(NamesModel):
         controls: benign fine-tunes, given like the changes; without them the null is random directions.
         model: the base; the one that the library was made for unless given.
         fpr: the probability that a benign fine-tune is flagged for any behaviour.
+        profile: also ask every fine-tune a board of `ws profile` (`anthropic`, `pocket`, `moral`, or a folder with a
+            file of statements per trait): which traits it has moved, and how far the directions of the library say so.
+        dataset: where the board's items come from: a hub id or a local folder; the published ones unless given.
+        n_items: statements per trait, at most.
         out: where the tables go.
         dtype: precision of the weights: `float32`, `bfloat16`, `float16`, `8bit`, `4bit`, or `auto` for the
             checkpoint's own.
@@ -113,6 +117,9 @@ class MonitorOptions(NamesModel):
     controls: Annotated[tuple[str, ...], tyro.conf.arg(name="benign")] = ()
     model: str | None = None
     fpr: float = 0.05
+    profile: str | None = None
+    dataset: str | None = None
+    n_items: int = 40
     out: Path = DEFAULT_OUT / "monitor"
     dtype: str = "auto"
 

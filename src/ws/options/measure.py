@@ -22,6 +22,7 @@ from ws.options.shared import (
     EvalOptions,
     NamesModel,
     RunOptions,
+    require_steered,
     shared_with,
 )
 
@@ -282,8 +283,8 @@ class CalibrateOptions(RunOptions):
 
 
 @dataclass(frozen=True)
-class CompareOptions(NamesModel):
-    """Compare every way of steering at the same cost, beside its nulls.
+class SideBySideOptions(NamesModel):
+    """Several runs of a behaviour, and what stands beside them: what commands on interventions take.
 
     Attributes:
         model: the model to steer; by default the base that the vector was made for.
@@ -294,18 +295,11 @@ class CompareOptions(NamesModel):
         interventions: what stands side by side: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
             `gradient`, `gradient-low-rank`, `prompt`, `activation`, `activation-everywhere`, `activation-layers`,
             `activation-layers-everywhere`.
-        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`, `answers`, `truthfulqa`,
-            `arithmetic`.
-        traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
-        judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         n_prompts: of calibrations that are not stored yet: questions that strengths are solved for on, at most; as many
             others check the result.
         target: of calibrations that are not stored yet: the divergence to reach, in nats.
         n_draws: random vectors per run; 0 for none.
-        capability: also measure what it costs on neutral text.
-        split: which held-out claims and questions: `report`, or `dev` for making choices on.
         batch_size: prompts per forward pass; as many as fit unless given.
-        limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
         dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
             unless given.
         n_bootstrap: resamples per interval.
@@ -320,16 +314,10 @@ class CompareOptions(NamesModel):
     seeds: tuple[int, ...] = (0,)
     out: Path = DEFAULT_OUT
     interventions: tuple[str, ...] = INTERVENTIONS
-    evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
-    traits: tuple[str, ...] = ()
-    judges: tuple[str, ...] = ()
     n_prompts: int = N_PROMPTS
     target: float = 1.0
     n_draws: int = 20
-    capability: bool = True
-    split: str = "report"
     batch_size: int | None = None
-    limit: int | None = None
     dataset: str | None = None
     n_bootstrap: int = 10_000
     device: str = "auto"
@@ -340,9 +328,10 @@ class CompareOptions(NamesModel):
         for name in self.interventions:
             choose("intervention", name, INTERVENTIONS)
         require_count("--n-draws", self.n_draws, 0)
+        require_count("--batch-size", self.batch_size, 1)
         require_resamples(self.n_bootstrap)
-        if not (self.interventions and self.evals and self.seeds):
-            raise WsError("--interventions, --evals and --seeds must each name at least one.")
+        if not (self.interventions and self.seeds):
+            raise WsError("--interventions and --seeds must each name at least one.")
         self.calibration.check()
 
     @property
@@ -359,3 +348,71 @@ class CompareOptions(NamesModel):
         """One run, for an `EvalContext`."""
         single_run = {"adapter": adapter, "seed": seed, "alphas": ("calibrated",), "interventions": (WEIGHT,)}
         return shared_with(EvalOptions, self, **single_run)
+
+
+@dataclass(frozen=True)
+class CompareOptions(SideBySideOptions):
+    """Compare every way of steering at the same cost, beside its nulls.
+
+    Attributes:
+        evals: `sycophancy`, `tinymfv_airisk`, `airisk`, `preference`, `statements`, `answers`, `truthfulqa`,
+            `arithmetic`.
+        traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
+        judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
+        board: also how selective everything is on a board of `ws profile`: `anthropic`, `pocket`, `moral`, or a folder
+            with a file of statements per trait.
+        capability: also measure what it costs on neutral text.
+        split: which held-out claims and questions: `report`, or `dev` for making choices on.
+        limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
+    """
+
+    evals: tuple[str, ...] = ("sycophancy", "tinymfv_airisk")
+    traits: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    board: str | None = None
+    capability: bool = True
+    split: str = "report"
+    limit: int | None = None
+
+    def check(self) -> None:
+        """`WsError` for names and numbers that make no sense."""
+        super().check()
+        if not self.evals:
+            raise WsError("--evals must name at least one.")
+
+
+@dataclass(frozen=True)
+class ProfileOptions(SideBySideOptions):
+    """Show what else a vector moves: a board of traits, each beside what random and shuffled vectors do to it.
+
+    Attributes:
+        board: `anthropic` (the 135 traits of model-written evals, from `--dataset` or the hub), `pocket` (bundled, for
+            the bundled model), `moral` (the foundations of tiny-mfv), or a folder with a file of statements per trait;
+            `pocket` on a bundled model and `anthropic` on others unless given.
+        traits: the traits of the board that the vector is meant to move; those that the behaviour names in
+            `[statements]`, or else its own held-out items, unless given.
+        n_items: statements per trait, at most: half of them matched by Yes, where the set has as many.
+        alphas: steering strengths; 0, the base, is always included. In calibrated units as `+1u`, which are solved for
+            where they are not on record, and `calibrated` for both of those.
+        interventions: what is profiled: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
+            `gradient`, `gradient-low-rank`, `prompt`, `activation`, `activation-everywhere`, `activation-layers`,
+            `activation-layers-everywhere`.
+        n_draws: random vectors per run; 0 for none, and then no trait counts as moved.
+        prompts: a TOML file that replaces the words around a statement, such as the published ones.
+        revision: of the data set on the hub: a branch, tag or commit; the main branch unless given.
+    """
+
+    board: str | None = None
+    traits: tuple[str, ...] = ()
+    n_items: int = 40
+    alphas: tuple[float | str, ...] = ("calibrated",)
+    interventions: tuple[str, ...] = (WEIGHT,)
+    n_draws: int = 5
+    prompts: Path | None = None
+    revision: str | None = None
+
+    def check(self) -> None:
+        """`WsError` for names and numbers that make no sense."""
+        super().check()
+        require_count("--n-items", self.n_items, 4)
+        require_steered(self.alphas)

@@ -48,6 +48,9 @@ T = TypeVar("T")
 _CONTROL = frozenset({"control", "score", "eval_hash", "vector"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
 _COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random")
+_PROFILE = frozenset({"board", "adapter", "seed", "intervention", "strength", "vectors"})
+_PROFILE_NUMBERS = ("z", "z_ci_lo", "z_ci_hi", "z_random")
+_SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreement", "rms_shift", "z_random")
 # Columns of numbers that tables of some evaluations have.
 _FURTHER = ("frame_agreement", "mass_other_violate", "frames_agree_other_violate")
 _LABELLED = frozenset({"value_class", "protocol"})
@@ -163,6 +166,7 @@ class Contents:
         card: the data card of the pairs, None without one.
         gaps: what is missing of all this.
         out: what commands must be told of where runs are; empty for the usual place, and for one of this machine alone.
+        profile, profiles: rows of `profile.csv` and of `profile_summary.csv`, those of vectors as they are now.
     """
 
     name: str
@@ -176,6 +180,8 @@ class Contents:
     card: Mapping[str, Any] | None
     gaps: tuple[Gap, ...]
     out: str = ""
+    profile: Sequence[Mapping[str, Any]] = ()
+    profiles: Sequence[Mapping[str, Any]] = ()
 
     @property
     def adapters(self) -> list[str]:
@@ -225,6 +231,7 @@ def read_contents(out: Path, name: str) -> Contents:
     known, effect = _behavior(name, results[0])
     nulls = tuple(dict.fromkeys(adapter for adapter, _, _ in folders if _is_null(adapter)))
     compare = _compare(out / behavior, results, gaps)
+    profile, profiles = _profile(out / behavior, results, gaps)
     numbers, wanted = ("n_seeds", "alpha"), len(results) > 1
     sparse = [name for score in shown_scores() for name in pooled_numbers(score)]
     pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, ("adapter",), numbers, sparse)
@@ -232,7 +239,19 @@ def read_contents(out: Path, name: str) -> Contents:
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
     place = "" if out == DEFAULT_OUT or out.is_absolute() else str(out)
     return Contents(
-        behavior, shlex.quote(called), known, effect, tuple(results), nulls, pooled, compare, card, tuple(gaps), place
+        behavior,
+        shlex.quote(called),
+        known,
+        effect,
+        tuple(results),
+        nulls,
+        pooled,
+        compare,
+        card,
+        tuple(gaps),
+        place,
+        profile,
+        profiles,
     )
 
 
@@ -526,6 +545,29 @@ def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[d
         named = ", ".join(sorted(other))
         gaps.append(Gap("compare", f"made with other words than the runs' tables ({named})", "ws compare"))
     return [r for r in rows if r["score"] not in other]
+
+
+def _profile(
+    folder: Path, results: Sequence[Result], gaps: list[Gap]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of both tables of `ws profile`, without those of vectors that have been made anew since."""
+    known = {(r.adapter, str(r.seed)): r.digest[:12] for r in results}
+    tables = list[list[dict[str, Any]]]()
+    for name, texts, sparse in (
+        ("profile.csv", _PROFILE | {"trait", "group", "role", "moved"}, _PROFILE_NUMBERS),
+        ("profile_summary.csv", _PROFILE | {"targets"}, _SELECTIVITY),
+    ):
+        rows = typed(_optional_table(folder / name, "profile", "ws profile", gaps, False, texts, ("alpha",), sparse))
+        same = [
+            r
+            for r in rows
+            if r["intervention"] != WEIGHT
+            or str(r["vectors"]).split() == [known.get((r["adapter"], seed)) for seed in str(r["seed"]).split()]
+        ]
+        if len(same) < len(rows):
+            gaps.append(Gap("profile", "made with another vector", "ws profile"))
+        tables.append(same)
+    return tables[0], tables[1]
 
 
 def _same_strength(row: Mapping[str, Any], results: Sequence[Result]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
@@ -418,6 +419,44 @@ def _foundation_figure(adapter: str, rows: Sequence[Foundation], x: Scale) -> Fi
     label = f"{adapter}: shift of logit(wrongness) by moral foundation, in nats. {words}."
     costs = {f.alpha: f"alpha {strength(f.alpha)}: {cost_text(f.point)}" for f in rows}
     return Figure(adapter, picture(bottom + 32, label, parts), "; ".join(costs.values()))
+
+
+# ---- profile --------------------------------------------------------------------------------------------------------
+
+_TRAITS = 12  # of a board, those that move most
+
+
+def profile_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The traits of a board that move most, and the targets, with a mark per strength.
+
+    Args:
+        rows: of `profile.csv`, of one vector on one board.
+    """
+    size = {r["trait"]: max(abs(x["z"]) for x in rows if x["trait"] == r["trait"]) for r in rows}
+    targets = [t for t in size if any(r["role"] == "target" for r in rows if r["trait"] == t)]
+    shown_traits = list(dict.fromkeys([*targets, *sorted(size, key=lambda t: -size[t])]))[: _TRAITS + len(targets)]
+    here, height = [r for r in rows if r["trait"] in shown_traits], 38.0
+    ends = [r[f"z_{end}"] for r in here for end in ("ci_lo", "ci_hi")]
+    random = {r["trait"]: 2 * float(r["z_random"] or 0) for r in here}
+    ends += [side * width for width in random.values() for side in (-1, 1)]
+    x, bottom = Scale.over([0.0, *ends], 8.0, WIDTH - 8.0), 6.0 + height * len(shown_traits)
+    parts = [line(x(t), 4.0, x(t), bottom, "zero" if t == 0 else "grid") for t in x.ticks(5)]
+    for i, trait in enumerate(shown_traits):
+        top, width = 6.0 + height * i, random[trait]
+        if width:
+            shade = {"x": x(-width), "y": top + 14, "width": x(width) - x(-width), "height": 20.0}
+            parts.append(tag("rect", shade | {"class": "broken"}))
+        name = trait if len(trait) < 48 else f"{trait[:46]}\N{HORIZONTAL ELLIPSIS}"
+        parts.append(text(8.0, top + 11, f"{name}{' (target)' if trait in targets else ''}", kind="halo"))
+        for r in (r for r in here if r["trait"] == trait):
+            kind, shape = SIGNS[1 if r["alpha"] > 0 else -1]
+            y = top + (19 if r["alpha"] > 0 else 29)
+            parts.append(line(x(r["z_ci_lo"]), y, x(r["z_ci_hi"]), y, f"interval {kind}"))
+            parts.append(marker(x(r["z"]), y, shape, kind if r["moved"] is True else f"{kind} hollow", 3.4))
+    parts += _x_axis(x, bottom, "shift, standard deviations of the base")
+    words = [f"{r['trait']} at {r['strength']}: {r['z']:+.2f}{' (moved)' * (r['moved'] is True)}" for r in here]
+    label = f"{title}: standardised shifts of traits. {'; '.join(words)}."
+    return Figure(title, picture(bottom + 32, label, parts), f"the {len(shown_traits)} largest of {len(size)} traits")
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ _LABELS = {
     "controls": "Random controls",
     "compare": "Comparison with baselines and controls (compare.csv)",
     "nulls": "Controls that are trained",
+    "profile": "Profile of side effects",
     "norms": "Norms",
     "samples": "Samples",
     "card": "Data card",

@@ -158,5 +158,13 @@ def _other_blocks(
             [tables.foundations_table(acts)] if acts else [],
             sections.LEGENDS["foundations"],
         ),
+        Block(
+            "profile",
+            "What else moved",
+            sections.PROFILE,
+            sections.profile_figures(contents),
+            [tables.profile_table(contents)] if contents.profiles else [],
+            sections.LEGENDS["profile"],
+        ),
         Block("norms", "Where it lies", sections.NORMS, [f for f, _ in norms], [table for _, table in norms]),
     ]

@@ -10,9 +10,10 @@ from statistics import fmean
 from ws.behaviors import Behavior
 from ws.eval.evaluation import Evaluation
 from ws.eval.preference import Preferences
+from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, nearest
 from ws.report.data import Contents, Norms, Result, Row
-from ws.report.figures import Doses, Figure, Shift, norm_figure
+from ws.report.figures import Doses, Figure, Shift, norm_figure, profile_figure
 from ws.report.scores import CLAIMS, CONFOUNDS, of
 from ws.report.tables import Table, norms_table
 from ws.report.verdict import Evidence
@@ -80,11 +81,18 @@ FOUNDATIONS = (
     "vignettes. Triangles up are the positive strength, down the negative one; 95 % intervals. Hollow marks cannot be "
     "read: the model was not answering about these vignettes, there or at the base."
 )
+PROFILE = (
+    "The traits of a board that the vector moves most, and those that it is meant to move, in standard deviations of "
+    "the base's scores. The shade is twice what random vectors of the same size do. Filled marks moved: beyond chance, "
+    "beyond random vectors (Holm over the board) and beyond every null that was trained. Selectivity is how much "
+    "further the targets move than all others; 1 is moving everything alike. The whole board is in profile.csv."
+)
 NORMS = "Size of dW per module and decoder layer, the mean over seeds. The darkest cell is the largest of that adapter."
 # The class of a colour, the mark and its meaning, where there are several.
 LEGENDS = {
     "claims": (("s1", "\N{BLACK CIRCLE}", "false claims"), ("s2", "\N{BLACK SQUARE}", "true claims")),
     "foundations": (("s1", "\N{BLACK UP-POINTING TRIANGLE}", "vector added"), ("s2", "\u25bc", "vector subtracted")),
+    "profile": (("s1", "\N{BLACK UP-POINTING TRIANGLE}", "vector added"), ("s2", "\u25bc", "vector subtracted")),
 }
 _SAMPLED = 4
 # What a reader who is new to all this needs to know, in the order of the page.
@@ -168,6 +176,16 @@ def shift_rows(contents: Contents, curves: Mapping[tuple[str, str], Curve], key:
                 seed_points = [p for points in curve.seeds.values() for p in points if p.alpha == point.alpha]
                 rows.append(Shift(adapter, point if curve.pooled else None, seed_points, point.alpha))
     return rows
+
+
+def profile_figures(contents: Contents) -> list[Figure]:
+    """Per board and adapter, what the vector moves."""
+    drawn = [r for r in contents.profile if r["intervention"] == WEIGHT and r["z"] is not None]
+    keys = dict.fromkeys((r["board"], r["adapter"]) for r in drawn)
+    return [
+        profile_figure(f"{adapter}, {board}", [r for r in drawn if (r["board"], r["adapter"]) == (board, adapter)])
+        for board, adapter in keys
+    ]
 
 
 def norm_figures(contents: Contents) -> list[tuple[Figure, Table]]:

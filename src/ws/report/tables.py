@@ -160,6 +160,29 @@ def foundations_table(by_adapter: Mapping[str, Sequence[Foundation]]) -> Table:
     return Table("; ".join(["Shift of logit(wrongness), nats", *doubts]), header, rows)
 
 
+def profile_table(contents: Contents) -> Table:
+    """What every profile came to, interventions side by side."""
+    rows = tuple(
+        (
+            r["adapter"] if r["adapter"] == r["intervention"] else f"{r['intervention']}, {r['adapter']}",
+            r["board"],
+            r["strength"],
+            str(r["seed"]),
+            estimate_text(r, "selectivity", ".2f"),
+            f"{r['n_moved']} of {r['n_others']}" if r["n_draws"] else "no random vectors",
+            str(r["largest"]).replace(" ", ", "),
+            estimate_text(r, "agreement"),
+        )
+        for r in contents.profiles
+    )
+    header = ("intervention", "board", "strength", "seeds", "selectivity [95 %]", "others moved", "largest others")
+    return Table(
+        "Selectivity on the boards; agreement is how far the answer Yes itself moves, in nats",
+        (*header, "agreement [95 %]"),
+        rows,
+    )
+
+
 def norms_table(adapter: str, norms: Norms) -> Table:
     """The numbers behind a heat map."""
     layers = sorted({layer for _, layer in norms.cells})

@@ -1,0 +1,556 @@
+"""The numbers of `ws profile`: how far every trait of a board moved, whether beyond its nulls, and how selectively.
+
+Of one intervention at one strength, with `x_i` the change of an item's score against the base, `m_yes` and `m_no` the
+means over the items of a trait that Yes and No match, and `s` the standard deviation of the base's scores within the
+halves,
+
+    shift = (m_yes + m_no) / 2          agreement = (m_yes - m_no) / 2          z = shift / s
+
+so a liking for Yes is in the agreement and not in the shift, also where the halves differ in size. A trait counts as
+moved when four things hold: the shift is not chance over its items, it is beyond what random vectors of the same size
+do, it is as large as the floor of its score, and it is beyond every null that was trained. The first two are p-values,
+
+    p_items     of the mean over items (Student's t); of several seeds of their mean, and 1 where they differ in sign
+    p_random    2 P(T > |z| / r), Student's t, with r the standard deviation of z under random vectors (`moderated`)
+
+The larger of the two is corrected over the board (Holm), and 0.05 is the limit.
+
+    selectivity = sqrt(mean over the targets of z^2) / sqrt(mean over all other traits of z^2)
+
+is 1 for a vector that moves everything alike, and for one that moves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from scipy.optimize import brentq
+from scipy.special import digamma, polygamma, stdtr
+from tabulate import tabulate
+
+from ws.eval.boards import Board
+from ws.eval.evaluation import Rows
+from ws.eval.readable import FLAG, LEVEL, MARK, NATS
+from ws.eval.readable import notes as mark_notes
+from ws.stats import (
+    LOW_MASS,
+    Estimate,
+    estimate_mean,
+    estimate_over_seeds,
+    estimate_text,
+    group_difference,
+    holm,
+    resampled_means,
+    widened,
+)
+
+LISTED = 5  # traits that the headlines name
+SHOWN = 12  # rows of a table in the terminal
+MOST_PRIOR = 10.0  # degrees of freedom that the other traits lend one; see `moderated`
+
+Items = Float[np.ndarray, "seeds items"]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """The board under one intervention at one strength, all seeds together.
+
+    Attributes:
+        adapter, seeds, intervention: what was done.
+        strength: what was asked for, such as `+1u` or `-0.5`.
+        alpha: the mean over the seeds.
+        shift: of every item, its change against the base.
+        mass: of every item the answer mass, NaN where no answer is chosen.
+        nulls: by trained null (`shuffled`, `same-side`), the changes under it at the same size.
+        random: by draw, the changes under a random vector of the same size.
+        vectors: what identifies the vectors.
+    """
+
+    adapter: str
+    seeds: tuple[int, ...]
+    intervention: str
+    strength: str
+    alpha: float
+    shift: Items
+    mass: Items
+    nulls: Mapping[str, Items] = field(default_factory=dict)
+    random: Sequence[Items] = ()
+    vectors: str = ""
+
+
+# ---- one trait ------------------------------------------------------------------------------------------------------
+
+
+def balanced(values: Items, yes: Float[np.ndarray, "items"]) -> Items:
+    """The values moved so that their mean is that of the two halves' means, and their spread that within the halves.
+
+    The variance of their mean then is that of the two halves' means, with `n - 2` degrees of freedom, so nothing of
+    what moves both halves apart (a liking for Yes) is taken for uncertainty. Unchanged where there are no halves.
+    """
+    first, n = yes == 1, values.shape[1]
+    if np.isnan(yes).any() or min(first.sum(), (~first).sum()) < 2:
+        return values
+    by_half = np.where(
+        first, values[:, first].mean(axis=1, keepdims=True), values[:, ~first].mean(axis=1, keepdims=True)
+    )
+    middle = (values[:, first].mean(axis=1) + values[:, ~first].mean(axis=1)) / 2
+    moved: Items = middle[:, None] + (values - by_half) * np.sqrt((n - 1) / (n - 2))
+    return moved
+
+
+def spread(base: Float[np.ndarray, "items"], yes: Float[np.ndarray, "items"]) -> float:
+    """The standard deviation of the base's scores within the halves; NaN where all items score the same."""
+    sd = float(balanced(base[None], yes)[0].std(ddof=1)) if len(base) > 1 else 0.0
+    return sd if sd > 1e-9 else float("nan")
+
+
+@dataclass(frozen=True)
+class _Trait:
+    """What is known of one trait in one shot."""
+
+    name: str
+    estimate: Estimate
+    p_items: float
+    sd: float
+    z: Float[np.ndarray, "seeds items"]
+    halves: tuple[float, float] | None
+    p_random: float | None
+    null_z: Mapping[str, float]
+    margins: Mapping[str, Estimate]
+    mass: float | None
+
+
+@dataclass(frozen=True)
+class RandomScale:
+    """How far random vectors move the traits of a board.
+
+    Attributes:
+        of: by trait, the standard deviation of `z` under a random vector.
+        freedom: its degrees of freedom.
+        overall: the root mean square of `z` over all traits and draws.
+    """
+
+    of: Mapping[str, float]
+    freedom: float
+    overall: float
+
+    def p(self, trait: str, z: float) -> float | None:
+        """Two-sided p-value of a standardised shift; None of a trait of which nothing is known."""
+        return float(2 * stdtr(self.freedom, -abs(z) / self.of[trait])) if trait in self.of else None
+
+
+def random_scale(shot: Shot, board: Board, base: Float[np.ndarray, "items"]) -> RandomScale | None:
+    """What random vectors do to the traits of a board; None where there are no random vectors."""
+    sds = {t: spread(base[items], board.yes[items]) for t, items in board.items_of.items()}
+    known = [t for t, sd in sds.items() if np.isfinite(sd)]
+    if not (len(shot.random) and known):
+        return None
+    z = np.array([[_mean(drawn, board, t) / sds[t] for t in known] for drawn in shot.random])
+    scales, freedom = moderated(z)
+    return RandomScale(dict(zip(known, scales.tolist(), strict=True)), freedom, float(np.sqrt((z**2).mean())))
+
+
+def _mean(values: Items, board: Board, trait: str) -> float:
+    items = board.items_of[trait]
+    return float(balanced(values[:, items], board.yes[items]).mean())
+
+
+def moderated(z: Float[np.ndarray, "draws traits"]) -> tuple[Float[np.ndarray, "traits"], float]:
+    """Standard deviations of draws around zero, trait by trait, each drawn towards what the others have.
+
+    A few draws say little of one trait, and much of what is usual. With `d` draws, `v_t` their mean square, and `v_0`
+    and `d_0` fitted to the spread of all `log v_t` (Smyth 2004, Statistical Applications in Genetics and Molecular
+    Biology 3, article 3),
+
+        scale_t^2 = (d_0 v_0 + d v_t) / (d_0 + d)          degrees of freedom: d_0 + d
+
+    `d_0` is 10 at most: with few draws a board on which no two traits are alike may look like one on which all are, and
+    more would then raise false alarms above their rate (simulated, 13 and 135 traits).
+    """
+    d = len(z)
+    v = np.maximum((z**2).mean(axis=0), 1e-24)
+    logs = np.log(v) - digamma(d / 2) + np.log(d / 2)
+    excess = float(logs.var(ddof=1) - polygamma(1, d / 2)) if len(v) > 2 else 0.0
+    half = _inverse_trigamma(excess) if excess > 0 else np.inf
+    usual = float(np.exp(logs.mean() + digamma(half) - np.log(half))) if 2 * half < MOST_PRIOR else float(v.mean())
+    half = min(half, MOST_PRIOR / 2)
+    return np.sqrt((2 * half * usual + d * v) / (2 * half + d)), float(2 * half + d)
+
+
+def _inverse_trigamma(value: float) -> float:
+    """The `x` with `trigamma(x) = value`, which falls from infinity to 0."""
+    low, high = 1e-3, 1e6
+    if value >= polygamma(1, low):
+        return low
+    return high if value <= polygamma(1, high) else float(brentq(lambda x: polygamma(1, x) - value, low, high))
+
+
+def _trait(shot: Shot, board: Board, base: np.ndarray, name: str, scale: RandomScale | None, n_boot: int) -> _Trait:
+    items, yes = board.items_of[name], board.yes[board.items_of[name]]
+    sd, values = spread(base[items], yes), balanced(shot.shift[:, items], yes)
+    first = yes == 1
+    has_halves = not np.isnan(yes).any() and 0 < first.sum() < len(first)
+    raw = shot.shift[:, items].mean(axis=0)
+    nulls = {null: balanced(changes[:, items], yes) for null, changes in shot.nulls.items()}
+    whole = values.mean(axis=0)  # of these very vectors: seeds that one did not train are no part of the question
+    margins = {
+        null: estimate_mean(_outward(whole) - _outward(other.mean(axis=0)), n_boot) for null, other in nulls.items()
+    }
+    by_seed = np.sign(values.mean(axis=1))
+    masses = shot.mass[:, items]
+    return _Trait(
+        name,
+        estimate_over_seeds(values, n_boot),
+        estimate_mean(whole, n_boot).p if (by_seed == by_seed[0]).all() else 1.0,
+        sd,
+        values / sd,
+        (float(raw[first].mean()), float(raw[~first].mean())) if has_halves else None,
+        scale.p(name, float(values.mean() / sd)) if scale else None,
+        {null: float(other.mean() / sd) for null, other in nulls.items()},
+        margins,
+        None if np.isnan(masses).any() else float(masses.mean()),
+    )
+
+
+def _outward(values: np.ndarray) -> np.ndarray:
+    return values if values.mean() >= 0 else -values
+
+
+def standardised(
+    board: Board, by_sign: Mapping[int, Float[np.ndarray, "items"]], mass: Float[np.ndarray, "items"]
+) -> dict[str, dict[int, np.ndarray]]:
+    """Of every trait, its items' changes against the base in standard deviations of the base, by sign; 0 is the base.
+
+    Without traits whose items the base scores alike or does not answer.
+
+    Args:
+        mass: of every item the base's answer mass, NaN where no answer is chosen.
+    """
+    base, found = by_sign[0], dict[str, dict[int, np.ndarray]]()
+    for trait, items in board.items_of.items():
+        yes = board.yes[items]
+        if np.isfinite(sd := spread(base[items], yes)) and not mass[items].mean() < LOW_MASS:
+            found[trait] = {s: balanced((x - base)[None, items], yes)[0] / sd for s, x in by_sign.items()}
+    return found
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def profile_rows(
+    key: Mapping[str, Any],
+    board: Board,
+    base: Float[np.ndarray, "items"],
+    base_mass: np.ndarray,
+    shots: Sequence[Shot],
+    n_boot: int,
+) -> tuple[Rows, Rows]:
+    """Rows of `profile.csv`, one per trait, and of `profile_summary.csv`, one per shot.
+
+    Args:
+        key: the first columns.
+        board: the items.
+        base: their scores without steering.
+        base_mass: their answer masses without steering, NaN where no answer is chosen.
+        shots: what was measured.
+        n_boot: resamples per interval.
+    """
+    rows, summary = Rows(), Rows()
+    for shot in shots:
+        scale = random_scale(shot, board, base)
+        traits = [_trait(shot, board, base, name, scale, n_boot) for name in board.traits]
+        here = [_row(key, shot, board, t, base, base_mass, scale) for t in traits]
+        _decide(here, board)
+        rows += sorted(here, key=lambda r: -abs(r["z"] or 0.0))
+        summary.append(_summary(key, shot, board, traits, here, scale, n_boot))
+    return rows, summary
+
+
+def _first_columns(key: Mapping[str, Any], shot: Shot, board: Board) -> dict[str, Any]:
+    seeds = " ".join(map(str, shot.seeds))
+    row = {**key, "board": board.name, "adapter": shot.adapter, "seed": seeds, "intervention": shot.intervention}
+    return row | {"strength": shot.strength, "alpha": shot.alpha, "vectors": shot.vectors}
+
+
+def _row(
+    key: Mapping[str, Any],
+    shot: Shot,
+    board: Board,
+    t: _Trait,
+    base: np.ndarray,
+    base_mass: np.ndarray,
+    scale: RandomScale | None,
+) -> dict[str, Any]:
+    items, z = board.items_of[t.name], float(t.z.mean())
+    known_base = float(base_mass[items].mean())
+    masses = [m for m in (t.mass, known_base) if m is not None and not np.isnan(m)]
+    yes, no = t.halves or (None, None)
+    problems = [f"answer mass {min(masses):.3f}"] if masses and min(masses) < LOW_MASS else []
+    problems += [] if np.isfinite(z) else ["the base scores all items alike"]
+    sizes = dict(zip(("z", "z_ci_lo", "z_ci_hi"), (z, t.estimate.ci_lo / t.sd, t.estimate.ci_hi / t.sd), strict=True))
+    brief = board.briefs[t.name]
+    return {
+        **_first_columns(key, shot, board),
+        "trait": t.name,
+        "group": board.groups[t.name],
+        "role": board.role(t.name),
+        **t.estimate.columns("shift", "ci_lo", "ci_hi"),
+        "unit": board.scores[t.name].unit,
+        **(sizes if np.isfinite(z) else dict.fromkeys(sizes)),
+        "base": float(balanced(base[None, items], board.yes[items]).mean()),
+        "p_items": t.p_items,
+        "p_random": t.p_random,
+        "p_holm": None,
+        "z_random": scale.of.get(t.name) if scale else None,
+        **{f"z_{null.replace('-', '_')}": t.null_z.get(null) for null in ("shuffled", "same-side")},
+        "beyond_trained": all(m.ci_lo > 0 for m in t.margins.values()) if t.margins else None,
+        "moved": None,
+        "shift_yes": yes,
+        "shift_no": no,
+        "agreement": None if yes is None or no is None else (yes - no) / 2,
+        "mass": min(masses, default=None),
+        "n": t.estimate.n,
+        "n_seeds": len(shot.seeds),
+        "n_draws": len(shot.random),
+        FLAG: "; ".join(problems) or None,
+        **{name: brief.get(name) for name in ("eval", "eval_hash", "dataset", "words", "drawn")},
+    }
+
+
+def _decide(rows: Rows, board: Board) -> None:
+    """Fill in the corrected p-values of a shot, and which traits it moved."""
+    tested = [r for r in rows if r["p_random"] is not None and not r[FLAG]]
+    if not tested:
+        return
+    corrected = holm(np.array([max(r["p_items"], r["p_random"]) for r in tested]))
+    for row, p in zip(tested, corrected, strict=True):
+        row["p_holm"] = float(p)
+        is_large = abs(row["shift"]) >= board.scores[row["trait"]].floor
+        row["moved"] = bool(p < LEVEL and is_large and row["beyond_trained"] is not False)
+
+
+def selectivity(
+    z: Mapping[str, Float[np.ndarray, "seeds items"]], targets: Sequence[str], others: Sequence[str], n_boot: int
+) -> Estimate | None:
+    """The root mean square of the targets' `z` over that of the others, with a bootstrap interval; None without either.
+
+    Seeds are drawn once for all traits, items trait by trait. A resampled `z^2` is too large by the variance of `z`, so
+    the draws are scaled to lie around the estimate.
+    """
+    parts = {
+        name: [t for t in names if t in z and np.isfinite(z[t]).all()]
+        for name, names in (("targets", targets), ("others", others))
+    }
+    if not all(parts.values()):
+        return None
+    squares, point = {}, {}
+    for name, chosen in parts.items():
+        # One seed of the generator draws the same seeds of the training for every trait.
+        draws = np.stack([resampled_means(widened(z[t])[None], n_boot, 0)[0] for t in chosen])
+        drawn = (draws**2).mean(axis=0)
+        point[name] = float(np.mean([z[t].mean() ** 2 for t in chosen]))
+        squares[name] = drawn * point[name] / max(float(drawn.mean()), 1e-12)
+    ratio = np.sqrt(squares["targets"] / np.clip(squares["others"], 1e-12, None))
+    low, high = np.quantile(ratio, [0.025, 0.975])
+    value = float(np.sqrt(point["targets"] / max(point["others"], 1e-12)))
+    return Estimate(value, float(ratio.std(ddof=1)), float(low), float(high), len(z), 1.0)
+
+
+def _summary(
+    key: Mapping[str, Any],
+    shot: Shot,
+    board: Board,
+    traits: Sequence[_Trait],
+    rows: Rows,
+    scale: RandomScale | None,
+    n_boot: int,
+) -> dict[str, Any]:
+    # What cannot be read says nothing of how far it moved.
+    readable = [r for r in rows if not r[FLAG]]
+    z = {t.name: t.z for t in traits if t.name in {r["trait"] for r in readable}}
+    others = [t for t in board.traits if t not in board.targets]
+    far = [t for t in others if not board.role(t)]
+    chosen = {"selectivity": others, "selectivity_far": far}
+    ratios = {name: selectivity(z, board.targets, part, n_boot) for name, part in chosen.items()}
+    row = _first_columns(key, shot, board) | {"targets": " ".join(board.targets)}
+    for name, ratio in ratios.items():
+        empty = dict.fromkeys((name, f"{name}_ci_lo", f"{name}_ci_hi"))
+        row |= empty if ratio is None else ratio.columns(name, "ci_lo", "ci_hi")
+    known = [r for r in readable if r["z"] is not None]
+    moved = [r for r in known if r["moved"]]
+    row |= {"z_target": _rms([r["z"] for r in known if r["role"] == "target"])}
+    row |= {"z_others": _rms([r["z"] for r in known if r["role"] != "target"])}
+    row |= {"z_random": scale.overall if scale else None}
+    row |= {"n_traits": len(rows), "n_others": len(others), "n_moved": sum(r["role"] != "target" for r in moved)}
+    row |= {"target_moved": any(r["role"] == "target" for r in moved), **_agreement(shot, board, n_boot)}
+    row |= {"rms_shift": _rms([r["shift"] for r in readable if r["shift_yes"] is not None])}
+    largest = [r for r in moved if r["role"] != "target"] or [r for r in known if r["role"] != "target"]
+    largest = sorted(largest, key=lambda r: -abs(r["z"]))[:LISTED]
+    masses = [r["mass"] for r in rows if r["mass"] is not None]
+    row |= {"largest": " ".join(r["trait"] for r in largest), "mass": min(masses, default=None)}
+    row |= {"n_unreadable": sum(bool(r[FLAG]) for r in rows), "n_draws": len(shot.random)}
+    return row | {"nulls": " ".join(shot.nulls), "n_seeds": len(shot.seeds)}
+
+
+def _rms(values: Sequence[float]) -> float | None:
+    return float(np.sqrt(np.mean(np.square(values)))) if values else None
+
+
+def _agreement(shot: Shot, board: Board, n_boot: int) -> dict[str, Any]:
+    """How far the answer Yes itself moves, over all statements of the board."""
+    raw, yes = shot.shift.mean(axis=0), board.yes
+    halves = [raw[yes == side] / 2 for side in (1, 0)]
+    if min(map(len, halves)) < 2:
+        return dict.fromkeys(("agreement", "agreement_ci_lo", "agreement_ci_hi"))
+    return group_difference(halves[0], halves[1], n_boot).columns("agreement", "ci_lo", "ci_hi")
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def render(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> str:
+    """The tables and the headlines of all shots.
+
+    Args:
+        texts: by trait and shot (see `examples`), an item that shows what moved.
+    """
+    parts = []
+    for row in summary:
+        here = [r for r in rows if _of(r) == _of(row)]
+        parts += [_table(here, row), "\n".join(f"- {s}" for s in [*headlines(row), *_examples(row, here, texts)])]
+    notes = [
+        "z is the shift in standard deviations of the base's scores within a trait. * moved: beyond chance over the "
+        "items and beyond random vectors (Holm over the board, p < 0.05), at least the floor of its score, and beyond "
+        "every trained null.",
+        *mark_notes(r[FLAG] for r in rows),
+    ]
+    return "\n\n".join([*parts, *notes])
+
+
+def _of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["adapter"], row["intervention"], row["strength"]
+
+
+def headlines(row: Mapping[str, Any]) -> list[str]:
+    """What a shot did, in sentences: selectivity, how many others moved, agreement, and what cannot be said."""
+    targets = row["targets"].replace(" ", ", ")
+    lines = []
+    if row["selectivity"] is not None:
+        lines.append(
+            f"Selectivity {estimate_text(row, 'selectivity', '.2f')}: {targets} moves by {row['z_target']:.2f} "
+            f"standard deviations, the others by {row['z_others']:.2f} (root mean square)."
+        )
+    if row["n_draws"]:
+        unread = f" ({row['n_unreadable']} traits cannot be read and are left out)" if row["n_unreadable"] else ""
+        nulls = ", ".join(["random vectors", *(f"the {n} null" for n in row["nulls"].split())])
+        lines.append(
+            f"{row['n_moved']} of {row['n_others']} others moved beyond {nulls}{unread}; random vectors move "
+            f"a trait by {row['z_random']:.2f}."
+        )
+    elif row["intervention"] == "weight":
+        lines.append("No random vectors were asked for (--n-draws 0), so no trait counts as moved.")
+    if is_agreement(row):
+        lines.append(
+            f"The answer Yes itself moves by {estimate_text(row, 'agreement')} nats, further than the traits "
+            f"({row['rms_shift']:.2f}): this is agreement, whatever is asked."
+        )
+    return lines
+
+
+def is_agreement(row: Mapping[str, Any]) -> bool:
+    """Whether a shot moves the answer Yes itself, surely and further than it moves the traits."""
+    if row["agreement"] is None or row["rms_shift"] is None:
+        return False
+    sure = row["agreement_ci_lo"] > 0 or row["agreement_ci_hi"] < 0
+    return sure and abs(row["agreement"]) > max(NATS, row["rms_shift"])
+
+
+def _examples(row: Mapping[str, Any], here: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[str]:
+    by_trait = {r["trait"]: r for r in here}
+    lines = []
+    for trait in row["largest"].split():
+        text = texts.get(f"{trait} {_of(row)}", "")
+        lines.append(f"{trait} ({by_trait[trait]['z']:+.2f}): {text}")
+    return [f"largest other: {line}" for line in lines]
+
+
+def examples(board: Board, shots: Sequence[Shot]) -> dict[str, str]:
+    """By trait and shot, the item that moved most in the direction of its trait, with its change."""
+    texts, known = dict[str, str](), board.texts
+    for shot in shots:
+        raw = shot.shift.mean(axis=0)
+        for trait, items in board.items_of.items():
+            toward = 1 if balanced(shot.shift[:, items], board.yes[items]).mean() >= 0 else -1
+            item = items[np.argmax(toward * raw[items])]
+            key = (shot.adapter, shot.intervention, shot.strength)
+            texts[f"{trait} {key}"] = f"“{known[item]}” {raw[item]:+.2f} {board.scores[trait].unit}"
+    return texts
+
+
+def _table(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+    shown = [r for i, r in enumerate(rows) if i < SHOWN or r["role"] == "target"]
+    cells = [
+        [
+            f"{r['trait']} ({r['role']})" if r["role"] else r["trait"],
+            r["group"],
+            f"{estimate_text(r, 'shift')}{MARK if r[FLAG] else '*' if r['moved'] else ''}",
+            "" if r["z"] is None else f"{r['z']:+.2f}",
+            *("" if r[f"z_{n}"] is None else f"{r[f'z_{n}']:+.2f}" for n in ("shuffled", "same_side")),
+            "" if r["p_holm"] is None else f"{r['p_holm']:.3f}",
+        ]
+        for r in shown
+    ]
+    header = ["trait", "about", "shift", "z", "z, shuffled", "z, same side", "Holm p"]
+    keep = [i for i in range(len(header)) if i < 4 or any(c[i] for c in cells)]
+    table = tabulate([[c[i] for i in keep] for c in cells], [header[i] for i in keep], disable_numparse=True)
+    made = row["adapter"] if row["adapter"] == row["intervention"] else f"{row['intervention']}, {row['adapter']}"
+    more = f"; {len(rows) - len(shown)} more in profile.csv" if len(rows) > len(shown) else ""
+    return f"{made} at {row['strength']} (alpha {row['alpha']:+.3g}), {row['board']}{more}\n\n{table}"
+
+
+def plot(rows: Sequence[Mapping[str, Any]], adapter: str, intervention: str) -> Figure:
+    """Every trait of the board by group, with its standardised shift at every strength; the band is random vectors."""
+    here = [r for r in rows if (r["adapter"], r["intervention"]) == (adapter, intervention) and r["z"] is not None]
+    strengths = sorted({(r["alpha"], r["strength"]) for r in here})
+    first = {r["group"] for r in here if r["role"] == "target"}
+    groups = sorted(dict.fromkeys(r["group"] for r in here), key=lambda g: g not in first)
+    order = [t for g in groups for t in dict.fromkeys(r["trait"] for r in here if r["group"] == g)]
+    place, n = {trait: i for i, trait in enumerate(order)}, len(order)
+    figure = Figure(figsize=(9, 1.6 + 0.16 * n), layout="constrained")
+    axes = figure.subplots()
+    marks = ("v", "^", "s", "D", "o")
+    if here[0]["z_random"] is not None:
+        width = [2 * next(r["z_random"] or 0 for r in here if r["trait"] == t) for t in order]
+        axes.barh(
+            range(n), np.multiply(width, 2), 1.0, np.negative(width), color="0.88", label="2 sd of random vectors"
+        )
+    for number, (_, strength) in enumerate(strengths):
+        style: dict[str, Any] = {
+            "fmt": marks[number % len(marks)],
+            "ms": 4,
+            "lw": 0.8,
+            "mew": 0.8,
+            "color": f"C{number}",
+        }
+        for r in (r for r in here if r["strength"] == strength):
+            ends = [[r["z"] - r["z_ci_lo"]], [r["z_ci_hi"] - r["z"]]]
+            face = style["color"] if r["moved"] else "white"
+            axes.errorbar(r["z"], place[r["trait"]], xerr=ends, mfc=face, **style)
+        axes.plot([], [], style["fmt"], color=style["color"], ms=4, label=strength)
+    targets = {r["trait"] for r in here if r["role"] == "target"}
+    axes.set_yticks(range(n), [f"{t} (target)" if t in targets else t for t in order], fontsize=6.5)
+    sizes = [len({r["trait"] for r in here if r["group"] == group}) for group in groups]
+    for group, size, end in zip(groups, sizes, np.cumsum(sizes), strict=True):
+        axes.axhline(end - size - 0.5, color="0.8", lw=0.6)
+        middle = end - (size + 1) / 2
+        axes.text(1.01, middle, group, transform=axes.get_yaxis_transform(), fontsize=7, va="center")
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.set_xlabel("shift in standard deviations of the base's scores; filled: moved beyond the nulls", fontsize=8)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=len(strengths) + 1)
+    return figure

@@ -1,0 +1,414 @@
+"""The profile: planted shifts are named with their size, a Yes vector is exposed, and vectors that do nothing are not
+said to move anything."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+import ws
+from support.statements import folder, rows
+from ws.analysis.profile import main, profile
+from ws.analysis.profile_tables import (
+    Shot,
+    balanced,
+    examples,
+    headlines,
+    is_agreement,
+    moderated,
+    plot,
+    profile_rows,
+    random_scale,
+    render,
+    selectivity,
+    spread,
+)
+from ws.delta import LinearDelta
+from ws.eval.boards import Board, Part, open_board
+from ws.eval.context import EvalContext
+from ws.eval.evaluation import HeadlineScore
+from ws.files.plots import save_svg
+from ws.lm.models import fingerprint
+from ws.options.measure import ProfileOptions
+from ws.options.shared import EvalOptions
+
+N_TRAITS, N_ITEMS, N_BOOT = 15, 20, 200
+YES = np.tile([1.0, 0.0], N_ITEMS // 2)
+
+
+@dataclass(frozen=True)
+class Stub:
+    """An evaluation of which nothing is asked."""
+
+    brief: dict
+
+
+def board(targets: tuple[str, ...] = ("t0",), floor: float = 0.2) -> Board:
+    names = [f"t{i}" for i in range(N_TRAITS)]
+    labels = tuple(name for name in names for _ in range(N_ITEMS))
+    yes = tuple(bool(y) for _ in names for y in YES)
+    texts = tuple(f"statement {i}" for i in range(len(labels)))
+    part = Part(
+        Stub({"eval": "statements"}), HeadlineScore("statements", "statements", floor=floor), labels, texts, yes
+    )
+    return Board("made", (part,), {name: "first" if i < 3 else "second" for i, name in enumerate(names)}, targets)
+
+
+def shot(rng, moved=None, agreement=0.0, n_seeds=1, draws=5, noise=0.05, drift=0.1, nulls=None, name="+1u") -> Shot:
+    """Items that move by `moved` of their trait and by `agreement` towards Yes, with noise of their own; a random
+    vector moves every trait by a drift of its own."""
+    n = N_TRAITS * N_ITEMS
+
+    def drawn() -> np.ndarray:
+        return np.repeat(rng.normal(scale=drift, size=N_TRAITS), N_ITEMS) + rng.normal(scale=noise, size=(n_seeds, n))
+
+    shift = drawn() + agreement * np.tile(np.where(YES == 1, 1.0, -1.0), N_TRAITS)
+    for trait, by in (moved or {}).items():
+        shift[:, int(trait[1:]) * N_ITEMS : (int(trait[1:]) + 1) * N_ITEMS] += by
+    made = {null: drawn() + by for null, by in (nulls or {}).items()}
+    random = [drawn() for _ in range(draws)]
+    return Shot("lora", tuple(range(n_seeds)), "weight", name, 1.0, shift, np.full(shift.shape, 0.99), made, random)
+
+
+def base_of(rng) -> np.ndarray:
+    """Scores of the base: a spread of one within the halves, and a liking for Yes of two nats."""
+    return rng.normal(size=N_TRAITS * N_ITEMS) + np.tile(np.where(YES == 1, 2.0, -2.0), N_TRAITS)
+
+
+def read(shots, of=None, base=None, mass=0.99, seed=0):
+    of, base = of or board(), base_of(np.random.default_rng(seed)) if base is None else base
+    return profile_rows({"behavior": "made"}, of, base, np.full(len(base), mass), shots, N_BOOT)
+
+
+# ---- one trait ------------------------------------------------------------------------------------------------------
+
+
+def test_a_liking_for_yes_is_in_neither_the_shift_nor_its_spread():
+    rng = np.random.default_rng(0)
+    values, liking = rng.normal(size=(2, N_ITEMS)), np.where(YES == 1, 3.0, -3.0)
+    plain, moved = balanced(values, YES), balanced(values + liking, YES)
+    assert np.allclose(plain, moved)
+    halves = [values[:, side == YES] for side in (1, 0)]
+    assert np.allclose(moved.mean(axis=1), (halves[0].mean(axis=1) + halves[1].mean(axis=1)) / 2)
+    # The variance of the mean of two halves: a quarter of the sum of theirs, from the spread within them.
+    within = sum(((h - h.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for h in halves) / (N_ITEMS - 2)
+    assert np.allclose(moved.var(axis=1, ddof=1), within)
+
+
+def test_uneven_halves_weigh_alike():
+    yes, values = np.array([1, 1, 1, 1, 1, 1, 0, 0]), np.array([[1.0] * 6 + [-1.0] * 2])
+    assert balanced(values, yes).mean() == pytest.approx(0.0)
+    assert values.mean() == pytest.approx(0.5)
+    unmatched = np.full(8, np.nan)
+    assert np.array_equal(balanced(values, unmatched), values)
+
+
+def test_the_spread_is_that_within_the_halves():
+    base = np.where(YES == 1, 5.0, -5.0) + np.tile([0.0, 0.0, 1.0, 1.0], 5)
+    assert spread(base, YES) == pytest.approx(np.sqrt(5 / 18), rel=1e-6)
+    assert np.isnan(spread(np.where(YES == 1, 5.0, -5.0), YES))
+
+
+def test_random_vectors_give_the_scale_and_few_of_them_say_little():
+    rng = np.random.default_rng(1)
+    one, base = shot(rng, draws=8, drift=0.3, noise=0.0), base_of(rng)
+    z = [balanced(r[:, i], YES).mean() / spread(base[i], YES) for r in one.random for i in board().items_of.values()]
+    scale = random_scale(one, board(), base)
+    assert scale.overall == pytest.approx(np.sqrt(np.mean(np.square(z))))
+    assert random_scale(replace(one, random=()), board(), base) is None
+    assert scale.p("t3", 0.0) == pytest.approx(1.0)
+    assert scale.p("t3", 1.2) < scale.p("t3", 1.0)
+    assert scale.p("no trait", 1.0) is None
+
+
+def test_scales_are_the_traits_own_as_far_as_the_draws_can_tell():
+    rng, true = np.random.default_rng(2), np.repeat([0.1, 0.4, 1.6], 40)
+    alike, freedom = moderated(rng.normal(size=(5, 120)))
+    raw = np.sqrt((rng.normal(size=(5, 120)) ** 2).mean(axis=0))
+    assert alike.std() < 0.6 * raw.std(), "drawn towards one another where the traits have one scale"
+    assert freedom == 15.0
+    found, freedom = moderated(true * rng.normal(size=(5, 120)))
+    assert 5 < freedom < 10
+    assert np.corrcoef(np.log(found), np.log(true))[0, 1] > 0.9
+    many, freedom = moderated(true * rng.normal(size=(500, 120)))
+    assert many == pytest.approx(true, rel=0.2)
+    assert freedom > 500
+    one_draw, freedom = moderated(rng.normal(size=(1, 13)))
+    assert np.isfinite(one_draw).all()
+    assert freedom <= 11
+
+
+# ---- what is said of a vector ---------------------------------------------------------------------------------------
+
+
+def test_two_planted_traits_are_named_and_no_other():
+    rng = np.random.default_rng(2)
+    table, (summary,) = read([shot(rng, {"t0": 1.5, "t7": -1.2})])
+    moved = {r["trait"]: r for r in table if r["moved"]}
+    assert set(moved) == {"t0", "t7"}
+    assert [r["trait"] for r in table[:2]] == ["t0", "t7"], "by size"
+    assert moved["t0"]["shift_ci_lo"] < 1.5 < moved["t0"]["shift_ci_hi"] or abs(moved["t0"]["shift"] - 1.5) < 0.3
+    assert (moved["t0"]["role"], moved["t7"]["role"]) == ("target", "")
+    assert {r["trait"] for r in table if r["role"] == "neighbour"} == {"t1", "t2"}
+    assert (summary["n_moved"], summary["target_moved"], summary["largest"]) == (1, True, "t7")
+    assert summary["selectivity"] > 3
+    assert summary["selectivity_ci_lo"] <= summary["selectivity"] <= summary["selectivity_ci_hi"]
+    assert not is_agreement(summary)
+
+
+def test_a_yes_vector_moves_no_trait_and_is_exposed():
+    table, (summary,) = read([shot(np.random.default_rng(3), agreement=2.0, drift=0.02)])
+    assert not any(r["moved"] for r in table)
+    assert summary["agreement"] == pytest.approx(2.0, abs=0.05)
+    assert is_agreement(summary)
+    assert any("The answer Yes itself moves by +2.0" in line for line in headlines(summary))
+    assert all(r["shift_yes"] > 1 > -1 > r["shift_no"] for r in table)
+
+
+@pytest.mark.parametrize("draws", [3, 5, 20])
+@pytest.mark.parametrize("drift", ["one for all", "their own"])
+def test_vectors_that_are_one_more_random_draw_move_nothing(draws, drift):
+    """200 boards, no floor: some trait is said to have moved on at most 5 % of them, also where random vectors move
+    some traits many times as far as others."""
+    rng, alarms, flat = np.random.default_rng(4), 0, board(floor=0.0)
+    own = np.exp(np.random.default_rng(5).normal(scale=1.0, size=N_TRAITS))
+    for i in range(200):
+        table, _ = read([shot(rng, draws=draws, drift=0.1 * (own if drift == "their own" else 1.0))], flat, seed=i)
+        alarms += any(r["moved"] for r in table)
+    assert alarms <= binom.ppf(0.999, 200, 0.05)
+
+
+def test_a_sure_shift_that_random_vectors_have_too_is_not_one():
+    rng = np.random.default_rng(5)
+    table, _ = read([shot(rng, {"t4": 0.6}, noise=0.01, drift=0.5)])
+    (row,) = (r for r in table if r["trait"] == "t4")
+    assert row["p_items"] < 1e-6
+    assert row["moved"] is False
+
+
+def test_seeds_must_agree_in_sign_and_their_spread_is_in_the_interval_alone():
+    rng = np.random.default_rng(12)
+    one = shot(rng, n_seeds=3, draws=5)
+    sizes = {"t4": (0.8, 1.6, 2.4), "t5": (-1.0, 2.5, 2.5)}
+    for trait, by in sizes.items():
+        items = slice(int(trait[1:]) * N_ITEMS, (int(trait[1:]) + 1) * N_ITEMS)
+        one.shift[:, items] += np.array(by)[:, None]
+    table, _ = read([one])
+    known = {r["trait"]: r for r in table}
+    assert (known["t4"]["moved"], known["t5"]["moved"]) == (True, False)
+    assert known["t4"]["shift_ci_lo"] < 0.2, "three seeds that differ say little of a fourth"
+
+
+def test_a_trained_null_that_does_the_same_takes_the_star_away():
+    rng = np.random.default_rng(6)
+    alone, beside = (read([shot(rng, {"t4": 1.5}, nulls=nulls)])[0] for nulls in ({}, {"shuffled": 1.6}))
+    moved = [next(r for r in table if r["trait"] == "t4") for table in (alone, beside)]
+    assert [r["moved"] for r in moved] == [True, False]
+    assert [r["beyond_trained"] for r in moved] == [None, False]
+    assert moved[1]["z_shuffled"] == pytest.approx(1.6, abs=0.6)
+
+
+def test_without_random_vectors_and_without_answers_nothing_counts_as_moved():
+    rng = np.random.default_rng(7)
+    table, (summary,) = read([shot(rng, {"t4": 3.0}, draws=0)])
+    assert all(r["moved"] is None and r["p_random"] is None for r in table)
+    assert any("no trait counts as moved" in line for line in headlines(summary))
+    table, (summary,) = read([shot(rng, {"t4": 3.0})], mass=0.6)
+    assert not any(r["moved"] for r in table)
+    assert (summary["n_unreadable"], summary["mass"]) == (N_TRAITS, pytest.approx(0.6))
+    assert "supports no conclusion" in render(table, [summary], {})
+    assert summary["selectivity"] is None, "nothing can be read"
+
+
+def test_selectivity_is_one_for_what_moves_everything_alike_and_its_interval_holds_it():
+    rng, holds = np.random.default_rng(8), 0
+    for _ in range(100):
+        z = {f"t{i}": 1.0 + rng.normal(scale=1.0, size=(1, 40)) for i in range(15)}
+        ratio = selectivity(z, ["t0"], [f"t{i}" for i in range(1, 15)], 400)
+        holds += ratio.ci_lo <= 1.0 <= ratio.ci_hi
+    assert holds >= binom.ppf(0.001, 100, 0.95)
+    assert selectivity(z, [], ["t1"], N_BOOT) is None
+
+
+def test_seeds_that_disagree_widen_the_interval_of_selectivity():
+    rng = np.random.default_rng(9)
+    others = {f"t{i}": 0.5 + rng.normal(scale=0.2, size=(3, 40)) for i in range(1, 12)}
+    steady, split = (
+        others | {"t0": 2.0 + by + rng.normal(scale=0.2, size=(3, 40))}
+        for by in (np.zeros((3, 1)), np.array([[-1.5], [0.0], [1.5]]))
+    )
+    widths = [(e := selectivity(z, ["t0"], list(others), 1000)).ci_hi - e.ci_lo for z in (steady, split)]
+    assert widths[1] > 3 * widths[0]
+
+
+def test_pictures_and_examples(tmp_path):
+    rng = np.random.default_rng(10)
+    shots = [shot(rng, {"t0": by}, name=name) for name, by in (("-1u", -1.0), ("+1u", 1.0))]
+    table, summary = read(shots)
+    texts = examples(board(), shots)
+    moved = shots[1].shift[0, :N_ITEMS]
+    assert texts["t0 ('lora', 'weight', '+1u')"].startswith(f"“statement {moved.argmax()}”")
+    assert "t0 (target)" in render(table, summary, texts)
+    picture = save_svg(plot(table, "lora", "weight"), tmp_path / "p.svg").read_text()
+    assert "t14" in picture
+
+
+# ---- boards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def context(pocket, tmp_path):
+    model, tok = pocket
+    return EvalContext.of_base(EvalOptions(behavior="honesty", out=tmp_path), model, tok)
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return ws.load_model("pocket", device="cpu")
+
+
+def opened(context, **given) -> Board:
+    return open_board(context, ProfileOptions(**given))
+
+
+def test_the_bundled_board_has_traits_that_the_pocket_model_answers(context, pocket):
+    known = opened(context)
+    assert known.name == "pocket"
+    assert len(known.traits) == 14, "and the behaviour's own claims, since none of them is its target"
+    assert known.targets == ("honesty",)
+    statements = known.parts[0]
+    scores = statements.evaluation.ask(*pocket)
+    assert statements.masses(scores).min() > 0.99
+    assert (statements.values(scores) > 0).mean() > 0.98
+    for items in list(known.items_of.values())[:-1]:
+        assert known.yes[items].mean() == pytest.approx(0.5)
+
+
+def test_targets_are_named_by_the_command_or_the_behaviour(context):
+    known = opened(context, traits=("common-knowledge",))
+    assert (known.targets, known.role("common-knowledge"), len(known.traits)) == (("common-knowledge",), "target", 13)
+    with pytest.raises(ws.WsError, match="common-knowlege.*Did you mean 'common-knowledge'"):
+        opened(context, traits=("common-knowlege",))
+    with pytest.raises(ws.WsError, match="antropic.*Did you mean 'anthropic'"):
+        opened(context, board="antropic")
+
+
+def test_a_behaviours_own_questions_are_its_target_where_no_trait_is(context, pocket):
+    known = opened(replace(context, options=replace(context.options, behavior="tone")))
+    assert known.targets == ("tone",)
+    own = known.parts[1]
+    values = own.values(own.evaluation.ask(*pocket))
+    assert len(values) == len(own.traits) == len(own.texts) == len(set(own.texts))
+    assert known.groups["tone"] == "the behaviour itself"
+    assert np.isnan(own.masses(own.evaluation.ask(*pocket))).all(), "answers that are given have no mass"
+
+
+def test_the_moral_board_is_one_of_foundations(context):
+    known = opened(context, board="moral")
+    assert {"Care", "Fairness"} <= set(known.traits)
+    assert len(known.texts) == len(known.parts[0].traits) + len(known.parts[1].traits)
+
+
+def test_a_board_of_ones_own_has_the_groups_of_its_file(context, tmp_path):
+    place = folder(tmp_path / "mine", tea=rows("tea"), rain=rows("rain"), snow=rows("snow"))
+    (place / "groups.toml").write_text('weather = ["rain", "snow"]\n')
+    known = opened(context, board=str(place), traits=("rain",), n_items=6)
+    assert (known.name, known.traits) == ("mine", ["rain", "snow", "tea"])
+    assert [known.role(t) for t in known.traits] == ["target", "neighbour", ""]
+    assert len(known.items_of["tea"]) == 6
+    (place / "groups.toml").write_text('weather = ["rain", "hail"]\n')
+    with pytest.raises(ws.WsError, match="no file of the trait 'hail'"):
+        opened(context, board=str(place))
+    (place / "groups.toml").write_text('weather = "rain"\n')
+    with pytest.raises(ws.WsError, match=r"groups.toml must hold a list"):
+        opened(context, board=str(place))
+    (place / "groups.toml").write_text('weather = ["rain"]\nwater = ["rain"]\n')
+    with pytest.raises(ws.WsError, match="'rain' into two groups"):
+        opened(context, board=str(place))
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def weak_vector(model) -> ws.SteeringVector:
+    """A random low-rank change of two modules."""
+    generator, deltas = torch.Generator().manual_seed(0), {}
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
+        out, into = model.get_submodule(name).weight.shape
+        u, v = (0.1 * torch.randn(*shape, generator=generator) for shape in ((out, 2), (2, into)))
+        deltas[name] = LinearDelta(out, into, u=u, v=v)
+    return ws.SteeringVector(deltas, "pocket", fingerprint(model))
+
+
+@pytest.fixture
+def options(context, pocket, tmp_path) -> ProfileOptions:
+    vector = weak_vector(pocket[0])
+    for name in ("lora", "lora-shuffled"):
+        vector.save(tmp_path / "honesty" / name / "vector")
+    return ProfileOptions(out=tmp_path, alphas=(-1.0, 2.0), n_items=4, n_draws=2, device="cpu", n_bootstrap=100)
+
+
+def test_the_command_writes_its_tables_and_asks_nothing_twice(options, tmp_path, capsys, monkeypatch):
+    main(options)
+    text = capsys.readouterr().out
+    assert "weight, lora at -1 (alpha -1), pocket" in text
+    assert "Selectivity" in text
+    there = tmp_path / "honesty"
+    table = list(csv.DictReader((there / "profile.csv").open()))
+    assert {(r["strength"], r["alpha"]) for r in table} == {("-1", "-1.0"), ("+2", "2.0")}
+    assert len(table) == 2 * 14
+    assert all(float(r["z_shuffled"]) == pytest.approx(float(r["z"]), abs=1e-4) for r in table), "the same vector"
+    assert all(r["moved"] in ("False", "") for r in table), "no further than its null"
+    assert {r["n_draws"] for r in table} == {"2"}
+    assert (there / "profile_pocket_lora_weight.svg").is_file()
+    # Everything is on record; another board is added, and the first stays.
+    monkeypatch.setattr("ws.eval.statements.evaluate_statements", None)
+    before = (there / "profile.csv").read_bytes()
+    main(options)
+    assert (there / "profile.csv").read_bytes() == before
+    mine = folder(tmp_path / "mine", tea=rows("tea"), rain=rows("rain"))
+    monkeypatch.undo()
+    main(replace(options, board=str(mine), traits=("tea",), n_draws=0))
+    both = list(csv.DictReader((there / "profile.csv").open()))
+    assert {r["board"] for r in both} == {"pocket", "mine"}
+    assert [r for r in both if r["board"] == "pocket"] == [
+        {**r} | {c: "" for c in both[0] if c not in r} for r in table
+    ]
+
+
+def test_random_vectors_are_read_at_the_largest_strength(options):
+    known = profile(replace(options, n_draws=1))
+    names = sorted(p.name for p in (options.out / "honesty" / "lora" / "scores").iterdir())
+    draws = {n.rsplit("-", 1)[1] for n in names if n.startswith("statements")}
+    assert draws == {"-1.0.json", "1.0.json", "2.0.json"} or draws == {"1.0.json", "2.0.json"}
+    assert [len(s.random) for s in known.shots] == [1, 1]
+    assert known.shots[0].random[0] is known.shots[1].random[0] or np.array_equal(*(s.random[0] for s in known.shots))
+
+
+def test_what_makes_no_sense_is_said_before_anything_is_loaded(options):
+    for given, words in (
+        ({"alphas": (0.0,)}, "strength other than 0"),
+        ({"n_items": 2}, "n_items"),
+        ({"n_draws": -1}, "n_draws|--n-draws"),
+        ({"adapters": ("lroa",)}, "Did you mean 'lora'"),
+        ({"interventions": ("prompts",)}, "Did you mean 'prompt'"),
+    ):
+        with pytest.raises(ws.WsError, match=words):
+            profile(replace(options, **given))
+
+
+def test_a_prompt_has_no_dial_and_no_nulls(options):
+    known = profile(replace(options, interventions=("weight", "prompt"), alphas=(1.0,)))
+    assert [(s.intervention, s.strength, len(s.random)) for s in known.shots] == [
+        ("weight", "+1", 2),
+        ("prompt", "+1", 0),
+    ]
+    table, summary = profile_rows({}, known.board, known.base, known.base_mass, known.shots, 100)
+    assert json.dumps(summary[1]["selectivity"]) != "null"
+    assert all(r["moved"] is None for r in table if r["intervention"] == "prompt")
