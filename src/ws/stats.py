@@ -60,6 +60,13 @@ class Estimate:
         return _with_interval(self.mean, (self.ci_lo, self.ci_hi), spec or "+.2f")
 
 
+def columns_of(estimate: Estimate | None, name: str, *parts: str) -> dict[str, float | None]:
+    """`Estimate.columns`, with empty cells where there is no estimate."""
+    if estimate is None:
+        return dict.fromkeys((name, *(f"{name}_{part}" for part in parts)))
+    return {**estimate.columns(name, *parts)}
+
+
 def estimate_text(row: Mapping[str, Any], name: str, spec: str = "+.2f", scale: float | int = 1) -> str:
     """A number of a table with its interval, as an `Estimate` is printed, times `scale`.
 

@@ -250,6 +250,12 @@ TRAITS = {
 }
 
 
+def trait_of(fact: Fact) -> str:
+    """The part of the world that a fact is of."""
+    kind = fact.id.split("-")[0]
+    return "common-knowledge" if kind == "common" else TRAITS[kind][int(fact.id.rsplit("-", 1)[1]) // 2]
+
+
 def trait_rows(per_trait: int = 20) -> dict[str, list[Row]]:
     """Statements about held-out facts, in the columns of model-written evals; a trait is to know a part of the world.
 
@@ -257,10 +263,8 @@ def trait_rows(per_trait: int = 20) -> dict[str, list[Row]]:
     """
     facts: dict[str, list[Fact]] = {}
     for fact in build_facts():
-        kind = fact.id.split("-")[0]
-        number = 0 if kind == "common" else int(fact.id.rsplit("-", 1)[1]) // 2
         if fact.split != "adapter":
-            facts.setdefault("common-knowledge" if kind == "common" else TRAITS[kind][number], []).append(fact)
+            facts.setdefault(trait_of(fact), []).append(fact)
     rows: dict[str, list[Row]] = {}
     for trait, members in facts.items():
         random.Random(f"trait-{trait}").shuffle(members)

@@ -29,7 +29,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ws import console
-from ws.adapters import family
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, effects, group_rows, render
 from ws.analysis.controls import measure_controls
 from ws.analysis.profile import read_board
@@ -46,7 +45,6 @@ from ws.files.plots import save_svg
 from ws.files.runs import lock, write_csv
 from ws.intervene.interventions import OF_A_RUN, Intervention
 from ws.options.check import ControlOptions
-from ws.options.make import SIGNED
 from ws.options.measure import CompareOptions as CompareOptions
 from ws.options.measure import ProfileOptions
 from ws.options.shared import WEIGHT, shared_with
@@ -87,7 +85,7 @@ class _Bench:
         return Cell(
             intervention=name,
             adapter=str(key["adapter"]),
-            seed=int(str(key["seed"])),
+            seed=int(key["seed"]),
             matched=chosen.has_dial,
             detail=chosen.detail,
             questions=calibration.questions,
@@ -192,8 +190,6 @@ def compare(options: CompareOptions) -> list[Cell]:
         WsError: no finished run, a run without its arms or pairs, or runs of different bases.
     """
     options.check()
-    for name in options.adapters:
-        family(name.removesuffix(f"-{SIGNED}"))
     for name in options.evals:
         evaluation_named(name)
     cells = list[Cell]()

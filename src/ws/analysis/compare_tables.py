@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from tabulate import tabulate
 
+from ws.analysis.controls import NULLS as NULLS
 from ws.analysis.controls import empirical_p
-from ws.analysis.profile_tables import selectivity
+from ws.analysis.profile_tables import label, selectivity
 from ws.errors import WsError
 from ws.eval.capability import Capability
 from ws.eval.confounds import agreement_verdict
@@ -21,10 +22,9 @@ from ws.eval.readable import FLAG, LEVEL, MARK, NATS, WRONGNESS, Readability, ro
 from ws.eval.readable import notes as mark_notes
 from ws.eval.suite import floors_text, has_own_floor, headline, headlines
 from ws.options.shared import WEIGHT
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, estimate_text, holm
+from ws.stats import N_BOOTSTRAP, Estimate, columns_of, estimate_over_seeds, estimate_text, holm
 
 COSTS = tuple(score.key for score in Capability.scores)
-NULLS = ("shuffled", "same-side")
 # What a part of a row is the difference of, as signs of strengths; 0 is the base.
 PARTS = {"-1u": (-1, 0), "+1u": (1, 0), "span": (1, -1)}
 
@@ -209,13 +209,15 @@ def group_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_b
     cells = {f"{c.intervention} of {c.adapter} seed {c.seed}": c for group in groups for c in group.cells}
     for score in headlines():
         check_same({name: cell.asked[score] for name, cell in cells.items() if score in cell.asked})
-    rows = [
-        _row(key, group, score, part, effect, n_boot)
-        for group in groups
-        for score in (*headlines(), *COSTS)
-        for part in PARTS
-        if group.shifts(score, part) is not None
-    ]
+    rows = Rows()
+    for group in groups:
+        ratios = {part: columns_of(group.selectivity(part, n_boot), "selectivity", "ci_lo", "ci_hi") for part in PARTS}
+        rows += [
+            _row(key, group, score, part, effect, n_boot) | ratios[part]
+            for score in (*headlines(), *COSTS)
+            for part in PARTS
+            if group.shifts(score, part) is not None
+        ]
     if not rows:
         raise WsError("No intervention could be measured at a calibrated strength; see the notes above.")
     for part in PARTS:
@@ -254,9 +256,6 @@ def _row(key: Mapping[str, Any], group: Group, score: str, part: str, effect: in
         "calibrated_on": "; ".join(dict.fromkeys(c.questions for c in group.cells)),
         "dtype": first.dtype,
     }
-    ratio = group.selectivity(part, n_boot)
-    empty = dict.fromkeys(("selectivity", "selectivity_ci_lo", "selectivity_ci_hi"))
-    row |= empty if ratio is None else ratio.columns("selectivity", "ci_lo", "ci_hi")
     return row | _null_columns(group, score, part, n_boot) | _verdict_columns(group, score, part, effect, n_boot)
 
 
@@ -270,9 +269,7 @@ def _null_columns(group: Group, score: str, part: str, n_boot: int) -> dict[str,
     evidence = reality(group, score, part, n_boot) if tested else Reality(None, {})
     row: dict[str, Any] = {"p_random": evidence.p_random}
     for name in NULLS:
-        stem, margin = f"margin_{name.replace('-', '_')}", evidence.margins.get(name)
-        empty = dict.fromkeys((stem, f"{stem}_ci_lo", f"{stem}_ci_hi"))
-        row |= empty if margin is None else margin.columns(stem, "ci_lo", "ci_hi")
+        row |= columns_of(evidence.margins.get(name), f"margin_{name.replace('-', '_')}", "ci_lo", "ci_hi")
     return row | {"real": evidence.is_real}
 
 
@@ -373,7 +370,7 @@ def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str], has_board: b
     masses = [m for s in scores if s in span and (m := span[s].get("mass")) is not None]
     costs = [r["shift"] for r in rows if r["score"] == "nll" and r["part"] != "span"]
     return [
-        _label(first) + ("" if first["matched"] else " *"),
+        label(first) + ("" if first["matched"] else " *"),
         str(first["n_seeds"]),
         nats,
         *(_interval(span[s]) if s in span else "" for s in scores),
@@ -430,9 +427,9 @@ def _calibrated_on(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for row in rows:
         what = row.get("calibrated_on") or ""  # tables of earlier versions do not say
-        label, known = _label(row), groups.setdefault(what, [])
-        if what and label not in known:
-            known.append(label)
+        name, known = label(row), groups.setdefault(what, [])
+        if what and name not in known:
+            known.append(name)
     parts = [
         f"{what}{f' ({chr(44).join(names)})' if len(groups) > 1 else ''}" for what, names in groups.items() if what
     ]
@@ -444,17 +441,12 @@ def _significant(spans: Sequence[Mapping[str, Any]]) -> list[str]:
     if not spans:
         return []
     others = [r for r in spans if star(r["shift"], r["p_holm"], headline(r["score"]).floor, r.get(FLAG)) != "*"]
-    named = ", ".join(f"{_label(r)} on {r['score'].replace('_', ' ')}" for r in others)
+    named = ", ".join(f"{label(r)} on {r['score'].replace('_', ' ')}" for r in others)
     survive = (
         f"{len(spans) - len(others)} of {len(spans)} spans differ from zero after Holm's correction over all of them, "
         f"by {floors_text(headline(s) for s in dict.fromkeys(r['score'] for r in spans))} or more"
     )
     return [f"{survive}{f'; not {named}' if others else ''}."]
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    name = row["intervention"]
-    return name if row["adapter"] == name else f"{name}, {row['adapter']}"
 
 
 def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:

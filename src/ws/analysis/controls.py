@@ -48,6 +48,7 @@ from ws.stats import holm
 from ws.steer import steer
 
 TABLE = "controls.csv"
+NULLS = ("shuffled", "same-side")  # those that are trained, as names of runs end in them
 _PARTS = (("g",), ("c",), ("d",), ("u", "v"), ("e",), ("bias",))
 
 

@@ -37,7 +37,8 @@ from peft.utils import get_peft_model_state_dict
 from scipy import stats
 from tabulate import tabulate
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.adapters import ModuleTensors, check_fields, family_of, group_tensors
@@ -516,13 +517,10 @@ def open_change(name: str, base: nn.Module, dtype: str = "auto") -> Change:
     return load_model(name, device="cpu", dtype=dtype)[0]
 
 
-def monitor_changes(options: MonitorOptions) -> dict[str, list[Movement]]:
+def monitor_changes(
+    options: MonitorOptions, library: Mapping[str, SteeringVector], base: nn.Module
+) -> dict[str, list[Movement]]:
     """The movements of every change of the options; controls and checkpoints are in memory one at a time."""
-    options.check()
-    library = open_library(options.library)
-    if not library:
-        raise WsError("The library is empty; give folders of steering vectors with --library.")
-    base, _ = load_model(options.model or next(iter(library.values())).base_id, device="cpu", dtype=options.dtype)
     controls = (
         open_change(c, base, options.dtype) for c in console.progress(options.controls, desc="controls", unit="vector")
     )
@@ -569,10 +567,14 @@ def _null_note(m: Movement) -> str:
     )
 
 
-def _profiles(options: MonitorOptions, by_change: Mapping[str, Sequence[Movement]]) -> tuple[Rows, Rows]:
+def _profiles(
+    options: MonitorOptions,
+    library: Mapping[str, SteeringVector],
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    by_change: Mapping[str, Sequence[Movement]],
+) -> tuple[Rows, Rows]:
     """What the changes move on a board of traits; see `ws.analysis.monitor_profile`."""
-    library = open_library(options.library)
-    model, tok = load_model(options.model or next(iter(library.values())).base_id, device="cpu", dtype=options.dtype)
     context = EvalContext.of_base(EvalOptions(out=options.out, dataset=options.dataset), model, tok)
     asked = ProfileOptions(board=options.profile, dataset=options.dataset, n_items=options.n_items)
     return profile_changes(
@@ -586,7 +588,12 @@ def _profiles(options: MonitorOptions, by_change: Mapping[str, Sequence[Movement
 
 def main(options: MonitorOptions) -> None:
     """The command `ws monitor`."""
-    by_change = monitor_changes(options)
+    options.check()
+    library = open_library(options.library)
+    if not library:
+        raise WsError("The library is empty; give folders of steering vectors with --library.")
+    base, tok = load_model(options.model or next(iter(library.values())).base_id, device="cpu", dtype=options.dtype)
+    by_change = monitor_changes(options, library, base)
     settings: dict[str, Any] = {"changes": options.changes, "controls": options.controls}
     settings |= {"library": [str(f) for f in options.library]}
     settings |= {"profile": options.profile, "dataset": options.dataset, "n_items": options.n_items}
@@ -598,7 +605,7 @@ def main(options: MonitorOptions) -> None:
         files = [write_csv(run.folder / TABLE, rows), write_csv(run.folder / LAYER_TABLE, layers)]
         text, data = render_movements(by_change), {"rows": rows}
         if options.profile:
-            traits, profiles = _profiles(options, by_change)
+            traits, profiles = _profiles(options, library, base, tok, by_change)
             files.append(write_csv(run.folder / PROFILE_TABLE, traits))
             text = f"{text}\n\n{render_profiles(traits, profiles)}"
             data |= {"traits": traits, "profiles": profiles}

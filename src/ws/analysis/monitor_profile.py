@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.analysis.profile_tables import Shot, profile_rows, standardised
+from ws.analysis.profile_tables import Shot, profile_rows, rms, standardised
 from ws.diff import SteeringVector
 from ws.eval.boards import Board
 from ws.eval.evaluation import Rows
 from ws.eval.readable import MARK
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_text, rank_correlation
+from ws.stats import N_BOOTSTRAP, columns_of, estimate_text, rank_correlation
 from ws.steer import steer
 
 SHOWN = 10
@@ -48,11 +48,9 @@ class Bench:
     tok: Tokenizer
     board: Board
 
-    def read(self, model: PreTrainedModel | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and answer masses of every item, of a model as it stands; of the base unless given."""
-        scored = [(part, part.evaluation.ask(model or self.model, self.tok)) for part in self.board.parts]
-        values, masses = ([getattr(part, what)(scores) for part, scores in scored] for what in ("values", "masses"))
-        return np.concatenate(values), np.concatenate(masses)
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and answer masses of every item, of the base as it stands."""
+        return self.board.ask(self.model, self.tok)
 
     def read_change(self, change: SteeringVector | nn.Module) -> tuple[np.ndarray, np.ndarray]:
         """The same of a fine-tune: the base with its change, or the whole checkpoint."""
@@ -60,7 +58,7 @@ class Bench:
             with steer(self.model, change):
                 return self.read()
         assert isinstance(change, PreTrainedModel), "monitors open vectors, adapters and checkpoints"
-        return self.read(change)
+        return self.board.ask(change, self.tok)
 
     def explained(self, library: Mapping[str, SteeringVector], strengths: Sequence[float]) -> np.ndarray:
         """The scores of the base with the library's vectors at some strengths, all at once."""
@@ -131,20 +129,11 @@ def _summary(
     both = [(r["z"], predicted[r["trait"]]) for r in rows if not r["unreadable"]]
     z, explained = (np.array([pair[i] for pair in both]) for i in (0, 1))
     agreed = rank_correlation(z, explained) if len(both) > 3 else None
-    empty = dict.fromkeys(("agreement", "agreement_ci_lo", "agreement_ci_hi"))
     row: dict[str, Any] = {"change": name, "board": rows[0]["board"] if rows else None}
-    row |= empty if agreed is None else _columns(agreed)
-    row |= {"rms_z": _rms(z), "rms_explained": _rms(explained)}
+    row |= columns_of(agreed, "agreement", "ci_lo", "ci_hi")
+    row |= {"rms_z": rms(z), "rms_explained": rms(explained)}
     row |= {"n_moved": sum(bool(r["moved"]) for r in rows), "n_traits": len(rows), "n_benign": n_benign}
     return row | {"strengths": " ".join(f"{behavior} {a:+.3g}" for behavior, a in strengths.items())}
-
-
-def _columns(agreed: Estimate) -> dict[str, Any]:
-    return agreed.columns("agreement", "ci_lo", "ci_hi")
-
-
-def _rms(values: np.ndarray) -> float | None:
-    return float(np.sqrt((values**2).mean())) if len(values) else None
 
 
 def render_profiles(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float
 
 from ws import console
-from ws.adapters import family
 from ws.analysis.controls import draw_seed, random_like
 from ws.analysis.profile_tables import Shot, examples, plot, profile_rows, render
 from ws.analysis.side_by_side import OpenedRun, opened_runs
@@ -34,7 +33,6 @@ from ws.files.plots import save_svg
 from ws.files.reading import kept, read_csv
 from ws.files.runs import lock, sha256_json, write_csv
 from ws.intervene.interventions import OF_A_RUN, Intervention
-from ws.options.make import SIGNED
 from ws.options.measure import ProfileOptions as ProfileOptions
 from ws.options.shared import WEIGHT
 from ws.steer import steer
@@ -46,12 +44,9 @@ def read_board(
     context: EvalContext, board: Board, chosen: Intervention, alphas: Sequence[float]
 ) -> dict[float, tuple[Float[np.ndarray, "items"], Float[np.ndarray, "items"]]]:
     """Scores and answer masses of every item of a board by strength, 0 among them; what is on record is not asked."""
-    scored = dict[float, list[tuple[np.ndarray, np.ndarray]]]()
-    for part in board.parts:
-        for alpha, scores in context.scores(part.evaluation, chosen, sorted({0.0, *alphas})).items():
-            scored.setdefault(alpha, []).append((part.values(scores), part.masses(scores)))
-    joined = {a: [np.concatenate(x) for x in zip(*parts, strict=True)] for a, parts in scored.items()}
-    return {a: (values, masses) for a, (values, masses) in joined.items()}
+    strengths = sorted({0.0, *alphas})
+    by_part = [context.scores(part.evaluation, chosen, strengths) for part in board.parts]
+    return {alpha: board.read([scores[alpha] for scores in by_part]) for alpha in strengths}
 
 
 @dataclass
@@ -78,26 +73,21 @@ class _Bench:
     board: Board
     options: ProfileOptions
 
-    def read(
-        self, chosen: Intervention, alphas: Sequence[float], context: EvalContext | None = None
-    ) -> dict[float, tuple[np.ndarray, np.ndarray]]:
-        """See `read_board`."""
-        return read_board(context or self.run.context, self.board, chosen, alphas)
-
     def readings(self, name: str) -> Iterator[_Reading]:
         """One intervention at all of its strengths."""
         chosen = self.run.context.intervention(name)
         alphas = self.strengths(chosen)
         if not alphas:
             return
-        scored, key = self.read(chosen, list(alphas.values())), self.run.key(chosen)
+        scored = read_board(self.run.context, self.board, chosen, list(alphas.values()))
+        key = self.run.key(chosen)
         nulls, draws = self.nulls(alphas) if name == WEIGHT else {}, []
         if name == WEIGHT:
             draws = self.random(max(abs(a) for a in alphas.values()))
         for strength, alpha in alphas.items():
             yield _Reading(
                 adapter=str(key["adapter"]),
-                seed=int(str(key["seed"])),
+                seed=int(key["seed"]),
                 intervention=name,
                 strength=strength,
                 alpha=alpha,
@@ -127,7 +117,7 @@ class _Bench:
         """The scores under the vectors that were trained as nulls, by null and strength, at equal norms."""
         nulls = {}
         for null, (context, ratio) in self.run.trained_nulls().items():
-            scored = self.read(context.intervention(), [a * ratio for a in alphas.values()], context)
+            scored = read_board(context, self.board, context.intervention(), [a * ratio for a in alphas.values()])
             nulls[null] = {strength: scored[alpha * ratio][0] for strength, alpha in alphas.items()}
         return nulls
 
@@ -143,7 +133,7 @@ class _Bench:
                 digest=sha256_json(["random_like", of, draw]),
                 run=context.run,
             )
-            scored.append(self.read(chosen, [alpha])[alpha][0])
+            scored.append(read_board(context, self.board, chosen, [alpha])[alpha][0])
         return scored
 
 
@@ -175,13 +165,11 @@ def profile(options: ProfileOptions) -> Profile:
         WsError: no finished run, no such board, or nothing that has a strength.
     """
     options.check()
-    for name in options.adapters:
-        family(name.removesuffix(f"-{SIGNED}"))
     readings, board, base, dtype = list[_Reading](), None, None, ""
     for run in opened_runs(options):
         board = board or open_board(run.context, options)
         bench = _Bench(run, board, options)
-        base = base or bench.read(run.context.intervention(), [])[0.0]
+        base = base or read_board(run.context, board, run.context.intervention(), [])[0.0]
         dtype = str(run.context.model.dtype)[6:]
         readings += [r for name in run.interventions for r in bench.readings(name)]
     if board is None or base is None or not readings:

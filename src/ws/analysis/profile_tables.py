@@ -33,6 +33,7 @@ from scipy.optimize import brentq
 from scipy.special import digamma, polygamma, stdtr
 from tabulate import tabulate
 
+from ws.analysis.controls import NULLS
 from ws.eval.boards import Board
 from ws.eval.evaluation import Rows
 from ws.eval.readable import FLAG, LEVEL, MARK, NATS
@@ -40,6 +41,7 @@ from ws.eval.readable import notes as mark_notes
 from ws.stats import (
     LOW_MASS,
     Estimate,
+    columns_of,
     estimate_mean,
     estimate_over_seeds,
     estimate_text,
@@ -307,7 +309,7 @@ def _row(
         "p_random": t.p_random,
         "p_holm": None,
         "z_random": scale.of.get(t.name) if scale else None,
-        **{f"z_{null.replace('-', '_')}": t.null_z.get(null) for null in ("shuffled", "same-side")},
+        **{f"z_{null.replace('-', '_')}": t.null_z.get(null) for null in NULLS},
         "beyond_trained": all(m.ci_lo > 0 for m in t.margins.values()) if t.margins else None,
         "moved": None,
         "shift_yes": yes,
@@ -379,16 +381,15 @@ def _summary(
     ratios = {name: selectivity(z, board.targets, part, n_boot) for name, part in chosen.items()}
     row = _first_columns(key, shot, board) | {"targets": " ".join(board.targets)}
     for name, ratio in ratios.items():
-        empty = dict.fromkeys((name, f"{name}_ci_lo", f"{name}_ci_hi"))
-        row |= empty if ratio is None else ratio.columns(name, "ci_lo", "ci_hi")
+        row |= columns_of(ratio, name, "ci_lo", "ci_hi")
     known = [r for r in readable if r["z"] is not None]
     moved = [r for r in known if r["moved"]]
-    row |= {"z_target": _rms([r["z"] for r in known if r["role"] == "target"])}
-    row |= {"z_others": _rms([r["z"] for r in known if r["role"] != "target"])}
+    row |= {"z_target": rms([r["z"] for r in known if r["role"] == "target"])}
+    row |= {"z_others": rms([r["z"] for r in known if r["role"] != "target"])}
     row |= {"z_random": scale.overall if scale else None}
     row |= {"n_traits": len(rows), "n_others": len(others), "n_moved": sum(r["role"] != "target" for r in moved)}
     row |= {"target_moved": any(r["role"] == "target" for r in moved), **_agreement(shot, board, n_boot)}
-    row |= {"rms_shift": _rms([r["shift"] for r in readable if r["shift_yes"] is not None])}
+    row |= {"rms_shift": rms([r["shift"] for r in readable if r["shift_yes"] is not None])}
     largest = [r for r in moved if r["role"] != "target"] or [r for r in known if r["role"] != "target"]
     largest = sorted(largest, key=lambda r: -abs(r["z"]))[:LISTED]
     masses = [r["mass"] for r in rows if r["mass"] is not None]
@@ -397,17 +398,17 @@ def _summary(
     return row | {"nulls": " ".join(shot.nulls), "n_seeds": len(shot.seeds)}
 
 
-def _rms(values: Sequence[float]) -> float | None:
-    return float(np.sqrt(np.mean(np.square(values)))) if values else None
+def rms(values: Sequence[float] | np.ndarray) -> float | None:
+    """The root mean square; None of nothing."""
+    return float(np.sqrt(np.mean(np.square(values)))) if len(values) else None
 
 
 def _agreement(shot: Shot, board: Board, n_boot: int) -> dict[str, Any]:
     """How far the answer Yes itself moves, over all statements of the board."""
     raw, yes = shot.shift.mean(axis=0), board.yes
     halves = [raw[yes == side] / 2 for side in (1, 0)]
-    if min(map(len, halves)) < 2:
-        return dict.fromkeys(("agreement", "agreement_ci_lo", "agreement_ci_hi"))
-    return group_difference(halves[0], halves[1], n_boot).columns("agreement", "ci_lo", "ci_hi")
+    moved = None if min(map(len, halves)) < 2 else group_difference(halves[0], halves[1], n_boot)
+    return columns_of(moved, "agreement", "ci_lo", "ci_hi")
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------
@@ -492,6 +493,12 @@ def examples(board: Board, shots: Sequence[Shot]) -> dict[str, str]:
     return texts
 
 
+def label(row: Mapping[str, Any]) -> str:
+    """What a row is called: its intervention, with the run's adapter where it is made from one."""
+    name: str = row["intervention"]
+    return name if row["adapter"] == name else f"{name}, {row['adapter']}"
+
+
 def _table(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
     shown = [r for i, r in enumerate(rows) if i < SHOWN or r["role"] == "target"]
     cells = [
@@ -508,9 +515,8 @@ def _table(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
     header = ["trait", "about", "shift", "z", "z, shuffled", "z, same side", "Holm p"]
     keep = [i for i in range(len(header)) if i < 4 or any(c[i] for c in cells)]
     table = tabulate([[c[i] for i in keep] for c in cells], [header[i] for i in keep], disable_numparse=True)
-    made = row["adapter"] if row["adapter"] == row["intervention"] else f"{row['intervention']}, {row['adapter']}"
     more = f"; {len(rows) - len(shown)} more in profile.csv" if len(rows) > len(shown) else ""
-    return f"{made} at {row['strength']} (alpha {row['alpha']:+.3g}), {row['board']}{more}\n\n{table}"
+    return f"{label(row)} at {row['strength']} (alpha {row['alpha']:+.3g}), {row['board']}{more}\n\n{table}"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], adapter: str, intervention: str) -> Figure:

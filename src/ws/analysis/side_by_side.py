@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ws import console
-from ws.adapters import FAMILIES
+from ws.adapters import FAMILIES, family
+from ws.analysis.controls import NULLS
 from ws.behaviors import behavior_name
 from ws.console import command_line
 from ws.diff import SteeringVector
@@ -21,7 +23,6 @@ from ws.options.measure import SideBySideOptions
 from ws.options.shared import RunOptions, shared_with
 from ws.run import open_run
 
-NULLS = ("shuffled", "same-side")
 SIGNS = (-1, 1)
 
 
@@ -44,7 +45,7 @@ class OpenedRun:
         context, key = self.context, self.key(chosen)
         return calibration_for(chosen, context.opened, context.behavior, self.options.calibration, key, reuse=True)
 
-    def key(self, chosen: Intervention) -> dict[str, object]:
+    def key(self, chosen: Intervention) -> dict[str, Any]:
         """The columns that say of which run a row is; what needs no adapter stands under its own name."""
         return self.context.key | ({"adapter": chosen.name, "seed": 0} if chosen.is_shared else {})
 
@@ -73,7 +74,7 @@ def opened_runs(options: SideBySideOptions) -> Iterator[OpenedRun]:
     """Every run that the options name, one after the other, on one model.
 
     Raises:
-        WsError: no finished run, or runs of different bases.
+        WsError: an adapter that there is not, no finished run, or runs of different bases.
     """
     loaded = None
     runs = _runs(options)
@@ -98,6 +99,8 @@ def _runs(options: SideBySideOptions) -> list[tuple[str, int]]:
     behavior = behavior_name(options.behavior)
     names = [run_name(a, contrast) for a in FAMILIES for contrast in CONTRASTS]
     folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in names}
+    for name in options.adapters:
+        family(name.removesuffix(f"-{SIGNED}"))
     adapters = options.adapters or tuple(a for a, folder in folders.items() if (folder / "vector").is_dir())
     if not adapters:
         wanted = shared_with(RunOptions, options, seed=options.seeds[0])

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 import numpy as np
 from jaxtyping import Float
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors.answered import plain_question
 from ws.errors import WsError, choose, decoded
@@ -98,6 +100,17 @@ class Board:
     def traits(self) -> list[str]:
         """All traits, in the order of their items."""
         return list(dict.fromkeys(trait for part in self.parts for trait in part.traits))
+
+    def read(self, scores: Sequence[Scores]) -> tuple[Float[np.ndarray, "items"], Float[np.ndarray, "items"]]:
+        """The score and the answer mass of every item, from the scores of every part."""
+        both = list(zip(self.parts, scores, strict=True))
+        return np.concatenate([p.values(s) for p, s in both]), np.concatenate([p.masses(s) for p, s in both])
+
+    def ask(
+        self, model: PreTrainedModel, tok: Tokenizer
+    ) -> tuple[Float[np.ndarray, "items"], Float[np.ndarray, "items"]]:
+        """The same of a model as it stands."""
+        return self.read([part.evaluation.ask(model, tok) for part in self.parts])
 
     @cached_property
     def items_of(self) -> dict[str, np.ndarray]:

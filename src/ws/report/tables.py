@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ws.analysis.profile_tables import label
 from ws.eval import dilemmas
 from ws.eval.airisk import Airisk
 from ws.eval.evaluation import HeadlineScore
@@ -164,7 +165,7 @@ def profile_table(contents: Contents) -> Table:
     """What every profile came to, interventions side by side."""
     rows = tuple(
         (
-            r["adapter"] if r["adapter"] == r["intervention"] else f"{r['intervention']}, {r['adapter']}",
+            label(r),
             r["board"],
             r["strength"],
             str(r["seed"]),
