@@ -81,7 +81,7 @@ def tinymfv_usual(
     found = []
     for alpha in ALPHAS:
         with reference.dense_steering(model, dense, alpha):
-            logp = reference.score(model, tok, rows, CHOICES, BATCH).double().numpy().reshape(len(items), 2, 2, 2)
+            logp = reference.score(model, tok, rows, CHOICES, BATCH).double().cpu().numpy().reshape(len(items), 2, 2, 2)
         p = 1 / (1 + np.exp(logp[..., 1] - logp[..., 0]))
         found.append(p[..., 0] - p[..., 1])
     return found
@@ -107,7 +107,7 @@ def airisk_usual(
     for alpha in ALPHAS:
         with reference.dense_steering(model, dense, alpha):
             logp = reference.think_and_score(model, tok, questions, airisk.CHOICES, prompts.anchor, n_think, BATCH)
-        ratio = (logp[:, 0] - logp[:, 1]).double().numpy().reshape(len(items), 2)
+        ratio = (logp[:, 0] - logp[:, 1]).double().cpu().numpy().reshape(len(items), 2)
         found.append((ratio[:, 0] - ratio[:, 1]) / 2)
     return found
 

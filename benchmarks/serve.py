@@ -68,7 +68,7 @@ def over_http(engine: Engine, prompts: Sequence[list[int]], strengths: Sequence[
 
     thread.start()
     try:
-        with httpx.Client(timeout=600) as client, ThreadPoolExecutor(CLIENTS) as threads:
+        with httpx.Client(timeout=600) as client, ThreadPoolExecutor(len(prompts)) as threads:
             ask(prompts[0], 0.0)  # once it listens
             return rate(lambda: sum(threads.map(ask, prompts, strengths)))
     finally:
@@ -84,7 +84,9 @@ def one_by_one(
     written = 0
     for ids, alpha in zip(prompts, strengths, strict=True):
         with ws.steer(model, vector, alpha), torch.inference_mode():
-            out = model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False, attention_mask=None)
+            out = model.generate(
+                torch.tensor([ids], device=model.device), max_new_tokens=n, do_sample=False, attention_mask=None
+            )
         written += out.shape[1] - len(ids)
     return written
 

@@ -41,7 +41,7 @@ def random_vector(model: PreTrainedModel, layers: str, size: float = 0.01, rank:
     for name in target_modules(model, layers):
         weight = weight_of(model.get_submodule(name)).float()
         u, v = (torch.randn(s, generator=rng) for s in ((weight.shape[0], rank), (rank, weight.shape[1])))
-        deltas[name] = ws.LinearDelta(*weight.shape, u=u * (size * weight.norm() / (u @ v).norm()), v=v)
+        deltas[name] = ws.LinearDelta(*weight.shape, u=u * float(size * weight.norm() / (u @ v).norm()), v=v)
     return ws.SteeringVector(deltas, "random", None)
 
 

@@ -39,7 +39,7 @@ from benchmarks.vector import QWEN3_06B
 from ws.adapters import family, peft_config
 from ws.data import Pair, read_pairs
 from ws.lm import trainer
-from ws.lm.models import load_tokenizer
+from ws.lm.models import load_tokenizer, tiny_random
 from ws.options.make import TrainConfig
 from ws.train import adapter_spec, build_examples
 
@@ -53,10 +53,11 @@ def settings(steps: int, batch: int, recompute: str) -> TrainConfig:
     return TrainConfig(lr=rate, batch=batch, max_steps=steps, max_length=LENGTH, validation=0.0, recompute=recompute)
 
 
-def prepare(folder: Path, examples: int, layers: int) -> None:
-    """Write the base and the pairs."""
+def prepare(folder: Path, examples: int, layers: int, tiny: bool = False) -> None:
+    """Write the base and the pairs; a tiny base says whether it runs, and nothing else."""
     torch.manual_seed(0)
-    shape = QWEN3_06B.to_dict() | {"num_hidden_layers": layers, "layer_types": None}
+    config = tiny_random().config if tiny else QWEN3_06B
+    shape = config.to_dict() | {"num_hidden_layers": layers, "layer_types": None}
     model = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.float32)
     model.save_pretrained(folder / "base")
     tok = load_tokenizer("pocket")
@@ -80,7 +81,7 @@ def plain(model: Any, tok: Any, rows: Sequence[dict[str, list[int]]], config: Tr
     peft_model = get_peft_model(model, peft_config(model, adapter_spec(config, "lora")))
     arguments = TrainingArguments(
         output_dir=str(folder / "plain"),
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.batch // config.micro_batch,
@@ -94,8 +95,8 @@ def plain(model: Any, tok: Any, rows: Sequence[dict[str, list[int]]], config: Tr
     Trainer(model=peft_model, args=arguments, train_dataset=list(rows), data_collator=collator).train()
 
 
-def train(side: str, folder: Path, config: TrainConfig) -> None:
-    """One side, in a process of its own."""
+def train(side: str, folder: Path, config: TrainConfig, device: str, dtype: str) -> dict[str, float]:
+    """One side; in a process of its own, where its memory is to be told."""
     spent, positions = dict[str, float](), [0]
 
     def timed(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,9 +111,10 @@ def train(side: str, folder: Path, config: TrainConfig) -> None:
     def count(module: Any, args: Any) -> None:
         positions[0] += args[0].numel()
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
     for p in model.parameters():
-        p.detach().view(torch.int32).amax()  # a file that is only mapped would not count
+        p.detach().amax()  # a file that is only mapped would not count
+    model.to(device)
     tok = load_tokenizer(str(folder / "base"))
     model.get_input_embeddings().register_forward_pre_hook(count)
     pairs = read_pairs(folder / "pairs.jsonl")
@@ -124,18 +126,20 @@ def train(side: str, folder: Path, config: TrainConfig) -> None:
     if side == "plain":
         timed(plain)(model, tok, rows, config, folder)
     else:
-        trainer.fit = timed(trainer.fit)
-        config = replace(config, kl=0.1 if side == "kl" else 0.0)
-        ws.train_adapter(model, tok, pairs, side if side == "signed" else "pos", "lora", folder / side, config)
+        config, fit = replace(config, kl=0.1 if side == "kl" else 0.0), trainer.fit
+        trainer.fit = timed(fit)
+        try:
+            ws.train_adapter(model, tok, pairs, side if side == "signed" else "pos", "lora", folder / side, config)
+        finally:
+            trainer.fit = fit
     # Every step takes as many examples, and each is taken once.
     assert len(rows) == config.batch * (config.max_steps or 0) * (2 if side == "signed" else 1)
     tokens = sum(len(row["input_ids"]) for row in rows)
     answers = sum(label != -100 for row in rows for label in row["labels"])
-    print(
-        json.dumps(
-            {"loaded_mib": loaded, "tokens": tokens, "answer_tokens": answers, "positions": positions[0], **spent}
-        )
-    )
+    facts = {"loaded_mib": loaded, "tokens": tokens, "answer_tokens": answers, "positions": positions[0], **spent}
+    if device != "cpu":
+        facts["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return facts
 
 
 def main() -> None:
@@ -144,6 +148,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--recompute", default="cheap")
     parser.add_argument("--layers", type=int, default=QWEN3_06B.num_hidden_layers, help="fewer for a quick look")
+    parser.add_argument("--tiny", action="store_true", help="a base of four small layers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--part", choices=("prepare", *SIDES))
@@ -151,14 +158,14 @@ def main() -> None:
     options = parser.parse_args()
     config = settings(options.steps, options.batch, options.recompute)
     if options.part == "prepare":
-        prepare(options.folder, options.steps * options.batch, options.layers)
+        prepare(options.folder, options.steps * options.batch, options.layers, options.tiny)
         return
     if options.part:
-        train(options.part, options.folder, config)
+        print(json.dumps(train(options.part, options.folder, config, options.device, options.dtype)))
         return
     rounds = list[dict[str, dict[str, float]]]()
     with tempfile.TemporaryDirectory() as name:
-        shape = [f"--{k}={getattr(options, k)}" for k in ("steps", "batch", "recompute", "layers")]
+        shape = [f"--{k}={getattr(options, k)}" for k in ("steps", "batch", "recompute", "layers", "device", "dtype")]
         part = ["-m", "benchmarks.training", "--folder", name, *shape, "--part"]
         harness.fresh_process([*part, "prepare"])
         for number in range(options.rounds):

@@ -562,7 +562,7 @@ def sample_answers(
     """
     rows, ends = [encode(tok, prompt) for prompt in prompts], end_ids(model, tok)
     options = PLAIN if seed is None else {"do_sample": True, **(sampling or sampling_settings(model)).values}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([*range(torch.cuda.device_count())] or None):
         torch.manual_seed(seed or 0)
         # The cache grows: with one of fixed size the same seed would give other pairs than it has given so far.
         written = generate(model, tok.pad_token_id, rows, max_new_tokens, ends, options, fixed_cache=False)

@@ -385,7 +385,9 @@ def _isolated_rng() -> Iterator[None]:
     """Python's, NumPy's and torch's global random states are put back, whatever training did with them."""
     python, numpy = random.getstate(), np.random.get_state()
     several = console.processes() > 1 and torch.cuda.is_available()
-    with torch.random.fork_rng([torch.cuda.current_device()] if several else None):
+    # Named, because torch warns where it would take all of several GPUs by itself.
+    gpus = [torch.cuda.current_device()] if several else [*range(torch.cuda.device_count())]
+    with torch.random.fork_rng(gpus or None):
         try:
             yield
         finally:
