@@ -159,7 +159,7 @@ summarize-airisk *args:
 docs *args:
     NO_MKDOCS_2_WARNING=1 uv run mkdocs serve {{args}}
 
-# one benchmark: `just bench vector`, `just bench pocket_effects`
+# one benchmark: `just bench vector`; `just bench all` for every comparison, then `just bench compare`
 bench name *args:
     uv run python -m benchmarks.{{name}} {{args}}
 

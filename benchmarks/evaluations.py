@@ -141,22 +141,17 @@ def in_rounds(items: Sequence[Any], rounds: int, ours: Any, usual: Any) -> tuple
 
 
 def peak_above(folder: Path, way: str) -> None:
-    """Memory of tiny-mfv on some vignettes above that of the loaded model, as Linux accounts for it."""
+    """Memory of tiny-mfv on some vignettes above that of the loaded model."""
     model, tok = load(folder), load_tokenizer("pocket")
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
-    vector = build(model, folder)
-    if way == "ours":
-        tinymfv_ours(model, tok, vector, vignettes(8))
-    else:
-        tinymfv_usual(model, tok, dense_of(vector, model), vignettes(8))
-    print(json.dumps({"mib_above_model": resident("VmHWM") - before}))
 
+    def evaluate() -> None:
+        vector = build(model, folder)
+        if way == "ours":
+            tinymfv_ours(model, tok, vector, vignettes(8))
+        else:
+            tinymfv_usual(model, tok, dense_of(vector, model), vignettes(8))
 
-def resident(field: str = "VmRSS") -> float:
-    """Resident memory of this process in MiB, now (`VmRSS`) or at its peak (`VmHWM`)."""
-    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
+    print(json.dumps({"mib_above_model": harness.peak_above(evaluate)}))
 
 
 def pocket_difference(count: int) -> float:
@@ -177,10 +172,11 @@ def pocket_difference(count: int) -> float:
 
 def measure_tinymfv(folder: Path, o: argparse.Namespace) -> dict[str, Any]:
     """Memory, time and agreement of tiny-mfv."""
-    results: dict[str, Any] = {}
-    for way in ("ours", "usual"):
-        part = ["-m", "benchmarks.evaluations", "--folder", str(folder), "--part", way]
-        results[f"memory_{way}"] = harness.fresh_process(part).output
+    part = ["-m", "benchmarks.evaluations", "--folder", str(folder), "--part"]
+    done = harness.in_turns({way: [*part, way] for way in ("ours", "usual")}, o.rounds)
+    above = {way: [process.output["mib_above_model"] for process in side] for way, side in done.items()}
+    results: dict[str, Any] = {f"memory_{way}": {"mib_above_model": max(mib)} for way, mib in above.items()}
+    results["memory_ours_over_usual"] = harness.Spread.ratio(*above.values())
     model, tok = load(folder), load_tokenizer("pocket")
     vector = build(model, folder)
     dense, few = dense_of(vector, model), vignettes(BATCH // 4)

@@ -1,4 +1,4 @@
-"""A small harness: alternation, warm-up, medians of ratios, peak memory of fresh processes, and a JSON record.
+"""A small harness: alternation, warm-up, ratios with their spread, peak memory of fresh processes, and a JSON record.
 
 A wall-clock time means little on a shared machine, so a comparison runs A and B in turn and reports the ratio of each
 round; memory is that of a process of its own, as the operating system accounts for it when it ends.
@@ -6,6 +6,7 @@ round; memory is that of a process of its own, as the operating system accounts 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -22,17 +23,36 @@ from typing import Any
 
 from ws.files.runs import library_versions, write_json
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = "WS_BENCHMARKS"  # the variable that names another folder for records
+RESULTS = Path(os.environ.get(ELSEWHERE) or ROOT / "benchmarks" / "results")
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times slower B is than A, round by round."""
+class Spread:
+    """A number of every round, as its median and its extremes."""
 
     median: float
     lowest: float
     highest: float
     rounds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of one value a round."""
+        seen = sorted(values)
+        return Spread(statistics.median(seen), seen[0], seen[-1], len(seen))
+
+    @classmethod
+    def ratio(cls, of: Iterable[float], against: Iterable[float]) -> Spread:
+        """Of one number over another, round by round."""
+        return cls.of(a / b for a, b in zip(of, against, strict=True))
+
+
+@dataclass(frozen=True)
+class Ratio(Spread):
+    """How many times slower B is than A, round by round."""
+
     seconds_a: float
     seconds_b: float
 
@@ -59,9 +79,8 @@ def compare(
     for _ in range(warmup):
         one_round()
     times = [one_round() for _ in range(rounds)]
-    ratios = [tb / ta for ta, tb in times]
     medians = [statistics.median(t) for t in zip(*times, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios), rounds, *medians)
+    return Ratio(**asdict(Spread.of(tb / ta for ta, tb in times)), seconds_a=medians[0], seconds_b=medians[1])
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -98,6 +117,40 @@ def fresh_process(arguments: Sequence[str], cwd: Path | None = None, program: st
     return Process(seconds, cpu, usage.ru_maxrss / 1024, json.loads(last))
 
 
+def in_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Process]]:
+    """Fresh processes of `python <arguments>`, one after the other; who goes first changes from round to round."""
+    done: dict[str, list[Process]] = {name: [] for name in commands}
+    for number in range(rounds):
+        for name in list(commands)[:: -1 if number % 2 else 1]:
+            done[name].append(fresh_process(commands[name]))
+    return done
+
+
+def peak_above(action: Callable[[], object]) -> float:
+    """MiB at the peak of an action above what was in memory before it, as Linux accounts for it."""
+
+    def status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(x for x in lines if x.startswith(field)).split()[1]) / 1024
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
+    action()
+    return status("VmHWM") - before
+
+
+def commit() -> str:
+    """The commit that is measured; with a mark of its own for every state of the code that is in no commit."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
+        return done.stdout.strip()
+
+    changes = git("diff", "HEAD", "--", "src", "benchmarks", ":!benchmarks/results")
+    mark = f"+{hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else ""
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + mark
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on, without the machine's name or paths."""
     import torch
@@ -114,12 +167,13 @@ def machine() -> dict[str, Any]:
 
 
 def record(name: str, results: dict[str, Any], module: str | None = None) -> Path:
-    """Write `benchmarks/results/<name>.json` with the date, the machine, versions and the command; print it too.
+    """Write `benchmarks/results/<name>.json` with date, commit, command, machine and versions; print the results, too.
 
     `module` is the benchmark's, where it is not `name`.
     """
-    plain = {k: asdict(v) if isinstance(v, (Ratio, Process)) else v for k, v in results.items()}
+    plain = json.loads(json.dumps(results, default=asdict))
     command = " ".join(["uv run python -m", f"benchmarks.{module or name}", *sys.argv[1:]])
-    about = {"date": date.today().isoformat(), "machine": machine(), "versions": library_versions(), "command": command}
+    about = {"date": date.today().isoformat(), "commit": commit(), "command": command}
+    about |= {"machine": machine(), "versions": library_versions()}
     print(json.dumps(plain, indent=2))
     return write_json(RESULTS / f"{name}.json", about | {"results": plain})

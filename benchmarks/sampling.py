@@ -6,17 +6,18 @@ with the temperature, top-p, top-k and limit that `ws data` would use, on one th
 - A: `ws.lm.sampling.sample_rows`, the rows of a round at once: sorted, ended rows leave, others take their places;
 - B: transformers' `generate`, eight rows at a time in the order of the file.
 
-Only tokens up to and with the end of an answer count. Who goes first changes from round to round. The ratio is of
-tokens per second of the clock; beside it stands that of CPU time, which other work on the machine disturbs less.
+Each runs in a process of its own, and who goes first changes from round to round. Only tokens up to and with the end of
+an answer count. The ratio is of tokens per second of the clock; beside it stand that of CPU time, which other work on
+the machine disturbs less, and that of the peak memory above the loaded model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ws.options.make import DataConfig
 
 Rows = list[list[int]]
 BATCH = 8
+WAYS, NUMBERS = ("ours", "generate"), ("tokens_per_second", "tokens_per_cpu_second", "mib_above_model")
 
 
 @torch.inference_mode()
@@ -57,52 +59,57 @@ def by_generate(
     return answers
 
 
-def timed(run: Callable[[Rows], Rows], prompts: Rows) -> tuple[float, float, list[int]]:
-    """Tokens per second of the clock and of CPU time, and the lengths of the answers."""
+def sample(way: str, number: int, size: int) -> None:
+    """One way on the prompts of one round, in a process of its own."""
+    model, tok = ws.load_model("smollm2", device="cpu")
+    behavior, limit = ws.load_behavior("tradition_care"), DataConfig().max_new_tokens
+    settings, ends = sampling_settings(model), end_ids(model, tok)
+    sides = [behavior.positive[0], behavior.negative[0]]
+    prompts = [encode(tok, render_prompt(tok, q, system=side)) for q in behavior.questions for side in sides]
+    part = prompts[number * size : (number + 1) * size]
+    assert len(part) == size, "the behaviour has fewer questions"
+
+    def run(rows: Rows, limit: int) -> Rows:
+        if way == "ours":
+            return sample_rows(model, tok.pad_token_id, rows, range(len(rows)), limit, ends, settings)
+        return by_generate(model, tok.pad_token_id, ends, settings, limit, rows)
+
+    run(part[:2], 2)  # warm-up
+    answers = Rows()
     start, cpu = time.perf_counter(), time.process_time()
-    lengths = [len(row) for row in run(prompts)]
-    return sum(lengths) / (time.perf_counter() - start), sum(lengths) / (time.process_time() - cpu), lengths
+    above = harness.peak_above(lambda: answers.extend(run(part, limit)))
+    took, lengths = (time.perf_counter() - start, time.process_time() - cpu), [len(row) for row in answers]
+    numbers = dict(zip(NUMBERS, (*(sum(lengths) / seconds for seconds in took), above), strict=True))
+    print(json.dumps(numbers | {"lengths": lengths, "settings": dict(settings.values) | {"max_new_tokens": limit}}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=32, help="pairs a round, two answers each")
+    parser.add_argument("--part", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model, tok = ws.load_model("smollm2", device="cpu")
-    behavior, limit = ws.load_behavior("tradition_care"), DataConfig().max_new_tokens
-    settings, ends = sampling_settings(model), end_ids(model, tok)
-    sides = [behavior.positive[0], behavior.negative[0]]
-    prompts = [encode(tok, render_prompt(tok, q, system=side)) for q in behavior.questions for side in sides]
     size = 2 * options.pairs
-    assert len(prompts) >= size * options.rounds, "the behaviour has fewer questions"
-
-    def ours(rows: Rows) -> Rows:
-        return sample_rows(model, tok.pad_token_id, rows, range(len(rows)), limit, ends, settings)
-
-    def usual(rows: Rows) -> Rows:
-        return by_generate(model, tok.pad_token_id, ends, settings, limit, rows)
-
-    runs: list[tuple[str, Callable[[Rows], Rows]]] = [("ours", ours), ("generate", usual)]
-    rounds, lengths = list[dict[str, float]](), dict[str, list[int]](ours=[], generate=[])
+    if options.part:
+        sample(options.part, options.number, size)
+        return
+    part = ["-m", "benchmarks.sampling", f"--pairs={options.pairs}", "--part"]
+    rounds = dict[str, list[dict[str, Any]]]({way: [] for way in WAYS})
     for number in range(options.rounds):
-        part = prompts[number * size : (number + 1) * size]
-        speed = dict[str, float]()
-        for name, run in runs if number % 2 == 0 else runs[::-1]:
-            speed[name], speed[f"{name}_cpu"], made = timed(run, part)
-            lengths[name] += made
-        speed |= {f"ratio{x}": speed[f"ours{x}"] / speed[f"generate{x}"] for x in ("", "_cpu")}
-        rounds.append(speed)
-        print(speed, flush=True)
-    results: dict[str, Any] = {
-        "settings": dict(settings.values) | {"max_new_tokens": limit},
-        "answers_a_round": size,
-        "rounds": rounds,
-        "median": {name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
-        "answer_tokens": {name: spread(made, limit) for name, made in lengths.items()},
+        for way in WAYS[:: -1 if number % 2 else 1]:
+            rounds[way].append(harness.fresh_process([*part, way, f"--number={number}"]).output)
+            print(way, {name: rounds[way][-1][name] for name in NUMBERS}, flush=True)
+    settings = rounds["ours"][0]["settings"]
+    results: dict[str, Any] = {"settings": settings, "answers_a_round": size}
+    for name in NUMBERS:
+        numbers = {way: [r[name] for r in side] for way, side in rounds.items()}
+        results[name] = numbers | {"ours_over_generate": harness.Spread.ratio(*numbers.values())}
+    limit = settings["max_new_tokens"]
+    results["answer_tokens"] = {
+        way: spread([n for r in side for n in r["lengths"]], limit) for way, side in rounds.items()
     }
-    sys.argv = [sys.argv[0]]
     harness.record("sampling", results)
 
 

@@ -73,15 +73,13 @@ def main() -> None:
                 taken = harness.fresh_process(["-c", code], cwd=Path(place)).cpu_seconds
                 if number:  # the first round fills the file cache
                     seconds.setdefault(name, []).append(taken)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    both = medians["import torch, transformers"]
     rows = {
         name: {
-            "cpu_seconds": round(taken, 2),
-            "ratio to torch": round(taken / medians["import torch"], 3),
-            "ratio to torch and transformers": round(taken / both, 3),
+            "cpu_seconds": round(statistics.median(taken), 2),
+            "ratio to torch": harness.Spread.ratio(taken, seconds["import torch"]),
+            "ratio to torch and transformers": harness.Spread.ratio(taken, seconds["import torch, transformers"]),
         }
-        for name, taken in medians.items()
+        for name, taken in seconds.items()
     }
     harness.record("startup", {"rounds": o.rounds, "commands": rows})
 

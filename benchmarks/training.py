@@ -21,7 +21,6 @@ import argparse
 import json
 import random
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,13 +75,14 @@ def prepare(folder: Path, examples: int, layers: int, tiny: bool = False) -> Non
     print(json.dumps({"prepared": examples}))
 
 
-def plain(model: Any, tok: Any, rows: Sequence[dict[str, list[int]]], config: TrainConfig, folder: Path) -> None:
-    """What one would write by hand with transformers and PEFT."""
+def plain(model: Any, tok: Any, rows: Sequence[dict[str, list[int]]], config: TrainConfig, folder: Path) -> Any:
+    """What one would write by hand with transformers and PEFT; the trained model comes back."""
     peft_model = get_peft_model(model, peft_config(model, adapter_spec(config, "lora")))
     arguments = TrainingArguments(
         output_dir=str(folder / "plain"),
         use_cpu=model.device.type == "cpu",
         max_steps=config.max_steps or -1,
+        num_train_epochs=config.epochs,
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.batch // config.micro_batch,
         learning_rate=config.lr or 0.0,
@@ -93,6 +93,7 @@ def plain(model: Any, tok: Any, rows: Sequence[dict[str, list[int]]], config: Tr
     )
     collator = DataCollatorForSeq2Seq(tok)
     Trainer(model=peft_model, args=arguments, train_dataset=list(rows), data_collator=collator).train()
+    return peft_model
 
 
 def train(side: str, folder: Path, config: TrainConfig, device: str, dtype: str) -> dict[str, float]:
@@ -178,24 +179,20 @@ def main() -> None:
     )
 
 
-def ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Medians over rounds of each side against the plain Trainer, and of signed against an arm."""
+def ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Each side against the plain Trainer, and kl and signed against an arm; time is that of a token."""
 
-    def median(of: str, side: str, against: str) -> float:
-        return statistics.median(
-            (r[side][of] / r[side]["tokens"]) / (r[against][of] / r[against]["tokens"]) for r in rounds
-        )
+    def numbers(side: str, of: str) -> list[float]:
+        return [r[side][of] / (1 if of == "peak_mib" else r[side]["tokens"]) for r in rounds]
 
-    found = dict[str, float]()
+    found = dict[str, Any]()
     for side, against in (("arm", "plain"), ("kl", "arm"), ("signed", "arm")):
-        if all(side in r and against in r for r in rounds):
-            found[f"time_{side}_over_{against}"] = median("seconds", side, against)
-            found[f"cpu_time_{side}_over_{against}"] = median("cpu_seconds", side, against)
-            found[f"peak_{side}_over_{against}"] = statistics.median(
-                r[side]["peak_mib"] / r[against]["peak_mib"] for r in rounds
-            )
-    for side in rounds[0]:
-        found[f"padded_{side}"] = rounds[0][side]["positions"] / rounds[0][side]["tokens"] - 1
+        if side in rounds[0] and against in rounds[0]:
+            for name, of in (("time", "seconds"), ("cpu_time", "cpu_seconds"), ("peak", "peak_mib")):
+                ratio = harness.Spread.ratio(numbers(side, of), numbers(against, of))
+                found[f"{name}_{side}_over_{against}"] = ratio
+    for side, measured in rounds[0].items():
+        found[f"padded_{side}"] = measured["positions"] / measured["tokens"] - 1
     return found
 
 

@@ -2,9 +2,10 @@
 
 `uv run python -m benchmarks.vector` builds the model and two rank-32 adapters in a temporary folder, then measures
 
-- peak memory of a fresh process that loads the base, builds, saves and loads the vector, against one that only loads;
+- peak memory of a fresh process that loads the base, builds, saves and loads the vector, against one that only loads,
+  and against one that does the same with the touched matrices of merge-and-subtract (`benchmarks.reference`);
 - the size of the saved vector against dense dW in bfloat16, of the touched matrices and of the whole model;
-- building the vector against merge-and-subtract (`benchmarks.reference`), in alternation;
+- building the vector against merge-and-subtract, and saving and loading it against those matrices, in alternation;
 - the relative error of both results against float64.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import ws
@@ -40,9 +42,14 @@ QWEN3_06B = Qwen3Config(
 def load(folder: Path) -> PreTrainedModel:
     """The base with every weight in memory: a file that is only mapped would not count, and flatter the ratio."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto").eval()
-    for p in model.parameters():
-        p.detach().view(torch.int16).amax()
+    read(dict(model.named_parameters()))
     return model
+
+
+def read(tensors: Mapping[str, Tensor]) -> None:
+    """Every bfloat16 number of some tensors."""
+    for tensor in tensors.values():
+        tensor.detach().view(torch.int16).amax()
 
 
 def prepare(folder: Path) -> None:
@@ -76,6 +83,34 @@ def load_and_build(folder: Path) -> None:
     vector = build(load(folder), folder)
     vector.save(folder / "vector")
     print(json.dumps({"norm": ws.SteeringVector.load(folder / "vector").norm()}))
+
+
+def merge_and_subtract(folder: Path) -> None:
+    """The same by the usual procedure, which here keeps the touched matrices alone."""
+    base = load(folder)
+    names = [f"{name}.weight" for name in build(base, folder).deltas]  # a few MiB, and gone again
+    dense = reference.merge_and_subtract(base, folder / "pos", folder / "neg")
+    dense = {name: dense[name].contiguous() for name in names}
+    save_file(dense, folder / "dense.safetensors")
+    read(load_file(folder / "dense.safetensors"))
+    print(json.dumps({"matrices": len(dense)}))
+
+
+PARTS = {"prepare": prepare, "only_load": only_load, "load_and_build": load_and_build, "merge": merge_and_subtract}
+
+
+def storing(vector: ws.SteeringVector, base: PreTrainedModel, folder: Path, rounds: int) -> dict[str, harness.Ratio]:
+    """Saving and loading dense dW of the touched matrices in bfloat16, over the same of the vector."""
+    dense = {name: change.to(torch.bfloat16) for name, change in vector.dense(base)}
+    file = folder / "stored.safetensors"
+    return {
+        "dense_save_over_save": harness.compare(
+            lambda: vector.save(folder / "stored"), lambda: save_file(dense, file), rounds
+        ),
+        "dense_load_over_load": harness.compare(
+            lambda: ws.SteeringVector.load(folder / "stored"), lambda: read(load_file(file)), rounds
+        ),
+    }
 
 
 def sizes(vector: ws.SteeringVector, base: PreTrainedModel, folder: Path) -> dict[str, float]:
@@ -116,16 +151,18 @@ def errors(vector: ws.SteeringVector, base: PreTrainedModel, folder: Path) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--part", choices=("prepare", "only_load", "load_and_build"))
+    parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     if options.part:
-        {"prepare": prepare, "only_load": only_load, "load_and_build": load_and_build}[options.part](options.folder)
+        PARTS[options.part](options.folder)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         part = ["-m", "benchmarks.vector", "--folder", name, "--part"]
-        _, alone, built = (harness.fresh_process([*part, p]) for p in ("prepare", "only_load", "load_and_build"))
+        harness.fresh_process([*part, "prepare"])
+        done = harness.in_turns({p: [*part, p] for p in ("only_load", "load_and_build", "merge")}, options.rounds)
+        alone, ours, usual = ([process.peak_mib for process in side] for side in done.values())
         base = load(folder)
         vector = build(base, folder)
         ratio = harness.compare(
@@ -134,15 +171,16 @@ def main() -> None:
             options.rounds,
         )
         results = {
-            "base_mib": alone.output["bytes"] / 2**20,
-            "peak_only_load_mib": alone.peak_mib,
-            "peak_load_build_save_load_mib": built.peak_mib,
-            "peak_ratio": built.peak_mib / alone.peak_mib,
+            "base_mib": done["only_load"][0].output["bytes"] / 2**20,
+            "peak_only_load_mib": max(alone),
+            "peak_load_build_save_load_mib": max(ours),
+            "peak_ratio": harness.Spread.ratio(ours, alone),
+            "peak_over_merge_and_subtract": harness.Spread.ratio(ours, usual),
             "merge_and_subtract_over_build": ratio,
+            **storing(vector, base, folder, options.rounds),
             **sizes(vector, base, folder),
             **errors(vector, base, folder),
         }
-    sys.argv = [sys.argv[0]]
     harness.record("vector", results)
 
 
