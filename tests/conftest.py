@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
@@ -32,6 +32,10 @@ from ws.adapters import FAMILIES, PISSA_INIT_FILE, SIGNED_INIT_FILE, AdapterSpec
 
 # A machine that has other work says nothing about a test.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A mutant is dead with the first example that fails: no smaller one is looked for, and none is kept.
+settings.register_profile(
+    "mutation", settings.get_profile("busy"), derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("busy")
 
 EVALUATION_NAMES = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ws.delta import LinearDelta
+from ws.delta import LinearDelta, approximation_errors
 from ws.errors import WsError
 
 D_OUT, D_IN = 10, 12
@@ -26,6 +29,10 @@ def random_delta(seed: int, present: set[str], block: int = 3) -> LinearDelta:
     parts |= {"bias": draw(D_OUT), "u": draw(D_OUT, 2), "v": draw(2, D_IN)}
     chosen = {k: v for k, v in parts.items() if k in present or (k in "uv" and "uv" in present)}
     return LinearDelta(D_OUT, D_IN, **chosen)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
 def weight(seed: int = 0) -> torch.Tensor:
@@ -223,3 +230,322 @@ def test_a_change_in_any_one_coordinate_is_not_zero(coordinate):
 def test_layers_of_different_shapes_do_not_add():
     with pytest.raises(WsError, match="Cannot add"):
         random_delta(1, {"g"}) + LinearDelta(3, 4)
+
+
+def test_what_is_impossible_is_named_with_its_numbers():
+    with pytest.raises(WsError, match=r"scale .*\bg\b"):
+        LinearDelta(D_OUT, 1, g=torch.ones(D_OUT), kind="scale")
+    with pytest.raises(WsError, match=r"\bu\b.*\(10, 2\).*\(9, 2\)"):
+        LinearDelta(9, D_IN, u=torch.ones(D_OUT, 2), v=torch.ones(2, D_IN))
+    with pytest.raises(WsError, match=r"\bv\b.*\(3, 12\).*\(2, 12\)"):
+        LinearDelta(D_OUT, D_IN, u=torch.ones(D_OUT, 2), v=torch.ones(3, D_IN))
+    shapes = {"g": (D_OUT,), "c": (D_IN,), "e": (D_OUT, D_IN), "bias": (D_OUT,)}
+    for name, shape in shapes.items():
+        wrong = tuple(n + 1 for n in shape)
+        with pytest.raises(WsError, match=rf"\b{name}\b.*{re.escape(str(wrong))}.*{re.escape(str(shape))}\.$"):
+            LinearDelta(D_OUT, D_IN, **{name: torch.zeros(wrong)})
+    with pytest.raises(WsError, match=r"^The change of an? scale cannot hold (g, c|c, g)\.$"):
+        LinearDelta(D_OUT, 1, g=torch.ones(D_OUT), c=torch.ones(1), kind="scale")
+    with pytest.raises(WsError, match=r"\be\b.* 10 x 12 "):
+        LinearDelta(D_OUT, D_IN, e=torch.full((D_OUT, D_IN), float("nan")))
+    with pytest.raises(WsError, match=r"\(3, 3, 3\).* 12\b"):
+        LinearDelta(D_OUT, D_IN, d=torch.zeros(3, 3, 3))
+    with pytest.raises(WsError, match=r"^A low-rank .* u and v\.$"):
+        LinearDelta(D_OUT, D_IN, v=torch.ones(2, D_IN))
+    with pytest.raises(WsError, match=r"10 x 12 linear and 10 x 12 embedding|10 x 1 scale"):
+        LinearDelta(D_OUT, 1, e=torch.ones(D_OUT, 1)) + LinearDelta(D_OUT, 1, e=torch.ones(D_OUT, 1), kind="scale")
+    for other in (LinearDelta(D_OUT, 4), LinearDelta(3, D_IN)):
+        with pytest.raises(WsError, match=f"10 x 12 linear and {other.d_out} x {other.d_in} linear"):
+            random_delta(1, {"g"}) + other
+
+
+@pytest.mark.parametrize("coordinate", ["g", "c", "d", "uv", "e", "bias"])
+def test_what_a_change_is_of(coordinate):
+    delta = random_delta(1, {coordinate})
+    assert delta.is_low_rank is (coordinate == "uv")
+    assert delta.depends_on_weight is (coordinate in ("g", "c", "d"))
+    assert delta.rank == (2 if coordinate == "uv" else 0)
+    assert repr(delta) == f"LinearDelta(10 x 12, {'rank 2' if coordinate == 'uv' else coordinate})"
+    assert LinearDelta(D_OUT, D_IN).is_low_rank
+    assert repr(random_delta(1, {"uv", "e", "bias"})) == "LinearDelta(10 x 12, rank 2, e, bias)"
+    assert repr(LinearDelta(D_OUT, D_IN)) == "LinearDelta(10 x 12, zero)"
+
+
+def test_the_kind_of_a_change_stays_and_a_tied_heads_is_linear():
+    low = random_delta(1, {"uv"})
+    embedding = LinearDelta(D_OUT, D_IN, u=low.u, v=low.v, bias=torch.ones(D_OUT), kind="embedding")
+    assert (
+        (2 * embedding).kind == (embedding + embedding).kind == (-embedding).to(dtype=torch.float64).kind == "embedding"
+    )
+    for total in (embedding + low, low + embedding):
+        assert total.kind == "linear"
+        assert close(whole(total), whole(low) + whole(replace(embedding, kind="linear")))
+    scale = LinearDelta(D_OUT, 1, e=torch.ones(D_OUT, 1), bias=torch.ones(D_OUT), kind="scale")
+    assert (scale + scale).kind == "scale"
+
+
+# ---- exactly how much may cancel ------------------------------------------------------------------------------------
+
+
+def along(*sizes: float) -> LinearDelta:
+    """Terms of the given sizes, all in one entry but the last, which stands in an entry of its own."""
+    u, v = torch.zeros(D_OUT, len(sizes)), torch.zeros(len(sizes), D_IN)
+    u[0, :-1], u[1, -1] = 1.0, 1.0
+    v[:-1, 0], v[-1, 1] = torch.tensor(sizes[:-1]), sizes[-1]
+    return LinearDelta(D_OUT, D_IN, u=u, v=v)
+
+
+@pytest.mark.parametrize("size", [1.0, 2**-20, 2**20])
+def test_factors_are_made_anew_where_they_are_more_than_twice_what_is_left(size):
+    """Pairs of 1, 1 and 2 cancel, and 2 is left: the sizes of the terms are 4 together, which is twice that."""
+    at, beyond = along(1, -1, 1, -1, 2, -2, 2) * size, along(1, -1, 1, -1, 2.01, -2.01, 2) * size
+    at, beyond = (LinearDelta(D_OUT, D_IN, u=d.u / size, v=d.v * size) for d in (at, beyond))
+    assert at.balanced() is at
+    assert beyond.balanced().rank == 1
+    assert error(beyond.balanced(), whole(beyond)) < 1e-6
+    root = float(beyond.balanced().v.norm())
+    assert (root, float(beyond.balanced().u.norm())) == pytest.approx((root, root)), "both factors have one size"
+    assert beyond.balanced().u.dtype == beyond.balanced().v.dtype == torch.float32
+    assert beyond.to(dtype=torch.bfloat16).rank == 1
+    assert beyond.to(dtype=torch.float32).rank == beyond.to("cpu").rank == 7
+    assert beyond.to(dtype=torch.float64).u.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [1.0, 2**-20, 2**20])
+def test_a_product_joins_the_dense_change_where_both_are_more_than_twice_their_sum(size):
+    """A product of size 6 and a dense change of size 8 are 10 together, and leave 5."""
+    low, e = along(6, 0), torch.zeros(D_OUT, D_IN)
+    e[0, 0], e[2, :4] = -6.25, torch.tensor([4.75, 1.5, 0.25, 0.25])
+    at = LinearDelta(D_OUT, D_IN, u=low.u, v=low.v * size, e=e * size)
+    assert at.balanced() is at
+    less = e.clone()
+    less[2, 0] -= 0.1
+    beyond = LinearDelta(D_OUT, D_IN, u=low.u, v=low.v * size, e=less * size)
+    assert beyond.balanced().rank == 0
+    assert torch.equal(beyond.balanced().e, (less + low.u @ low.v) * size)
+    assert beyond.balanced().e.dtype == torch.float32
+
+
+def test_rows_that_two_changes_share_are_found_on_either_side():
+    rng = torch.Generator().manual_seed(4)
+    u, v = torch.randn(D_OUT, 5, generator=rng), torch.randn(5, D_IN, generator=rng)
+    a = LinearDelta(D_OUT, D_IN, u=u[:, :3], v=v[:3])
+    b = LinearDelta(D_OUT, D_IN, u=u[:, 2:], v=v[2:])
+    joined = a + b
+    assert joined.rank == 5, "one row is common to both"
+    assert torch.equal(joined.u, torch.cat([u[:, :2], 2 * u[:, 2:3], u[:, 3:]], dim=1))
+    assert torch.equal(joined.v, v)
+    gone = LinearDelta(D_OUT, D_IN, u=-u[:, 1:2], v=v[1:2])
+    assert torch.equal((a + gone).v, v[[0, 2]]), "a term that is zero is dropped"
+    for zero in (LinearDelta(D_OUT, D_IN, u=0 * u[:, 3:], v=v[3:]), LinearDelta(D_OUT, D_IN, u=u[:, 3:], v=0 * v[3:])):
+        assert torch.equal((a + zero).u, a.u)
+        assert torch.equal((zero + a).v, a.v)
+    assert torch.equal((LinearDelta(D_OUT, D_IN) + a).u, a.u)
+    assert torch.equal((a + LinearDelta(D_OUT, D_IN)).v, a.v)
+    one = LinearDelta(D_OUT, D_IN, u=torch.cat([-u[:, :1], torch.eye(D_OUT)[:, :1]], dim=1), v=v[[0, 4]])
+    assert (LinearDelta(D_OUT, D_IN, u=u[:, :1], v=v[:1]) + one).rank == 1
+    assert a.u.shape == (D_OUT, 3), "what is added stays"
+
+
+def test_columns_become_fewer_only_where_changes_share_some_of_their_rows():
+    u, v = draw(D_OUT, 2), draw(6, D_IN)
+    a, apart = LinearDelta(D_OUT, D_IN, u=u, v=v[:2]), LinearDelta(D_OUT, D_IN, u=u, v=v[2:4])
+    assert (a + apart).rank == 4, "none in common"
+    turned = LinearDelta(D_OUT, D_IN, u=u[:, [1, 0]], v=v[:2])
+    assert (a + turned).rank == 2, "all in common, and of rank 1"
+    first, second = (LinearDelta(D_OUT, D_IN, u=u[:, [i, i]], v=torch.stack([v[i], v[5]])) for i in range(2))
+    assert (first - second).rank == 2, "one in common and one of their own"
+    assert error(first - second, whole(first) - whole(second)) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1.0, 2**-20, 2**20])
+def test_a_product_that_is_made_anew_does_not_depend_on_the_order_of_its_terms(size):
+    a = random_delta(1, {"uv"})
+    near = moved(a, 2, 2**-9)
+    u, v = torch.cat([a.u, -near.u], dim=1) * size, torch.cat([a.v, near.v])
+    made = LinearDelta(D_OUT, D_IN, u=u, v=v).balanced()
+    for order in ([3, 2, 1, 0], [1, 3, 0, 2]):
+        other = LinearDelta(D_OUT, D_IN, u=-u[:, order], v=v[order]).balanced()
+        assert torch.equal(other.u, -made.u)
+        assert torch.equal(other.v, made.v)
+    same = LinearDelta(D_OUT, D_IN, u=a.u * size, v=a.v)
+    assert (same - LinearDelta(D_OUT, D_IN, u=same.u * 2, v=same.v / 2)).rank == 0
+    assert (same - LinearDelta(D_OUT, D_IN, u=same.u / 4, v=same.v * 4)).rank == 0
+
+
+def test_a_double_that_is_lost_in_single_precision_is_no_direction():
+    """Of terms that cancel, what is below twice the rounding of their dtype is left out, and what is above stays."""
+    for share, rank in ((1.9, 1), (2.1, 2)):
+        small = share * torch.finfo(torch.float32).eps
+        u, v = torch.zeros(D_OUT, 4), torch.zeros(4, D_IN)
+        u[0, :3], u[1, 3] = torch.tensor([3.0, -3.0, 1.0]), small
+        v[:3, 0], v[3, 1] = 1.0, 1.0
+        assert LinearDelta(D_OUT, D_IN, u=u, v=v).balanced().rank == rank
+
+
+# ---- products and approximations ------------------------------------------------------------------------------------
+
+
+def test_inner_products_without_a_weight():
+    a, b = random_delta(1, {"uv", "bias"}), random_delta(2, {"uv", "bias"})
+    dense, other = random_delta(3, {"e", "bias"}), random_delta(4, {"uv"})
+    for x, y in ((a, b), (a, dense), (dense, b), (dense, dense), (other, dense), (other, other), (other, a)):
+        assert x.inner(y, None) == pytest.approx(float((whole(x) * whole(y)).sum()), rel=1e-6)
+    assert a.norm() == pytest.approx(float(whole(a).norm()), rel=1e-6)
+    assert other.inner(random_delta(5, {"uv"}), None) == pytest.approx(
+        float((whole(other) * whole(random_delta(5, {"uv"}))).sum()), rel=1e-6
+    )
+    nothing = LinearDelta(D_OUT, D_IN)
+    assert nothing.norm() == nothing.inner(a, None) == a.inner(nothing, None) == other.inner(nothing, None) == 0
+    only = LinearDelta(D_OUT, D_IN, bias=torch.full((D_OUT,), 0.5))
+    assert (only.norm(), only.inner(dense, None)) == pytest.approx((0.5 * D_OUT**0.5, 0.5 * float(dense.bias.sum())))
+
+
+def test_inner_products_are_summed_in_double_precision():
+    e = torch.tensor([[1e7, 1.0, 1e7, 3.0]])
+    dense, flipped = LinearDelta(1, 4, e=e), LinearDelta(1, 4, e=torch.tensor([[1e7, 1.0, -1e7, 3.0]]))
+    assert dense.inner(flipped, None) == 10
+    u, v = torch.ones(1, 1), LinearDelta(1, 4, u=torch.ones(1, 1), v=torch.tensor([[1e7, 1.0, -1e7, 3.0]]))
+    assert LinearDelta(1, 4, u=u, v=e).inner(v, None) == 10
+    bias = LinearDelta(4, 1, bias=e[0]), LinearDelta(4, 1, bias=torch.tensor([1e7, 1.0, -1e7, 3.0]))
+    assert bias[0].inner(bias[1], None) == 10
+    assert LinearDelta(1, 4, e=torch.full((1, 4), 1e-4)).norm() == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize("coordinate", ["g", "c", "d"])
+def test_the_size_of_what_multiplies_a_weight_needs_the_weight(coordinate):
+    delta, plain = random_delta(1, {coordinate}), random_delta(2, {"e"})
+    for pair in ((delta, plain), (plain, delta), (delta, delta)):
+        with pytest.raises(WsError, match=r"^The size .* needs W\b.*base model\.$"):
+            pair[0].inner(pair[1], None)
+    for wrong in (torch.zeros(D_IN, D_OUT), torch.zeros(D_OUT, D_IN, dtype=torch.int8)):
+        for use in (lambda w: delta.inner(plain, w), lambda w: plain.dense(w), lambda w: delta.norm(w)):
+            with pytest.raises(
+                WsError, match=rf"10 x 12 .* {str(wrong.dtype)[6:]} .*\({wrong.shape[0]}, {wrong.shape[1]}\)"
+            ):
+                use(wrong)
+
+
+def test_a_dense_change_is_in_single_precision_whatever_the_weight():
+    delta = random_delta(1, {"g", "c", "d", "uv", "e"})
+    rough = weight().bfloat16()
+    assert delta.dense(rough).dtype == torch.float32
+    assert torch.equal(delta.dense(rough), delta.dense(rough.float()))
+    assert delta.dense(rough.double()).dtype == torch.float64
+    assert (delta.dense(rough.double()) - delta.dense(rough.float())).norm() < 1e-5 * delta.dense(rough).norm()
+
+
+def low_rank(*sizes: float) -> LinearDelta:
+    """A product with the given singular values, in columns that are not orthogonal."""
+    rng = torch.Generator().manual_seed(6)
+    left, right = (torch.linalg.qr(torch.randn(n, len(sizes), generator=rng).double())[0] for n in (D_OUT, D_IN))
+    turn = torch.linalg.qr(torch.randn(len(sizes), len(sizes), generator=rng).double())[0]
+    stretch = torch.arange(1.0, len(sizes) + 1).double()
+    u = left * torch.tensor(sizes).double() @ turn * stretch
+    return LinearDelta(D_OUT, D_IN, u=u.float(), v=((turn / stretch).T @ right.T).float())
+
+
+@pytest.mark.parametrize(
+    ("asked", "rank"),
+    [
+        ({"rank": 1}, 1), ({"rank": 2}, 2), ({"rank": 4}, 4), ({"rank": 9}, 4), ({"energy": 0.6}, 1),
+        ({"energy": 0.66}, 2), ({"energy": 0.87}, 2), ({"energy": 0.89}, 3), ({"energy": 1}, 4), ({"energy": 1e-9}, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_product_is_kept_by_rank_or_by_energy(asked, rank):
+    """Singular values whose squares are 64, 24, 10 and 2 of 100."""
+    delta = replace(low_rank(8, 24**0.5, 10**0.5, 2**0.5), g=torch.ones(D_OUT), bias=torch.ones(D_OUT))
+    small, lost = delta.compress(**asked)
+    assert (small is delta) is (rank == 4)
+    assert small.rank == rank
+    wanted = {1: 0.6, 2: 12**0.5 / 10, 3: 2**0.5 / 10, 4: 0}[rank]
+    assert lost == pytest.approx(wanted, abs=1e-5)
+    assert small.u.dtype == small.v.dtype == torch.float32
+    assert small.u.is_contiguous()
+    assert small.v.is_contiguous()
+    assert torch.equal(small.g, delta.g)
+    assert torch.equal(small.bias, delta.bias)
+    gone = (small.u.double() @ small.v.double() - delta.u.double() @ delta.v.double()).norm() / 10
+    assert float(gone) == pytest.approx(wanted, abs=1e-5)
+    if rank < 4:
+        assert (small.u.norm(dim=0) / small.v.norm(dim=1)).numpy() == pytest.approx(1, rel=1e-5), "of one size"
+
+
+def test_what_cannot_be_kept_is_named():
+    delta = low_rank(2, 1)
+    for both in ({}, {"rank": 1, "energy": 0.5}):
+        with pytest.raises(WsError, match=r"^Compressing .* rank or .*energy to keep\.$"):
+            delta.compress(**both)
+    for rank in (0, -1):
+        with pytest.raises(WsError, match=rf"at least 1, not {rank}\b"):
+            delta.compress(rank)
+    for energy in (0, -0.5, 1.5, float("nan")):
+        with pytest.raises(WsError, match=rf"above 0 and up to 1, not {energy}"):
+            delta.compress(energy=energy)
+    dense = random_delta(1, {"e"})
+    assert dense.compress(1) == (dense, 0.0)
+    assert dense.compress(energy=0.5) == (dense, 0.0)
+    nothing = LinearDelta(D_OUT, D_IN, u=torch.zeros(D_OUT, 3), v=torch.ones(3, D_IN))
+    small, lost = nothing.compress(1)
+    assert (small.rank, lost) == (1, 0.0)
+    assert small.is_zero
+    assert (low_rank(2, 1) * 1e-4).compress(1)[1] == pytest.approx(0.2**0.5)
+
+
+@pytest.mark.parametrize("coordinate", ["g", "c", "d", "e", "uv"])
+def test_the_best_product_for_a_whole_change(coordinate):
+    delta, w = random_delta(1, {coordinate, "bias"}), weight().float()
+    exact = delta.dense(w.double())
+    s = torch.linalg.svdvals(exact)
+    for asked in ({"rank": 1}, {"error": 0.8}):
+        low, lost = delta.factorised(w, **asked)
+        assert low.is_low_rank
+        assert (low.u.dtype, low.v.dtype) == (torch.float32, torch.float32)
+        assert lost == pytest.approx(float(s[low.rank :].norm() / s.norm()), abs=1e-6)
+        assert float((low.dense(w.double()) - exact).norm() / exact.norm()) == pytest.approx(lost, abs=1e-6)
+        if "rank" in asked:
+            assert low.rank == 1
+        else:
+            assert lost <= 0.8
+            assert float(s[low.rank - 1 :].norm() / s.norm()) > 0.8, "one column less would lose more"
+    assert delta.factorised(w, error=0)[1] == pytest.approx(0, abs=1e-6)
+    if coordinate == "uv":
+        assert torch.equal(delta.factorised(torch.empty(0), 1)[0].u, delta.factorised(w, 1)[0].u), "from its factors"
+    for error in (-0.1, 1, 1.5):
+        with pytest.raises(WsError, match=rf"from 0 up to 1, not {error}"):
+            delta.factorised(w, error=error)
+
+
+def test_the_error_of_a_recipe_is_that_of_all_modules_as_one_vector():
+    errors, sizes = {"a": 0.5, "b": 0.1}, {"a": 3.0, "b": 4.0}
+    kept = approximation_errors(errors, sizes)
+    assert kept == {"errors": errors, "error": 0.5, "total_error": pytest.approx(((1.5**2 + 0.4**2) / 25) ** 0.5)}
+    assert kept["errors"] is not errors
+    assert approximation_errors({}, {}) == {"errors": {}, "error": 0.0, "total_error": 0.0}
+    assert approximation_errors({"a": 0.0}, {"a": 0.0})["total_error"] == 0.0
+
+
+# ---- in a forward pass ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("present", [{"uv"}, {"e"}, {"uv", "e"}, set()], ids=str)
+def test_rows_of_an_embedding(present):
+    table = replace(random_delta(1, present), kind="embedding")
+    ids = torch.tensor([[3, 0, 9], [3, 1, 2]])
+    if not present:
+        assert table.rows(ids) is None
+        return
+    assert torch.allclose(table.rows(ids), replace(table, kind="linear").dense(weight())[ids].float(), atol=1e-6)
+
+
+def test_what_acts_on_input_and_output_in_rows_of_any_shape():
+    bias = random_delta(1, {"bias"})
+    x = torch.randn(2, 3, D_IN, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(bias.output_change(x, None), bias.bias.expand(2, 3, D_OUT))
+    assert bias.output_change(x[0, 0], None).shape == (D_OUT,)
+    assert bias.input_change(x) is None
+    assert random_delta(1, {"uv"}).output_change(x, None) is None
+    with pytest.raises(AssertionError, match=r"^a .* W x$"):
+        random_delta(1, {"g"}).output_change(x, None)
+    assert random_delta(1, {"d"}).input_change(x[0, 0]).shape == (D_IN,)

@@ -275,7 +275,7 @@ class SteeringVector:
     @property
     def depth(self) -> int:
         """Decoder layers of the base, as `from_adapter` recorded, or else up to the deepest one that is changed."""
-        return int(self.info.get("depth") or max((layer_of(n) or 0 for n in self.deltas), default=0) + 1)
+        return int(self.info.get("depth") or max(layer_of(n) or 0 for n in self.deltas) + 1)
 
     @property
     def max_rank(self) -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_eval import reference
 
 import ws
+from support.choices import reference
 from support.tables import write_table
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, open_context
