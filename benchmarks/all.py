@@ -189,12 +189,17 @@ PARTS = (
     Part(
         "serving",
         "Steering",
-        3,
+        4,
         "--rounds 7",
         "--rounds 1",
         (
             Lift("steered {0}", "the bare model", "time", "serving/steered_over_bare_*"),
             Lift("changing the strength", WRITTEN, "time", "serving/*_over_dial", True),
+            Lift("a token, static cache, steered", "the bare model", "time", "serving/eager_ours_over_bare"),
+            Lift(
+                "a token, static cache, {0}, compiled", "the bare model", "time", "serving/compiled_*_over_eager_bare"
+            ),
+            Lift("five strengths", "each by itself", "time", "serving/five_strengths_alone_over_shared", True),
             Lift("{1}, {0}", "dW added to the weights", "error", "serving/*/activations_*_ratio"),
         ),
     ),
@@ -398,7 +403,8 @@ that does other things; memory is that of fresh processes at its peak. What each
 `benchmarks/`. Longer runs of some, with numbers beside the ratios, are in [results](results.md), [exports](exports.md),
 [serving](serving.md) and [scaling](scaling.md), where larger models stand as arithmetic.
 
-`just bench all` makes this page ({minutes} minutes) and adds the run to `benchmarks/results/history.jsonl`;
+`just bench all` makes this page (what is here took {minutes} minutes) and adds the run to
+`benchmarks/results/history.jsonl`;
 `just bench compare` says what became worse since the run before, beyond noise.
 
 {where}. {versions}."""

@@ -7,7 +7,7 @@ the bundled one's, or SmolLM2's where its package is installed. In a time budget
 - exactness: logits of the steered model in bfloat16 and float16, and of one with dW added to its weights in place,
   against float64;
 - decode: a prompt and one more token, bare, steered, with dW merged and with PEFT's LoRA of the same rank, eager, and
-  bare and merged compiled with and without CUDA graphs, on Qwen3-0.6B's shape; `decode_8b` on Qwen3-8B's;
+  bare and steered compiled with and without CUDA graphs, on Qwen3-0.6B's shape; `decode_8b` on Qwen3-8B's;
 - training (an arm against a plain Trainer), sampling and evaluations against the usual ways, calibration, and serving
   64 clients at once.
 
@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -40,13 +40,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import ws
 from benchmarks import evaluations, harness, reference, sampling, serve, training
 from benchmarks.growth import QWEN3_8B
-from benchmarks.serving import PLACES, RANK, exact, logits, random_vector
+from benchmarks.serving import PLACES, RANK, compiled, exact, logits, random_vector
 from benchmarks.vector import QWEN3_06B
 from ws.adapters import AdapterSpec, peft_config
 from ws.chat.engine import Engine
@@ -220,65 +220,14 @@ def eager(model: PreTrainedModel, vector: ws.SteeringVector, s: Settings) -> dic
     return found
 
 
-def compiled_forms(
-    model: PreTrainedModel, vector: ws.SteeringVector, s: Settings
-) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """What is compiled: contexts in which the model is compiled and run.
-
-    SEAM. `ws.steer` runs uncompiled today (`ws.steer.uncompiled`), so what is steered is not here. Once it has a form
-    that the compiler sees, it is one entry more: `"ours": lambda: ws.steer(model, vector, ...)`.
-    """
-    dense = {name: change.to(model.dtype) for name, change in vector.dense(model)}
-    return {"bare": nullcontext, "merged": lambda: reference.dense_steering(model, dense, 1.0)}
-
-
-def static_step(model: PreTrainedModel, ids: torch.Tensor, room: int, step: Callable[..., Any]) -> Callable[[], None]:
-    """Decodes one token behind a prompt in a cache of fixed size, which stays where it was."""
-    cache = StaticCache(config=model.config, max_cache_len=room)
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    token = ids[:, :1].contiguous()
-
-    def run() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-        step(token, past_key_values=cache, logits_to_keep=1)
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(ids.shape[1])
-
-    return run
-
-
-@torch.inference_mode()
-def compiled(model: PreTrainedModel, vector: ws.SteeringVector, s: Settings) -> dict[str, Any]:
-    """One decoded token with a static cache, eager over compiled, so above 1 where compiling helps; and what it takes
-    to compile. `graphs` are CUDA graphs, which there are on CUDA alone."""
-    ids = torch.randint(0, 90, (1, s.prompt), generator=torch.Generator().manual_seed(2)).to(s.device)
-    modes = {"compiled": {}} | ({"graphs": {"mode": "reduce-overhead"}} if s.device != "cpu" else {})
-    found = dict[str, Any]()
-    for name, form in compiled_forms(model, vector, s).items():
-        for kind, options in modes.items():
-            torch.compiler.reset()
-            with form():
-                built = torch.compile(model, backend=s.backend, **options)
-                fast, slow = (static_step(model, ids, s.prompt + 8, step) for step in (built, model))
-                start = time.perf_counter()
-                for _ in range(3):
-                    synced(s, fast)()
-                took = time.perf_counter() - start
-
-                def several(step: Callable[[], None]) -> Callable[[], None]:
-                    return synced(s, lambda: [step() for _ in range(s.steps)])
-
-                found[f"eager_over_{kind}_{name}"] = asdict(harness.compare(several(fast), several(slow), s.rounds))
-                found[f"seconds_to_compile_{kind}_{name}"] = took
-    torch.compiler.reset()
-    return found
-
-
 def decode(s: Settings, config: PreTrainedConfig = QWEN3_06B) -> dict[str, Any]:
     """A prompt and a token more, eager and compiled."""
     model = random_model(config, s)
     vector = random_vector(model, HALF, rank=s.rank)
-    return {"parameters": model.num_parameters(), **eager(model, vector, s), **compiled(model, vector, s)}
+    modes = {"compiled": {}} | ({"graphs": {"mode": "reduce-overhead"}} if s.device != "cpu" else {})
+    modes = {kind: options | {"backend": s.backend} for kind, options in modes.items()}
+    made = compiled(model, vector, modes, s.prompt, s.steps, s.rounds, partial(synced, s))
+    return {"parameters": model.num_parameters(), **eager(model, vector, s), **made}
 
 
 def decode_8b(s: Settings) -> dict[str, Any]:
@@ -324,9 +273,10 @@ def sampled(s: Settings) -> dict[str, Any]:
     seen: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(3):
         for name in sorted(runs, reverse=bool(number % 2)):
-            speed = sampling.timed(runs[name], prompts)[0]
+            start = time.perf_counter()  # answers end on the CPU
+            n_tokens = sum(map(len, runs[name](prompts)))
             if number:  # the first round warms up
-                seen[name].append(speed)
+                seen[name].append(n_tokens / (time.perf_counter() - start))
     ratios = [a / b for a, b in zip(*seen.values(), strict=True)]
     speeds = {f"tokens_per_second_{name}": statistics.median(v) for name, v in seen.items()}
     return {**speeds, "ours_over_generate": sorted(ratios)}

@@ -56,6 +56,11 @@ class Ratio(Spread):
     seconds_a: float
     seconds_b: float
 
+    @classmethod
+    def of_times(cls, a: Sequence[float], b: Sequence[float]) -> Ratio:
+        """Of the seconds of every round."""
+        return cls(**asdict(Spread.ratio(b, a)), seconds_a=statistics.median(a), seconds_b=statistics.median(b))
+
 
 def compare(
     a: Callable[[], object],
@@ -70,20 +75,20 @@ def compare(
     """
 
     def one_round() -> tuple[float, float]:
-        first = _seconds(a)
+        first = seconds(a)
         with around_b():
             if around_b is not nullcontext:
                 b()
-            return first, _seconds(b)
+            return first, seconds(b)
 
     for _ in range(warmup):
         one_round()
     times = [one_round() for _ in range(rounds)]
-    medians = [statistics.median(t) for t in zip(*times, strict=True)]
-    return Ratio(**asdict(Spread.of(tb / ta for ta, tb in times)), seconds_a=medians[0], seconds_b=medians[1])
+    return Ratio.of_times(*zip(*times, strict=True))
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def seconds(action: Callable[[], object]) -> float:
+    """By the clock."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

@@ -4,6 +4,8 @@
 
 - a forward pass under rank-64 factors in half of the layers and in all, for a prompt and for one decoded token;
 - changing the strength, against clone, add and restore of the touched weights (`benchmarks.reference`);
+- one decoded token with a static cache, bare and steered, as it is written and under torch.compile;
+- five strengths of a vector asked the same prompts, each by itself over what `ws.lm.trunk` makes of it;
 - the error of the steered logits against float64 arithmetic with `W + alpha dW`, ours and with dW added to the weights
   in place, for changes of 1e-2 and 1e-3 of the weights. Both run with the activations in bfloat16, where the rounding
   of activations hides that of the weights, and in float32, where only what became of dW is left.
@@ -14,19 +16,24 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import ws
 from benchmarks import harness, reference
 from benchmarks.vector import QWEN3_06B
+from ws.adapters import AdapterSpec
+from ws.lm.batches import row_logits
 from ws.lm.models import target_modules, weight_of
+from ws.lm.trunk import shared_trunk
 
-RANK, PROMPT = 64, 512
+RANK, PROMPT, TOKENS = 64, 512, 8
 PLACES = {"half_of_the_layers": "0.25:0.75", "all_layers": "all"}
 
 
@@ -57,9 +64,10 @@ def forward_costs(model: PreTrainedModel, vector: ws.SteeringVector, rounds: int
     def prompt() -> None:
         model(ids)
 
-    def token() -> None:
-        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        cache.crop(-1)
+    def token() -> None:  # a few of them: one is over before the machine is calm
+        for _ in range(TOKENS):
+            model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        cache.crop(-TOKENS)
 
     def steered() -> AbstractContextManager[object]:
         return ws.steer(model, vector)
@@ -84,6 +92,91 @@ def switching(model: PreTrainedModel, vector: ws.SteeringVector, rounds: int) ->
                 dial.alpha = alpha
 
         return harness.compare(ours, usual, rounds)
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+def static_step(model: PreTrainedModel, ids: Tensor, room: int, step: Callable[..., Any]) -> Callable[[], None]:
+    """Decodes one token behind a prompt in a cache of fixed size, which stays where it was."""
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    token = ids[:, :1].contiguous()
+
+    def run() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        step(token, past_key_values=cache, logits_to_keep=1)
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(ids.shape[1])
+
+    return run
+
+
+@torch.inference_mode()
+def compiled(
+    model: PreTrainedModel,
+    vector: ws.SteeringVector,
+    modes: Mapping[str, Mapping[str, Any]],
+    prompt: int,
+    steps: int,
+    rounds: int,
+    synced: Callable[[Callable[[], object]], Callable[[], object]] = lambda action: action,
+) -> dict[str, Any]:
+    """Decoded tokens with a static cache, bare and steered, eager and compiled: over the bare model's eager ones, in
+    alternation with them, and steered over bare where both are compiled; and the seconds that compiling takes.
+
+    Eager steering is the one that is not `compilable`, and has rounds of its own: compiled code does not run in it.
+
+    Args:
+        modes: options of torch.compile by name.
+        synced: waits for what an action has begun on a device.
+    """
+    ids = torch.randint(0, 90, (1, prompt), generator=torch.Generator().manual_seed(2)).to(model.device)
+    twin, found = copy.deepcopy(model), dict[str, Any]()
+
+    def action(step: Callable[..., Any]) -> Callable[[], object]:
+        run = static_step(model, ids, prompt + 8, step)
+        return synced(lambda: [run() for _ in range(steps)])
+
+    def times(actions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        turns = [{name: harness.seconds(act) for name, act in actions.items()} for _ in range(rounds + 1)]
+        return {name: [turn[name] for turn in turns[1:]] for name in actions}
+
+    with ws.steer(model, vector):
+        seconds = times({"bare": action(twin), "ours": action(model)})
+    found["eager_ours_over_bare"] = harness.Ratio.of_times(seconds["bare"], seconds["ours"])
+    for kind, options in modes.items():
+        with ws.steer(model, vector, compilable=True):
+            steps_of = {name: action(torch.compile(m, **options)) for name, m in (("bare", twin), ("ours", model))}
+            found |= {f"seconds_to_compile_{kind}_{name}": harness.seconds(step) for name, step in steps_of.items()}
+            seconds = times({"eager": action(twin), **steps_of})
+        for name in steps_of:
+            found[f"{kind}_{name}_over_eager_bare"] = harness.Ratio.of_times(seconds["eager"], seconds[name])
+        found[f"{kind}_ours_over_{kind}_bare"] = harness.Ratio.of_times(seconds["bare"], seconds["ours"])
+    return {name: asdict(value) if isinstance(value, harness.Ratio) else value for name, value in found.items()}
+
+
+# ---- several strengths ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def strengths(model: PreTrainedModel, rounds: int) -> harness.Ratio:
+    """Five strengths of a vector in the default layers asked the same prompts: each by itself over a shared trunk."""
+    vector = random_vector(model, AdapterSpec("lora").layers)
+    rng = torch.Generator().manual_seed(4)
+    batches = torch.randint(0, 1000, (4, 4, 64), generator=rng).tolist()
+
+    def ask() -> None:
+        for alpha in (-2.0, -1.0, 1.0, 2.0, 0.0):
+            with ws.steer(model, vector, alpha):
+                for rows in batches:
+                    row_logits(model, 0, rows, keep=1)
+
+    def shared() -> None:
+        with shared_trunk(model):
+            ask()
+
+    return harness.compare(shared, ask, rounds)
 
 
 # ---- how exact it is ------------------------------------------------------------------------------------------------
@@ -146,6 +239,9 @@ def main() -> None:
             torch.set_num_threads(threads)
             results[f"steered_over_bare_prompt_{name}_one_thread"] = alone
             results["clone_add_restore_over_dial"] = switching(model, vector, options.rounds)
+    results["five_strengths_alone_over_shared"] = strengths(model, options.rounds)
+    vector = random_vector(model, PLACES["half_of_the_layers"])
+    results |= compiled(model, vector, {"compiled": {}}, 64, 4, options.rounds)
     results |= {f"logits_at_{size:g}": errors(model, size) for size in (1e-2, 1e-3)}
     sys.argv = [sys.argv[0]]
     harness.record("serving", results)

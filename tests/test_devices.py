@@ -250,6 +250,7 @@ def test_random_states_are_put_back_on_every_gpu_without_a_warning(monkeypatch):
     assert {device: int(state) for device, state in put.items()} == {0: 0, 1: 1, 2: 2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PRETENDED, reason="this is the process that it starts")
 def test_nothing_stays_on_the_cpu():
     """All of the above on a device that mixes as little with the CPU as CUDA does."""

@@ -173,12 +173,13 @@ def test_two_vectors_on_one_module_see_its_own_input_and_output():
         assert (layer(x).double() - moved(plain, rows, -2.0)(x.double())).abs().max() < 1e-5, "the products cancel"
 
 
-def test_under_autocast_a_change_is_in_the_dtype_of_the_output():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_under_autocast_a_change_is_in_the_dtype_of_the_output(mode):
     model, x = parts(), given("linear")
     delta = LinearDelta(D_OUT, D_IN, **CHANGES["uv with bias"])
     wanted = moved(model["linear"], delta, 0.5)(x.double())
     with steer(model, of("linear", delta), 0.5):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mode(), torch.autocast("cpu", torch.bfloat16):
             made = model["linear"](x)
         assert made.dtype == torch.bfloat16
         assert float((made.double() - wanted).norm() / wanted.norm()) < 0.02

@@ -21,8 +21,9 @@ def test_every_part_runs_small_and_is_not_run_again(tmp_path, capsys, monkeypatc
     for name in ("ours", "ours_by_row", "merged", "peft"):
         for what in ("prompt", "token"):
             assert decoded[f"{name}_over_bare_{what}"]["median"] > 0
-    for name in ("bare", "merged"):
-        assert decoded[f"eager_over_compiled_{name}"]["rounds"] == gpu.SMALL.rounds
+    for name in ("bare", "ours"):
+        assert decoded[f"compiled_{name}_over_eager_bare"]["rounds"] == gpu.SMALL.rounds
+        assert decoded[f"seconds_to_compile_compiled_{name}"] > 0
     for found in results["exactness"].values():
         assert 0 < found["ours"] < 0.1
         assert found["effect"] > 0

@@ -636,13 +636,42 @@ def test_what_a_block_copied_is_given_back_when_it_ends():
     try:
         with torch.no_grad(), ws.steer(module, low_rank(module, {"q_proj", "k_proj", "v_proj"})):
             module(torch.randn(2, 3, 6))
-            changes = [_STEERED[layer].changes[0] for layer in (module.q_proj, module.k_proj, module.v_proj)]
-            held = [weakref.ref(copies.u_t) for change in changes for copies in change.copies.values()]
-            del changes
+            readers = _STEERED[module.q_proj].changes[0].readers
+            held = [weakref.ref(u_t) for factors in readers._factors.values() for u_t in factors.u_t]
+            del readers
         assert len(held) == 3
         assert not any(ref() is not None for ref in held)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_few_tokens_in_bfloat16_are_steered_as_exactly_as_many(n_tokens, by_row):
+    """Where products are taken as sums of rows, at up to four tokens; with two rows of three there are more."""
+    torch.manual_seed(0)
+    module = Attention().bfloat16()
+    vector = low_rank(module, {"q_proj", "k_proj", "v_proj"})
+    x = torch.randn(2, n_tokens, 6).bfloat16()
+    alphas = torch.tensor([0.7, -1.5]) if by_row else torch.tensor([0.7, 0.7])
+    exact = [
+        changed_weights(copy.deepcopy(module).double(), vector, float(a))(x[i].double()) for i, a in enumerate(alphas)
+    ]
+    with torch.no_grad(), ws.steer(module, vector, alphas if by_row else 0.7):
+        few = module(x)
+    with ws.steer(module, vector, alphas if by_row else 0.7):  # with gradients it is a product at any length
+        product = module(x)
+    wanted = torch.stack(exact)
+    assert few.dtype == torch.bfloat16
+    for given in (few, product):
+        assert (given.double() - wanted).norm() / wanted.norm() < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_without_tokens_as_an_expert_may_be_is_steered(dtype):
+    module = Attention().to(dtype)
+    with torch.no_grad(), ws.steer(module, low_rank(module, {"q_proj", "k_proj", "v_proj"})):
+        assert module(torch.zeros(0, 6, dtype=dtype)).shape == (0, 16)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

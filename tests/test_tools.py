@@ -11,6 +11,7 @@ import torch
 from transformers import CompileConfig, pipeline, set_seed
 
 import ws
+from conftest import build_adapter, build_model, tokens
 from ws.delta import LinearDelta
 from ws.lm.models import fingerprint, linear_size, render_prompt, target_modules
 from ws.steer import _UNCOMPILED
@@ -235,6 +236,102 @@ def test_generation_that_compiles_itself_is_steered(small, compiler):
     assert len(calls) == before
     assert torch.equal(model.generate(ids, **static), base)
     assert len(calls) > before
+
+
+@pytest.mark.parametrize("when", ["compiled-before", "compiled-inside"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_compiled_code_sees_a_compilable_steering_and_a_turn_of_its_dial_compiles_nothing(
+    small, compiler, when, by_row
+):
+    model, ids, vector = small
+    backend, calls = compiler
+    ids = ids.repeat(2, 1)
+    turns = [torch.tensor([1.0, -0.5]), torch.tensor([0.0, 2.0])] if by_row else [1.0, -0.5, 0.0]
+    bare, wanted = logits(model, ids), []
+    for alpha in turns:
+        with ws.steer(model, vector, alpha):
+            wanted.append(logits(model, ids))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    if when == "compiled-before":
+        assert torch.equal(logits(compiled, ids), bare)
+    with ws.steer(model, vector, turns[0], compilable=True) as dial:
+        before = len(calls)
+        for alpha, expected in zip(turns, wanted, strict=True):
+            dial.alpha = alpha
+            assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
+            assert torch.allclose(logits(model, ids), expected, atol=1e-5), "what is not compiled is steered alike"
+        assert calls[before:] == ["made"] + ["run"] * len(turns)
+        dial.alpha = 0.25 if by_row else torch.tensor([0.25, 0.25])  # another number of strengths is another graph
+        again = logits(compiled, ids)
+        assert calls[before:].count("made") == 2
+        with ws.steer(model, vector, 1.0):  # one that compiled code does not see: together they run as written
+            both = logits(compiled, ids)
+        with ws.steer(model, vector * 0.5, 2.5):
+            inside = logits(compiled, ids)
+    with ws.steer(model, vector, 0.25):
+        assert torch.allclose(again, logits(model, ids), atol=1e-5)
+    with ws.steer(model, vector, 1.25):
+        assert torch.allclose(both, logits(model, ids), atol=1e-5)
+    with ws.steer(model, vector, 1.5):
+        assert torch.allclose(inside, logits(model, ids), atol=1e-5)
+    assert (wanted[0] - bare).abs().max() > 0.1
+    assert torch.equal(logits(compiled, ids), bare), "what was compiled inside does not outlive the block"
+
+
+@pytest.mark.parametrize("family", ["lora", "dora", "oft", "ia3"])
+def test_the_changes_of_every_family_are_traced_whole(compiler, tmp_path, family):
+    backend, _ = compiler
+    model = build_model("qwen2")
+    build_adapter(model, family, tmp_path, seed=3)
+    vectors = {name: ws.SteeringVector.from_adapter(tmp_path, model) * size for name, size in (("a", 0.5), ("b", -0.2))}
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    alphas = {"a": torch.tensor([1.0, -0.5]), "b": 1.0}
+    with ws.steer_many(model, vectors, alphas):
+        wanted = logits(model, tokens(2))
+    with ws.steer_many(model, vectors, alphas, compilable=True) as dials:
+        assert torch.allclose(logits(compiled, tokens(2)), wanted, atol=1e-5)
+        name, module = next((n, m) for n, m in model.named_modules() if n in vectors["b"].deltas)
+        dials["a"].alpha = 0.5
+        with torch.no_grad():
+            assert module(torch.zeros(0, module.in_features)).shape == (0, module.out_features), name
+        dials["a"].alpha = alphas["a"]
+        with pytest.raises(ws.WsError, match="2 entries but the layer sees 3 rows"):
+            logits(model, tokens(3))
+        with pytest.raises(ws.WsError, match="finite"):
+            dials["a"].alpha = float("nan")
+
+
+def test_what_the_compiler_cannot_follow_is_refused_before_anything_is_steered(small, compiler):
+    model, ids, _ = small
+    name, norm = next((n, m) for n, m in model.named_modules() if n.endswith("norm"))
+    width = norm.weight.shape[0]
+    vector = ws.SteeringVector({name: ws.LinearDelta(width, 1, e=torch.ones(width, 1), kind="scale")}, "norm", None)
+    bare = logits(model, ids)
+    with pytest.raises(ws.WsError, match="norm"), ws.steer(model, vector, 1.0, compilable=True):
+        pass
+    assert torch.equal(logits(model, ids), bare)
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_steered_model_with_a_static_cache(small):
+    """Two minutes of compiling: what it makes is equal within its rounding, and is told of the dial."""
+    model, ids, vector = small
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    config = CompileConfig(mode=None)
+    config._compile_all_devices = True
+    written = {}
+    for alpha in (1.0, -0.5):
+        with ws.steer(model, vector, alpha):
+            written[alpha] = model.generate(ids, **options)
+    with ws.steer(model, vector, 1.0, compilable=True) as dial:
+        for alpha, expected in written.items():
+            dial.alpha = alpha
+            given = model.generate(ids, cache_implementation="static", compile_config=config, **options)
+            assert torch.equal(given, expected)
+        compiled = torch.compile(model)
+        for alpha in written:
+            dial.alpha = alpha
+            torch.testing.assert_close(logits(compiled, ids), logits(model, ids), atol=1e-4, rtol=1e-4)
 
 
 def test_the_compilers_stance_comes_back_after_every_order_of_leaving(small, compiler):

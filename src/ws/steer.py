@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from threading import Lock
 from typing import NamedTuple
@@ -30,9 +30,11 @@ from torch.utils.hooks import RemovableHandle
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, parse_number
 from ws.errors import WsError, choose, require_strength
-from ws.lm.models import bias_of, module_kind, require_calls, weight_of, weight_size
+from ws.lm.models import bias_of, is_offloaded, module_kind, require_calls, weight_of, weight_size
+from ws.lm.row_sums import FEW, RowSums
 
 Alpha = float | int | str | Tensor
+_SMALLEST_MAX = torch.finfo(torch.float16).max  # of the dtypes that models compute in
 
 
 class Dial:
@@ -62,6 +64,9 @@ class Dial:
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
+        self._set(value)
+
+    def _set(self, value: Alpha) -> None:
         if self.is_over:
             raise WsError("The block that this dial steered has ended; it turns nothing any more. Open another one.")
         if isinstance(value, Tensor):
@@ -72,34 +77,21 @@ class Dial:
             self._largest = require_strength(float(value.abs().max())) if value.numel() else 0.0
             self._alpha: float | Tensor = value if value.ndim else float(value)
             self._columns = dict[tuple[torch.device, torch.dtype, int], Tensor]()
-            return
-        self._alpha = require_strength(self._strength(value) if isinstance(value, str) else value)
-        self._largest = abs(self._alpha)
-
-    @property
-    def is_off(self) -> bool:
-        """True for the float 0, where the hooks do nothing at all."""
-        return not isinstance(self._alpha, Tensor) and self._alpha == 0.0
+        else:
+            self._alpha = require_strength(self._strength(value) if isinstance(value, str) else value)
+            self._largest = abs(self._alpha)
+        # True for the float 0, where the hooks do nothing at all.
+        self.is_off = not isinstance(self._alpha, Tensor) and self._alpha == 0.0
 
     def over(self, x: Tensor) -> float | Tensor:
         """The strength in a shape that broadcasts over activations `x [rows, ..., features]`."""
-        by_row, key = isinstance(self._alpha, Tensor), (x.device, x.dtype, x.ndim)
-        if by_row and key in self._columns and len(self._columns[key]) == x.shape[0]:
-            return self._columns[key]
-        if self._largest > torch.finfo(x.dtype).max:
-            raise WsError(f"alpha {self._largest:g} is beyond {str(x.dtype)[6:]}, in which the model computes.")
+        self._require_within(x.dtype)
         if not isinstance(self._alpha, Tensor):
             return self._alpha
-        if x.ndim < 3:
-            raise WsError(
-                "alpha has one entry per row, but a layer sees the tokens of all rows as one list (as OPT's fc1 and a "
-                "mixture's shared experts do); give one number, or leave such layers out with `vector.select`."
-            )
-        if len(self._alpha) != x.shape[0]:
-            raise WsError(
-                f"alpha has {len(self._alpha)} entries but the layer sees {x.shape[0]} rows; give one per row "
-                "(repeat_interleave them for beams or several return sequences)."
-            )
+        key = (x.device, x.dtype, x.ndim)
+        if key in self._columns and len(self._columns[key]) == x.shape[0]:
+            return self._columns[key]
+        self._require_rows(x)
         # Not in the dtype of x: bfloat16 would round 0.3 to 0.3008 here, and leave it alone where it is one number.
         moved = self._alpha.to(x.device, torch.promote_types(x.dtype, torch.float32))
         column = moved.view(-1, *[1] * (x.ndim - 1))
@@ -107,6 +99,72 @@ class Dial:
         if moved is self._alpha and not moved.requires_grad:
             self._columns[key] = column
         return column
+
+    def _require_within(self, dtype: torch.dtype) -> None:
+        if self._largest > _SMALLEST_MAX and self._largest > torch.finfo(dtype).max:
+            raise WsError(f"alpha {self._largest:g} is beyond {str(dtype)[6:]}, in which the model computes.")
+
+    def _require_rows(self, x: Tensor) -> None:
+        if x.ndim < 3:
+            raise WsError(
+                "alpha has one entry per row, but a layer sees the tokens of all rows as one list (as OPT's fc1 and a "
+                "mixture's shared experts do); give one number, or leave such layers out with `vector.select`."
+            )
+        if self.rows != x.shape[0]:
+            raise WsError(
+                f"alpha has {self.rows} entries but the layer sees {x.shape[0]} rows; give one per row "
+                "(repeat_interleave them for beams or several return sequences)."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows that there is a strength for; 1 where it is one for all."""
+        return len(self._alpha) if isinstance(self._alpha, Tensor) else 1
+
+    @property
+    def factor(self) -> float:
+        """What a product is still to be multiplied by that has the strengths of `over` in it if they are by row."""
+        return 1.0 if isinstance(self._alpha, Tensor) else self._alpha
+
+
+def _fix(tensor: Tensor | None) -> None:
+    """Tell CUDA graphs that the tensor stays where it is, or they would copy it at every replay."""
+    if tensor is not None and tensor.is_cuda:
+        torch._dynamo.mark_static_address(tensor)
+
+
+class _LiveDial(Dial):
+    """A dial whose strength is a tensor on the model's device, which compiled code and CUDA graphs read as they run.
+
+    Turning it writes into that tensor; only another number of rows needs another tensor, and a compilation.
+    """
+
+    factor = 1.0
+
+    def __init__(self, alpha: Alpha, strength: Callable[[str], float], reference: Tensor) -> None:
+        self.device, self._dtype, self._live = reference.device, reference.dtype, torch.empty(0)
+        super().__init__(alpha, strength)
+
+    def _set(self, value: Alpha) -> None:
+        super()._set(value)
+        self.is_off = False  # which would be a reason to compile again
+        self._require_within(self._dtype)
+        wide = torch.promote_types(self._dtype, torch.float32)
+        new = torch.as_tensor(self._alpha, dtype=wide).detach().reshape(-1)
+        if new.shape != self._live.shape:
+            self._live = torch.empty_like(new, device=self.device)
+            _fix(self._live)
+        self._live.copy_(new)
+
+    @property
+    def rows(self) -> int:
+        """Rows that there is a strength for; 1 where it is one for all."""
+        return self._live.shape[0]
+
+    def over(self, x: Tensor) -> Tensor:
+        if self.rows > 1:
+            self._require_rows(x)
+        return self._live.to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 class DialBoard(Mapping[str, Dial]):
@@ -164,26 +222,80 @@ class _Change:
             self.copies[key] = _Working.of(self.delta, reference, linear)
         return self.copies[key]
 
+    def product(self, x: Tensor) -> _Product | Tensor | None:
+        """`U (V x)`, or what there is of it yet (see `_Factors.products`); None without factors."""
+        return self.readers.product(self, x)
+
+    def release(self) -> None:
+        """Break the circle with its factors, which Python would free at some time."""
+        del self.readers
+
+
+class _LiveChange(_Change):
+    """A change that torch.compile can follow: everything lies where it is needed, and nothing is remembered."""
+
+    def __init__(self, delta: LinearDelta, dial: _LiveDial, module: nn.Module) -> None:
+        super().__init__(delta, dial)
+        self.working = _Working.of(delta, weight_of(module), module_kind(module) == "linear")
+        rest, v, _ = self.working
+        self.factors = None if v is None else _Factors({self: self.working})
+        self.working = _Working(rest, None, None)
+        held = () if self.factors is None else (self.factors.v, *self.factors.u_t)
+        for tensor in (*held, *({} if rest is None else rest.coordinates()).values()):
+            _fix(tensor)
+
+    def beside(self, reference: Tensor, linear: bool) -> _Working:
+        return self.working
+
+    def release(self) -> None:
+        super().release()
+        self.factors = None
+
+    def product(self, x: Tensor) -> _Product | Tensor | None:
+        return None if self.factors is None else self.factors.products(x, self.dial.over(x))[0]
+
 
 class _Product(NamedTuple):
-    """`alpha U (V x)` but for its second product: `low [tokens, r]` is `V x`, times alpha where that differs by row."""
+    """`alpha U (V x)` of a change without its second product: `low [tokens, r]` is `V x`."""
 
     low: Tensor
-    alpha: float
     u_t: Tensor
 
 
-class _Factors(NamedTuple):
-    """`V` of several changes below each other, `[r_1 + r_2 + .., d_in]`, and what belongs to their parts, in order."""
+class _Factors:
+    """The factors of several changes beside activations: `V` below each other, and what belongs to its parts."""
 
-    v: Tensor
-    ranks: list[int]
-    u_t: dict[_Change, Tensor]
+    def __init__(self, workings: Mapping[_Change, _Working]) -> None:
+        self.changes = list(workings)
+        v = [w.v for w in workings.values() if w.v is not None]
+        self.u_t = [w.u_t for w in workings.values() if w.u_t is not None]
+        self.ranks, self.sizes = [len(part) for part in v], [part.shape[1] for part in self.u_t]
+        self.v = torch.cat(v) if len(v) > 1 else v[0]
+        self.sums: tuple[RowSums, RowSums] | None = None
+        if RowSums.suits(self.v):
+            self.sums = RowSums([self.v.T]), RowSums(self.u_t)
+            self.v, self.u_t = self.sums[0].matrices[0].T, self.sums[1].matrices
+
+    def products(self, x: Tensor, alpha: float | Tensor) -> Sequence[_Product | Tensor]:
+        """Of every change with `x [..., d_in]`, with its second product where that is taken for all of them at once.
+
+        A strength for every row is in them; a number is not.
+        """
+        rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+        few = 0 < rows.shape[0] <= FEW and x.dtype == self.v.dtype and not torch.is_grad_enabled()
+        sums = self.sums if few else None
+        low = sums[0](rows) if sums else nn.functional.linear(rows, self.v)
+        if isinstance(alpha, Tensor):  # in float32, and rounded once
+            low.view(*x.shape[:-1], low.shape[-1]).mul_(alpha)
+        if sums:
+            return sums[1](low).view(*x.shape[:-1], -1).split_with_sizes(self.sizes, dim=-1)
+        return [_Product(part, u_t) for part, u_t in zip(low.split(self.ranks, dim=1), self.u_t, strict=True)]
 
 
-def _version(tensor: Tensor) -> int:
-    """Changes when the tensor is written in place; not in inference mode, where no known model writes what it reads."""
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(x: Tensor, alpha: float | Tensor) -> tuple[int, int]:
+    """Changes when one is written in place; not in inference mode, where no known model writes what it reads."""
+    of_alpha = alpha._version if isinstance(alpha, Tensor) and not alpha.is_inference() else 0
+    return 0 if x.is_inference() else x._version, of_alpha
 
 
 class _Readers:
@@ -197,41 +309,32 @@ class _Readers:
         self._changes = changes
         self._factors: dict[tuple[torch.device, torch.dtype], _Factors | None] = {}
         # Replaced whole, and read once: threads that share a model at worst compute a product twice.
-        self._kept: tuple[Tensor, float | Tensor, list[int], dict[_Change, _Product]] | None = None
+        self._kept: tuple[Tensor, float | Tensor, tuple[int, int], dict[_Change, _Product | Tensor]] | None = None
 
-    def product(self, change: _Change, x: Tensor) -> _Product | None:
+    def product(self, change: _Change, x: Tensor) -> _Product | Tensor | None:
         """The product of one of the changes with `x [..., d_in]`; None if it has no factors."""
         alpha, kept = change.dial.alpha, self._kept
-        versions = [_version(t) for t in (x, alpha) if isinstance(t, Tensor)]
-        if kept is None or kept[0] is not x or kept[1] is not alpha or kept[2] != versions or change not in kept[3]:
-            kept = (x, alpha, versions, self._products(x))
+        fits = kept is not None and kept[0] is x and kept[1] is alpha and change in kept[3]
+        if kept is None or not fits or kept[2] != _versions(x, alpha):
+            if (factors := self._beside(x)) is None:
+                return None
+            products = factors.products(x, change.dial.over(x))
+            if len(products) == 1:
+                return products[0]
+            kept = (x, alpha, _versions(x, alpha), dict(zip(factors.changes, products, strict=True)))
         product = kept[3].pop(change, None)
         self._kept = kept if kept[3] else None  # activations are let go with the last layer that reads them
         return product
 
-    def _products(self, x: Tensor) -> dict[_Change, _Product]:
-        if (factors := self._beside(x)) is None:
-            return {}
-        alpha = self._changes[0].dial.over(x)
-        low = nn.functional.linear(x, factors.v)
-        if isinstance(alpha, Tensor):
-            low, alpha = low.mul_(alpha), 1.0
-        low = low.reshape(-1, low.shape[-1])
-        parts = low.split(factors.ranks, dim=1) if len(factors.ranks) > 1 else (low,)
-        return {c: _Product(part, alpha, u_t) for (c, u_t), part in zip(factors.u_t.items(), parts, strict=True)}
-
     def _beside(self, x: Tensor) -> _Factors | None:
-        """The factors beside `x`, joined once for every device and dtype; their parts go on living in the whole."""
+        """The factors beside `x`, joined once for every device and dtype; the copies they were made of are let go."""
         key = (x.device, x.dtype)
         if key not in self._factors:
             workings = {change: change.beside(x, linear=True) for change in self._changes}
-            v = {change: w.v for change, w in workings.items() if w.v is not None}
-            u_t = {change: w.u_t for change, w in workings.items() if w.u_t is not None}
-            ranks = [len(part) for part in v.values()]
-            whole = torch.cat(list(v.values())) if len(v) > 1 else next(iter(v.values()), None)
-            self._factors[key] = None if whole is None else _Factors(whole, ranks, u_t)
-            for change, part in zip(v, () if whole is None else whole.split(ranks), strict=True):
-                change.copies[key] = workings[change]._replace(v=part)
+            with_factors = {change: w for change, w in workings.items() if w.v is not None}
+            self._factors[key] = _Factors(with_factors) if with_factors else None
+            for change, working in with_factors.items():
+                change.copies[key] = working._replace(v=None, u_t=None)
         return self._factors[key]
 
 
@@ -281,12 +384,15 @@ class _SteeredModule:
 def _steered_linear(module: nn.Module, x: Tensor, output: Tensor, active: Sequence[_Change]) -> Tensor:
     """The equation at the head of this module."""
     steered = output
-    if not all(change.is_product for change in active):
-        rests = [(c.dial.over(x), rest) for c in active if (rest := c.beside(x, linear=True).rest) is not None]
+    rests: list[tuple[float | Tensor, LinearDelta]] = []  # as torch.compile can read it
+    for change in active:
+        if not change.is_product and (rest := change.beside(x, linear=True).rest) is not None:
+            rests.append((change.dial.over(x), rest))
+    if rests:
         steered = _plus(output, _shift(module, x, output, rests))
     for change in active:
-        if (product := change.readers.product(change, x)) is not None:
-            steered = _add_product(steered, product, _is_ours_alone(module, steered))
+        if (product := change.product(x)) is not None:
+            steered = _add_product(steered, product, change.dial.factor, _is_ours_alone(module, steered))
     return steered
 
 
@@ -295,7 +401,7 @@ def _is_ours_alone(module: nn.Module, y: Tensor) -> bool:
 
     Then it may be added to in place, which saves a pass over it.
     """
-    return not torch.is_grad_enabled() and len(module._forward_hooks) == 1 and y.is_contiguous()
+    return len(module._forward_hooks) == 1 and not torch.is_grad_enabled() and y.is_contiguous()
 
 
 def _shift(
@@ -316,10 +422,12 @@ def _shift(
     return shift
 
 
-def _add_product(y: Tensor, product: _Product, in_place: bool) -> Tensor:
-    """`y + alpha U low`, the product and the sum in one pass over `y`."""
-    low, alpha, u_t = product
-    if y.dtype != low.dtype:  # under autocast
+def _add_product(y: Tensor, product: _Product | Tensor, alpha: float, in_place: bool) -> Tensor:
+    """`y + alpha U (V x)`, where the second product is not there yet in one pass over `y`."""
+    if isinstance(product, Tensor):
+        return y.add_(product, alpha=alpha) if in_place else y.add(product, alpha=alpha)
+    low, u_t = product
+    if not low.dtype == u_t.dtype == y.dtype:  # under autocast
         low, u_t = low.to(y.dtype), u_t.to(y.dtype)
     if in_place:
         y.view(-1, y.shape[-1]).addmm_(low, u_t, alpha=alpha)
@@ -446,17 +554,19 @@ _STEERED: WeakKeyDictionary[nn.Module, _SteeredModule] = WeakKeyDictionary()
 
 
 @contextmanager
-def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[None]:
-    """The vector's changes registered on their modules; taken off again whatever happens inside."""
+def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[dict[str, nn.Module]]:
+    """The vector's changes registered on their modules; taken off again whatever happens inside.
+
+    Yields:
+        The modules by name that have to be called.
+    """
     if not isinstance(model, nn.Module) or not isinstance(vector, SteeringVector):
         given = f"a {type(model).__name__} and a {type(vector).__name__}"
         raise WsError(f"Steering takes a model and then a SteeringVector, not {given}.")
     if vector.is_zero:
         raise WsError("The steering vector is zero: it would change nothing.")
     matched = vector.matched(model)
-    advice = "leave them out with `vector.select`, or merge the vector (`ws export merged`)"
-    changes = {name: _Change(delta, dial) for name, delta, _ in matched}
-    _join_readers(changes)
+    changes = _changes(matched, dial)
     entries = list[tuple[nn.Module, _Change]]()
     try:
         for name, _, module in matched:
@@ -464,12 +574,11 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
                 _STEERED[module] = _SteeredModule(name, module)
             _STEERED[module].changes.append(changes[name])
             entries.append((module, changes[name]))
-        with require_calls(model, {n: m for n, delta, m in matched if not delta.is_zero}, advice):
-            yield
+        yield {n: m for n, delta, m in matched if not delta.is_zero}
     finally:
         dial.end()
-        for change in changes.values():  # a circle, which Python would free at some time
-            del change.readers
+        for change in changes.values():
+            change.release()
         for module, change in entries:
             steered = _STEERED[module]
             steered.changes.remove(change)
@@ -478,8 +587,63 @@ def _attached(model: nn.Module, vector: SteeringVector, dial: Dial) -> Iterator[
                 del _STEERED[module]
 
 
+def _changes(matched: Sequence[tuple[str, LinearDelta, nn.Module]], dial: Dial) -> dict[str, _Change]:
+    """The changes of a vector by the names of their modules, ready for the dial's kind of steering."""
+    if not isinstance(dial, _LiveDial):
+        changes = {name: _Change(delta, dial) for name, delta, _ in matched}
+        _join_readers(changes)
+        return changes
+    for name, _, module in matched:
+        if is_offloaded(module) or module_kind(module) == "scale":
+            what = "is offloaded" if is_offloaded(module) else "is a norm"
+            raise WsError(f"{name} {what}, which torch.compile cannot follow; steer without `compilable`.")
+    return {name: _LiveChange(delta, dial, module) for name, delta, module in matched}
+
+
 @contextmanager
-def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Iterator[Dial]:
+def _dials(
+    model: nn.Module, vectors: Mapping[str, SteeringVector], alphas: Mapping[str, Alpha], compilable: bool
+) -> Iterator[dict[str, Dial]]:
+    """The vectors' dials, while all of them steer."""
+    dials = dict[str, Dial]()
+    with ExitStack() as stack:
+        if compilable:
+            # What was compiled before is not told of new hooks, and what is compiled now is not to outlive them.
+            torch.compiler.reset()
+            stack.callback(torch.compiler.reset)
+        else:
+            stack.enter_context(uncompiled())
+        called = list[dict[str, nn.Module]]()
+        for name, vector in vectors.items():
+            # Units are looked up once, not at every turn of the dial.
+            strength = cache(getattr(vector, "strength", parse_number))
+            alpha = alphas[name]
+            dials[name] = _LiveDial(alpha, strength, _reference(model)) if compilable else Dial(alpha, strength)
+            called.append(stack.enter_context(_attached(model, vector, dials[name])))
+        advice = "leave them out with `vector.select`, or merge the vector (`ws export merged`)"
+        calls = require_calls(model, {n: m for modules in called for n, m in modules.items()}, advice)
+        if not compilable:
+            stack.enter_context(calls)
+        else:
+            _look_once(model, calls)
+        yield dials
+
+
+def _look_once(model: nn.Module, calls: AbstractContextManager[None]) -> None:
+    """Watch one token now: compiled code cannot be watched later."""
+    rows = max(change.dial.rows for m in model.modules() if m in _STEERED for change in _STEERED[m].changes)
+    with uncompiled(), calls, torch.no_grad():
+        model(torch.zeros(rows, 1, dtype=torch.long, device=_reference(model).device), use_cache=False)
+
+
+def _reference(model: nn.Module) -> Tensor:
+    """A tensor on the device where strengths are kept, of the dtype that the model computes in."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+
+
+@contextmanager
+def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0, *, compilable: bool = False) -> Iterator[Dial]:
     """Steer `model` with `alpha * vector` inside a `with` block; the model leaves it exactly as it came.
 
     ```python
@@ -493,22 +657,29 @@ def steer(model: nn.Module, vector: SteeringVector, alpha: Alpha = 1.0) -> Itera
         model: the base the vector was made for.
         vector: what to add.
         alpha: the steering strength, a finite float, a tensor `[batch]`, or calibrated units such as `"+1u"`.
+        compilable: let torch.compile and CUDA graphs see the steering, as a tensor of strengths that compiled code
+            reads: turning the dial needs no other compilation, unless it changes the number of rows. All that was
+            compiled before or inside is compiled anew when the block begins and when it ends, so keep it open and turn
+            the dial. Otherwise models that were compiled run uncompiled inside.
 
     Yields:
         The `Dial`.
 
     Raises:
-        WsError: another base, a module without partner, a zero vector, or an alpha that is not finite.
+        WsError: another base, a module without partner, a zero vector, an alpha that is not finite, or a change of a
+            norm or of an offloaded module with `compilable`.
     """
-    # Units are looked up once, not at every turn of the dial.
-    dial = Dial(alpha, cache(getattr(vector, "strength", parse_number)))
-    with uncompiled(), _attached(model, vector, dial):
-        yield dial
+    with _dials(model, {"": vector}, {"": alpha}, compilable) as dials:
+        yield dials[""]
 
 
 @contextmanager
 def steer_many(
-    model: nn.Module, vectors: Mapping[str, SteeringVector], alphas: Mapping[str, Alpha] | Alpha = 1.0
+    model: nn.Module,
+    vectors: Mapping[str, SteeringVector],
+    alphas: Mapping[str, Alpha] | Alpha = 1.0,
+    *,
+    compilable: bool = False,
 ) -> Iterator[DialBoard]:
     """Steer with several named vectors at once, each with a dial of its own; see `steer`."""
     if not vectors:
@@ -517,10 +688,7 @@ def steer_many(
         for name in alphas:
             choose("vector", name, vectors)
     start = {n: alphas.get(n, 1.0) if isinstance(alphas, Mapping) else alphas for n in vectors}
-    dials = {n: Dial(a, cache(vectors[n].strength)) for n, a in start.items()}
-    with uncompiled(), ExitStack() as stack:
-        for name, vector in vectors.items():
-            stack.enter_context(_attached(model, vector, dials[name]))
+    with _dials(model, vectors, start, compilable) as dials:
         yield DialBoard(dials)
 
 

@@ -21,10 +21,10 @@ import ws
 import ws.intervene.activation as module
 from conftest import NO_SYSTEM, build_adapter, build_model, tokens
 from ws.data import Pair, prompt_ids
-from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer, decoder_blocks
+from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer
 from ws.intervene.prompt import prompted
 from ws.lm.choice import choice_tokens, score_choices, share_prefixes
-from ws.lm.models import encode, fingerprint, layer_count, load_tokenizer, model_folder, render_prompt
+from ws.lm.models import decoder_blocks, encode, fingerprint, layer_count, load_tokenizer, model_folder, render_prompt
 from ws.lm.rollout import roll_out
 from ws.train import build_examples
 
@@ -202,7 +202,7 @@ def test_blocks_are_found_and_steered_whatever_the_architecture(config):
 
 def test_a_model_without_one_list_of_blocks_is_refused(qwen3):
     qwen3.model.twins = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
-    with pytest.raises(ws.WsError, match="one list of 3 decoder blocks .* it has layers, twins"):
+    with pytest.raises(ws.WsError, match="one list of 3 decoder blocks.* it has layers, twins"):
         decoder_blocks(qwen3)
 
 

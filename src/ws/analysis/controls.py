@@ -41,6 +41,7 @@ from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
 from ws.files.reading import kept
 from ws.files.runs import read_csv, write_csv
 from ws.lm.models import tokenizer_hash, weight_of
+from ws.lm.trunk import shared_trunk
 from ws.options.check import ControlOptions as ControlOptions
 from ws.options.shared import HeadlineOptions as HeadlineOptions
 from ws.options.shared import require_steered
@@ -226,10 +227,11 @@ def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Seq
     for evaluation in evaluations:
         base = context.scores(evaluation, context.intervention(), [0.0])[0.0]
         _require_all(evaluation, base, options.scores)
-        for control, draw in console.progress(wanted, desc=evaluation.table_name, unit="vector"):
-            missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
-            if missing:
-                table.add(_control_rows(context, evaluation, base, control, draw, missing))
+        with shared_trunk(context.model):
+            for control, draw in console.progress(wanted, desc=evaluation.table_name, unit="vector"):
+                missing = [alpha for alpha in alphas if not table.has(evaluation, control, draw, alpha)]
+                if missing:
+                    table.add(_control_rows(context, evaluation, base, control, draw, missing))
     stage.done([table.file])
     digests = {e.digest for e in evaluations}
     mine = [r for r in table.rows if r["eval_hash"] in digests and r["score"] in options.scores]

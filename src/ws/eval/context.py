@@ -27,6 +27,7 @@ from ws.files.reading import kept, read_json
 from ws.files.runs import Run, lock, read_csv, slug, typed, write_csv, write_json
 from ws.intervene.interventions import Intervention, intervention
 from ws.lm.models import BUNDLED, fingerprint, model_id, tokenizer_hash
+from ws.lm.trunk import shared_trunk
 from ws.options.shared import BASE, WEIGHT, shared_with
 from ws.options.shared import EvalOptions as EvalOptions
 from ws.run import FinishedRun, open_options
@@ -123,15 +124,16 @@ class EvalContext:
         """Scores at given strengths of an intervention. All are kept; the base's, and those of what needs no adapter,
         serve every run of the model."""
         stem, by_alpha, countdown = self._stem(evaluation), dict[float, Scores](), Countdown(len(alphas))
-        for alpha in alphas:
-            say(f"{evaluation.table_name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
-            file = intervention.run.folder / "scores" / f"{stem}-{intervention.digest[:12]}-{alpha!r}.json"
-            file = file if alpha else self._base_file(evaluation)
-            known = file.is_file()
-            with intervention.at(alpha):
-                by_alpha[alpha] = _kept(file, evaluation, partial(evaluation.ask, self.model, self.tok))
-            countdown.step(quick=known)
-        return by_alpha
+        with shared_trunk(self.model):
+            for alpha in sorted(alphas, key=lambda a: a == 0):  # a strength shows where the trunk ends
+                say(f"{evaluation.table_name}, {intervention.name} at alpha {alpha:+g} ({countdown})")
+                file = intervention.run.folder / "scores" / f"{stem}-{intervention.digest[:12]}-{alpha!r}.json"
+                file = file if alpha else self._base_file(evaluation)
+                known = file.is_file()
+                with intervention.at(alpha):
+                    by_alpha[alpha] = _kept(file, evaluation, partial(evaluation.ask, self.model, self.tok))
+                countdown.step(quick=known)
+        return {alpha: by_alpha[alpha] for alpha in alphas}
 
     def base_scores(self, evaluation: Evaluation) -> Scores:
         """The scores of the base, which are kept for every run of the model."""

@@ -40,7 +40,7 @@ from ws.files.places import FolderKind
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json, write_json
 from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
 from ws.lm.choice import score_choices
-from ws.lm.models import fingerprint, layer_count, layer_of, model_id, parse_layers, render_prompt, require_base
+from ws.lm.models import decoder_blocks, fingerprint, model_id, parse_layers, render_prompt, require_base
 from ws.stats import LOW_MASS
 from ws.steer import Alpha, Dial, uncompiled
 
@@ -196,26 +196,6 @@ class ActivationVector:
         if tensors.keys() != {"vectors"} or tensors["vectors"].dim() != 2 or base.fingerprint is None:
             raise DamagedError(f"{folder} is not an activation vector: its weights are others; make it again.")
         return cls(tensors["vectors"], base.id, base.fingerprint, manifest.recipe, manifest.info)
-
-
-def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder blocks in order: the one list of as many modules as the model has layers, within no other layer.
-
-    Raises:
-        WsError: there is no such list, or there are several.
-    """
-    count = layer_count(model)
-    lists = {
-        name: list(module)
-        for name, module in model.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and layer_of(name) is None
-    }
-    if len(lists) != 1:
-        seen = ", ".join(lists) or "none"
-        raise WsError(
-            f"{model_id(model)} must have one list of {count} decoder blocks to steer activations; it has {seen}."
-        )
-    return next(iter(lists.values()))
 
 
 # ---- making one -----------------------------------------------------------------------------------------------------

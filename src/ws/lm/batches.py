@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ws.console import progress
+from ws.lm.trunk import forward
 
 Row = TypeVar("Row", bound=Sized)
 Item = TypeVar("Item")
@@ -108,10 +109,7 @@ def row_logits(
             so that columns are to be counted from the end.
     """
     tokens, mask = left_pad(rows, pad_id, model.device)
-    logits: Tensor = model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, logits_to_keep=keep
-    ).logits
-    return logits
+    return forward(model, input_ids=tokens, attention_mask=mask, position_ids=positions_of(mask), logits_to_keep=keep)
 
 
 def packed_logits(
@@ -147,13 +145,13 @@ def packed_logits(
     positions = torch.cat([positions_of(start[1]), *(length + positions_of(m) for _, m in pieces[1:])], dim=1)
     ends = widths.to(tokens.device).cumsum(0)[1:] - 1
     columns = column[int(widths[0]) :] if every else ends
-    logits = model(
+    logits = forward(
+        model,
         input_ids=tokens,
         attention_mask=mask.masked_fill(~allowed, torch.finfo(model.dtype).min)[:, None],
         position_ids=positions,
-        use_cache=False,
         logits_to_keep=len(columns) if every else columns,
-    ).logits[:, -len(columns) :]  # some models give all columns whatever they are asked for
+    )[:, -len(columns) :]  # some models give all columns whatever they are asked for
     return logits, torch.searchsorted(columns, ends)
 
 

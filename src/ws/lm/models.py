@@ -791,6 +791,24 @@ def layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks in order: the one list of as many modules as the model has layers, within no other layer.
+
+    Raises:
+        WsError: there is no such list, or there are several.
+    """
+    count = layer_count(model)
+    lists = {
+        name: list(module)
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and layer_of(name) is None
+    }
+    if len(lists) != 1:
+        seen = ", ".join(lists) or "none"
+        raise WsError(f"{model_id(model)} must have one list of {count} decoder blocks; it has {seen}.")
+    return next(iter(lists.values()))
+
+
 def parse_layers(spec: str | Sequence[int], count: int) -> tuple[int, ...]:
     """Layer indices from `all`, `0.3:0.8` (fractions of the depth), `4:12` (Python slice) or a list `3,4,5`.
 
