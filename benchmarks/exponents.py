@@ -18,7 +18,6 @@ import itertools
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -168,9 +167,7 @@ def times(series: Series, rounds: int) -> list[list[float]]:
     for number in range(-1, rounds):
         took = dict[int, float]()
         for i in order[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
-            actions[i]()
-            took[i] = time.perf_counter() - start
+            took[i] = harness.seconds(actions[i])
         seen += [[took[i] for i in order]] if number >= 0 else []
     return seen
 

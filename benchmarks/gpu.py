@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import ws
 from benchmarks import evaluations, harness, reference, sampling, serve, training
 from benchmarks.growth import QWEN3_8B
-from benchmarks.serving import PLACES, RANK, compiled, exact, logits, random_vector
+from benchmarks.serving import PLACES, RANK, compiled, exact, forward_costs, gaps, random_vector
 from benchmarks.vector import QWEN3_06B
 from ws.adapters import AdapterSpec, peft_config
 from ws.chat.engine import Engine
@@ -154,18 +154,10 @@ def exactness(s: Settings) -> dict[str, Any]:
         for size in (1e-2, 1e-3):
             vector = on_device(random_vector(model, HALF, size, s.rank), s.device)
             wanted, bare = exact(model, vector, ids), exact(model, vector * 0, ids)
-            with ws.steer(model, vector):
-                ours = logits(model, ids)
             dense = {name: change.to(dtype) for name, change in vector.dense(model)}
-            with reference.dense_steering(model, dense, 1.0):
-                in_place = logits(model, ids)
-            gaps = {n: float((g - wanted).norm() / wanted.norm()) for n, g in (("ours", ours), ("in_place", in_place))}
             effect = float((wanted - bare).norm() / wanted.norm())
-            found[f"{str(dtype)[6:]}_at_{size:g}"] = {
-                "effect": effect,
-                **gaps,
-                "ratio": gaps["ours"] / gaps["in_place"],
-            }
+            errors = gaps(model, vector, dense, ids, wanted, dtype)
+            found[f"{str(dtype)[6:]}_at_{size:g}"] = {"effect": effect, **errors}
     return found
 
 
@@ -198,25 +190,12 @@ def eager_forms(
     }
 
 
-@torch.inference_mode()
 def eager(model: PreTrainedModel, vector: ws.SteeringVector, s: Settings) -> dict[str, Any]:
     """The time of a prompt and of decoded tokens in every form over that of the bare model."""
-    ids = torch.randint(0, 90, (1, s.prompt), generator=torch.Generator().manual_seed(2)).to(s.device)
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-
-    def prompt() -> None:
-        model(ids, logits_to_keep=1)
-
-    def token() -> None:
-        for _ in range(s.steps):
-            model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        cache.crop(-s.steps)
-
     found = dict[str, Any]()
     for name, form in eager_forms(model, vector, s).items():
-        for what, action in (("prompt", prompt), ("token", token)):
-            run = synced(s, action)
-            found[f"{name}_over_bare_{what}"] = asdict(harness.compare(run, run, s.rounds, around_b=form))
+        costs = forward_costs(model, form, s.rounds, s.prompt, s.steps, partial(synced, s))
+        found |= {f"{name}_over_bare_{what}": asdict(ratio) for what, ratio in costs.items()}
     return found
 
 

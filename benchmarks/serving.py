@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -55,25 +54,37 @@ def random_vector(model: PreTrainedModel, layers: str, size: float = 0.01, rank:
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
+def prompt_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Tokens of one prompt that every vocabulary has."""
+    return torch.randint(0, 90, (1, length), generator=torch.Generator().manual_seed(2)).to(device)
+
+
 @torch.inference_mode()
-def forward_costs(model: PreTrainedModel, vector: ws.SteeringVector, rounds: int) -> dict[str, harness.Ratio]:
-    """The time of a steered forward pass over a bare one: a prompt, and one more token behind it."""
-    ids = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(2))
+def forward_costs(
+    model: PreTrainedModel,
+    form: Callable[[], AbstractContextManager[object]],
+    rounds: int,
+    length: int = PROMPT,
+    steps: int = TOKENS,
+    synced: Callable[[Callable[[], object]], Callable[[], object]] = lambda action: action,
+) -> dict[str, harness.Ratio]:
+    """The time of a forward pass inside `form` over a bare one: a prompt, and tokens behind it one by one.
+
+    `synced` waits for what an action has begun on a device.
+    """
+    ids = prompt_ids(length, model.device)
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     def prompt() -> None:
         model(ids)
 
     def token() -> None:  # a few of them: one is over before the machine is calm
-        for _ in range(TOKENS):
+        for _ in range(steps):
             model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        cache.crop(-TOKENS)
+        cache.crop(-steps)
 
-    def steered() -> AbstractContextManager[object]:
-        return ws.steer(model, vector)
-
-    actions = {"prompt": prompt, "token": token}
-    return {name: harness.compare(action, action, rounds, around_b=steered) for name, action in actions.items()}
+    actions = {"prompt": synced(prompt), "token": synced(token)}
+    return {name: harness.compare(action, action, rounds, around_b=form) for name, action in actions.items()}
 
 
 def switching(model: PreTrainedModel, vector: ws.SteeringVector, rounds: int) -> harness.Ratio:
@@ -131,7 +142,7 @@ def compiled(
         modes: options of torch.compile by name.
         synced: waits for what an action has begun on a device.
     """
-    ids = torch.randint(0, 90, (1, prompt), generator=torch.Generator().manual_seed(2)).to(model.device)
+    ids = prompt_ids(prompt, model.device)
     twin, found = copy.deepcopy(model), dict[str, Any]()
 
     def action(step: Callable[..., Any]) -> Callable[[], object]:
@@ -183,9 +194,9 @@ def strengths(model: PreTrainedModel, rounds: int) -> harness.Ratio:
 
 
 @contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[nn.Module]:
     """A copy of the model, with the same values, whose activations are of another dtype."""
-    yield model if dtype == torch.bfloat16 else copy.deepcopy(model).to(dtype)
+    yield model if dtype == model.dtype else copy.deepcopy(model).to(dtype)
 
 
 @torch.inference_mode()
@@ -204,6 +215,23 @@ def exact(model: PreTrainedModel, vector: ws.SteeringVector, ids: Tensor) -> Ten
     return logits(double, ids)
 
 
+def gaps(
+    model: PreTrainedModel,
+    vector: ws.SteeringVector,
+    dense: Mapping[str, Tensor],
+    ids: Tensor,
+    wanted: Tensor,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """How far logits are from the wanted ones with activations of a dtype: ours, dW added in place, and their ratio."""
+    with computing_in(model, dtype) as computed, ws.steer(computed, vector):
+        ours = logits(computed, ids)
+    with reference.dense_steering(model, dense, 1.0), computing_in(model, dtype) as computed:
+        in_place = logits(computed, ids)
+    found = {n: float((g - wanted).norm() / wanted.norm()) for n, g in (("ours", ours), ("in_place", in_place))}
+    return found | {"ratio": found["ours"] / found["in_place"]}
+
+
 def errors(model: PreTrainedModel, size: float) -> dict[str, float]:
     """Relative errors of the logits, for a change of `size` times the weights in half of the layers."""
     vector = random_vector(model, PLACES["half_of_the_layers"], size)
@@ -212,13 +240,8 @@ def errors(model: PreTrainedModel, size: float) -> dict[str, float]:
     dense = {name: change.to(torch.bfloat16) for name, change in vector.dense(model)}
     found = {"effect": float((wanted - exact(model, vector * 0, ids)).norm() / wanted.norm())}
     for dtype in (torch.bfloat16, torch.float32):
-        with computing_in(model, dtype) as computed, ws.steer(computed, vector):
-            ours = logits(computed, ids)
-        with reference.dense_steering(model, dense, 1.0), computing_in(model, dtype) as computed:
-            usual = logits(computed, ids)
-        key = f"activations_{str(dtype)[6:]}"
-        gone = {n: float((g - wanted).norm() / wanted.norm()) for n, g in (("ours", ours), ("in_place", usual))}
-        found |= {f"{key}_{n}": e for n, e in gone.items()} | {f"{key}_ratio": gone["ours"] / gone["in_place"]}
+        of_dtype = gaps(model, vector, dense, ids, wanted, dtype)
+        found |= {f"activations_{str(dtype)[6:]}_{name}": gap for name, gap in of_dtype.items()}
     return found
 
 
@@ -230,12 +253,13 @@ def main() -> None:
     results: dict[str, object] = {"shape": f"1 x {PROMPT} tokens, rank {RANK}"}
     for name, layers in PLACES.items():
         vector = random_vector(model, layers)
-        for what, ratio in forward_costs(model, vector, options.rounds).items():
+        steered = partial(ws.steer, model, vector)
+        for what, ratio in forward_costs(model, steered, options.rounds).items():
             results[f"steered_over_bare_{what}_{name}"] = ratio
         if layers != "all":
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
-            alone = forward_costs(model, vector, options.rounds)["prompt"]
+            alone = forward_costs(model, steered, options.rounds)["prompt"]
             torch.set_num_threads(threads)
             results[f"steered_over_bare_prompt_{name}_one_thread"] = alone
             results["clone_add_restore_over_dial"] = switching(model, vector, options.rounds)
@@ -243,7 +267,6 @@ def main() -> None:
     vector = random_vector(model, PLACES["half_of_the_layers"])
     results |= compiled(model, vector, {"compiled": {}}, 64, 4, options.rounds)
     results |= {f"logits_at_{size:g}": errors(model, size) for size in (1e-2, 1e-3)}
-    sys.argv = [sys.argv[0]]
     harness.record("serving", results)
 
 

@@ -33,6 +33,7 @@ from ws.files.plots import save_svg
 from ws.files.reading import kept, read_csv
 from ws.files.runs import lock, sha256_json, write_csv
 from ws.intervene.interventions import OF_A_RUN, Intervention
+from ws.lm.trunk import shared_trunk
 from ws.options.measure import ProfileOptions as ProfileOptions
 from ws.options.shared import WEIGHT
 from ws.steer import steer
@@ -125,15 +126,16 @@ class _Bench:
         """The scores under random vectors of the size of the run's, draw by draw."""
         context = self.run.context
         of, scored = vector_digest(context.vector), list[np.ndarray]()
-        for draw in range(self.options.n_draws):
-            vector = random_like(context.vector, context.model, draw_seed(0, draw))
-            chosen = Intervention(
-                name=f"random vector {draw + 1} of {self.options.n_draws}",
-                at=partial(steer, context.model, vector),
-                digest=sha256_json(["random_like", of, draw]),
-                run=context.run,
-            )
-            scored.append(read_board(context, self.board, chosen, [alpha])[alpha][0])
+        with shared_trunk(context.model):  # of all draws: each is read at one strength
+            for draw in range(self.options.n_draws):
+                vector = random_like(context.vector, context.model, draw_seed(0, draw))
+                chosen = Intervention(
+                    name=f"random vector {draw + 1} of {self.options.n_draws}",
+                    at=partial(steer, context.model, vector),
+                    digest=sha256_json(["random_like", of, draw]),
+                    run=context.run,
+                )
+                scored.append(read_board(context, self.board, chosen, [alpha])[alpha][0])
         return scored
 
 
