@@ -529,9 +529,9 @@ def test_the_error_of_a_recipe_is_that_of_all_modules_as_one_vector():
 # ---- in a forward pass ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("present", [{"uv"}, {"e"}, {"uv", "e"}, set()], ids=str)
+@pytest.mark.parametrize("present", ["uv", "e", "uv e", ""])
 def test_rows_of_an_embedding(present):
-    table = replace(random_delta(1, present), kind="embedding")
+    table = replace(random_delta(1, set(present.split())), kind="embedding")
     ids = torch.tensor([[3, 0, 9], [3, 1, 2]])
     if not present:
         assert table.rows(ids) is None
