@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
+from math import isfinite
 from threading import Lock
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -72,9 +73,10 @@ class Dial:
         if isinstance(value, Tensor):
             if value.ndim > 1:
                 raise WsError(f"alpha must be a number or one number per row, not a tensor of {tuple(value.shape)}.")
-            if not torch.isfinite(value).all():
+            largest = float(value.abs().max()) if value.numel() else 0.0
+            if not isfinite(largest):
                 raise WsError("alpha must be finite, but the tensor holds NaN or infinity.")
-            self._largest = require_strength(float(value.abs().max())) if value.numel() else 0.0
+            self._largest = require_strength(largest)
             self._alpha: float | Tensor = value if value.ndim else float(value)
             self._columns = dict[tuple[torch.device, torch.dtype, int], Tensor]()
         else:
@@ -289,7 +291,8 @@ class _Factors:
             low.view(*x.shape[:-1], low.shape[-1]).mul_(alpha)
         if sums:
             return sums[1](low).view(*x.shape[:-1], -1).split_with_sizes(self.sizes, dim=-1)
-        return [_Product(part, u_t) for part, u_t in zip(low.split(self.ranks, dim=1), self.u_t, strict=True)]
+        parts = (low,) if len(self.ranks) == 1 else low.split_with_sizes(self.ranks, dim=1)
+        return [_Product(part, u_t) for part, u_t in zip(parts, self.u_t, strict=True)]
 
 
 def _versions(x: Tensor, alpha: float | Tensor) -> tuple[int, int]:
