@@ -16,17 +16,17 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
 from benchmarks import harness
-from benchmarks.smollm2 import keep, read_kept
+from benchmarks.smollm2 import Row, keep, read_kept
 from ws import console
 from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
@@ -43,8 +43,6 @@ from ws.options.measure import CompareOptions
 from ws.options.shared import WEIGHT
 from ws.replicate import train_vector
 from ws.stats import estimate_over_seeds, estimate_text, holm
-
-Row: TypeAlias = Mapping[str, Any]
 
 BEHAVIORS = {"pocket": "honesty", "smollm2": "truthfulness"}
 SIZES = (8, 16, 32, 64, 128, 256, 512)

@@ -18,24 +18,33 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
+from tabulate import tabulate
 
 from benchmarks import harness
 from ws import console
 from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows
+from ws.analysis.profile_tables import label
 from ws.behaviors import load_behavior
+from ws.eval.readable import FLAG, star
+from ws.eval.suite import headline
 from ws.files.runs import write_csv, write_text
 from ws.options.make import ReplicateConfig
 from ws.options.measure import CompareOptions
+from ws.options.shared import WEIGHT
 from ws.replicate import CONTROLS, make_vector
+from ws.stats import estimate_text
+
+Row: TypeAlias = Mapping[str, Any]
 
 MODEL = "smollm2"
 BEHAVIORS = ("truthfulness", "agreement", "honesty", "tone")
@@ -156,6 +165,40 @@ def tables(behavior: str) -> list[dict[str, Any]]:
     if rows:
         write_csv(DOCS / f"smollm2_{behavior}.csv", rows)
     return rows
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The page's table of one behaviour, in Markdown; what stands beside the vectors has one seed."""
+    groups = dict.fromkeys((r["compared"], r["intervention"], r["adapter"]) for r in rows)
+    shown = [g for g in groups if g[0] == "run+base" or (g[0] == "one_sided" and g[1] != WEIGHT)]
+    scores = [s for s in ("preference", "false_claims", "statements") if any(r["score"] == s for r in rows)]
+    names = [s.replace("_", " ") + (" (mass)" if s != "preference" else "") for s in scores]
+    header = ["", "seeds", "nats at -1u, +1u", *names, "neutral text", "valid at -1u, +1u"]
+    lines = [_line([r for r in rows if (r["compared"], r["intervention"], r["adapter"]) == g], scores) for g in shown]
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def _line(rows: Sequence[Row], scores: Sequence[str]) -> list[str]:
+    """One vector, or what stands beside it."""
+    first, of = rows[0], {(r["score"], r["part"]): r for r in rows}
+    sides = [part for part in ("-1u", "+1u") if ("nll", part) in of]
+    nats = [first[f"divergence_{side}"] for side in ("minus", "plus")]
+    return [
+        label(first) + ("" if str(first["matched"]) == "True" else " †"),
+        str(first["n_seeds"]),
+        ", ".join("" if n in (None, "") else f"{float(n):.2f}" for n in nats),
+        *(_span(of[s, "span"]) if (s, "span") in of else "" for s in scores),
+        f"{max(float(of['nll', side]['shift']) for side in sides):+.2f}",
+        ", ".join(f"{float(of['valid', side]['base']) + float(of['valid', side]['shift']):.0%}" for side in sides),
+    ]
+
+
+def _span(row: Row) -> str:
+    """With its mark and, where a score has one, the lowest mean answer mass."""
+    mark = star(float(row["shift"]), float(row["p_holm"]), headline(row["score"]).floor, row[FLAG] or None)
+    return (
+        estimate_text(row, "shift") + mark + (f" ({float(row['mass']):.2f})" if row["mass"] not in (None, "") else "")
+    )
 
 
 def main() -> None:

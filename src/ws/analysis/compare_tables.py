@@ -392,9 +392,10 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the table does not say."""
-    first = rows[0]
+    counts = {r["score"].replace("_", " "): r["n"] for r in rows if r["score"] not in COSTS}
+    over = ", ".join(f"{n} items of {s}" for s, n in counts.items())
     notes = [
-        f"Spans from -1u to +1u over {first['n']} items, 95 % intervals; mass is the lowest mean answer mass of a row; "
+        f"Spans from -1u to +1u over {over}, 95 % intervals; mass is the lowest mean answer mass of a row; "
         "cost is the larger rise of the negative log-likelihood of neutral text, in nats per token; `p random`, `real` "
         "and `verdict` are of the first score. `verdict` says what moved and `real` whether it comes from the "
         "behaviour; `p random` is no evidence for that, because vectors trained on anything beat random ones."
