@@ -110,6 +110,24 @@ def test_json_of_an_error_and_of_an_interrupt(command):
     assert "run the same command again" in err
 
 
+@dataclass(frozen=True)
+class Listed:
+    """Has a list."""
+
+    seeds: tuple[int, ...] = (0,)
+    n: int = 1
+
+
+@pytest.mark.parametrize("second", [("--seeds", "1"), ("--seeds=1",), ("seeds=1",)])
+def test_a_list_that_is_begun_twice_is_refused(command, second):
+    made = list[Listed]()
+    code, _, err = command("--seeds", "0", "2", *second, function=made.append, options=Listed)
+    assert (code, made) == (2, [])
+    assert err == "error: --seeds is there twice, and only the last would count; write all of it behind one.\n"
+    code, _, _ = command("--n", "2", "--seeds", "0", "--n", "3", function=made.append, options=Listed)
+    assert (code, made) == (0, [Listed((0,), 3)])
+
+
 def test_an_error_behind_a_result_does_not_print_twice(command):
     def partly(options: Options) -> None:
         console.show(Result("half", {"done": 1}))

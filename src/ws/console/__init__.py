@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
@@ -279,6 +279,7 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
         for argument in arguments:  # libraries take no path of it, and no file that is written
             require_characters(argument, "What was typed")
         given = parse(options, arguments, prog)
+        _require_once(given, arguments)
         for before in ("check", "require"):  # what can be told wrong before anything heavy is imported
             if callable(step := getattr(given, before, None)):
                 step()
@@ -328,19 +329,36 @@ def words_of(options: Any, always: Sequence[str] = ()) -> list[str]:
 
 
 def _words(options: Any, usual: Any, always: Sequence[str]) -> list[str]:
-    words, hints = list[str](), get_type_hints(type(options), include_extras=True)
-    for field in fields(options):
-        value, default = getattr(options, field.name), getattr(usual, field.name)
-        if is_dataclass(value):
-            words += _words(value, default, always)
-        elif value is not None and (value != default or field.name in always):
-            renamed = [name for extra in getattr(hints[field.name], "__metadata__", ()) if (name := extra.name)]
-            flag = (renamed or [field.name])[0].replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    words = list[str]()
+    for (name, flag, value), (_, _, default) in zip(_values(options), _values(usual), strict=True):
+        if value is None or (value == default and name not in always):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
+
+
+def _values(options: Any) -> Iterator[tuple[str, str, Any]]:
+    """The name, the flag without its dashes and the value of every option."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            yield from _values(value)
+        else:
+            extras = getattr(hints[field.name], "__metadata__", ())  # a positional one's has no name
+            renamed = [name for extra in extras if (name := getattr(extra, "name", None))]
+            yield field.name, (renamed or [field.name])[0].replace("_", "-"), value
+
+
+def _require_once(options: Any, arguments: Sequence[str]) -> None:
+    """`WsError` for a list that is begun twice, of which tyro takes the last."""
+    typed = [_as_flag(argument, getattr(options, "former", {})).partition("=")[0] for argument in arguments]
+    for _, flag, value in _values(options):
+        if isinstance(value, tuple) and typed.count(f"--{flag}") > 1:
+            raise WsError(f"--{flag} is there twice, and only the last would count; write all of it behind one.")
 
 
 _registry, _deferred = ConstructorRegistry(), list[Any]()
