@@ -282,7 +282,7 @@ def evaluated(s: Settings) -> dict[str, Any]:
         for alpha in evaluations.ALPHAS:
             with reference.dense_steering(model, dense, alpha):
                 logp = reference.score(model, tok, rows, (words.agree, words.disagree), evaluations.BATCH)
-            found.append((logp[:, 0] - logp[:, 1]).double().cpu().numpy())
+            found.append((logp[:, 0] - logp[:, 1]).cpu().double().numpy())
         return found
 
     e, rounds = evaluations, 2

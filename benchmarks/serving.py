@@ -201,7 +201,7 @@ def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[nn.Modu
 
 @torch.inference_mode()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(ids).logits[0].double()
+    return model(ids).logits[0].cpu().double()
 
 
 def exact(model: PreTrainedModel, vector: ws.SteeringVector, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The whole path on a device: the CPU here, CUDA with `-m gpu`, and a pretended one that refuses what CUDA refuses."""
+"""The whole path on a device: the CPU here, CUDA with `-m gpu`, and a pretended one that refuses what those refuse."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def test_steering_is_that_of_float64(here, device, dtype):
     rounded, _, vector = copy.deepcopy(here[0]).to(dtype), *here[1:]
     wanted = exact(rounded, vector, IDS[:1])
     model = rounded.to(device)
+    assert model.device.type == device
     with ws.steer(model, vector):
         steered = logits(model, IDS[:1].to(device))
-    assert steered.device.type == device
     assert gap(steered, wanted) < ROUNDING[dtype]
     assert gap(logits(model, IDS[:1].to(device)), wanted) > 2 * ROUNDING[dtype]
 
@@ -250,10 +250,9 @@ def test_random_states_are_put_back_on_every_gpu_without_a_warning(monkeypatch):
     assert {device: int(state) for device, state in put.items()} == {0: 0, 1: 1, 2: 2}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(PRETENDED, reason="this is the process that it starts")
 def test_nothing_stays_on_the_cpu():
-    """All of the above on a device that mixes as little with the CPU as CUDA does."""
+    """All of the above on a device that mixes as little with the CPU as CUDA does, and has no float64, as Apple's."""
     command = [sys.executable, "-m", "pytest", __file__, "-n", "0", "-p", "no:cacheprovider", "-x", "-q", "--tb=short"]
     done = subprocess.run(
         command,

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ws import console
-from ws.delta import LinearDelta
+from ws.delta import LinearDelta, in_float64
 from ws.errors import WsError, choose, shortened
 from ws.files.reading import convert, read_json
 from ws.files.runs import PISSA_INIT_FILE as PISSA_INIT_FILE
@@ -456,7 +456,7 @@ def _dora_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
     low = _lora_delta(config, m)
     assert low.u is not None
     assert low.v is not None
-    norms = (m.weight().double() + low.u.double() @ low.v.double()).norm(dim=1)
+    norms = (in_float64(m.weight()) + low.u.double() @ low.v.double()).norm(dim=1)
     ratio = m.trained["lora_magnitude_vector"].double().flatten() / norms
     return LinearDelta(*m.size, g=(ratio - 1).float(), u=(ratio[:, None] * low.u.double()).float(), v=low.v)
 

@@ -209,7 +209,7 @@ class LinearDelta:
             raise WsError("The size of a change that multiplies W needs W: pass the base model.")
         if weight is not None:
             self._require_plain(weight)
-        w = torch.zeros(self.d_out, self.d_in, dtype=torch.float64) if weight is None else weight.double()
+        w = torch.zeros(self.d_out, self.d_in, dtype=torch.float64) if weight is None else in_float64(weight)
         return total + float((self.dense(w) * other.dense(w)).sum())
 
     def norm(self, weight: Tensor | None = None) -> float:
@@ -264,7 +264,7 @@ class LinearDelta:
             raise WsError(f"The error to allow must be a share from 0 up to 1, not {error}.")
         matrix, energy = replace(self, bias=None), None if error is None else 1 - float(error) ** 2
         if not matrix.is_low_rank:
-            left, s, right = torch.linalg.svd(matrix.dense(weight.double()), full_matrices=False)
+            left, s, right = torch.linalg.svd(matrix.dense(in_float64(weight)), full_matrices=False)
             matrix = self.holding({"u": left * s, "v": right.contiguous()})
         compressed, lost = matrix.compress(rank, energy)
         return compressed.to(dtype=torch.float32), lost
@@ -319,6 +319,14 @@ class LinearDelta:
         parts = [f"rank {self.rank}"] if self.rank else []
         parts += [name for name in self.coordinates() if name not in ("u", "v")]
         return f"LinearDelta({self._shape}, {', '.join(parts) or 'zero'})"
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: where it lies, or on the CPU where its device has none, as Apple's has not."""
+    try:
+        return tensor.double()
+    except TypeError:
+        return tensor.cpu().double()
 
 
 def approximation_errors(errors: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, Any]:

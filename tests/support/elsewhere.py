@@ -1,9 +1,9 @@
 """A device that is none: tensors on `elsewhere` compute on the CPU, but may not be mixed with those of the CPU.
 
 It finds what would fall on an accelerator, on a machine that has none: a tensor made on the wrong device, a `.numpy()`
-of one that lies elsewhere, a random generator of another device. As on CUDA, a number without dimensions and the
-indices of a lookup may come from the CPU. `register` makes it torch's private backend, for the whole process and for
-good, so a test that wants it starts a process of its own.
+of one that lies elsewhere, a random generator of another device, and float64, which Apple's devices lack. As on CUDA, a
+number without dimensions and the indices of a lookup may come from the CPU. `register` makes it torch's private
+backend, for the whole process and for good, so a test that wants it starts a process of its own.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if there and kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a {NAME!r} generator, but {function} got one of the cpu.")
     result = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+    if there and any(t.dtype == torch.float64 for t in tree_leaves(result) if isinstance(t, Tensor)):
+        raise TypeError(f"Cannot convert a tensor of {NAME} to float64 in {function}.")
     known = {id(t.held): t for t in tensors if isinstance(t, Elsewhere)}  # what is written in place stays itself
     return tree_map(lambda t: known.get(id(t), Elsewhere(t) if there else t) if isinstance(t, Tensor) else t, result)
 

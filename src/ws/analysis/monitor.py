@@ -44,7 +44,7 @@ from ws import console
 from ws.adapters import ModuleTensors, check_fields, family_of, group_tensors
 from ws.analysis.controls import empirical_p
 from ws.analysis.monitor_profile import Bench, profile_changes, render_profiles
-from ws.delta import LinearDelta
+from ws.delta import LinearDelta, in_float64
 from ws.diff import MANIFEST, SteeringVector
 from ws.errors import WsError
 from ws.eval.boards import open_plain
@@ -310,8 +310,8 @@ class Monitor:
                 raise WsError("The monitor's base is the model that is to be read; load the base a second time for it.")
             delta = _dense_delta(theirs[name], module)
             assert delta.e is not None
-            moved += float(delta.e.double().square().sum())
-            whole += float(weight_of(module).double().square().sum())
+            moved += float(in_float64(delta.e).square().sum())
+            whole += float(in_float64(weight_of(module)).square().sum())
             yield name, delta
         if moved > whole:
             raise WsError(

@@ -52,7 +52,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
 from ws.analysis.controls import coordinate_parts, headline_evaluations
-from ws.delta import LinearDelta
+from ws.delta import LinearDelta, in_float64
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
 from ws.eval.context import EvalContext, open_context
@@ -228,8 +228,8 @@ def _of_module(delta: LinearDelta, gradient: WeightGradient, weight: Tensor) -> 
     The draw's parts have the norms of the original's; the whole is then scaled to its norm, which the parts' inner
     products make differ from the root of the sum of squares. Those of a random draw vanish but for `O(1 / d)`.
     """
-    whole = delta.to(weight.device, torch.float64)
-    g, h, w = gradient.weight.double(), gradient.bias.double(), weight.double()
+    g, h, w = map(in_float64, (gradient.weight, gradient.bias, weight))
+    whole = delta.to(w.device, torch.float64)
     slope = variance = squares = 0.0
     for part in coordinate_parts(whole):
         along, spread = _of_part(part, g, h, w)

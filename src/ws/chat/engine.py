@@ -236,7 +236,7 @@ class Engine:
         ids = encode(self.tok, prompt)
         self._left(len(ids))
         p = self.scheduler.call(partial(self._next_logits, ids, rows)).softmax(dim=-1)
-        return torch.stack([p[:, v].sum(dim=-1) for v in variants], dim=1).double().cpu().numpy()
+        return torch.stack([p[:, v].sum(dim=-1) for v in variants], dim=1).cpu().double().numpy()
 
     def single_tokens(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
         """The words whose probability can be asked for, and for each of the others a sentence.

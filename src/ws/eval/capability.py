@@ -147,7 +147,7 @@ def read_texts(
         return in_groups(model, part, partial(_read_batch, model, base, tok.pad_token_id))
 
     scores = in_batches(rows, run, batch_size and min(batch_size, most), most, len, "neutral texts", "text")
-    nll, kl = torch.cat(scores, dim=1).double().cpu().numpy()
+    nll, kl = torch.cat(scores, dim=1).cpu().double().numpy()
     if not (np.isfinite(nll).all() and np.isfinite(kl).all()):
         raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
     return {"text": np.repeat(np.arange(len(rows)), [len(r) - 1 for r in rows]), "nll": nll, "kl": kl}

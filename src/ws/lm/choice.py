@@ -43,7 +43,7 @@ class ChoiceScores:
     @classmethod
     def checked(cls, choices: Sequence[Choice], logp: Float[Tensor, "n k_and_m"]) -> ChoiceScores:
         """Scores on the CPU in double precision, of what `with_each_token` lists; `WsError` when the model gave NaN."""
-        values = logp.double().cpu().numpy()
+        values = logp.cpu().double().numpy()
         if np.isnan(values).any():
             raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
         names = tuple(words[0] for words in map(_words, choices))

@@ -94,7 +94,7 @@ def divergence(
             answers = generate(model, tok.pad_token_id, rows, n_tokens, ends, with_logits=True)
         base = _base_logits(model, tok, base_rows, [tokens for tokens, _ in answers], most)
         for (tokens, steps), seen in zip(answers, base, strict=True):
-            kl = token_kl(torch.stack(list(steps)), seen).double().cpu().numpy()
+            kl = token_kl(torch.stack(list(steps)), seen).cpu().double().numpy()
             yield kl, decode_answer(tok, without_end(tokens, ends))
 
     measured = in_batches(

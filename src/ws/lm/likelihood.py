@@ -53,7 +53,7 @@ def score_answers(
 
     def run(part: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[np.ndarray]]:
         scored = answer_logp(model, tok.pad_token_id, *zip(*part, strict=True))
-        return [[x.double().cpu().numpy() for x in of] for of in scored]
+        return [[x.cpu().double().numpy() for x in of] for of in scored]
 
     logp = in_batches(
         list(zip(prompts, answers, strict=True)),

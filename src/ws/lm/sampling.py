@@ -185,7 +185,7 @@ def _draw(rows: Sequence[_Row], warpers: LogitsProcessorList, logits: Float[Tens
     if any(row.rules for row in rows):
         scores = torch.cat([row.score(scores[i : i + 1]) for i, row in enumerate(rows)])
     ids, scores = _candidates(scores, warpers)
-    p = scores.softmax(dim=-1).double().cpu()
+    p = scores.softmax(dim=-1).cpu().double()
     u = torch.tensor([[row.random.random()] for row in rows], dtype=torch.float64)
     below = p.cumsum(dim=-1)
     # Rounding must not let u reach behind the last token that has a probability.
