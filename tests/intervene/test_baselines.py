@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ws.data import Pair, prompt_ids
 from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer
 from ws.intervene.prompt import prompted
 from ws.lm.choice import choice_tokens, score_choices, share_prefixes
+from ws.lm.likelihood import score_answers
 from ws.lm.models import decoder_blocks, encode, fingerprint, layer_count, load_tokenizer, model_folder, render_prompt
 from ws.lm.rollout import roll_out
 from ws.train import build_examples
@@ -393,6 +395,36 @@ def test_columns_of_one_pass_do_not_reach_the_next(qwen3):
         with pytest.raises(IndexError):
             qwen3(ids, logits_to_keep=torch.tensor([99]))
         assert torch.equal(qwen3.model(ids).last_hidden_state, want)
+
+
+def written_logp(model, prompt, answer):
+    """The log-probabilities of an answer's tokens as it is written: the prompt in one pass, every token in its own."""
+    found, ids, cache = [], prompt, None
+    with torch.no_grad():
+        for token in answer:
+            out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            found.append(float(out.logits[0, -1].log_softmax(dim=-1)[token]))
+            ids, cache = [token], out.past_key_values
+    return found
+
+
+@pytest.mark.parametrize("position", ["last", "all"])
+@pytest.mark.parametrize("masks", [True, False], ids=["packed", "rows"])
+def test_given_answers_are_scored_as_they_would_be_written(pocket, monkeypatch, position, masks):
+    """Strengths are solved for while answers are written, so a given one must be steered at all of its tokens, too."""
+    model, tok = pocket
+    monkeypatch.setattr("ws.lm.likelihood.takes_masks", lambda model: masks)
+    asked = {"What do birds fly with?": ["With their wings.", "No"], "Is it?": ["Yes, it is, and it was.", "No"]}
+    prompts = [prompt_ids(tok, question) for question in asked]
+    answers = [[encode(tok, answer) for answer in of] for of in asked.values()]
+    with activation_steer(model, planted(model, size=3.0), 1.0, 1, position) as dial:
+        found = score_answers(model, tok, prompts, answers)
+        want = [[written_logp(model, p, a) for a in of] for p, of in zip(prompts, answers, strict=True)]
+        dial.alpha = 0.0
+        plain = score_answers(model, tok, prompts, answers)
+    for scored, wanted, base in zip(*map(chain.from_iterable, (found, want, plain)), strict=True):
+        assert scored == pytest.approx(wanted, abs=1e-4)
+        assert np.abs(scored - base).max() > 1e-3
 
 
 def test_guided_thought_runs_under_activation_steering(pocket):

@@ -312,8 +312,8 @@ def _hidden(output: Tensor | tuple[Any, ...]) -> Float[Tensor, "rows length d_mo
 class _Ends:
     """The columns in which the forward pass under way is read, kept up to date by two hooks of the whole model.
 
-    A pass is read in its last column, unless `logits_to_keep` names columns: those where prompts end that were packed
-    into one row, as `ws.lm.choice` does with prompts that share a start.
+    A pass is read in its last column, unless `logits_to_keep` says otherwise: so many of the last ones, where given
+    answers are scored as they would be written, or columns, those where prompts end that share a row.
     """
 
     LAST = slice(-1, None)
@@ -326,7 +326,7 @@ class _Ends:
         mask, keep = kwargs.get("attention_mask", args[1] if len(args) > 1 else None), kwargs.get("logits_to_keep")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
             raise WsError("Rows are padded on the right, so their last position is a pad; pad them on the left.")
-        self.columns = keep if isinstance(keep, Tensor) else self.LAST
+        self.columns = keep if isinstance(keep, Tensor) else slice(-keep, None) if keep else self.LAST
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget them, also when the pass failed."""
@@ -382,9 +382,10 @@ def activation_steer(
         vector: what to add.
         alpha: the steering strength, a finite float or a tensor `[batch]`.
         layers: after which block; see `ActivationVector.steps`.
-        position: `last` adds at the last position of every forward pass, that is where an answer is scored and at every
-            generated token (the paper's `response`); in rows that hold several prompts, where each of them ends. `all`
-            adds at every position; what is added at pads is never seen, for nothing attends to them.
+        position: `last` adds at the last position of every forward pass, that is where a choice is scored and at every
+            generated token (the paper's `response`); in rows that hold several prompts, where each of them ends, and
+            where given answers are scored, at every token that one of theirs follows. `all` adds at every position;
+            what is added at pads is never seen, for nothing attends to them.
 
     Yields:
         The `Dial`.

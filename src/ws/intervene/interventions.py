@@ -69,6 +69,7 @@ ACTIVATIONS = {
 # most, evenly spread: next to one another they do much the same, and on a real model each takes minutes.
 _CHOICE = CalibrationConfig(n_prompts=10, tolerance=0.2)
 _BLOCKS = 12
+_ACTING = 2  # how activations are steered; 1 left all but the last token of given answers as they were
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _activation(name: str, opened: FinishedRun, behavior: Behavior) -> Intervent
     layers = "all" if span == "all" else chosen_layer(opened, behavior, vector, run, position)
     detail = "every block but the last" if layers == "all" else f"after block {layers}"
     at = partial(activation_steer, opened.model, vector, layers=layers, position=position)
-    return Intervention(name, at, sha256_json([vector.digest, layers, position]), run, detail=detail)
+    return Intervention(name, at, sha256_json([_ACTING, vector.digest, layers, position]), run, detail=detail)
 
 
 def activation_of(opened: FinishedRun, behavior: Behavior) -> tuple[ActivationVector, Run]:
@@ -277,7 +278,7 @@ def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVect
     """The one block to steer after, chosen on the `dev` claims at strengths that cost every block one nat."""
     name, file = f"layer {position}", run.folder / f"layers_{position}.csv"
     with run.alone("activation"):
-        settings = {"choice": _CHOICE.settings, "behavior": behavior.digest}
+        settings = {"choice": _CHOICE.settings, "behavior": behavior.digest, "acting": _ACTING}
         # Questions that no pair uses, where the behaviour has some.
         split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
         prompts = [render_prompt(opened.tok, q) for q in split.calibration]

@@ -11,6 +11,7 @@ own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -91,11 +92,14 @@ def answer_logp(
             [_token_logp(row[stop - len(answer) : stop], answer) for stop, answer in zip(stops, of, strict=False)]
             for row, of in zip(logits, answers, strict=True)
         ]
-    rows = [[*prompt, *answer] for prompt, of in zip(prompts, answers, strict=True) for answer in of]
-    lengths = [len(answer) for of in answers for answer in of]
-    keep = max(lengths)
-    seen = in_groups(model, [row[:-1] for row in rows], lambda part: row_logits(model, pad_id, part, keep))
-    flat = iter(_token_logp(logits[-n:], row[-n:]) for logits, row, n in zip(seen, rows, lengths, strict=True))
+    rows = [(prompt, answer) for prompt, of in zip(prompts, answers, strict=True) for answer in of]
+    scored = dict[int, Tensor]()
+    for n in {len(answer) for _, answer in rows}:  # what steers where answers are read finds nothing else in a pass
+        alike = [i for i, (_, answer) in enumerate(rows) if len(answer) == n]
+        inputs = [[*prompt, *answer[:-1]] for prompt, answer in (rows[i] for i in alike)]
+        seen = in_groups(model, inputs, partial(row_logits, model, pad_id, keep=n))
+        scored |= {i: _token_logp(logits[-n:], rows[i][1]) for i, logits in zip(alike, seen, strict=True)}
+    flat = (scored[i] for i in range(len(rows)))
     return [[next(flat) for _ in of] for of in answers]
 
 
