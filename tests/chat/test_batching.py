@@ -340,6 +340,52 @@ def test_a_failure_of_the_model_ends_those_rows_alone(scheduler, pocket, monkeyp
     assert text(scheduler.submit(asked)[0])
 
 
+@pytest.mark.parametrize("where", ["joined", "only"])
+def test_memory_that_does_not_suffice_as_rows_come_and_go_ends_those_rows_alone(pocket, vectors, monkeypatch, where):
+    """Both copy the whole cache."""
+    scheduler, method = Scheduler(*pocket, vectors), getattr(RowBatch, where)
+
+    def failing(*args):
+        monkeypatch.setattr(RowBatch, where, method)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    tokens = prompt(pocket[1], QUESTIONS[0])
+    held = hold(scheduler)
+    long, short = (scheduler.submit(Request(tokens, {"lora": 0.1 * n}, n))[0] for n in (200, 2))
+    monkeypatch.setattr(RowBatch, where, failing)
+    held.set()
+    if where == "joined":
+        next(iter(long))
+        scheduler.submit(Request(tokens, {}, 200))
+    else:
+        assert list(short)
+    with pytest.raises(ws.WsError, match="no memory left"):
+        list(long)
+    assert text(scheduler.submit(Request(tokens, {}, 8))[0])
+    scheduler.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_leaves_nobody_waiting(pocket, vectors, weights_hash, monkeypatch):
+    before, scheduler = weights_hash(pocket[0]), Scheduler(*pocket, vectors)
+    held = hold(scheduler)
+    answers = [scheduler.submit(Request(prompt(pocket[1], QUESTIONS[n]), {"lora": 1.0}, 8))[0] for n in range(2)]
+    monkeypatch.setattr(scheduler, "_advance", lambda: 1 / 0)
+    held.set()
+    for answer in answers:
+        with pytest.raises(ws.WsError, match="engine has failed .ZeroDivisionError"):
+            list(answer)
+    scheduler._thread.join(60)
+    assert not scheduler.is_open
+    with pytest.raises(ClosedError):
+        scheduler.submit(Request([5], {}))
+    with pytest.raises(ClosedError):
+        scheduler.call(lambda: None)
+    scheduler.close()
+    assert weights_hash(pocket[0]) == before
+    assert not any(module._forward_hooks for module in pocket[0].modules())
+
+
 def test_a_full_queue_is_busy_and_has_room_again(pocket, vectors):
     scheduler = Scheduler(*pocket, vectors, max_batch=1, max_queue=2)
     held = hold(scheduler)

@@ -432,6 +432,7 @@ def test_unknown_vectors_and_models_are_not_found(client):
         ({"honesty": -1001}, "between -1000 and 1000"),
         ({"honesty": 10**400}, "."),
         ({"honesty": True}, "got `bool`"),
+        ({"honesty": None}, "got `null`"),
         ({"honesty": [1]}, "got `array`"),
         ({"tone": "+1u"}, "no calibration"),
         ([1], "got `array`"),

@@ -27,6 +27,7 @@ from ws.chat.server import create_app
 from ws.chat.telemetry import Metrics
 from ws.console import parse
 from ws.errors import DiskError
+from ws.lm.models import encode
 from ws.options.use import ServeOptions
 
 pytest.importorskip("fastapi")
@@ -136,6 +137,18 @@ def test_what_is_no_request_is_said_to_be_none(engine, name, path):
     assert problem["type"] == "invalid_request_error"
     assert why in problem["message"] or (path == COMPLETIONS and "messages" in problem["message"])
     assert problem["message"].endswith(".")
+
+
+def test_offsets_count_the_characters_of_the_text_and_not_of_its_start(engine, monkeypatch):
+    """Many tokenizers put a start in front of a text, which is a token of many characters, and not in the echo."""
+    start = encode(engine.tok, engine.tok.eos_token)
+    monkeypatch.setattr("ws.chat.service.encode_text", lambda tok, text: [*start, *encode(tok, text)])
+    asked = {"model": "pocket", "prompt": ["Ice is", "Birds"], "echo": True, "logprobs": 1, "max_tokens": 3, "n": 2}
+    for choice in ask(create_app(engine, ServeOptions()), COMPLETIONS, json=asked).json()["choices"]:
+        read = choice["logprobs"]
+        assert (read["tokens"][0], read["text_offset"][:2]) == (engine.tok.eos_token, [0, 0])
+        for at, token in zip(read["text_offset"][1:], read["tokens"][1:], strict=True):
+            assert choice["text"][at : at + len(token)] in (token, "")
 
 
 @pytest.mark.parametrize("depth", [50, 200, 400, 900])

@@ -382,6 +382,11 @@ class Scheduler:
         return Stats(self._steps, self._tokens, self._known, running, waiting)
 
     @property
+    def is_open(self) -> bool:
+        """Whether requests are taken: it has not been closed, and has not failed."""
+        return not self._ending
+
+    @property
     def room(self) -> int:
         """Tokens that the model reads at most, prompt and answer together."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
@@ -433,13 +438,22 @@ class Scheduler:
     # ---- in the scheduler's thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while self._has_work():
+        try:
+            while self._has_work():
+                for call in self._taken_calls():
+                    call()
+                self._begin(self._next())
+                self._advance()
+        except BaseException as problem:  # a fault of ours: whoever waits is told, and nobody else is let in
+            with self._wake:
+                self._ending = True
+            self._fail(FailureError(f"The engine has failed ({type(problem).__name__}: {problem}); start it again."))
             for call in self._taken_calls():
                 call()
-            self._begin(self._next())
-            self._advance()
-        for block in self._blocks.values():
-            block.close()
+            raise
+        finally:
+            for block in self._blocks.values():
+                block.close()
 
     def _advance(self) -> None:
         for batch in self._batches:
@@ -485,9 +499,15 @@ class Scheduler:
             for rows in self._together([row for row in group if not row.done]):
                 batch = self._guarded(rows, partial(self._read, rows))
                 if isinstance(batch, RowBatch) and self._joins:
-                    self._joined = batch if self._joined is None else self._joined.joined(batch)
+                    self._join(batch)
                 elif batch is not None:
                     self._apart.append(batch)
+
+    def _join(self, batch: RowBatch[_Row]) -> None:
+        """Write the rows in one batch with those that are written; where that fails, all of them end."""
+        if self._joined is not None:
+            joined = self._guarded([*self._joined.rows, *batch.rows], partial(self._joined.joined, batch))
+        self._joined = batch if self._joined is None else joined
 
     def _together(self, rows: list[_Row]) -> list[list[_Row]]:
         groups = padded_groups(self.model, [row.request.tokens for row in rows])
@@ -564,7 +584,8 @@ class Scheduler:
                 row.end("cancelled")
         self._apart = [batch for batch in self._apart if not all(row.done for row in batch.rows)]
         if self._joined is not None and any(row.done for row in self._joined.rows):
-            self._joined = self._joined.only([i for i, row in enumerate(self._joined.rows) if not row.done])
+            left = [i for i, row in enumerate(self._joined.rows) if not row.done]
+            self._joined = self._guarded(self._joined.rows, partial(self._joined.only, left))
 
     def _guarded(self, rows: Sequence[_Row], action: Callable[[], Result]) -> Result | None:
         """What goes wrong ends these rows with a sentence, and nothing else."""

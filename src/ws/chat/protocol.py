@@ -227,7 +227,7 @@ def parse_body(content: bytes, kind: type[Kind]) -> Kind:
         RequestError: no UTF-8, no JSON, other types, or a parameter that is not understood; it names the parameter.
     """
     try:
-        given = _without_nulls(strict_json(content.decode("utf-8")))
+        given = _without_nulls(strict_json(content.decode("utf-8")), but="steering")
     except UnicodeDecodeError as problem:
         where = f"byte 0x{content[problem.start]:02x} at position {problem.start}"
         raise RequestError(400, f"The request is not UTF-8: {where}.", code="invalid_utf8") from problem
@@ -243,10 +243,14 @@ def parse_body(content: bytes, kind: type[Kind]) -> Kind:
         raise RequestError(400, f"{f'{place}: ' if place else ''}{what}.", param, "invalid_value") from problem
 
 
-def _without_nulls(value: Any) -> Any:
-    """JSON without the keys that hold null, which is how clients write what they do not say."""
+def _without_nulls(value: Any, but: str = "") -> Any:
+    """JSON without the keys that hold null, which is how clients write what they do not say.
+
+    What lies under the key `but` keeps its own: a strength that is null was to be one.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+        said = {key: part for key, part in value.items() if part is not None}
+        return {key: part if key == but else _without_nulls(part) for key, part in said.items()}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
@@ -379,14 +383,17 @@ class Chat:
 
 
 class Completion:
-    """How answers of `/v1/completions` look, whole and in chunks; one for each request, for offsets are counted."""
+    """How answers of `/v1/completions` look, whole and in chunks; one for each request, for offsets are counted.
+
+    `ahead` has, by answer, the characters of its tokens that are in front of its text, as those of a start-of-text are.
+    """
 
     prefix: ClassVar[str] = "cmpl-"
     whole: ClassVar[str] = "text_completion"
     chunk: ClassVar[str] = "text_completion"
 
-    def __init__(self) -> None:
-        self._offsets = dict[int, int]()
+    def __init__(self, ahead: Sequence[int] = ()) -> None:
+        self._offsets = {index: -n for index, n in enumerate(ahead)}
         self._characters = dict[int, codecs.IncrementalDecoder]()
 
     def choice(self, index: int, text: str, tokens: Sequence[Token] | None, finish: str | None) -> dict[str, Any]:
@@ -425,8 +432,8 @@ class Completion:
         return best
 
     def _offset(self, index: int, token: Token) -> int:
-        """Characters in front of a token; bytes that wait for the rest of their character are none yet."""
+        """Characters of the text in front of a token; bytes that wait for the rest of theirs are none yet."""
         decoder = self._characters.setdefault(index, codecs.getincrementaldecoder("utf-8")("replace"))
         before = self._offsets.get(index, 0)
         self._offsets[index] = before + len(decoder.decode(token.raw))
-        return before
+        return max(0, before)

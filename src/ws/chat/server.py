@@ -202,7 +202,8 @@ def _add_lists(app: FastAPI, service: Service) -> None:
 
     @app.get(HEALTH)
     async def health() -> Any:
-        return {"status": "ok"}
+        is_open = service.engine.scheduler.is_open
+        return JSONResponse({"status": "ok" if is_open else "closed"}, 200 if is_open else 503)
 
     @app.get(METRICS)
     async def metrics() -> Response:

@@ -143,7 +143,12 @@ class Service:
                 raise RequestError(400, f"There is no token {strange}; they go from 0 to {size - 1}.", "prompt")
             else:
                 prompts.append((prompt, tok.decode(prompt, clean_up_tokenization_spaces=False)))
-        return self._order(body, Completion(), strengths, prompts, noted)
+        ahead = [self._ahead(*prompt) for prompt in prompts for _ in range(body.n)] if body.echo else ()
+        return self._order(body, Completion(ahead), strengths, prompts, noted)
+
+    def _ahead(self, tokens: Sequence[int], text: str) -> int:
+        """Characters by which the tokens of a prompt are longer than its text: a start, or a space before a word."""
+        return max(0, len(b"".join(map(self._token, tokens)).decode("utf-8", "replace")) - len(text))
 
     def _order(
         self,
