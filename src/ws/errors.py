@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -71,6 +71,13 @@ def require_count(option: str, count: float | int | None, least: int, most: int 
     if count is not None and not least <= count <= most:
         bound = f"at least {least}" if count < least else f"at most {most}"
         raise WsError(f"{option} must be {bound}, not {shortened(count)}.")
+
+
+def require_distinct(option: str, values: Sequence[object]) -> None:
+    """`WsError` where a list names one thing twice, which would count as two."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise WsError(f"{option} names {shortened(value)} twice.")
 
 
 def require_resamples(n_bootstrap: int) -> None:

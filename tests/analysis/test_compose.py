@@ -353,6 +353,8 @@ def test_disjoint_effects_do_not_interfere_and_the_report_resumes(runs, tiny, ca
     monkeypatch.setattr(ws.analysis.compose, "measure", None)
     main(options(runs, report=True, limit=32))
     assert capsys.readouterr().out == printed
+    with pytest.raises(TypeError):  # other digits give other numbers
+        main(options(runs, report=True, limit=32, dtype="bfloat16"))
     monkeypatch.setattr(ws.analysis.compose, "load_tokenizer", lambda name: reworded(tiny[1]))
     with pytest.raises(TypeError):  # another template is another question
         main(options(runs, report=True))

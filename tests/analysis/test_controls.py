@@ -317,6 +317,15 @@ def test_another_template_starts_a_new_table(options, tiny, monkeypatch, capsys)
         measure_controls(context, options)
 
 
+def test_another_precision_starts_a_new_table(options, capsys):
+    main(options)
+    whole = read(options)
+    main(replace(options, dtype="bfloat16", n_draws=2))
+    rounded = read(options)
+    assert len(rounded) == len(whole) - 4
+    assert {r["shift"] for r in rounded}.isdisjoint(r["shift"] for r in whole if float(r["shift"]))
+
+
 def test_other_evaluations_can_be_added(options, capsys):
     main(options)
     main(replace(options, scores=("wrongness", "choices"), limit=2, n_draws=2))

@@ -518,3 +518,8 @@ def test_bad_options_are_refused(options, change, why):
 def test_a_fine_tune_is_no_control_of_itself(options):
     with pytest.raises(ws.WsError, match="its own control"):
         main(replace(options, changes=(options.controls[0],)))
+
+
+def test_a_control_counts_once(options):
+    with pytest.raises(ws.WsError, match="`benign` names .* twice"):
+        main(replace(options, controls=(*options.controls, options.controls[0])))

@@ -395,6 +395,8 @@ def test_the_command_writes_both_tables_and_resumes(options, capsys, monkeypatch
     context = open_context(options.eval_options())
     with pytest.raises(TypeError):  # another template is another question
         carry_out(replace(context, tok=reworded(context.tok)), options)
+    with pytest.raises(TypeError):  # and other digits give another number
+        main(replace(options, dtype="bfloat16"))
 
 
 def test_the_command_takes_the_scores_it_is_asked_for(options, capsys):

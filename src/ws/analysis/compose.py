@@ -570,7 +570,7 @@ def report(made: Composition, options: ComposeOptions) -> Path:
     eval_options.check()
     base = o.model or made.vector.base_id
     behaviors = [load_behavior(b, base) for b in _measured(made, o)]
-    settings = {k: getattr(o, k) for k in ("split", "n_prompts", "n_tokens", "limit", "n_bootstrap")}
+    settings = {k: getattr(o, k) for k in ("split", "n_prompts", "n_tokens", "limit", "n_bootstrap", "dtype")}
     settings |= {"behaviors": [b.digest for b in behaviors], "tables": TABLES_VERSION}
     settings |= {"tokenizer_hash": tokenizer_hash(load_tokenizer(base))}
     settings |= {"draw_seed": DRAW_SEED} if o.limit else {}

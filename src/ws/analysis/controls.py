@@ -40,7 +40,7 @@ from ws.eval.readable import FLAG, MARK, Readability, notes, rounding_notes, wor
 from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
 from ws.files.reading import kept
 from ws.files.runs import read_csv, write_csv
-from ws.lm.models import tokenizer_hash, weight_of
+from ws.lm.models import weight_of
 from ws.lm.trunk import shared_trunk
 from ws.options.check import ControlOptions as ControlOptions
 from ws.options.shared import HeadlineOptions as HeadlineOptions
@@ -206,8 +206,8 @@ def headline_means(evaluation: Evaluation, scores: Scores) -> dict[str, tuple[fl
 def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
     """The rows of `controls.csv` that belong to the options: the vector's own shifts and those of every draw.
 
-    What the file already holds for this vector and tokenizer is not measured again; the rest is added to it draw by
-    draw, so an interrupted run goes on where it stopped.
+    What the file already holds for this vector, read by the same model, is not measured again; the rest is added to it
+    draw by draw, so an interrupted run goes on where it stopped.
     """
     alphas = [alpha for alpha in context.alphas if alpha != 0]
     require_steered(alphas)
@@ -216,12 +216,12 @@ def measure_controls(context: EvalContext, options: ControlOptions) -> Rows:
 
 
 def _measure_controls(context: EvalContext, options: ControlOptions, alphas: Sequence[float]) -> Rows:
-    tokenizer = tokenizer_hash(context.tok)
-    if context.run.manifest["stages"].get("controls", {}).get("config", {}).get("tokenizer_hash") != tokenizer:
-        (context.run.folder / TABLE).unlink(missing_ok=True)  # its prompts read otherwise
+    recorded = context.run.manifest["stages"].get("controls", {}).get("config", {})
+    if any(recorded.get(name) != value for name, value in context.reading.items()):
+        (context.run.folder / TABLE).unlink(missing_ok=True)  # its numbers are of another reading
     table = _Table(context.run.folder / TABLE, vector_digest(context.vector)[:12])
     evaluations = headline_evaluations(context, options)
-    settings = {"evaluations": [e.identity for e in evaluations], "tokenizer_hash": tokenizer}
+    settings = {"evaluations": [e.identity for e in evaluations]} | context.reading
     stage = context.run.restart("controls", settings, {"vector": table.digest})
     wanted = [("vector", 0), *(("random", draw) for draw in range(options.n_draws))]
     for evaluation in evaluations:

@@ -63,7 +63,7 @@ from ws.files.runs import read_csv, read_values, write_csv
 from ws.intervene.gradient import MeanScore, WeightGradient, groups_of, score_gradients
 from ws.lm.choice import _batches, _families, _score_batch, choice_variants
 from ws.lm.likelihood import answer_logp
-from ws.lm.models import encode, layer_of, linear_size, render_prompt, tokenizer_hash, weight_of
+from ws.lm.models import encode, layer_of, linear_size, render_prompt, weight_of
 from ws.options.check import SlopeOptions as SlopeOptions
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -300,7 +300,7 @@ def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
     """Test every score unless exactly that is on disk, write both tables, and return what to show."""
     evaluations = headline_evaluations(context, options)
     settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
-    settings |= {"tokenizer_hash": tokenizer_hash(context.tok)}
+    settings |= context.reading
     files = [context.run.folder / f"{name}.csv" for name in ("slope", "slope_per_module")]
     with context.run.alone("slope"):
         stage = context.run.refresh("slope", settings, {"vector": vector_digest(context.vector)})

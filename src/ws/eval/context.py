@@ -144,8 +144,13 @@ class EvalContext:
 
     def _stem(self, evaluation: Evaluation) -> str:
         """What scores are kept under: the evaluation, the model and how it reads."""
-        how = f"{fingerprint(self.model)}-{str(self.model.dtype)[6:]}-{tokenizer_hash(self.tok)}"
-        return f"{evaluation.table_name}-{evaluation.digest}-{how}"
+        return "-".join([evaluation.table_name, evaluation.digest, *self.reading.values()])
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """How the model reads, which every number hangs on: its weights, their dtype and its tokenizer."""
+        dtype = str(self.model.dtype)[6:]
+        return {"fingerprint": fingerprint(self.model), "dtype": dtype, "tokenizer_hash": tokenizer_hash(self.tok)}
 
     def _strengths(self, chosen: Intervention) -> list[float]:
         return chosen.strengths(self.options.alphas, self.model)

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import WsError, require_count
+from ws.errors import WsError, require_count, require_distinct
 from ws.files.runs import DEFAULT_OUT
 from ws.options.measure import SycophancyOptions
 from ws.options.shared import HeadlineOptions, NamesModel, require_steered
@@ -127,6 +127,7 @@ class MonitorOptions(NamesModel):
         """`WsError` for what cannot be read."""
         if not self.changes:
             raise WsError("There is nothing to monitor; give an adapter folder, a saved vector or a checkpoint.")
+        require_distinct("--benign", [_place(c) for c in self.controls])
         both = {_place(c) for c in self.changes} & {_place(c) for c in self.controls}
         if both:
             raise WsError(f"A fine-tune cannot be its own control: {', '.join(sorted(both))}.")

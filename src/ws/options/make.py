@@ -12,7 +12,17 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ws.behaviors import behavior_file
-from ws.errors import MOST, WsError, choose, require_count, require_resamples, require_seed, require_strength, shortened
+from ws.errors import (
+    MOST,
+    WsError,
+    choose,
+    require_count,
+    require_distinct,
+    require_resamples,
+    require_seed,
+    require_strength,
+    shortened,
+)
 from ws.files.runs import DEFAULT_MODEL, DEFAULT_OUT, DEMO_OUT, run_folder
 from ws.options.shared import (
     ADAPTERS,
@@ -476,7 +486,9 @@ def run_name(adapter: str, contrast: str) -> str:
     return adapter if contrast == "arms" else f"{adapter}-{contrast}"
 
 
-def _check_alphas(alphas: Sequence[float]) -> None:
+def _check_grid(adapters: Sequence[str], seeds: Sequence[int], alphas: Sequence[float]) -> None:
+    require_distinct("--adapters", adapters)
+    require_distinct("--seeds", seeds)
     for alpha in alphas:
         require_strength(alpha, "Each of --alphas")
     require_steered(alphas)
@@ -546,7 +558,7 @@ class SweepConfig(_OfBehavior):
 
     def check(self) -> None:
         """`WsError` for strengths that make no sense, or an unknown contrast."""
-        _check_alphas(self.alphas)
+        _check_grid(self.adapters, self.seeds, self.alphas)
         choose("contrast", self.contrast, CONTRASTS)
         self.train.check()
 
@@ -621,7 +633,7 @@ class QueueConfig(_OfBehavior):
     def check(self) -> None:
         """`WsError` for a back end that does not exist and numbers out of range."""
         choose("back end", self.backend, BACKENDS)
-        _check_alphas(self.alphas)
+        _check_grid(self.adapters, self.seeds, self.alphas)
         require_count("--workers", self.workers, 1)
         require_count("--cpus-per-job", self.cpus_per_job, 0)
         require_count("--gpus-per-job", self.gpus_per_job, 0)

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from ws.behaviors import SPLITS, behavior_name
-from ws.errors import WsError, choose, require_count, require_resamples, require_seed
+from ws.errors import WsError, choose, require_count, require_distinct, require_resamples, require_seed
 from ws.files.runs import DEFAULT_OUT
 from ws.options.shared import (
     INTERVENTIONS,
@@ -332,6 +332,8 @@ class SideBySideOptions(NamesModel):
         require_resamples(self.n_bootstrap)
         if not (self.interventions and self.seeds):
             raise WsError("--interventions and --seeds must each name at least one.")
+        for option in ("interventions", "adapters", "seeds"):
+            require_distinct(f"--{option}", getattr(self, option))
         self.calibration.check()
 
     @property
