@@ -172,7 +172,7 @@ def pick(
     """The next token; see the head of this module."""
     if temperature == 0:
         return int(logits.argmax())
-    scores = logits / temperature
+    scores = (logits - logits.max()) / temperature  # the most probable stays finite at any temperature
     if top_p < 1:
         scores = TopPLogitsWarper(float(top_p))(torch.empty(1, 0), scores[None])[0]
     noise = torch.empty(logits.shape[-1]).exponential_(generator=draw).clamp(min=torch.finfo().tiny).log()

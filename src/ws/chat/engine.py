@@ -143,6 +143,7 @@ class Engine:
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
         self.units = {name: self._calibrated(name) for name in vectors}
         self.scheduler = Scheduler(model, tok, vectors, reproducible=reproducible, **limits)
+        self._changing = RLock()  # of two that add at once the second would forget the first's
 
     def __enter__(self) -> Engine:
         return self
@@ -169,17 +170,19 @@ class Engine:
 
     def add(self, name: str, vector: SteeringVector, place: str = "") -> None:
         """Steer with one more vector, which `place` can be loaded from; `WsError` for a taken name or another base."""
-        self.scheduler.add(name, vector)
-        # New dictionaries: others may be reading these.
-        self.vectors, self.places = {**self.vectors, name: vector}, {**self.places, name: place or f"{name}/vector"}
-        self.units = {**self.units, name: self._calibrated(name)}
+        with self._changing:
+            self.scheduler.add(name, vector)
+            # New dictionaries: others may be reading these.
+            self.vectors, self.places = {**self.vectors, name: vector}, {**self.places, name: place or f"{name}/vector"}
+            self.units = {**self.units, name: self._calibrated(name)}
 
     def remove(self, name: str) -> None:
         """Steer with a vector no longer; answers under way that it takes part in end with an error."""
-        self.scheduler.remove(name)
-        self.vectors = {n: v for n, v in self.vectors.items() if n != name}
-        self.places = {n: p for n, p in self.places.items() if n != name}
-        self.units = {n: u for n, u in self.units.items() if n != name}
+        with self._changing:
+            self.scheduler.remove(name)
+            self.vectors = {n: v for n, v in self.vectors.items() if n != name}
+            self.places = {n: p for n, p in self.places.items() if n != name}
+            self.units = {n: u for n, u in self.units.items() if n != name}
 
     def _calibrated(self, name: str) -> dict[str, float]:
         """The vector's `-1u` and `+1u`, as far as it has them."""
