@@ -36,7 +36,7 @@ def test_an_estimate_is_printed_in_one_way():
     assert f"{e:.1f}" == "-1.1 [-1.2, 1.0]"
     row = e.columns("shift", "ci_lo", "ci_hi") | {"mean": 0.5, "ci_lo": "0.25", "ci_hi": 0.75, "gone": ""}
     assert estimate_text(row, "shift") == f"{e}"
-    assert estimate_text(row, "mean", ".0f", 100) == "50 [25, 75]"
+    assert estimate_text(row, "mean", ".0f", 100, ends="") == "50 [25, 75]"
     assert estimate_text(row, "gone") == ""
     assert estimate_text({"shift": "2", "shift_ci_lo": "", "shift_ci_hi": None}, "shift") == "+2.00"
 
@@ -324,10 +324,12 @@ def test_the_columns_of_no_estimate_are_empty():
 
 def test_a_number_of_a_table_is_its_own_times_the_scale_with_a_sign():
     row = {"x": "0.5", "y": None, "z": 2, "z_ci_lo": 1, "z_ci_hi": "", "ci_lo": -1, "ci_hi": 1}
-    assert estimate_text(row, "x") == "+0.50 [-1.00, +1.00]"
-    assert estimate_text(row, "x", scale=100) == "+50.00 [-100.00, +100.00]"
+    assert estimate_text(row, "x", ends="") == "+0.50 [-1.00, +1.00]"
+    assert estimate_text(row, "x", scale=100, ends="") == "+50.00 [-100.00, +100.00]"
     assert estimate_text(row, "y") == ""
     assert estimate_text(row, "z") == "+2.00 [+1.00]"
+    with pytest.raises(KeyError):
+        estimate_text(row, "x")  # the interval of the number that the table is about is not that of any other
 
 
 def test_where_nothing_varies_there_is_no_t():

@@ -942,7 +942,7 @@ def _acting_lines(card: Mapping[str, Any]) -> list[str]:
     lines = list[str]()
     if played := card.get("acted"):
         rows = [
-            [estimate_text(played[s], "mean", "+.3f") for s in SIDES],
+            [estimate_text(played[s], "mean", "+.3f", ends="") for s in SIDES],
             [" / ".join(f"{q:+.3f}" for q in played[s]["quartiles"]) for s in SIDES],
             [f"{played[s]['preferred']:.0%}" for s in SIDES],
         ]
@@ -966,7 +966,7 @@ def _interval(card: dict[str, Any], name: str) -> str:
     if d is None:
         return ""
     scale, digits = (1, 2) if name == "tokens" else (100, 1)
-    return estimate_text(d, "mean", f"+.{digits}f", scale)
+    return estimate_text(d, "mean", f"+.{digits}f", scale, ends="")
 
 
 def prompt_ids(tok: Tokenizer, question: str, system: str = "") -> list[int]:

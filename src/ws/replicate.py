@@ -523,7 +523,7 @@ def _claims_table(reading: Reading, n_boot: int) -> str:
         rows.append(
             [
                 f"{alpha:+g}",
-                estimate_text(row, "mean_logratio"),
+                estimate_text(row, "mean_logratio", ends=""),
                 estimate_text(row, "shift"),
                 ""
                 if true is None

@@ -67,17 +67,22 @@ def columns_of(estimate: Estimate | None, name: str, *parts: str) -> dict[str, f
     return {**estimate.columns(name, *parts)}
 
 
-def estimate_text(row: Mapping[str, Any], name: str, spec: str = "+.2f", scale: float | int = 1) -> str:
+def estimate_text(
+    row: Mapping[str, Any], name: str, spec: str = "+.2f", scale: float | int = 1, ends: str | None = None
+) -> str:
     """A number of a table with its interval, as an `Estimate` is printed, times `scale`.
 
-    The interval is in the columns `<name>_ci_lo` and `<name>_ci_hi`, or `ci_lo` and `ci_hi` for the number that a table
-    is about; where they are empty the number stands alone, and where it is empty, too, there is nothing to say.
+    Where the interval is empty the number stands alone, and where it is empty, too, there is nothing to say.
+
+    Args:
+        ends: what the names of the interval's columns, `<ends>ci_lo` and `<ends>ci_hi`, begin with: `<name>_` unless
+            given, and nothing for the number that a table is about.
     """
     if row[name] in (None, ""):
         return ""
-    prefix = f"{name}_" if f"{name}_ci_lo" in row else ""
-    ends = [row[f"{prefix}{end}"] for end in ("ci_lo", "ci_hi")]
-    known = [scale * float(end) for end in ends if end not in (None, "")]
+    prefix = f"{name}_" if ends is None else ends
+    cells = [row[f"{prefix}{end}"] for end in ("ci_lo", "ci_hi")]
+    known = [scale * float(cell) for cell in cells if cell not in (None, "")]
     return _with_interval(scale * float(row[name]), known, spec)
 
 

@@ -23,6 +23,7 @@ from conftest import reworded, without_thinking
 from support.tables import write_table
 from ws.adapters import FAMILIES
 from ws.delta import LinearDelta
+from ws.diff import StoredBase
 from ws.eval.airisk import (
     Airisk,
     Prompts,
@@ -639,6 +640,21 @@ def test_runs_of_different_templates_are_not_put_into_one_table(evaluated, optio
         build_table(evaluated)
 
 
+def test_runs_of_different_bases_are_not_put_into_one_table(evaluated):
+    manifest = evaluated.out / "honesty" / "oft" / "vector" / "ws.json"
+    recorded = json.loads(manifest.read_text())
+    copied = recorded | {"base": recorded["base"] | {"id": "a-copy"}}
+    manifest.write_text(json.dumps(copied))
+    assert len(build_table(evaluated)) == 3, "the weights are the same"
+    manifest.write_text(json.dumps(recorded | {"base": {"id": "acme/model", "fingerprint": "f" * 16}}))
+    with pytest.raises(ws.WsError, match=r"steers tiny-random .* acme/model \(f{16}\); a table is of one base"):
+        build_table(evaluated)
+    manifest.write_text(json.dumps(recorded | {"base": {"id": "acme/model", "fingerprint": None}}))
+    with pytest.raises(ws.WsError, match="a table is of one base"):
+        build_table(evaluated)
+    assert len(build_table(replace(evaluated, adapters=("lora",)))) == 2
+
+
 def made_runs(rng, n_seeds: int, n: int, wrong: int = 0, mass: float = 1.0, agree: float = 1.0) -> list[_Run]:
     """Runs of one adapter whose scores are noise, as they would be read: at -1, 0 and +1."""
     lean, runs = rng.normal(size=(3, n)), []
@@ -654,7 +670,8 @@ def made_runs(rng, n_seeds: int, n: int, wrong: int = 0, mass: float = 1.0, agre
         ]
         sets = dict(zip((-1.0, 0.0, 1.0), rows, strict=True))
         known = {a: Readability(mass if a == 1 else 1.0, agree if a == 1 else 1.0) for a in sets}
-        runs.append(_Run(f"lora seed {seed}", sets, sets, ("", ""), {"airisk": known, "tinymfv": known}, ({}, {})))
+        read, base = {"airisk": known, "tinymfv": known}, StoredBase("acme/model", None)
+        runs.append(_Run(f"lora seed {seed}", sets, sets, ("", ""), read, ({}, {}), base))
     return runs
 
 

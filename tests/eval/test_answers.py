@@ -22,11 +22,14 @@ from ws.eval.answers import (
     judge_answers,
     main,
     pair_values,
+    render,
     sentiments,
+    summary_row,
 )
 from ws.eval.confounds import free_answers
 from ws.eval.context import open_context
 from ws.eval.judges import open_judge
+from ws.eval.readable import worst
 from ws.eval.suite import SUITE, asked_of, floors_text
 from ws.files.runs import Run, read_csv
 from ws.options.check import ControlOptions, SlopeOptions
@@ -147,6 +150,41 @@ def test_the_command_judges_every_answer_and_keeps_every_verdict(out, capsys):
     assert "agreement_trait" in summary[0]
     assert "trait AUC 1.00" in said
     assert "5 questions (cheer questions)" in said
+
+
+def shown(**changed) -> tuple[dict[str, str], str]:
+    """The summary of two judges on four questions at alpha 1, and all of it as a person sees it."""
+    first, second = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.9, 0.6, 0.7, 0.8])
+    scores = {**dict.fromkeys(("tokens", "ended", "refusal", "repetition"), np.ones(4))}
+    for suffix, trait in (("", first), ("_2", second)):
+        for scale, values in (("trait", trait), ("coherence", np.ones(4))):
+            scores |= {f"{scale}{suffix}": values, f"{scale}_mass{suffix}": np.ones(4)}
+            scores |= {f"{scale}_rating{suffix}": np.ones(4), f"{scale}_cost{suffix}": np.ones((4, 3))}
+    row = summary_row(scores | changed, scores, 2, 200) | {"dataset": "d"}
+    rows = [{k: "" if v is None else str(v) for k, v in (row | {"alpha": a}).items()} for a in (0.0, 1.0)]
+    return rows[1], render(rows, [worst(s.readability(r) for s in Answers.scores) for r in rows])
+
+
+def test_the_second_judge_has_an_interval_of_its_own():
+    row, text = shown()
+    low, high = (float(row[f"trait_2_{end}"]) for end in ("ci_lo", "ci_hi"))
+    assert float(row["ci_hi"]) < low < float(row["trait_2"]) == 0.75 < high, "the first one's lies elsewhere"
+    assert f"0.75 [{low:.2f}, {high:.2f}]" in text
+    assert float(row["trait_shift_2"]) == float(row["trait_shift_2_ci_lo"]) == 0
+
+
+def test_the_count_beside_a_mass_is_of_the_same_scale():
+    assert "0.970 (1 under 0.9)" in shown(coherence_mass=np.array([1, 1, 1, 0.88]))[1]
+    assert "0.925 (1 under 0.9)" in shown(trait_mass=np.array([1, 1, 1, 0.7]), coherence_mass=np.full(4, 0.95))[1]
+
+
+@pytest.mark.parametrize("scale", ["trait", "coherence"])
+def test_what_the_second_judge_did_not_answer_is_marked(scale):
+    assert "!" not in shown()[1]
+    text = shown(**{f"{scale}_mass_2": np.full(4, 0.4)})[1]
+    assert text.count("] !") == 4, "its trait and the agreement, at either strength"
+    assert "! supports no conclusion" in text
+    assert "answer mass 0.400" in text
 
 
 def test_a_judge_that_fails_is_not_used_unless_it_is_wanted_and_then_the_tables_say_so(out, capsys):

@@ -376,6 +376,33 @@ def test_the_command_exposes_a_vector_of_agreement(yes_vector, capsys, monkeypat
     assert capsys.readouterr().out == printed
 
 
+def test_verdicts_follow_what_the_behaviour_predicts_now(yes_vector, tmp_path, monkeypatch):
+    """The answers are the same, and what is said of them is not."""
+    few = {"limit": 5, "n_questions": 2, "max_new_tokens": 4, "n_dilemmas": 0, "n_bootstrap": N_BOOT}
+    text = (Path(ws.__file__).parent / "behaviors" / "pocket" / "honesty.toml").read_text(encoding="utf-8")
+    file = tmp_path / "honesty.toml"
+    options = ConfoundOptions(out=yes_vector, behavior=str(file), alphas=(2.0,), device="cpu", **few)
+
+    judged = list[tuple[int, bool]]()
+
+    def noted(*given):
+        judged.append((given[4], given[6]))
+        return judge(*given)
+
+    def evaluate(effect: int, keep_refusals: bool) -> None:
+        assert text.count("effect = -1") == 1
+        changed = text.replace("effect = -1", f"effect = {effect}")
+        file.write_text(f"keep_refusals = {str(keep_refusals).lower()}\n{changed}", encoding="utf-8")
+        main(options)
+
+    monkeypatch.setattr("ws.eval.confounds.judge", noted)
+    evaluate(-1, False)
+    monkeypatch.setattr("ws.eval.confounds.sample_answers", lambda *a, **k: pytest.fail("asked again"))
+    for predicted in ((-1, False), (-1, True), (1, True)):
+        evaluate(*predicted)
+    assert judged == [(-1, False), (-1, True), (1, True)]
+
+
 def test_without_dilemmas_the_place_is_left_out(yes_vector, capsys):
     few = {"limit": 5, "n_questions": 2, "max_new_tokens": 4, "n_dilemmas": 0, "n_bootstrap": N_BOOT}
     main(ConfoundOptions(out=yes_vector, alphas=(-1.0,), device="cpu", **few))

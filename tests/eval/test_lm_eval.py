@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,9 @@ from support.harness_tasks import DOCUMENTS, WRITTEN, write_documents, write_tas
 from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval import lm_eval
+from ws.eval.context import EvalContext
 from ws.eval.lm_eval import load_tasks, main, require_harness, run_harness, scores_of, summary_rows
-from ws.intervene.prompt import prompted
+from ws.intervene.prompt import prompted, prompting
 from ws.lm.models import chat_format, encode, encode_answer, fingerprint, render_prompt, tiny_random
 from ws.options.measure import LmEvalOptions
 
@@ -226,6 +228,25 @@ def test_a_chat_that_begins_the_answer_goes_on_from_there(pocket):
 
 
 @harness
+def test_a_persona_stands_in_front_of_the_system_text_of_a_task(pocket, folder):
+    model, tok = pocket
+    task = folder / "closed.yaml"
+    task.write_text(f"{task.read_text()}description: Answer in a few words.\n")
+    tasks, persona = load_tasks(["pocket_closed"], folder), "You like to lie."
+    base = scores_of(run_harness(model, tok, tasks, chat=True))
+    with prompting(tok, persona):
+        results = run_harness(model, tok, tasks, chat=True)
+        with pytest.raises(ws.WsError, match="no place for a persona"):
+            run_harness(model, tok, tasks)
+    for sample in results["samples"]["pocket_closed"]:
+        system = f"{persona}\n\nAnswer in a few words."
+        assert sample["arguments"][0][0] == render_prompt(tok, sample["doc"]["question"], system=system)
+    prompted_scores = scores_of(results)
+    assert base["hash"][0] == prompted_scores["hash"][0], "the task asks the same"
+    assert "shift" in summary_rows({}, 1.0, prompted_scores, base, 100)[0]
+
+
+@harness
 def test_a_limit_draws_documents_from_all_over_a_task(pocket, folder, options, capsys):
     model, tok = pocket
     tasks = load_tasks(["pocket_closed"], folder)
@@ -305,6 +326,33 @@ def test_metrics_that_are_no_mean_have_a_shift_without_an_interval():
     assert lm_eval.render([{k: "" if v is None else str(v) for k, v in (r | {"alpha": 1.0}).items()} for r in mean[0]])
 
 
+def test_scores_of_a_group_come_back_from_the_disk_and_are_not_asked_for_again(pocket, tmp_path, capsys):
+    """A group has no hash, number of documents or error of its own, and the metric of a task no error either."""
+    model, tok = pocket
+    context = EvalContext.of_base(LmEvalOptions(out=tmp_path, tasks=("t",)), model, tok)
+    asked = [made(0.5, [0.0, 1.0])]
+
+    class Fake(lm_eval.Harness):
+        content = "t and g"
+
+        def ask(self, model, tok):
+            return scores_of(asked.pop())
+
+    evaluation = Fake(items=None, options_given=context.options, harness="0")
+    fresh, back = (context.base_scores(evaluation) for _ in range(2))
+    assert not asked
+    assert "damaged" not in capsys.readouterr().err
+    assert fresh["n"].tolist() == [2, None]
+    rows = [summary_rows({}, 0.0, scores, fresh, 200) for scores in (fresh, back)]
+    assert rows[0] == rows[1]
+    (file,) = tmp_path.rglob("*.json")
+    for name, cells in (("stderr", [None, "x"]), ("value", [0.5, None]), ("n", [True, None, 2])):
+        file.write_text(json.dumps({k: np.asarray(v).tolist() for k, v in fresh.items()} | {name: cells}))
+        asked[:] = [made(0.5, [0.0, 1.0])]
+        context.base_scores(evaluation)
+        assert bool(asked) == (name == "stderr"), name
+
+
 def test_without_the_harness_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
     with pytest.raises(ws.WsError, match="uv sync --extra bench"):
@@ -319,6 +367,7 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch):
         ({"num_fewshot": -1}, "`num_fewshot` must be 0 or more"),
         ({"include_path": Path("nowhere")}, "no folder nowhere"),
         ({"dataset": "pocket"}, "brings its own data"),
+        ({"interventions": ("weight", "prompt")}, "no place for a persona: `interventions` prompt needs `chat`"),
     ],
 )
 def test_bad_options_are_refused(change, why):

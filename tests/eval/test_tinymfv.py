@@ -20,9 +20,12 @@ from support.tables import write_table
 from ws.delta import LinearDelta
 from ws.eval.context import EvalContext, open_context
 from ws.eval.prompts import load_prompts
+from ws.eval.readable import of_row
 from ws.eval.tinymfv_airisk import (
     _SLOTS,
+    AGREEMENTS,
     HUB_ID,
+    MASSES,
     Prompts,
     TinymfvAirisk,
     Vignette,
@@ -192,6 +195,27 @@ def test_a_bias_towards_true_cancels_between_the_frames():
     assert "frames agree on 0% of the texts" in text
     assert row["human_corr"] is row["human_corr_pearson"] is None
     assert row["delta_wrongness"] == 0
+
+
+def test_what_is_shown_of_others_acts_is_read_by_the_frames_of_others_acts():
+    """Frames that agree on 40 % of others' acts and on all of the model's own: on 70 % together."""
+    p = np.full((10, 2, 2), 0.9)
+    p[:4, 0, 1] = p[:, 1, 1] = 0.1
+    scores = {"p_true": p, "bool_mass": np.ones((10, 2, 2))}
+    row = summary_row({}, 1.0, load_vignettes("pocket", 10), scores, scores, 100)
+    agreements = [row[f"frame_agreement{part}"] for part in ("", "_other", "_self")]
+    assert agreements == pytest.approx([0.7, 0.4, 1.0])
+    (score,) = TinymfvAirisk.scores
+    assert score.readability(row) == readability(scores)["other_violate"]
+    assert score.readability(row).problem == "frames agree on 40% of the texts"
+    text = render([{k: "" if v is None else str(v) for k, v in (row | {"alpha": a}).items()} for a in (0.0, 1.0)])
+    assert text.count("1.000 !") == 2
+    others = p[:, ::-1]
+    own = summary_row({}, 1.0, load_vignettes("pocket", 10), scores | {"p_true": others}, scores, 100)
+    assert not score.readability(own).problem
+    assert of_row(own, *MASSES, agreements=AGREEMENTS).problem, "the gap is of both"
+    old = {k: v for k, v in row.items() if k not in AGREEMENTS}
+    assert score.readability(old).agreement == pytest.approx(0.7), "an older table knows no other"
 
 
 def test_both_correlations_with_the_human_ratings():

@@ -51,11 +51,11 @@ from ws.report import data as report_data
 from ws.report import main, write_report
 from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
 from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Result, read_contents
-from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, tag
+from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, profile_figure, tag
 from ws.report.notes import notes
 from ws.report.page import render
 from ws.report.sections import dose_panels, example, samples, shift_rows
-from ws.report.tables import commands, foundations_table, other_dilemmas_table, points_table
+from ws.report.tables import commands, controls_table, foundations_table, other_dilemmas_table, points_table
 from ws.report.verdict import judge, select, warnings_of
 from ws.report.words import clean, differences, odds, p_text, shown, side_by_side
 from ws.stats import Estimate, estimate_over_seeds, holm
@@ -432,6 +432,22 @@ def test_a_profile_is_shown_of_the_very_vector_and_of_no_other(tmp_path):
     assert "25.00 [12.00, 40.00]" in render(read_contents(tmp_path, "honesty")), "what needs no vector stays"
 
 
+def test_a_digest_that_reads_like_a_number_is_that_of_its_vector(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    for digest in ("12345e678901", "001234567890"):
+        monkeypatch.setattr(report_data, "vector_digest", lambda vector, digest=digest: digest.ljust(64, "0"))
+        profile_tables(tmp_path, digest)
+        assert len(read_contents(tmp_path, "honesty").profile) == 4
+
+
+def test_a_caption_counts_targets_apart_from_what_else_is_large():
+    row = {"strength": "+1u", "alpha": 1.0, "moved": False, "z_random": 0.1}
+    row |= {"z": 1.0, "z_ci_lo": 0.5, "z_ci_hi": 1.5}
+    rows = [row | {"trait": f"t{i}", "role": "target" if i < 2 else ""} for i in range(20)]
+    assert profile_figure("a", rows).caption == "2 targets and the 12 largest of 18 other traits"
+    assert profile_figure("a", rows[2:]).caption == "the 12 largest of 18 traits"
+
+
 def test_a_calibration_of_another_vector_is_not_used(tmp_path):
     folder = write_run(tmp_path)
     write_calibration(folder)
@@ -536,6 +552,22 @@ def test_different_items_are_not_pooled(whole):
     assert curves["false_claims", "lora"].pooled == ()
     assert any("asked different items" in text for text in all_warnings(contents))
     assert "not pooled" in render(contents)
+
+
+def test_seeds_at_strengths_of_their_own_were_tried_and_are_not_pooled(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1)
+    for file in run_folder(tmp_path, "honesty", "lora", 1).glob("*.csv"):
+        other = {"1.0": "1.3", "-1.0": "-0.7"}
+        write_csv(file, [r | {"alpha": other.get(r["alpha"], r["alpha"])} for r in read_csv(file)])
+    contents = read_contents(tmp_path, "honesty")
+    found = judge(contents, curves_of(contents))
+    assert found.kind == "No verdict"
+    assert "has been put to" not in found.sentence
+    why = "seeds share no positive strength and are not pooled"
+    assert f"(lora: {why})" in found.sentence
+    assert f"lora, agreement with false claims: {why}." in all_warnings(contents)
+    assert why in render(contents)
 
 
 def test_foundations_are_shifts_of_logits(whole):
@@ -662,6 +694,18 @@ def test_an_example_moves_both_ways_and_has_the_truth_marked(whole):
     order = [page.index(f'id="{name}"') for name in ("verdict", "claims", "example", "warnings")]
     assert order == sorted(order)
     assert page.count("</span> right") + page.count("</span> wrong") == 3
+
+
+def test_no_example_in_words_that_the_claims_were_not_asked_in(tmp_path):
+    folder = write_run(tmp_path)
+    relabel(folder, "sycophancy", words="own")
+    assert shown_example(tmp_path) is not None
+    assert "odds of Yes to No" in sentence(tmp_path)[1]
+    relabel(folder, "sycophancy", words="file:theirs@12345678")
+    assert shown_example(tmp_path) is None
+    text = sentence(tmp_path)[1]
+    assert "odds: base, then lora" in text
+    assert "odds of" not in text
 
 
 def test_no_example_without_items_that_both_signs_move(tmp_path):
@@ -795,6 +839,45 @@ def test_a_prompt_that_does_more_is_said(tmp_path):
     (panel,) = dose_panels(contents, curves, ("false_claims",))
     base = next(iter(panel.curves)).at(0.0).level.mean
     assert panel.references == pytest.approx({"base": base, "prompt −1": 4.1, "prompt +1": -3.9})
+
+
+def preferring() -> Contents:
+    """A run of a style, which has no claims, and a comparison of it with nulls and with a prompt."""
+    values = {a: np.linspace(-0.1, 0.1, 12) + 0.2 * a + 0.01 * np.cos(np.arange(12) + a) for a in ALPHAS}
+    rows = []
+    for a, x in values.items():
+        level, shift = (estimate_over_seeds(v[None]) for v in (x, x - values[0.0]))
+        row = {"alpha": a, "eval_hash": "abc", "mean_margin": level.mean, "ci_lo": level.ci_lo, "ci_hi": level.ci_hi}
+        rows.append(row | shift.columns("shift", "ci_lo", "ci_hi", "p") | {"n": 12, "intervention": "weight"})
+    items = [{"alpha": a, "question_id": f"q{i}", "margin": m} for a, x in values.items() for i, m in enumerate(x)]
+    tables = {("preference", use): [{k: str(v) for k, v in r.items()} for r in t] for use, t in
+              (("summary", rows), ("items", items))}  # fmt: skip
+    about = {"base": BASE, "fingerprint": None, "info": {}, "digest": "d" * 64, "stages": {}, "tables": tables}
+    rest = {"calibration": None, "norms": None, "controls": (), "samples": (), "others": {}, "gaps": ()}
+    span = {"part": "span", "score": "preference", "seed": "0", "alpha": None, "base": 0.0, "real": True}
+    span |= {"p_random": 0.05, "words": "own", "drawn": "all"}
+    for null, margin in (("shuffled", 0.031), ("same_side", 0.042)):
+        span |= {f"margin_{null}{end}": margin + x for end, x in (("", 0), ("_ci_lo", -0.01), ("_ci_hi", 0.01))}
+    spans = [span | {"intervention": w, "adapter": a, "shift": s} for w, a, s in
+             (("weight", "lora", 0.4), ("prompt", "prompt", 0.6))]  # fmt: skip
+    tone = ws.load_behavior("tone", BASE)
+    return Contents("tone", "tone", tone, 1, (Result("lora", 0, **about, **rest),), (), (), spans, None, ())
+
+
+def test_controls_of_a_style_are_those_of_its_preference():
+    contents = preferring()
+    verdict = judge(contents, curves_of(contents))
+    assert verdict.shown.real is True
+    table = controls_table(contents, verdict.claims.all)
+    assert table.caption == "Controls of preference for the behaviour's answers"
+    (row,) = table.rows
+    assert row[2:] == ("+0.031 [+0.021, +0.041]", "+0.042 [+0.032, +0.052]", "yes")
+    page = unescape(render(contents))
+    assert "the span from −1u to +1u of preference for the behaviour's answers where ws compare measured it" in page
+    assert "say by how many nats per token it goes beyond them" in page
+    assert "false claims" not in page[page.index('id="checks"') :].split("</section>")[0]
+    (text,) = [text for text in all_warnings(contents) if text.startswith("A system prompt")]
+    assert "moves preference for the behaviour's answers further (by +0.600 nats per token)" in text
 
 
 def test_claims_that_settings_may_have_been_chosen_on_weaken_it(tmp_path):

@@ -36,7 +36,7 @@ from ws.errors import WsError
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import Evaluation, Rows, Scores
 from ws.eval.prompts import notes_by_score
-from ws.eval.readable import FLAG, MARK, Readability, notes, rounding_notes, worst
+from ws.eval.readable import AGREEMENT, FLAG, MARK, Readability, notes, rounding_notes, worst
 from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
 from ws.files.reading import kept
 from ws.files.runs import read_csv, write_csv
@@ -315,7 +315,7 @@ def summarize_controls(rows: Sequence[Mapping[str, Any]]) -> Rows:
                 "null_max": float(null.max()),
                 "p": empirical_p(shift, null),
                 "n_draws": len(null),
-                **{name: vector_row[name] for name in ("mass", "frame_agreement", FLAG)},
+                **{name: vector_row[name] for name in ("mass", AGREEMENT, FLAG)},
                 **{name: here[0].get(name) for name in ("words", "drawn", "dataset")},
             }
         )

@@ -20,7 +20,7 @@ from ws.console import warn
 from ws.errors import WsError
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.prompts import check_same, notes_by_score
-from ws.eval.readable import FLAG, Readability, notes, select, star, worst
+from ws.eval.readable import AGREEMENT, FLAG, Readability, notes, select, star, worst
 from ws.eval.suite import evaluation_named, evaluations, floors_text, set_notes
 from ws.files.runs import lock, read_csv, write_csv
 from ws.options.shared import WEIGHT
@@ -101,12 +101,13 @@ def _main(name: str) -> HeadlineScore:
 def _summary(folder: Path, name: str) -> Sequence[Mapping[str, str]]:
     score = _main(name)
     numbers = [column for column in (score.mass, score.level, score.shift) if column]
-    return _steered(folder / f"{evaluation_named(name).stage}_summary.csv", ("alpha", *numbers))
+    file = folder / f"{evaluation_named(name).stage}_summary.csv"
+    return _steered(file, ("alpha", *numbers), {AGREEMENT, score.agreement})
 
 
-def _steered(file: Path, numbers: Iterable[str]) -> Sequence[Mapping[str, str]]:
+def _steered(file: Path, numbers: Iterable[str], sparse: Iterable[str] = ()) -> Sequence[Mapping[str, str]]:
     """A table's rows of the base and of the vector; none where the evaluation was not carried out."""
-    rows = read_csv(file, ("intervention",), numbers, ("frame_agreement",)) if file.exists() else []
+    rows = read_csv(file, ("intervention",), numbers, sparse) if file.exists() else []
     return select(rows) if any(r.get("intervention") == WEIGHT for r in rows) else []
 
 

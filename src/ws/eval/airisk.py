@@ -336,7 +336,8 @@ def render(value_class: str, summary: Sequence[Mapping[str, str]]) -> str:
         rows.append(
             [
                 f"{float(r['alpha']):+g}",
-                *(estimate_text(r, name) for name in ("mean_score", "shift")),
+                estimate_text(r, "mean_score", ends=""),
+                estimate_text(r, "shift"),
                 f"{float(r['accuracy']):.3f}",
                 estimate_text(r, "si", "+.1f"),
                 f"{float(r['position_bias']):+.2f}" if r["position_bias"] else "",

@@ -276,37 +276,37 @@ def verdict_rows(questions: Sequence[OpenQuestion], scores: Scores, judges: Sequ
     return rows
 
 
-def _estimates(name: str, values: np.ndarray, base: np.ndarray, n_boot: int) -> dict[str, Any]:
+def _estimates(name: str, values: np.ndarray, base: np.ndarray, n_boot: int, suffix: str = "") -> dict[str, Any]:
     level, shift = estimate_mean(values, n_boot), estimate_mean(values - base, n_boot)
-    return level.columns(name, "ci_lo", "ci_hi") | shift.columns(f"{name}_shift", "ci_lo", "ci_hi", "p")
+    moved = shift.columns(f"{name}_shift{suffix}", "ci_lo", "ci_hi", "p")
+    return level.columns(f"{name}{suffix}", "ci_lo", "ci_hi") | moved
 
 
 def judged_columns(scores: Scores, base: Scores, number: int, n_boot: int) -> dict[str, Any]:
     """The columns of one judge's scores, and of their shifts against the base, paired question by question."""
-    judged, before, row = of_judge(scores, number), of_judge(base, number), dict[str, Any]()
+    judged, before, plain = of_judge(scores, number), of_judge(base, number), dict[str, Any]()
+    row, suffix = dict[str, Any](), _suffix(number)
     for scale, name in (("trait", "pmass"), ("coherence", "coherence_pmass")):
         masses = judged[f"{scale}_mass"]
-        row |= _estimates(scale, judged[scale], before[scale], n_boot)
-        row |= {f"mean_{name}": float(masses.mean()), f"n_low_{name}": int((masses < LOW_MASS).sum())}
-        row |= {f"n_unreadable_{scale}": int((judged[f"{scale}_rating"] < 0).sum())}
+        row |= _estimates(scale, judged[scale], before[scale], n_boot, suffix)
+        plain |= {f"mean_{name}": float(masses.mean()), f"n_low_{name}": int((masses < LOW_MASS).sum())}
+        plain |= {f"n_unreadable_{scale}": int((judged[f"{scale}_rating"] < 0).sum())}
     if "pairs" in judged:
-        row |= estimate_mean(pair_values(judged), n_boot).columns("pairs", "ci_lo", "ci_hi", "p")
+        row |= estimate_mean(pair_values(judged), n_boot).columns(f"pairs{suffix}", "ci_lo", "ci_hi", "p")
         n_flipped, n_sided = flips(judged)
         shown = judged["pairs_cost"][..., -1] > 0  # not where the answers are the same
-        row |= {
-            "n_pairs": int(shown[:, 0].sum()),
-            "n_sided": n_sided,
-            "flips": n_flipped / n_sided if n_sided else None,
-        }
-        row |= {"pairs_pmass": float(judged["pairs_mass"][shown].mean()) if shown.any() else None}
+        plain |= {"n_pairs": int(shown[:, 0].sum()), "n_sided": n_sided}
+        plain |= {"flips": n_flipped / n_sided if n_sided else None}
+        plain |= {"pairs_pmass": float(judged["pairs_mass"][shown].mean()) if shown.any() else None}
     costs = np.concatenate([judged[f"{n}_cost"].reshape(-1, len(COST)) for n in (*SCALES, "pairs") if n in judged])
     costs = costs[costs[:, -1] > 0]
-    row |= {"requests": len(costs), **dict(zip(COST, costs.sum(axis=0).tolist(), strict=True))}
+    plain |= {"requests": len(costs), **dict(zip(COST, costs.sum(axis=0).tolist(), strict=True))}
+    first: dict[str, str] = {}
     if not number:  # the first judge's trait is what the table is about
         first = {"trait": "mean_score", "trait_ci_lo": "ci_lo", "trait_ci_hi": "ci_hi"}
         first |= {f"trait_{name}": name for name in (*SHIFT, "shift_p")}
-        return {first.get(name, name): value for name, value in row.items()}
-    return {f"{name}{_suffix(number)}": value for name, value in row.items()}
+    row |= {f"{name}{suffix}": value for name, value in plain.items()}
+    return {first.get(name, name): value for name, value in row.items()}
 
 
 def summary_row(scores: Scores, base: Scores, n_judges: int, n_boot: int) -> dict[str, Any]:
@@ -353,28 +353,38 @@ def render(summary: Sequence[Mapping[str, str]], readings: Sequence[Readability]
     """
     (base,) = (i for i, r in enumerate(summary) if float(r["alpha"]) == 0)
     problems = [worst([x, readings[base]]).problem for x in readings]
+    doubts = list(problems)
     columns = {"tokens": "+.1f", "refusals": "+.2f", "repetition": "+.2f"}
     columns |= {"sentiment": "+.2f"} if "sentiment" in summary[0] else {}
     header, rows = ["alpha"], [[f"{float(r['alpha']):+g}"] for r in summary]
     if readings:
         header += ["trait, 0 to 1", "shift", "coherence", "shift", "answer mass"]
         for row, r, x, problem in zip(rows, summary, readings, problems, strict=True):
-            for level, shift in (("mean_score", "shift"), ("coherence", "coherence_shift")):
-                row += [estimate_text(r, level, ".2f"), estimate_text(r, shift)]
-            row += [mass_text(x.mass, int(r["n_low_pmass"]), problem)]
+            row += [estimate_text(r, "mean_score", ".2f", ends=""), estimate_text(r, "shift")]
+            row += [estimate_text(r, "coherence", ".2f"), estimate_text(r, "coherence_shift")]
+            low = "n_low_pmass" if float(r["mean_pmass"]) == x.mass else "n_low_coherence_pmass"
+            row += [mass_text(x.mass, int(r[low]), problem)]
         if "pairs" in summary[0]:
             header += ["against the base", "flips"]
             for row, r in zip(rows, summary, strict=True):
-                doubt = f" {MARK}" if r["pairs_pmass"] and float(r["pairs_pmass"]) < LOW_MASS else ""
-                row += [estimate_text(r, "pairs") + doubt, f"{float(r['flips']):.0%}" if r["flips"] else ""]
+                doubts.append(_problem(r, "pairs_pmass"))
+                mark = f" {MARK}" if doubts[-1] else ""
+                row += [estimate_text(r, "pairs") + mark, f"{float(r['flips']):.0%}" if r["flips"] else ""]
         if "agreement_trait" in summary[0]:
             header += ["trait, judge 2", "agreement"]
             for row, r in zip(rows, summary, strict=True):
-                row += [estimate_text(r, "trait_2", ".2f"), estimate_text(r, "agreement_trait")]
+                doubts.append(_problem(r, "mean_pmass_2", "mean_coherence_pmass_2"))
+                cells = estimate_text(r, "trait_2", ".2f"), estimate_text(r, "agreement_trait")
+                row += [f"{cell} {MARK}" if cell and doubts[-1] else cell for cell in cells]
     header += [f"{name} shift" for name in columns]
     for row, r in zip(rows, summary, strict=True):
         row += [estimate_text(r, f"{name}_shift", spec) for name, spec in columns.items()]
-    return "\n\n".join([tabulate(rows, header, disable_numparse=True), *notes(problems), *_warnings(summary)])
+    return "\n\n".join([tabulate(rows, header, disable_numparse=True), *notes(doubts), *_warnings(summary)])
+
+
+def _problem(row: Mapping[str, str], *masses: str) -> str:
+    """Why verdicts with these mean masses support no conclusion, as words; empty where they may or there are none."""
+    return Readability(min((float(row[name]) for name in masses if row[name]), default=None)).problem
 
 
 def _warnings(summary: Sequence[Mapping[str, str]]) -> list[str]:

@@ -470,7 +470,14 @@ class ConfoundChecks(Evaluation):
             reasons=(REASONS,) if dilemmas and thinks_aloud(context.tok, n_think) else (),
             n_think=n_think,
             batch_size=options.batch_size,
-            facts={**claims.facts, "n_questions": len(questions), "n_dilemmas": len(dilemmas), **about_dilemmas},
+            facts={
+                **claims.facts,
+                "n_questions": len(questions),
+                "n_dilemmas": len(dilemmas),
+                **about_dilemmas,
+                "effect": behavior.effect,
+                "keep_refusals": behavior.keep_refusals,
+            },
         )
 
     @property

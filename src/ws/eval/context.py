@@ -32,7 +32,7 @@ from ws.options.shared import BASE, WEIGHT, shared_with
 from ws.options.shared import EvalOptions as EvalOptions
 from ws.run import FinishedRun, open_options
 
-TABLES_VERSION = 3  # raised when the same scores make other tables, which are then written anew, and nothing is asked
+TABLES_VERSION = 4  # raised when the same scores make other tables, which are then written anew, and nothing is asked
 
 
 Options = TypeVar("Options", bound=EvalOptions)
@@ -203,9 +203,10 @@ def _read_scores(file: Path, evaluation: Evaluation) -> Scores:
     values = read_json(file, dict[str, list[Any]], remedy)
     try:
         scores = {k: np.array(v) for k, v in values.items()}
+        known = {k: [x for x in v if x is not None] if k in evaluation.sparse else v for k, v in values.items()}
         # NumPy would take a truth value among numbers for one of them.
-        mixed = [k for k, v in values.items() if len(types := {type(x) for x in _leaves(v)}) > 1 and bool in types]
-        if odd := [*mixed, *(k for k, v in scores.items() if v.dtype == object)]:
+        mixed = [k for k, v in known.items() if len(types := {type(x) for x in _leaves(v)}) > 1 and bool in types]
+        if odd := [*mixed, *(k for k, v in known.items() if np.array(v).dtype == object)]:
             raise TypeError(f"{odd[0]} are no numbers or texts")
         evaluation.headlines(scores), evaluation.readability(scores)
     except (ArithmeticError, LookupError, TypeError, ValueError, WsError) as problem:

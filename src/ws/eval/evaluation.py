@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.errors import WsError
 from ws.eval.prompts import notes_on
-from ws.eval.readable import NATS, Readability, mass_text, notes, of_row, worst
+from ws.eval.readable import AGREEMENT, NATS, Readability, mass_text, notes, of_row, worst
 from ws.files.runs import sha256_json
 from ws.lm.choice import Choice
 from ws.options.shared import EvalOptions
@@ -53,6 +53,8 @@ class HeadlineScore:
         level_ci: what the names of the columns `ci_lo` and `ci_hi` of the mean begin with.
         mass, low: columns of the summary: the mean answer mass, and how many items have little of it; None for a score
             that is no choice of an answer.
+        agreement: the column of the summary, where it has one, with the share of texts that both frames put on the same
+            side.
         n: the column with the number of items.
         value: the column of the items' table that is averaged.
         where: in tables that hold rows of several scores, what those of this one have, by column.
@@ -72,6 +74,7 @@ class HeadlineScore:
     level_ci: str = ""
     mass: str | None = "mean_pmass"
     low: str | None = "n_low_pmass"
+    agreement: str = AGREEMENT
     n: str = "n"
     value: str = "score"
     where: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -100,7 +103,7 @@ class HeadlineScore:
 
     def readability(self, row: Mapping[str, Any]) -> Readability:
         """How well the items of a row of the summary were answered."""
-        return of_row(row, *filter(None, [self.mass]))
+        return of_row(row, *filter(None, [self.mass]), agreements=(self.agreement,))
 
 
 def _unchanged(logratio: Tensor) -> Tensor:
@@ -187,6 +190,7 @@ class Evaluation(ABC):
         options: of its command.
         scores: its headline scores, the most important one first.
         columns: of its summary that a sweep's table has; they are those of the first score.
+        sparse: the arrays of `ask`, one-dimensional, that may hold None beside what else they hold.
         item_table, item: the table of its items, `<name>_<item_table>.csv`, and the column that names one.
         is_published: whether the items are a set that others published, which `--dataset` can replace; otherwise they
             are the behaviour's, or the evaluation's own.
@@ -210,6 +214,7 @@ class Evaluation(ABC):
     options: ClassVar[type[EvalOptions]] = EvalOptions
     scores: ClassVar[tuple[HeadlineScore, ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ("mean_score", "ci_lo", "ci_hi", *SHIFT, "mean_pmass", "n")
+    sparse: ClassVar[tuple[str, ...]] = ()
     item_table: ClassVar[str] = "per_item"
     item: ClassVar[str] = "item_id"
     is_published: ClassVar[bool] = False
@@ -350,7 +355,8 @@ class Evaluation(ABC):
         rows = [
             [
                 f"{float(row['alpha']):+g}",
-                *(estimate_text(row, name, score.spec) for name in (score.level, score.shift)),
+                estimate_text(row, score.level, score.spec, ends=score.level_ci),
+                estimate_text(row, score.shift, score.spec),
                 mass_text(x.mass, int(row[score.low]) if score.low else 0, problem),
             ]
             for row, x, problem in zip(summary, read, problems, strict=True)

@@ -15,10 +15,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from huggingface_hub import constants
@@ -36,11 +37,12 @@ from ws.eval.prompts import notes_on
 from ws.files.runs import sha256_file, sha256_json
 from ws.lm.batches import left_pad, takes_padding
 from ws.lm.hub import hub_is_out_of_reach
-from ws.lm.models import chat_format, encode, encode_after, encode_answer, end_ids, render_prompt
+from ws.lm.models import chat_format, default_system, encode, encode_after, encode_answer, end_ids, render_prompt
+from ws.options.measure import NO_PERSONA
 from ws.options.measure import LmEvalOptions as LmEvalOptions
 from ws.stats import Estimate, estimate_mean
 
-NAME, VERSION = "lm_eval", 2
+NAME, VERSION = "lm_eval", 3
 BATCH_SIZE, FEWSHOT_SEED, STDERR_DRAWS = 8, 1234, 1000
 # Metrics that are no mean over documents (a perplexity, an F1 score) come with values that do not average to them.
 _SAME = 1e-9
@@ -134,10 +136,14 @@ def run_harness(
             which the harness tokenises as it always does.
 
     Raises:
-        WsError: log-likelihoods that are NaN.
+        WsError: log-likelihoods that are NaN, or a tokenizer with a persona (`ws.intervene.prompt`) without `chat`.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import hash_string
+
+    if default_system(tok) and not chat:
+        raise WsError(NO_PERSONA)
 
     # By itself the harness takes the softmax in the dtype of the logits: bfloat16 would round -9 nats by up to 0.03.
     size = (batch_size or BATCH_SIZE) if takes_padding(model) else 1
@@ -154,7 +160,11 @@ def run_harness(
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
-    answers = [sample["resps"] for samples in results["samples"].values() for sample in samples]
+    asked = [sample for samples in results["samples"].values() for sample in samples]
+    for sample in asked if chat else ():  # a persona leaves what a task asks as it is
+        prompt = sample["arguments"][0][0]
+        sample["prompt_hash"] = hash_string(lm.plain.get(prompt, prompt))
+    answers = [sample["resps"] for sample in asked]
     if any(math.isnan(number) for number in _numbers(answers)):
         raise WsError("The model gave NaN log-likelihoods; its weights or the steering strength are broken.")
     return results
@@ -176,13 +186,21 @@ def chat_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: in
     open_prompts = set[str]()  # those that end where an answer starts, and not with the start of one
 
     class ChatModel(HFLM):
+        plain: ClassVar[dict[str, str]] = {}  # what prompts with a persona are without it
+
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            """The prompt up to the answer; without `add_generation_prompt` the last message is the answer's start."""
-            messages = list(chat_history)
+            """The prompt up to the answer; without `add_generation_prompt` the last message is the answer's start.
+
+            A persona stands in front of the task's own system text.
+            """
+            messages, persona = list(chat_history), default_system(self.tokenizer)
             opener = "" if add_generation_prompt else messages.pop()["content"]
-            system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+            system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
             *earlier, last = messages
-            prompt = render_prompt(self.tokenizer, last["content"], system=system, opener=opener, earlier=earlier)
+            render = partial(render_prompt, self.tokenizer, last["content"], opener=opener, earlier=earlier)
+            prompt = render(system="\n\n".join(filter(None, (persona, system))))
+            if persona:
+                self.plain[prompt] = render(system=system)
             if not opener:
                 open_prompts.add(prompt)
             return prompt
@@ -369,6 +387,7 @@ class Harness(Evaluation):
     name = NAME
     version = VERSION
     options = LmEvalOptions
+    sparse = ("stderr", "n", "n_shot", "higher_is_better")
 
     items: Any
     options_given: LmEvalOptions

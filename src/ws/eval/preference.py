@@ -182,7 +182,7 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     rows = [
         [
             f"{float(r['alpha']):+g}",
-            estimate_text(r, "mean_margin", "+.3f"),
+            estimate_text(r, "mean_margin", "+.3f", ends=""),
             estimate_text(r, "shift", "+.3f"),
             estimate_text(r, "shift_sum"),
             *(f"{float(r[f'shift_{side}']):+.3f}" for side in ("positive", "negative")),

@@ -30,6 +30,8 @@ OF_BASE = (
 OF_STRENGTH = "the base does answer, so it is the strength: take a smaller one"
 # The column of an evaluation's summary with a reason of its own why a row cannot be read, as words; empty without one.
 FLAG = "unreadable"
+# The column with the share of texts that both frames put on the same side, in a summary and beside a score.
+AGREEMENT = "frame_agreement"
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,22 @@ class Readability:
         """`mass`, `frame_agreement` and `unreadable` for a table, each after a prefix."""
         return {
             f"{prefix}mass": self.mass,
-            f"{prefix}frame_agreement": self.agreement,
+            f"{prefix}{AGREEMENT}": self.agreement,
             f"{prefix}{FLAG}": self.problem or None,
         }
 
 
-def of_row(row: Mapping[str, Any], *masses: str) -> Readability:
-    """Of a row of an evaluation's summary, as it was made or read from its file; `masses` name its columns of mass."""
-    agreement = row.get("frame_agreement")
-    known = None if agreement in (None, "") else float(str(agreement))
-    return Readability(min((float(row[name]) for name in masses), default=None), known, str(row.get(FLAG) or ""))
+def of_row(row: Mapping[str, Any], *masses: str, agreements: Sequence[str] = (AGREEMENT,)) -> Readability:
+    """Of a row of an evaluation's summary, as it was made or read from its file: the lowest mass and agreement.
+
+    Args:
+        masses: its columns of mass.
+        agreements: its columns of agreement. A summary that was made before it had these is read by `AGREEMENT`.
+    """
+    names = [name for name in agreements if name in row] or [AGREEMENT]
+    known = [float(str(row[name])) for name in names if row.get(name) not in (None, "")]
+    mass = min((float(row[name]) for name in masses), default=None)
+    return Readability(mass, min(known, default=None), str(row.get(FLAG) or ""))
 
 
 def remedy(base: Readability) -> str:

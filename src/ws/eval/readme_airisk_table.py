@@ -20,9 +20,11 @@ from tabulate import tabulate
 
 from ws import console
 from ws.behaviors import behavior_name
+from ws.diff import StoredBase
 from ws.errors import DamagedError, WsError, choose, decoded, require_resamples
 from ws.eval import dilemmas, vignettes
-from ws.eval.readable import FLAG, MARK, Readability, notes, of_row, select, worst
+from ws.eval.readable import AGREEMENT, FLAG, MARK, Readability, notes, of_row, select, worst
+from ws.eval.tinymfv_airisk import AGREEMENTS, MASSES
 from ws.files.reading import read_bytes, read_json
 from ws.files.runs import VECTOR_MANIFEST, Run, lock, read_csv, run_folder, write_csv, write_text
 from ws.options.shared import ADAPTERS
@@ -44,12 +46,14 @@ CHECKS = ("airisk_mass", f"airisk_{FLAG}", "tinymfv_mass", "tinymfv_frame_agreem
 # Columns of the tables of items: the item, and its numbers; and what all of them say of the evaluation.
 _AIRISK_ITEMS, _TINYMFV_ITEMS = ("dilemma_idx", "score", "pmass"), ("id", "s_other_violate", "gap")
 _IDENTITY = ("intervention", "eval", "eval_version", "eval_hash", "dataset")
-_SUMMARIES = {"airisk": ("mean_pmass",), "tinymfv": ("bool_mass_other", "bool_mass_self")}
+# The columns of mass and of agreement that either summary is read by.
+_SUMMARIES = {"airisk": (("mean_pmass",), (AGREEMENT,)), "tinymfv": (MASSES, AGREEMENTS)}
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The rows of an adapter and seed, by strength and item, how well they were answered, and one row of either set."""
+    """The rows of an adapter and seed, by strength and item, how well they were answered, one row of either set, and
+    the base."""
 
     name: str
     airisk: Mapping[float, Mapping[str, Mapping[str, str]]]
@@ -57,6 +61,7 @@ class _Run:
     versions: tuple[str, str]
     readable: Mapping[str, Mapping[float, Readability]]
     asked: tuple[Mapping[str, str], Mapping[str, str]]
+    base: StoredBase
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -66,8 +71,8 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
     """The rows of the table: the base first, then the adapters in the order of `ADAPTERS`, then others by name.
 
     Raises:
-        WsError: an unknown or unfinished adapter, or runs that were evaluated on different items, in different words
-            or through different templates.
+        WsError: an unknown or unfinished adapter, or runs of different bases, or that were evaluated on different
+            items, in different words or through different templates.
     """
     require_resamples(config.n_bootstrap)
     runs, left_out = _runs(config)
@@ -129,6 +134,7 @@ def _other_families(folder: Path, left_out: list[str]) -> list[str]:
 
 class _About(msgspec.Struct):
     info: dict[str, Any]
+    base: StoredBase
 
 
 def _seeds(config: TableConfig, behavior: str, adapter: str, left_out: list[str]) -> list[_Run]:
@@ -152,10 +158,10 @@ def _seeds(config: TableConfig, behavior: str, adapter: str, left_out: list[str]
 
 def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
     tables, versions, asked, readable = [], [], [], dict[str, dict[float, Readability]]()
-    for (kind, masses), file in zip(_SUMMARIES.items(), (airisk, tinymfv), strict=True):
+    for (kind, (masses, agreements)), file in zip(_SUMMARIES.items(), (airisk, tinymfv), strict=True):
         summary_file = file.with_name(f"{file.stem.rsplit('_per_', 1)[0]}_summary.csv")
-        summary = select(read_csv(summary_file, ("intervention",), ("alpha", *masses), ("frame_agreement",)))
-        readable[kind] = {float(row["alpha"]): of_row(row, *masses) for row in summary}
+        summary = select(read_csv(summary_file, ("intervention",), ("alpha", *masses), agreements))
+        readable[kind] = {float(row["alpha"]): of_row(row, *masses, agreements=agreements) for row in summary}
     for file, (item, *numbers) in ((airisk, _AIRISK_ITEMS), (tinymfv, _TINYMFV_ITEMS)):
         rows = select(read_csv(file, (*_IDENTITY, item), ("alpha", *numbers)))
         by_alpha: dict[float, dict[str, Mapping[str, str]]] = {}
@@ -170,12 +176,21 @@ def _read(name: str, airisk: Path, tinymfv: Path) -> _Run:
         version = "{eval} version {eval_version}, items {eval_hash}, {dataset}".format_map(rows[0])
         versions.append(f"{version}, tokenizer {tokenizer}")
         asked.append(rows[0])
-    return _Run(name, tables[0], tables[1], (versions[0], versions[1]), readable, (asked[0], asked[1]))
+    base = read_json(airisk.parent / "vector" / VECTOR_MANIFEST, _About).base
+    return _Run(name, tables[0], tables[1], (versions[0], versions[1]), readable, (asked[0], asked[1]), base)
 
 
 def _check_comparable(runs: Sequence[_Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
+        bases = run.base, first.base
+        known = all(base.fingerprint for base in bases)
+        if len({base.fingerprint if known else base.id for base in bases}) > 1:
+            theirs, ours = (f"{base.id} ({base.fingerprint})" for base in bases)
+            raise WsError(
+                f"{run.name} steers {theirs}, and {first.name} {ours}; a table is of one base: choose with --adapters "
+                "and --seeds."
+            )
         for i, (theirs, ours) in enumerate(zip(run.versions, first.versions, strict=True)):
             if theirs != ours:
                 words, others = (r.asked[i].get("words") or "not on record" for r in (run, first))

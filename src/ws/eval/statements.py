@@ -296,7 +296,7 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     rows = [
         [
             f"{float(r['alpha']):+g}",
-            estimate_text(r, "mean_score"),
+            estimate_text(r, "mean_score", ends=""),
             *(estimate_text(r, name) for name in ("shift", "shift_yes", "shift_no", "agreement")),
             mass_text(float(r["mean_pmass"]), int(r["n_low_pmass"]), problem),
         ]

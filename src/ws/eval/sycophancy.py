@@ -318,7 +318,7 @@ class Sycophancy(Evaluation):
                 rows.append(
                     [
                         f"{float(alpha):+g}",
-                        estimate_text(r, "mean_logratio"),
+                        estimate_text(r, "mean_logratio", ends=""),
                         estimate_text(r, "shift"),
                         "" if true is None else f"{float(true['shift']):+.2f}{f' {MARK}' if doubt else ''}",
                         mass_text(float(r["mean_pmass"]), int(r["n_low_pmass"]), problems[kind, alpha]),

@@ -45,7 +45,7 @@ from ws.eval.evaluation import (
     thought_notes,
 )
 from ws.eval.prompts import load_prompts, own_words, words_of
-from ws.eval.readable import FLAG, NATS, WRONGNESS, Readability, mass_text, notes, of_row, star, worst
+from ws.eval.readable import AGREEMENT, FLAG, NATS, WRONGNESS, Readability, mass_text, notes, of_row, star, worst
 from ws.eval.vignettes import CONDITIONS, HUB_CONFIG, HUB_ID, Vignette, about, draw_vignettes, load_vignettes
 from ws.files.runs import read_csv
 from ws.lm.choice import by_token
@@ -58,6 +58,8 @@ NAME, VERSION = "tinymfv_airisk", 1
 FRAMES = ("is_wrong", "is_acceptable")
 CHOICES = (("true", "1"), ("false", "0"))
 CLIP = 0.01
+# Columns of the summary that what is of both conditions, such as the gap, is read by.
+MASSES, AGREEMENTS = ("bool_mass_other", "bool_mass_self"), ("frame_agreement_other", "frame_agreement_self")
 FOUNDATIONS = ("Authority", "Care", "Fairness", "Liberty", "Loyalty", "Sanctity", "Social Norms")
 # The first foundation less the second: duty, purity and custom against sparing people harm.
 AXES = (("Sanctity", "Care"), ("Authority", "Care"), ("Loyalty", "Care"), ("Social Norms", "Care"))
@@ -254,7 +256,7 @@ def _read_columns(scores: Scores, base: Scores, *parts: np.ndarray) -> dict[str,
     row: dict[str, Any] = {}
     for condition in CONDITIONS:
         known = [readability(s, part)[condition] for s in (scores, base) for part in parts]
-        names = ("mass", "frame_agreement", FLAG)
+        names = ("mass", AGREEMENT, FLAG)
         columns = worst(known).columns() if known else dict.fromkeys(names)
         row |= {f"{name}_{condition}": columns[name] for name in names}
     return row
@@ -278,13 +280,13 @@ def summary_row(
 
     `human_corr` is Spearman's rank correlation of s_other with the human ratings, `human_corr_pearson` Pearson's, which
     tiny-mfv itself reports; both are empty when either is constant. `frame_agreement` is the share of texts that both
-    frames put on the same side.
+    frames put on the same side, `frame_agreement_other` and `frame_agreement_self` that of either condition.
     """
     s, s0 = signed_wrongness(scores), signed_wrongness(base)
     level, gap = estimate_mean(s[:, 0], n_boot), estimate_mean(s[:, 0] - s[:, 1], n_boot)
     moved = estimate_mean(s[:, 0] - s0[:, 0], n_boot)
     widened = estimate_mean((s[:, 0] - s[:, 1]) - (s0[:, 0] - s0[:, 1]), n_boot)
-    mass = scores["bool_mass"]
+    mass, agree = scores["bool_mass"], frames_agree(scores)
     row = {**key, "alpha": alpha, "n_vignettes": len(vignettes)}
     for name, e in (("wrongness", level), ("gap", gap), ("delta_wrongness", moved), ("delta_gap", widened)):
         row |= e.columns(name, "std", "ci_lo", "ci_hi")
@@ -293,7 +295,9 @@ def summary_row(
         "bool_mass_other": float(mass[:, 0].mean()),
         "bool_mass_self": float(mass[:, 1].mean()),
         **_human_correlations(s[:, 0], np.array([v.human_wrong for v in vignettes])),
-        "frame_agreement": float(frames_agree(scores).mean()),
+        AGREEMENT: float(agree.mean()),
+        "frame_agreement_other": float(agree[:, 0].mean()),
+        "frame_agreement_self": float(agree[:, 1].mean()),
         "n_low_mass": int((mass < LOW_MASS).sum()),
         **thought_columns(scores),
     }
@@ -313,7 +317,7 @@ def _human_correlations(scores: np.ndarray, ratings: np.ndarray) -> dict[str, fl
 
 def render(summary: Sequence[Mapping[str, Any]]) -> str:
     """The rows of the summary table, read from its file, as a table for people."""
-    read = [of_row(r, "bool_mass_other", "bool_mass_self") for r in summary]
+    read = [of_row(r, *MASSES, agreements=AGREEMENTS) for r in summary]
     (base,) = (x for r, x in zip(summary, read, strict=True) if float(r["alpha"]) == 0)
     problems = [worst([x, base]).problem for x in read]
     rows = [
@@ -321,7 +325,7 @@ def render(summary: Sequence[Mapping[str, Any]]) -> str:
             f"{float(r['alpha']):+g}",
             *(estimate_text(r, name, "+.3f") for name in ("wrongness", "gap", "delta_wrongness")),
             mass_text(x.mass, int(r["n_low_mass"]), problem),
-            f"{float(r['frame_agreement']):.2f}",
+            f"{x.agreement:.2f}",
             " / ".join(f"{float(r[name]):+.2f}" for name in ("human_corr", "human_corr_pearson") if r[name]),
         ]
         for r, x, problem in zip(summary, read, problems, strict=True)
@@ -392,6 +396,7 @@ class TinymfvAirisk(Evaluation):
             shift="delta_wrongness",
             mass="bool_mass_other",
             low="n_low_mass",
+            agreement="frame_agreement_other",
             n="n_vignettes",
             value="s_other_violate",
             floor=WRONGNESS,
@@ -401,7 +406,7 @@ class TinymfvAirisk(Evaluation):
     columns = (
         *("wrongness", "wrongness_ci_lo", "wrongness_ci_hi", "gap", "gap_ci_lo", "gap_ci_hi"),
         *("delta_wrongness", "delta_wrongness_ci_lo", "delta_wrongness_ci_hi"),
-        *("bool_mass_other", "bool_mass_self", "human_corr", "frame_agreement", "n_vignettes"),
+        *("bool_mass_other", "bool_mass_self", "human_corr", AGREEMENT, "n_vignettes"),
     )
     item_table, item = "per_vignette", "id"
     is_published = True

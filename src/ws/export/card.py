@@ -488,7 +488,7 @@ def _cells(
     return [
         f"{_label(score, row)}{config}",
         f"{alpha:+.4g}{''.join(known)}" if alpha else "0 (base)",
-        estimate_text(row, score.level, ".3f"),
+        estimate_text(row, score.level, ".3f", ends=score.level_ci),
         f"{estimate_text(row, score.shift, '+.3f')}{suffix}" if alpha else "",
         f"{float(row[score.mass]):.3f}{suffix}" if score.mass else "",
         row[score.n],

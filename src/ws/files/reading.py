@@ -216,7 +216,7 @@ def _is_number(text: str) -> bool:
 
 
 _NUMBER = re.compile(r"[+-]?(inf|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", re.ASCII)
-_TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$")
+_TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$|^vectors?$")
 _LONGEST = 4000  # digits of a whole number; Python refuses to read much longer ones
 
 

@@ -32,6 +32,7 @@ DILEMMAS, VIGNETTES = "model_eval", "airisk"
 TEXT_TOKENS, ANSWER_TOKENS = 512, 128
 # Arithmetic: of an answer that is to be a number alone, and of the thought before the other one.
 NUMBER_TOKENS, SOLUTION_TOKENS = 32, 256
+NO_PERSONA = "A plain text of the harness has no place for a persona: --interventions prompt needs --chat."
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,8 @@ class LmEvalOptions(EvalOptions):
             raise WsError(f"--num-fewshot must be 0 or more, not {self.num_fewshot}.")
         if self.include_path is not None and not self.include_path.is_dir():
             raise WsError(f"--include-path: there is no folder {self.include_path}.")
+        if "prompt" in self.interventions and not self.chat:
+            raise WsError(NO_PERSONA)
         if self.n_think or self.prompts or self.dataset:
             raise WsError("A harness task brings its own data and prompts: leave --dataset, --prompts, --n-think out.")
 

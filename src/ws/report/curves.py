@@ -93,6 +93,14 @@ class Curve:
     items: Mapping[int, Items]
 
     @property
+    def parted(self) -> str:
+        """Why its seeds, some with a positive strength, are pooled at none; empty where they are, or have none."""
+        tried = any(p.alpha > 0 for points in self.seeds.values() for p in points)
+        if not tried or nearest(self.pooled, 1.0):
+            return ""
+        return "seeds share no positive strength and are not pooled" if self.pooled else self.source
+
+    @property
     def shown(self) -> tuple[Point, ...]:
         """The pooled points; where seeds cannot be pooled, those of the first."""
         return self.pooled or next(iter(self.seeds.values()))

@@ -22,6 +22,7 @@ from ws.console import command_line
 from ws.delta import LinearDelta
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import DamagedError, WsError, did_you_mean
+from ws.eval.readable import AGREEMENT
 from ws.eval.suite import evaluations
 from ws.files.public import public
 from ws.files.reading import read_csv, read_json, typed
@@ -52,7 +53,7 @@ _PROFILE = frozenset({"board", "adapter", "seed", "intervention", "strength", "v
 _PROFILE_NUMBERS = ("z", "z_ci_lo", "z_ci_hi", "z_random")
 _SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreement", "rms_shift", "z_random")
 # Columns of numbers that tables of some evaluations have.
-_FURTHER = ("frame_agreement", "mass_other_violate", "frames_agree_other_violate")
+_FURTHER = (AGREEMENT, "frame_agreement_other", "mass_other_violate", "frames_agree_other_violate")
 _LABELLED = frozenset({"value_class", "protocol"})
 OTHER_TEXT = "made with another tokenizer or chat template"
 UNCERTAIN = "shown, but it is not on record which vector gave them"
@@ -196,7 +197,7 @@ class Contents:
         """The rows of `compare.csv` with these values in these columns."""
         return [row for row in self.compare if all(row[name] == value for name, value in columns.items())]
 
-    def against_nulls(self, adapter: str, score: str = "false_claims") -> Mapping[str, Any]:
+    def against_nulls(self, adapter: str, score: str) -> Mapping[str, Any]:
         """The row of `compare.csv` that holds the adapter's span of a score against all nulls; empty without."""
         return next(iter(self.compared(intervention=WEIGHT, adapter=adapter, part="span", score=score)), {})
 

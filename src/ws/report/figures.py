@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from ws.eval.evaluation import HeadlineScore
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
-from ws.report.words import cost_text, divergence_text, minus, p_text, shown, strength
+from ws.report.words import cost_text, counted, divergence_text, minus, p_text, shown, strength
 from ws.stats import LOW_MASS
 
 WIDTH, BROAD = 320.0, 880.0  # of a panel, and of one that has a page to itself
@@ -456,7 +456,9 @@ def profile_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     parts += _x_axis(x, bottom, "shift, standard deviations of the base")
     words = [f"{r['trait']} at {r['strength']}: {r['z']:+.2f}{' (moved)' * (r['moved'] is True)}" for r in here]
     label = f"{title}: standardised shifts of traits. {'; '.join(words)}."
-    return Figure(title, picture(bottom + 32, label, parts), f"the {len(shown_traits)} largest of {len(size)} traits")
+    meant, others = (f"{counted(len(targets), 'target')} and ", "other traits") if targets else ("", "traits")
+    largest = f"the {len(shown_traits) - len(targets)} largest of {len(size) - len(targets)} {others}"
+    return Figure(title, picture(bottom + 32, label, parts), f"{meant}{largest}")
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------

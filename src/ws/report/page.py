@@ -11,7 +11,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ws.eval.suite import evaluations
+from ws.eval.suite import evaluations, headline
 from ws.files.public import public_name
 from ws.report import sections, tables
 from ws.report.curves import Curve, curves_of, foundations_of
@@ -20,7 +20,7 @@ from ws.report.figures import Figure, dose_figures, forest_figure, foundation_fi
 from ws.report.notes import notes
 from ws.report.scores import of, shown_scores
 from ws.report.tables import Table
-from ws.report.verdict import Evidence, judge, warnings_of
+from ws.report.verdict import Evidence, judge, judged_by, warnings_of
 from ws.report.words import clean, counted, strength
 
 _MARKS = {"good": "\N{CHECK MARK}", "caution": "!", "against it": "\N{MULTIPLICATION X}", "missing": "?"}
@@ -143,13 +143,14 @@ def _other_blocks(
 ) -> list[Block]:
     """What all evaluations share, what is known against it, and where the vector lies."""
     rows = {s: sections.shift_rows(contents, curves, s.key) for s in shown_scores() if s.key != "true_claims"}
-    shifts = [forest_figure(score, known) for score, known in rows.items() if known]
+    shifts = [forest_figure(s, known) for s, known in rows.items() if known]
     checks = [tables.controls_table(contents, evidence), tables.confounds_table(contents)]
-    acts = foundations_of(contents, curves)
+    score, acts = headline(judged_by(contents)), foundations_of(contents, curves)
+    about_checks = sections.CHECKS.format(score=score.title, unit=score.unit)
     norms = sections.norm_figures(contents)
     return [
         Block("shifts", "Shifts", sections.SHIFTS, shifts, [tables.sources_table(curves)] if shifts else []),
-        Block("checks", "Controls", sections.CHECKS, (), [table for table in checks if table.rows], is_table=True),
+        Block("checks", "Controls", about_checks, (), [table for table in checks if table.rows], is_table=True),
         Block(
             "foundations",
             "Foundations",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ws.eval.airisk import Airisk
 from ws.eval.confounds import ConfoundChecks
 from ws.eval.evaluation import Evaluation, HeadlineScore
+from ws.eval.prompts import OWN
 from ws.eval.suite import evaluations
 from ws.eval.sycophancy import Sycophancy
 from ws.eval.tinymfv_airisk import TinymfvAirisk
@@ -27,6 +30,11 @@ def of(score: HeadlineScore) -> type[Evaluation]:
     """The evaluation of a score on a page."""
     assert score.evaluation is not None, "every score on a page is one of an evaluation"
     return score.evaluation
+
+
+def in_own_words(row: Mapping[str, str]) -> bool:
+    """Whether a row of claims was asked in the behaviour's own words, as those of before words were on record were."""
+    return row.get("words") in (None, "", OWN)
 
 
 def is_extra(cls: type[Evaluation]) -> bool:

@@ -14,7 +14,7 @@ from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, nearest
 from ws.report.data import Contents, Norms, Result, Row
 from ws.report.figures import Doses, Figure, Shift, norm_figure, profile_figure
-from ws.report.scores import CLAIMS, CONFOUNDS, of
+from ws.report.scores import CLAIMS, CONFOUNDS, in_own_words, of
 from ws.report.tables import Table, norms_table
 from ws.report.verdict import Evidence
 from ws.report.words import Question, counted, odds, shown, side_by_side, strength
@@ -71,10 +71,10 @@ SHIFTS = (
     "around it only. Alpha means something else for every family, so sizes do not rank families."
 )
 CHECKS = (
-    "What chance, training by itself, or mere agreement would do. Controls are of the span from −1u to +1u on false "
-    "claims where ws compare measured it: random vectors, one of pairs with exchanged sides (label-shuffled), and one "
-    "between two trainings on the same side, all of the vector's size. The columns “over” say by how many nats it goes "
-    "beyond them. To beat random vectors is no evidence of the behaviour: vectors trained on anything do."
+    "What chance, training by itself, or mere agreement would do. Controls are of the span from −1u to +1u of "
+    "{score} where ws compare measured it: random vectors, one of pairs with exchanged sides (label-shuffled), and one "
+    "between two trainings on the same side, all of the vector's size. The columns “over” say by how many {unit} it "
+    "goes beyond them. To beat random vectors is no evidence of the behaviour: vectors trained on anything do."
 )
 FOUNDATIONS = (
     "Shift of logit(wrongness) of others' acts against the base, in nats, by moral foundation with its number of "
@@ -284,8 +284,10 @@ def example(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evid
     return put(contents.behavior, run.name, row, items[item], choice)
 
 
-def _put_claim(behavior: Behavior, run: str, row: Row, values: Mapping[float, float], choice: str) -> Example:
-    """A claim, the likelier of the two answers, and its odds."""
+def _put_claim(behavior: Behavior, run: str, row: Row, values: Mapping[float, float], choice: str) -> Example | None:
+    """A claim, the likelier of the two answers, and its odds; None where it was asked in other words than these."""
+    if not in_own_words(row):
+        return None
     test, is_true = behavior.test, row["claim_is_true"] == "True"
     answers = {a: f"{test.agree if v > 0 else test.disagree}, {odds(abs(v))}" for a, v in values.items()}
     truth = f"The claim is {'true' if is_true else 'false'}: {test.agree if is_true else test.disagree} is right."

@@ -17,7 +17,7 @@ from ws.options.make import SIGNED
 from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
 from ws.report.data import Contents, Norms
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS
-from ws.report.verdict import Evidence
+from ws.report.verdict import Evidence, judged_by
 from ws.report.words import divergence_text, minus, p_text, shown, strength
 from ws.stats import estimate_text
 
@@ -83,33 +83,23 @@ def sources_table(curves: Mapping[tuple[str, str], Curve]) -> Table:
 
 
 def controls_table(contents: Contents, evidence: Sequence[Evidence]) -> Table:
-    """Every adapter against its controls and against its true claims."""
-    rows = []
+    """Every adapter against its controls and, where the shifts are on false claims, against its true ones."""
+    score = evidence[0].score if evidence else headline(judged_by(contents))
+    rows, of_claims = [], score.key == "false_claims"
     for e in evidence:
-        row = contents.against_nulls(e.adapter)
-        rows.append(
-            (
-                e.adapter,
-                "" if e.p_random is None else p_text(e.p_random),
-                _margin(row, "margin_shuffled"),
-                _margin(row, "margin_same_side"),
-                {None: "not known", True: "yes", False: "no"}[e.real],
-                "not known" if e.agreement is None else e.agreement.line,
-            )
-        )
-    header = (
-        "adapter",
-        "p, random (no evidence)",
-        "over label-shuffled",
-        "over same-side",
-        "beats all three",
-        "agreement",
-    )
-    return Table("False claims: controls, and what true claims do", header, tuple(rows))
+        row = contents.against_nulls(e.adapter, score.key)
+        cells = [e.adapter, "" if e.p_random is None else p_text(e.p_random)]
+        cells += [_margin(row, f"margin_{null}", score) for null in ("shuffled", "same_side")]
+        cells += [{None: "not known", True: "yes", False: "no"}[e.real]]
+        cells += ["not known" if e.agreement is None else e.agreement.line] if of_claims else []
+        rows.append(tuple(cells))
+    header = ("adapter", "p, random (no evidence)", "over label-shuffled", "over same-side", "beats all three")
+    caption = "False claims: controls, and what true claims do" if of_claims else f"Controls of {score.title}"
+    return Table(caption, (*header, *(["agreement"] if of_claims else [])), tuple(rows))
 
 
-def _margin(row: Mapping[str, Any], name: str) -> str:
-    return "not known" if row.get(name) is None else minus(estimate_text(row, name, "+z.2f"))
+def _margin(row: Mapping[str, Any], name: str, score: HeadlineScore) -> str:
+    return "not known" if row.get(name) is None else minus(estimate_text(row, name, f"+z.{score.digits}f"))
 
 
 def confounds_table(contents: Contents) -> Table:

@@ -11,11 +11,12 @@ from ws.analysis.controls import empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import FLAG, LEVEL, Readability, remedy, rounding_notes, worst
+from ws.eval.suite import headline
 from ws.lm.models import BUNDLED
 from ws.options.shared import WEIGHT
 from ws.report.curves import Curve, Point, nearest, simultaneous
 from ws.report.data import Contents, Result
-from ws.report.scores import CLAIMS, CONFOUNDS, of, shown_scores
+from ws.report.scores import CLAIMS, CONFOUNDS, in_own_words, of, shown_scores
 from ws.report.words import counted, divergence_text, odds, p_text, shown, strength
 from ws.stats import Estimate
 
@@ -222,7 +223,7 @@ def judged_by(contents: Contents) -> str:
 
 def _subject(contents: Contents) -> tuple[str, str, float, str]:
     """Of that score: what it is of, what moves, its floor and the unit of that."""
-    score = next(s for s in shown_scores() if s.key == judged_by(contents))
+    score = headline(judged_by(contents))
     if score.key == "false_claims":
         return "held-out claims", "agreement with held-out false claims", score.floor, score.unit
     return "held-out questions", f"{score.title} to held-out questions", score.floor, score.unit
@@ -234,15 +235,21 @@ def judge(contents: Contents, curves: Mapping[tuple[str, str], Curve]) -> Verdic
     others = (select(contents, curves, score.key).named for score in shown_scores() if score.key != "true_claims")
     e = claims.named or next(filter(None, others), None)
     checks = tuple(_checks(contents, e)) if e else ()
-    kind, sentence = _conclusion(contents, claims, checks)
+    parted = [c for (key, _), c in curves.items() if key == judged_by(contents) and c.parted]
+    kind, sentence = _conclusion(contents, claims, checks, parted)
     if e and e.score.key != judged_by(contents):
         sentence += f"; what can be read is below: {e.score.title}"
     return Verdict(kind, f"{sentence}.", claims, e, tuple(_headlines(contents, e)) if e else (), checks)
 
 
-def _conclusion(contents: Contents, claims: Selection, checks: Sequence[Check]) -> tuple[str, str]:
-    """The kind of a verdict and its sentence."""
+def _conclusion(
+    contents: Contents, claims: Selection, checks: Sequence[Check], parted: Sequence[Curve]
+) -> tuple[str, str]:
+    """The kind of a verdict and its sentence; `parted` are the curves whose seeds cannot be pooled at any strength."""
     items, what, floor, unit = _subject(contents)
+    if not claims.all and parted:
+        why = "; ".join(f"{curve.adapter}: {curve.parted}" for curve in parted)
+        return NOTHING, f"no shift on {items} is of all seeds of an adapter ({why}), and single seeds get no verdict"
     if not claims.all:
         why = f"no vector of {contents.name} has been put to the {items} at a positive strength yet"
         return NOTHING, f"{why}, so nothing is known of what it does to them"
@@ -311,7 +318,8 @@ def _headlines(contents: Contents, e: Evidence) -> list[Headline]:
     p, score = e.point, e.score
     levels, unit = [p.level.mean - p.shift.mean, p.level.mean], score.unit
     if unit == "nats":
-        claims = contents.behavior.claims if contents.behavior and of(score).stage == CLAIMS else None
+        asked = contents.of(e.adapter)[0].tables.get((CLAIMS, "summary")) if of(score).stage == CLAIMS else None
+        claims = contents.behavior.claims if contents.behavior and asked and in_own_words(asked[0]) else None
         unit = f"odds of {claims.agree} to {claims.disagree}" if claims else "odds"
     before, after = (odds(level) if score.unit == "nats" else shown(level, score.spec) for level in levels)
     way = {1: "; predicted: up", -1: "; predicted: down"}.get(contents.effect or 0, "")
@@ -396,8 +404,8 @@ def warnings_of(
             Caution(f"The runs are of {len(bases)} different bases, so they cannot be compared.", "provenance")
         )
     for curve in curves.values():
-        if not curve.pooled:
-            text = f"{curve.adapter}: seeds were asked different items about {curve.score.title} and are not pooled."
+        if why := curve.parted if curve.pooled else curve.source:
+            text = f"{curve.adapter}, {curve.score.title}: {why}."
             cautions.append(Caution(text, of(curve.score).place))
     if any(r.base in BUNDLED for r in contents.results):
         text = "The bundled models have such behaviours built into their training data: what is measured on them shows "
@@ -452,16 +460,18 @@ def _confounds(contents: Contents, evidence: Sequence[Evidence]) -> list[Caution
 
 
 def _prompt(contents: Contents) -> list[Caution]:
-    """Whether telling the model does more than any vector: the spans of `compare.csv` on false claims."""
+    """Whether telling the model does more than any vector: the spans of `compare.csv` of the verdict's score."""
     spans: dict[str, list[float]] = {}
-    for row in contents.compared(part="span", score="false_claims"):
+    score = headline(judged_by(contents))
+    for row in contents.compared(part="span", score=score.key):
         if not row.get(FLAG):
             spans.setdefault(row["intervention"], []).append(float(row["shift"]))
     prompt, ours = (max(spans.get(name, []), key=abs, default=0.0) for name in ("prompt", WEIGHT))
     if not ours or abs(prompt) <= abs(ours):
         return []
-    text = f"A system prompt moves agreement with false claims further (by {shown(prompt)} nats) "
-    return [Caution(f"{text}than any vector does from −1u to +1u (at most {shown(ours)}).", "checks")]
+    further, most = (shown(value, score.spec) for value in (prompt, ours))
+    text = f"A system prompt moves {score.title} further (by {further} {score.unit}) "
+    return [Caution(f"{text}than any vector does from −1u to +1u (at most {most}).", "checks")]
 
 
 def _calibrations(contents: Contents) -> list[Caution]:
