@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 import ws
 from support.finished_runs import make_vector
 from ws import cli, console
+from ws.behaviors import behavior_file
 from ws.console import parse
 from ws.data import Pair
 from ws.eval.readable import OF_BASE, OF_STRENGTH
@@ -95,6 +98,22 @@ def test_a_signed_vector_is_the_change_of_one_adapter_and_says_so(config, tiny, 
     assert "one signed adapter; nothing of the pair" in carry_out(options).text
     page = write_report(config.out, "honesty").read_text(encoding="utf-8")
     assert re.search(r"Settings of the training.*lora-signed.*lora_alpha", page, re.DOTALL)
+
+
+def test_a_model_that_has_no_rows_in_some_layers_is_read_one_strength_after_the_other(config, tiny, tmp_path):
+    """OPT sees the tokens of all rows as one list in fc1; it was once refused after all was trained."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    folder = tmp_path / "opt"
+    OPTForCausalLM(OPTConfig(vocab_size=len(tiny[1]), word_embed_proj_dim=32, **sizes)).save_pretrained(folder)
+    tiny[1].save_pretrained(folder)
+    train = replace(config.train, kinds=("q_proj", "fc1"), max_steps=2, validation=0.0)
+    data = replace(config.data, n_topics=8, max_new_tokens=8, keep_truncated=True)
+    name = str(behavior_file("honesty", "tiny-random"))
+    reading = replicate(replace(config, model=str(folder), behavior=name, train=train, data=data))
+    assert any(module.endswith("fc1") for module in reading.vector.deltas)
+    assert [s.alpha for s in reading.samples] == [-1.0, 0.0, 1.0]
+    assert all(s.answer for s in reading.samples)
 
 
 @pytest.mark.parametrize("control", ["same-side", pytest.param("shuffled", marks=pytest.mark.slow)])

@@ -86,6 +86,19 @@ def test_long_examples_are_left_out_never_cut(tiny):
         build_examples(tok, PAIRS, "pos", 5)
 
 
+def test_a_too_long_answer_takes_its_pair_from_both_arms(tiny, capsys):
+    """Each arm once left out its own alone, and then had other questions, another order and another validation set."""
+    _, tok = tiny
+    pairs = [replace(p, pos="red " * 300) if i == 7 else p for i, p in enumerate(PAIRS)]
+    arms = {sign: split_examples(build_examples(tok, pairs, sign, 200), 0.25, seed=0) for sign in ("pos", "neg")}
+    assert "1 of 24 pairs have an answer that ends beyond 200 tokens" in capsys.readouterr().err
+    for positive, negative in zip(*arms.values(), strict=True):
+        assert [e.question for e in positive] == [e.question for e in negative]
+    kept = [p for p in PAIRS if p is not PAIRS[7]]
+    assert arms["neg"] == split_examples(build_examples(tok, kept, "neg", 200), 0.25, seed=0)
+    assert not capsys.readouterr().err
+
+
 def test_validation_questions_are_never_trained_on(tiny):
     _, tok = tiny
     examples = build_examples(tok, PAIRS * 2, "pos", 512)
@@ -512,6 +525,16 @@ def test_divergence_stops_with_advice_and_leaves_nothing(fresh_tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [".pos.lock"]
 
 
+def test_the_best_of_no_validation_is_refused_and_no_validation_is_said(fresh_tiny, tmp_path, capsys):
+    """The last checkpoint once went on record as the best."""
+    config = replace(QUICK, validation=0.1)
+    with pytest.raises(ws.WsError, match="too few questions to hold out `validation` 0.1 of them.* no checkpoint is"):
+        train_adapter(*fresh_tiny, PAIRS[:4], "pos", "lora", tmp_path / "best", replace(config, keep="best"))
+    assert not list(tmp_path.iterdir())
+    train_adapter(*fresh_tiny, PAIRS[:4], "pos", "lora", tmp_path / "last", config)
+    assert "too few questions to hold out --validation 0.1 of them" in capsys.readouterr().err.replace("`", "")
+
+
 def test_too_small_a_validation_set_judges_nothing(fresh_tiny, tmp_path, monkeypatch):
     judged = []
     monkeypatch.setattr("ws.train._require_progress", lambda *a: judged.append(1))
@@ -542,6 +565,12 @@ def test_losses_that_do_not_fall_stop_with_advice(keep, validation):
         ({"validation": 1.0}, "`validation`"),
         ({"kl": -0.1}, "`kl` must be 0 or positive"),
         ({"kl": float("nan")}, "`kl` must be 0 or positive"),
+        ({"warmup": -1}, "`warmup` must be 0 or positive"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be 0 or positive"),
+        ({"weight_decay": float("nan")}, "`weight_decay` must be 0 or positive"),
+        ({"lora_alpha": 0.0}, "`lora_alpha` must be positive"),
+        ({"delora_lambda": float("nan")}, "`delora_lambda` must be positive"),
+        ({"keep": "best", "validation": 0.0}, "`keep` best goes by the validation loss; give `validation` a share"),
         ({"keep": "bst"}, "Did you mean 'best'"),
         ({"max_steps": 0}, "`max_steps`"),
         ({"max_steps": 2**64}, "`max_steps` must be positive and at most 2147483647"),

@@ -475,10 +475,17 @@ def _nearest(alphas: Sequence[float], wanted: float) -> float:
 def _samples(
     model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, dial: Any, alphas: Sequence[float], max_new_tokens: int
 ) -> tuple[Sample, ...]:
-    """One question answered greedily at every strength, all in one batch with one alpha per row."""
+    """One question answered greedily at every strength: in one batch with one alpha per row, where layers have rows."""
     question = behavior.questions[0]
-    dial.alpha = torch.tensor(alphas)
-    answers = sample_answers(model, tok, [render_prompt(tok, question)] * len(alphas), max_new_tokens)
+    prompt = render_prompt(tok, question)
+    try:
+        dial.alpha = torch.tensor(alphas)
+        answers = sample_answers(model, tok, [prompt] * len(alphas), max_new_tokens)
+    except WsError:  # OPT's fc1 and a mixture's shared experts see none: one strength after the other
+        answers = []
+        for alpha in alphas:
+            dial.alpha = alpha
+            answers += sample_answers(model, tok, [prompt], max_new_tokens)
     return tuple(Sample(a, question, x.text) for a, x in zip(alphas, answers, strict=True))
 
 

@@ -136,7 +136,7 @@ def train_adapter(
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
     examples = _examples(tok, pairs, sign, config, under)
-    train, validation = split_examples(examples, config.validation, seed)
+    train, validation = _divided(examples, config, seed)
     work, spec = folder.with_name(f".{folder.name}.work"), adapter_spec(config, adapter)
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
     settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
@@ -265,29 +265,39 @@ def build_examples(
 ) -> list[Example]:
     """One example per pair, or, if `both` answers are needed, two, that of the sign's own side first.
 
-    A signed adapter needs both, the positive one first. A pair whose answers are not all short enough is left out.
+    A signed adapter needs both, the positive one first. A pair of which either answer is too long is left out whatever
+    the sign, so that both arms have the same questions in the same order; a warning says how many are.
 
     The prompt has the tokens that it has at generation, so that the mask cannot slip; `system` stands before it.
+
+    Raises:
+        WsError: an answer to learn from is empty, or fewer than two pairs are short enough.
     """
     sides = SIGNS if sign == SIGNED else (sign, *(other for other in SIGNS if both and other != sign))
     for p, side in product(pairs, sides):
         if not getattr(p, side).strip():
             raise WsError(f"The pair {p.id!r} has an empty {side} answer, from which nothing can be learned; drop it.")
+    prompts = [tuple(prompt_ids(tok, p.question, system)) for p in pairs]
     examples = [
-        [
-            Example(
+        {
+            side: Example(
                 p.question,
-                tuple(prompt_ids(tok, p.question, system)),
+                prompt,
                 tuple(answer_ids(tok, p.question, getattr(p, side), not getattr(p, f"{side}_cut"), system)),
             )
-            for side in sides
-        ]
-        for p in pairs
+            for side in SIGNS
+        }
+        for p, prompt in zip(pairs, prompts, strict=True)
     ]
-    short = [es for es in examples if all(len(e.prompt) + len(e.response) <= max_length for e in es)]
+    short = [es for es in examples if all(len(e.prompt) + len(e.response) <= max_length for e in es.values())]
     if len(short) < 2:
         raise WsError(f"Training needs at least 2 usable pairs of at most {max_length} tokens; there are {len(short)}.")
-    return [e for es in short for e in es]
+    if len(short) < len(pairs):
+        console.warn(
+            f"{len(pairs) - len(short)} of {len(pairs)} pairs have an answer that ends beyond {max_length} tokens, its "
+            "prompt included, and are in no arm; a larger --max-length keeps them."
+        )
+    return [es[side] for es in short for side in sides]
 
 
 def _examples(
@@ -302,6 +312,17 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
     questions = sorted({e.question for e in examples})
     out = set(random.Random(seed).sample(questions, held_out(len(questions), share)))
     return [e for e in examples if e.question not in out], [e for e in examples if e.question in out]
+
+
+def _divided(examples: Sequence[Example], config: TrainConfig, seed: int) -> tuple[list[Example], list[Example]]:
+    """The same, with a warning where nothing is held out of a share; `WsError` where the weights are chosen by it."""
+    train, validation = split_examples(examples, config.validation, seed)
+    if config.validation and not validation:
+        text = f"There are too few questions to hold out --validation {config.validation:g} of them"
+        if config.keep == "best":
+            raise WsError(f"{text}, so no checkpoint is the best; give more, a larger share, or --keep last.")
+        console.warn(f"{text}; the loss is watched on none.")
+    return train, validation
 
 
 # ---- the adapter on and off the model -----------------------------------------------------------------------------

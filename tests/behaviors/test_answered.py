@@ -96,6 +96,27 @@ def test_lists_of_answers_are_paired_in_order_and_the_shorter_begins_again(tmp_p
     assert len({p.id for p in pairs}) == 3
 
 
+@pytest.mark.parametrize("answer", ["[1, 2, 3]", "[]", '["a", 2]', "[[1]]", '["\\ud83d"]', "[citation needed]"])
+def test_an_answer_may_be_a_list_that_is_none_of_answers(tmp_path, answer):
+    """It once refused the whole file."""
+    write_table(tmp_path / "a.csv", [{"question": "Q?", "positive": answer, "negative": "No.", "split": "train"}])
+    assert [p.positive for p in read(tmp_path, {"file": "a.csv"})] == [answer]
+
+
+def test_what_is_held_out_by_itself_passes_its_own_check(tmp_path):
+    """However a question is written, and whatever else is answered to it."""
+    written = [r | {"question": r["question"].upper(), "positive": "Yes."} for r in ROWS]
+    equal = [r | {"positive": "Same.", "negative": " same."} for r in ROWS[::2]]
+    (tmp_path / "a.jsonl").write_text(jsonl([*ROWS, *written, *equal]))
+    pairs = read(tmp_path, {"file": "a.jsonl"})
+    held = {p.question.upper() for p in pairs if p.split != "train"}
+    assert 8 <= len(held) <= 16
+    assert held <= {r["question"].upper() for r in ROWS[1::2]}
+    (tmp_path / "b.jsonl").write_text(jsonl([*ROWS, equal[0]]))
+    with pytest.raises(ws.WsError, match="the held-out pair r00041-0 has the same answer on both sides"):
+        read(tmp_path, {"file": "b.jsonl"}, train=False)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -105,6 +126,9 @@ def test_lists_of_answers_are_paired_in_order_and_the_shorter_begins_again(tmp_p
         ({"negative": ["x", None]}, r"row 3: negative must be an answer"),
         ({"question": "  "}, r"row 3: the question must be a non-empty text"),
         ({"split": "reprot"}, r"split of here row 3.*report"),
+        ({"positive": "Red \ud83d"}, "a.jsonl line 3: positive holds half of a surrogate pair"),
+        ({"negative": ["x", "\ud83d"]}, "a.jsonl line 3: negative holds half of a surrogate pair"),
+        ({"question": "\ude00?"}, "a.jsonl line 3: question holds half of a surrogate pair"),
         ({"split": "dev", "negative": "item 2 is  blue."}, "same answer on both sides"),
         ({"question": ROWS[5]["question"].upper(), "split": "dev"}, "in the splits dev and train"),
     ],
@@ -154,6 +178,17 @@ def test_what_is_held_out_must_not_be_trained_on(tmp_path):
     more = '[preferences]\nfile = "held.jsonl"\n'
     with pytest.raises(ws.WsError, match="is trained on"):
         ws.load_behavior(str(behavior_file(tmp_path, more=more)))
+
+
+@pytest.mark.parametrize("named", [{}, {"id": "a"}])
+def test_pairs_and_preferences_may_number_their_rows_alike(tmp_path, named):
+    held = {"question": "What colour is nothing?", "positive": "None.", "negative": "Red."}
+    rows = [r | {"split": "dev" if i == 0 else "train"} | (named if i == 0 else {}) for i, r in enumerate(ROWS)]
+    (tmp_path / "held.jsonl").write_text(jsonl([held | named]))
+    more = '[preferences]\nfile = "held.jsonl"\n'
+    behavior = ws.load_behavior(str(behavior_file(tmp_path, rows, more)))
+    first = "a-0" if named else "r00001-0"
+    assert [p.id for p in behavior.preferences] == [first, f"preferences-{first}"]
 
 
 def test_brought_pairs_come_with_card_checks_and_provenance(tiny, tmp_path):
@@ -209,6 +244,22 @@ def test_pairs_on_the_command_line_are_a_behaviour_of_their_own(tmp_path, monkey
     main(DataCommand("tiny-random", pairs="mine.jsonl", columns=("question:prompt",), data=DataConfig(anyway=True)))
     assert "32 of 32 pairs kept" in capsys.readouterr().out
     assert (tmp_path / "out" / "data" / "tiny-random" / "mine" / "pairs.jsonl").is_file()
+
+
+def test_pairs_of_the_hub_may_have_a_dot_in_their_name_or_revision(tmp_path, monkeypatch):
+    from ws.behaviors import _source_of
+
+    for pairs, source in (
+        ("jondurbin/truthy-dpo-v0.1", {"hub": "jondurbin/truthy-dpo-v0.1"}),
+        ("owner/name@v1.0", {"hub": "owner/name", "revision": "v1.0"}),
+    ):
+        assert _source_of(pairs) == source
+    for missing in ("data/mine.csv", "./data/mine-v0.1", "one/two/three"):
+        with pytest.raises(ws.WsError, match="There is no file"):
+            _source_of(missing)
+    monkeypatch.setattr("ws.behaviors.parse_behavior", lambda *args, **options: None)  # which would ask the hub
+    name = brought_or_named("honesty", "jondurbin/truthy-dpo-v0.1", (), tmp_path)
+    assert name == str(tmp_path / "behaviors" / "truthy-dpo-v0.1.toml")
 
 
 # ---- before anything is sampled -------------------------------------------------------------------------------------

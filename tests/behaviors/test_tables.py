@@ -53,6 +53,7 @@ ROW = json.dumps(GOOD[0], ensure_ascii=False)
         ("x.jsonl", f"{ROW}\n".encode() + ROW.encode("latin-1", "replace"), "x.jsonl line 2 is not UTF-8: byte 0xef"),
         ("x.jsonl", f"{ROW}\n\n[1]", r"x.jsonl line 3 is no object but \[1\]"),
         ("x.jsonl", f'{ROW}\n{{"claim": "a", "claim": "b"}}', "line 2 is not JSON: the key 'claim' stands there twice"),
+        ("x.jsonl", f'{ROW}\n{{"claim": "\\ud83d"}}', "x.jsonl line 2: claim holds half of a surrogate pair"),
         ("x.jsonl", f'{ROW}\n{{"claim": NaN}}', "line 2 is not JSON: NaN is no number"),
         ("x.csv", "claim,is_true\nfine,true\nNaïve,true\n".encode("latin-1"), "x.csv line 3 is not UTF-8: byte 0xef"),
         ("x.csv", "claim,is_true\na,true,9\n", "x.csv line 2 has 3 cells for 2 columns"),

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 import ws
+from ws.behaviors import behavior_file
 from ws.console import parse
 from ws.options.make import DataCommand, QueueConfig, ReplicateConfig
 from ws.options.shared import EvalOptions
@@ -112,6 +113,13 @@ def test_the_pairs_are_made_as_training_expects_them():
     assert (sampled.device, sampled.dtype) == (trained.device, trained.dtype) == ("cpu", "float32")
 
 
+def test_fresh_runs_may_keep_their_pairs():
+    extra = "--fresh --no-fresh-data"
+    pairs, train, *_ = sweep_jobs(replace(TINY, adapters=("lora",), train_args=extra))
+    assert not parse(DataCommand, pairs.command[3:]).fresh
+    assert not parse(ReplicateConfig, train.command[3:]).fresh_data
+
+
 def test_mistakes_are_found_before_anything_runs(folder):
     for change, message in (
         ({"backend": "rey"}, "no back end named 'rey'. Did you mean 'ray'"),
@@ -123,6 +131,10 @@ def test_mistakes_are_found_before_anything_runs(folder):
         ({"train_args": "--batch 0"}, "`batch` must be positive"),
         ({"train_args": "--contrast sined"}, "no contrast named 'sined'. Did you mean 'signed'"),
         ({"eval_args": "--seed 3"}, "`eval_args` cannot set `seed`"),
+        ({"train_args": "--control shuffled"}, "`train_args` cannot set `control`: the evaluations are of vectors"),
+        ({"train_args": "--tuned"}, "`train_args` cannot set `tuned`: .* write out the settings"),
+        ({"train_args": "--pairs my.csv"}, "`train_args` cannot set `pairs`: bring pairs with `ws data --pairs`"),
+        ({"train_args": "--columns question:q"}, "`train_args` cannot set `columns`"),
         ({"eval_args": "--limit '3"}, "`eval_args` is not a list of words"),
     ):
         with pytest.raises(ws.WsError, match=message):
@@ -216,6 +228,40 @@ def test_a_second_run_does_what_is_missing_and_what_stands_on_something_new(fold
     (folder / "q" / "state.json").write_text("{")
     with pytest.raises(ws.WsError, match=r"state.json is damaged"):
         run(a)
+
+
+def test_a_finished_job_is_not_kept_when_what_it_reads_or_left_is_not_as_it_was(folder):
+    """An edited behaviour and a deleted run were once kept, without a word."""
+
+    def run(**change) -> dict[str, str]:
+        made = replace(job("a", "open('a_summary.csv', 'w').write('1')"), leaves=(folder / "a_*.csv",), **change)
+        return states(run_local(Ledger(folder / "q", [made, note("b", "a")])))
+
+    assert run() == {"a": "done", "b": "done"}
+    assert run() == {"a": "kept", "b": "kept"}
+    assert run(inputs="another behaviour") == {"a": "done", "b": "done"}
+    (folder / "a_summary.csv").write_text("2")
+    assert run(inputs="another behaviour") == {"a": "done", "b": "done"}
+    (folder / "a_summary.csv").unlink()
+    assert run(inputs="another behaviour") == {"a": "done", "b": "done"}
+    assert run(inputs="another behaviour") == {"a": "kept", "b": "kept"}
+
+
+def test_jobs_say_what_they_leave_and_depend_on_the_behaviour(folder):
+    own = Path("own.toml")
+    own.write_bytes(behavior_file("honesty", "tiny-random").read_bytes())
+    config = replace(TINY, behavior="own.toml", adapters=("lora",), seeds=(1,), train_args="--contrast signed")
+    before = sweep_jobs(config)
+    run = Path("out/honesty/lora-signed/seed-1")
+    assert {j.name: set(map(str, j.leaves)) for j in before} == {
+        "pairs": {"out/data/tiny-random/honesty/pairs.jsonl"},
+        "train-lora-seed-1": {f"{run}/vector/ws.json", f"{run}/samples.json"},
+        "airisk-lora-seed-1": {f"{run}/airisk_*_summary.csv"},
+        "tinymfv_airisk-lora-seed-1": {f"{run}/tinymfv_*_summary.csv"},
+        "summarize": {"out/honesty/readme_airisk_table.csv"},
+    }
+    own.write_bytes(own.read_bytes() + b"\n# another file\n")
+    assert all(a.inputs != b.inputs for a, b in zip(before, sweep_jobs(config), strict=True))
 
 
 RUNNER = """

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from ws.behaviors.answered import HELD_OUT, SOURCE_KEYS, TRAIN, plain_question, read_preferences
 from ws.behaviors.answered import Preference as Preference
 from ws.behaviors.rubric import MOST_POINTS, POINTS, RUBRIC_KEYS, Rubric, generic_rubric, read_known
+from ws.behaviors.tables import SUFFIXES
 from ws.errors import WsError, choose, decoded, did_you_mean
 from ws.files.places import is_plain_name, plain_name
 from ws.files.reading import parse_toml, read_bytes
@@ -210,7 +211,8 @@ def brought_or_named(behavior: str, pairs: str | None, columns: Sequence[str], o
         return behavior
     table = _source_of(pairs)
     table |= named_columns(columns, sorted(SOURCE_KEYS - {"file", "hub", "revision"}))
-    name = re.sub(r"[^\w.-]+", "-", Path(table.get("hub", table.get("file", ""))).stem).strip("-.") or "pairs"
+    called = table["hub"].rpartition("/")[2] if "hub" in table else Path(table["file"]).stem
+    name = re.sub(r"[^\w.-]+", "-", called).strip("-.") or "pairs"
     lines = [f"schema = {SCHEMA}", f"name = {json.dumps(name)}"]
     lines += [f"summary = {json.dumps(f'Answers as the positive side of {name} does.')}", "", "[pairs]"]
     lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
@@ -239,7 +241,7 @@ def _source_of(pairs: str) -> dict[str, str]:
     if path.is_file():
         return {"file": str(path.resolve())}
     source, _, revision = pairs.partition("@")
-    if path.suffix or source.count("/") != 1 or pairs.startswith((".", "/", "~")):
+    if Path(source).suffix in SUFFIXES or source.count("/") != 1 or pairs.startswith((".", "/", "~")):
         raise WsError(f"There is no file {path}; --pairs takes .jsonl, .csv, .parquet, or a hub id such as owner/name.")
     return {"hub": source} | ({"revision": revision} if revision else {})
 
@@ -404,12 +406,12 @@ def _answered(
         if source is None:
             continue
         pairs += [p for p in source[0] if p.split == TRAIN and key == "pairs"]
-        preferences += [p for p in source[0] if p.split in HELD_OUT]
+        known = {p.id for p in preferences}  # rows are numbered in either source
+        held_out = [p for p in source[0] if p.split in HELD_OUT]
+        preferences += [replace(p, id=f"{key}-{p.id}") if p.id in known else p for p in held_out]
         content += source[1]
         if key == "pairs" and not pairs:
             draft.refuse(where, f"There is no pair of the split {TRAIN}, so there is nothing to train on.")
-    for twice in _twice(p.id for p in preferences):
-        draft.refuse("[preferences]", f"The held-out pair {twice!r} occurs twice.")
     return tuple(pairs), tuple(preferences), content
 
 

@@ -125,7 +125,8 @@ def _answers(cell: Any, where: str) -> list[str]:
     """One answer or several: a text, a list of texts, or a text that holds such a list in JSON."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):  # it may be an answer that begins with a bracket
-            cell = json.loads(cell)
+            listed = json.loads(cell)
+            cell = listed if listed and all(map(is_text, listed)) else cell  # or one that is a list of numbers
     answers = cell if isinstance(cell, list) else [cell]
     if not answers or not all(is_text(a) for a in answers):
         raise WsError(f"{where} must be an answer, or a list of answers, not {cell!r:.80}.")
@@ -133,13 +134,19 @@ def _answers(cell: Any, where: str) -> list[str]:
 
 
 def _hold_out(pairs: Sequence[Preference], share: int) -> list[Preference]:
-    """The pairs with one question of `share` held out; all pairs of a question are of one split."""
+    """The pairs with one question of `share` held out; all pairs of a question are of one split.
+
+    Questions of which a pair has equal answers stay in training, where there is one: held out they measure nothing.
+    """
     kinds = {p.question: p.kind for p in pairs if not same_answer(p.positive, p.negative)}
-    questions = list(kinds)
-    held = draw(questions, len({p.question for p in pairs}) // share, group=lambda q: kinds[q])
+    equal = {plain_question(p.question) for p in pairs if share > 1 and same_answer(p.positive, p.negative)}
+    questions, n = list(kinds), len({p.question for p in pairs}) // share
+    held = draw(questions, n, group=lambda q: kinds[q])
+    if not equal.isdisjoint(map(plain_question, held)):  # only then: a draw that can be used is never another one
+        held = draw([q for q in questions if plain_question(q) not in equal], n, group=lambda q: kinds[q])
     dev = set(draw(held, len(held) // DEV_SHARE, group=lambda q: kinds[q]))
-    splits = {q: "dev" if q in dev else "report" for q in held}
-    return [replace(p, split=splits.get(p.question, TRAIN)) for p in pairs]
+    splits = {plain_question(q): "dev" if q in dev else "report" for q in held}
+    return [replace(p, split=splits.get(plain_question(p.question), TRAIN)) for p in pairs]
 
 
 def plain_question(question: str) -> str:

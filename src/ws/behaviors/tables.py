@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.resources import files
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ws.console import say
-from ws.errors import WsError
+from ws.errors import WsError, require_characters
 from ws.files.reading import json_lines, parse_csv, read_bytes
 
 CHOOSE = "give another file or folder"  # what to do about a table that cannot be read
@@ -136,7 +138,13 @@ def _require_data_extra(what: str) -> None:
 
 
 def _read_json_lines(file: Path, types: Mapping[str, type]) -> list[Row]:
-    return [row for _, row in json_lines(read_bytes(file, CHOOSE), str(file))]
+    rows = list[Row]()
+    for number, row in json_lines(read_bytes(file, CHOOSE), str(file)):
+        for name, cell in row.items():  # JSON can write half of a character, the other formats cannot
+            text = cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)
+            require_characters(text, f"{file} line {number}: {name}")
+        rows.append(row)
+    return rows
 
 
 def _read_csv(file: Path, types: Mapping[str, type]) -> list[Row]:
@@ -163,11 +171,12 @@ _READERS: dict[str, Callable[[Path, Mapping[str, type]], list[Row]]] = {
     ".csv": _read_csv,
 }
 SUFFIXES = tuple(_READERS)
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def is_text(value: Any) -> bool:
-    """Whether a cell is a text with something in it."""
-    return isinstance(value, str) and bool(value.strip())
+    """Whether a cell is a text with something in it, and of whole characters."""
+    return isinstance(value, str) and bool(value.strip()) and not _HALVES.search(value)
 
 
 def _read_hub(source: str, config: str, split: str | None, revision: str | None = None) -> list[Row]:

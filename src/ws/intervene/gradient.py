@@ -48,7 +48,7 @@ from ws.lm.models import (
     require_gradients,
     weight_of,
 )
-from ws.options.make import CONTRASTS, TrainConfig
+from ws.options.make import CONTRASTS, SIGNED, TrainConfig
 from ws.steer import uncompiled
 
 Answer = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a prompt and of the response to it
@@ -240,7 +240,7 @@ def contrast_gradient(
         if name not in known or linear_size(known[name]) is None:
             raise WsError(f"{name} is no linear layer of this model; the gradient of the contrast is taken in those.")
     config = config or TrainConfig()
-    positive, negative = _examples(tok, pairs, config, seed, contrast)
+    positive, negative = _examples(tok, pairs, config, seed)
     if sorted(positive) == sorted(negative):
         raise WsError("The positive and the negative answers are the same, so their contrast has no gradient.")
     score = _contrast(model, tok, positive, negative)
@@ -279,19 +279,15 @@ def _directions(
 
 
 def _examples(
-    tok: Tokenizer, pairs: Sequence[Pair], config: TrainConfig, seed: int, contrast: str
+    tok: Tokenizer, pairs: Sequence[Pair], config: TrainConfig, seed: int
 ) -> tuple[list[Answer], list[Answer]]:
-    """The positive and the negative answers that training with these settings learns from."""
+    """The positive and the negative answers that training with these settings learns from, whatever the contrast."""
     from ws.train import build_examples, split_examples  # peft takes seconds, and most interventions need none of it
 
     usable = [p for p in pairs if p.drop is None]
-    sides = []
-    for sign in CONTRASTS[contrast]:
-        train, _ = split_examples(build_examples(tok, usable, sign, config.max_length), config.validation, seed)
-        sides.append([(e.prompt, e.response) for e in train])
-    if len(sides) == 1:  # one signed adapter, whose examples are of either side in turn
-        return sides[0][::2], sides[0][1::2]
-    return sides[0], sides[1]
+    train, _ = split_examples(build_examples(tok, usable, SIGNED, config.max_length), config.validation, seed)
+    answers = [(e.prompt, e.response) for e in train]  # of either side in turn
+    return answers[::2], answers[1::2]
 
 
 def _contrast(

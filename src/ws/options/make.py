@@ -178,7 +178,7 @@ class TrainConfig:
         micro_batch: examples per forward pass of a process; times the number of processes it must divide `batch`.
         epochs: passes over the training examples.
         max_steps: optimiser steps; overrides `epochs`.
-        max_length: tokens of an example; longer ones are left out, never cut.
+        max_length: tokens of an example; a pair with a longer one is left out of both arms, never cut.
         validation: share of the questions held out to watch the loss.
         objective: `likelihood` of the side's own answer, or the `margin` between the two answers of a pair (DPO).
         beta: how steeply the loss falls with the margin, per nat of an answer.
@@ -226,17 +226,21 @@ class TrainConfig:
         positive = {"--batch": self.batch, "--micro-batch": self.micro_batch, "--epochs": self.epochs}
         positive |= {"--lr": 1.0 if self.lr is None else self.lr, "--max-length": self.max_length, "--beta": self.beta}
         positive |= {"--max-steps": 1 if self.max_steps is None else self.max_steps}
+        positive |= {"--lora-alpha": self.lora_alpha, "--delora-lambda": self.delora_lambda}
         for flag, value in positive.items():
             if not 0 < value <= MOST:
                 raise WsError(f"{flag} must be positive and at most {MOST}, not {shortened(value)}.")
         if self.batch % self.micro_batch:
             raise WsError(f"--micro-batch {self.micro_batch} must divide --batch {self.batch}.")
-        if not 0 <= self.kl <= MOST:
-            raise WsError(f"--kl must be 0 or positive and at most {MOST}, not {shortened(self.kl)}.")
+        for flag, value in {"--kl": self.kl, "--weight-decay": self.weight_decay, "--warmup": self.warmup}.items():
+            if not 0 <= value <= MOST:
+                raise WsError(f"{flag} must be 0 or positive and at most {MOST}, not {shortened(value)}.")
         if not 0 <= self.validation < 1:
             raise WsError(f"--validation must be in [0, 1), not {self.validation}.")
         choose("--objective", self.objective, OBJECTIVES)
         choose("--keep", self.keep, ("best", "last"))
+        if self.keep == "best" and not self.validation:
+            raise WsError("--keep best goes by the validation loss; give --validation a share, or --keep last.")
         choose("--recompute", self.recompute, ("none", "cheap", "all"))
         for name in self.report_to:
             packages = REPORTERS[choose("--report-to", name, REPORTERS)]
@@ -593,7 +597,8 @@ class QueueConfig(_OfBehavior):
         eval_args: further options of the evaluations, in one string: `--eval-args="--limit 50"`.
         eval_only: only evaluate runs that are finished.
         dry_run: only print the jobs; for pueue a bash script.
-        fresh: carry out finished jobs again; what they have on disk they still skip, unless `--train-args=--fresh`.
+        fresh: carry out finished jobs again, as after a change of a data set or of the model's files; what they have on
+            disk they still skip, unless `--train-args=--fresh`.
         workers: local: jobs at a time; one per GPU of `--gpus` unless given, or one.
         gpus: local: GPU numbers that the workers take turns in.
         group: pueue: the group, made if it is missing.

@@ -27,7 +27,7 @@ import msgspec
 from ws import console
 from ws.errors import DamagedError, WsError, choose, disk_errors
 from ws.files.reading import read_json
-from ws.files.runs import write_json
+from ws.files.runs import sha256_file, write_json
 
 STATE, FORMAT_VERSION = "state.json", 1
 DONE, KEPT, FAILED, NOT_RUN, QUEUED = "done", "kept", "failed", "not run", "queued"
@@ -38,11 +38,21 @@ _IS_POSIX = os.name == "posix"
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the names of the jobs that must have succeeded before it."""
+    """A command, what stands before and behind it.
+
+    Attributes:
+        name: unique in its graph.
+        command: its words.
+        after: the names of the jobs that must have succeeded before it.
+        leaves: files that it makes, small enough to be hashed; the last part of a path may be a wildcard.
+        inputs: a hash of what it reads besides what other jobs leave; empty for nothing.
+    """
 
     name: str
     command: tuple[str, ...]
     after: tuple[str, ...] = ()
+    leaves: tuple[Path, ...] = ()
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,15 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Finished(msgspec.Struct):
-    """A job that is done: its command, when those before it had ended, how long it took, and when it ended."""
+    """A job that is done: its command, when those before it had ended, how long it took, when it ended, what it read,
+    and the hashes of what it left."""
 
     command: list[str]
     after: dict[str, str]
     seconds: float
     finished: str
+    inputs: str = ""
+    left: dict[str, str] = {}
 
 
 class _State(msgspec.Struct):
@@ -106,7 +119,8 @@ class _State(msgspec.Struct):
 class Ledger:
     """What became of the jobs of a graph, in `folder/state.json` as far as later runs need it.
 
-    A job is kept when it finished with the same command, on top of the very runs of its dependencies that are kept too.
+    A job is kept when it finished with the same command and inputs, on top of the very runs of its dependencies that
+    are kept too, and what it left is there as it left it.
 
     Args:
         folder: for the state and the logs.
@@ -120,8 +134,7 @@ class Ledger:
         self.finished = self._read(fresh)
         for job in self.jobs:
             record = self.finished.pop(job.name, None)
-            same = record is not None and not fresh and record.command == list(job.command)
-            if record is not None and same and record.after == self._runs(job):
+            if record is not None and not fresh and self._is_of(record, job):
                 self.finished[job.name] = record
                 self.outcomes[job.name] = Outcome(job.name, KEPT, record.seconds, str(self.log(job)))
             else:
@@ -144,7 +157,8 @@ class Ledger:
         self.outcomes[job.name] = outcome
         if outcome.state == DONE:
             now = datetime.now(UTC).isoformat()
-            self.finished[job.name] = _Finished(list(job.command), self._runs(job), outcome.seconds, now)
+            made = (job.inputs, _left(job))
+            self.finished[job.name] = _Finished(list(job.command), self._runs(job), outcome.seconds, now, *made)
             self._write()
         self.countdown.step()
         what = f"failed ({outcome.problem})" if outcome.state == FAILED else outcome.state
@@ -154,6 +168,10 @@ class Ledger:
     def close(self) -> list[Outcome]:
         """One outcome per job; those without one were not run."""
         return [self.outcomes.get(job.name, Outcome(job.name, NOT_RUN)) for job in self.jobs]
+
+    def _is_of(self, record: _Finished, job: Job) -> bool:
+        same = record.command == list(job.command) and record.inputs == job.inputs
+        return same and record.after == self._runs(job) and record.left == _left(job)
 
     def _runs(self, job: Job) -> dict[str, str]:
         return {name: self.finished[name].finished for name in job.after if name in self.finished}
@@ -172,6 +190,12 @@ class Ledger:
     def _write(self) -> None:
         state = _State(self.finished)
         write_json(self.folder / STATE, {"format": FORMAT_VERSION, **msgspec.to_builtins(state)})
+
+
+def _left(job: Job) -> dict[str, str]:
+    """The hashes of the files that a job has left, by path."""
+    files = (file for place in job.leaves for file in place.parent.glob(place.name))
+    return {str(file): sha256_file(file) for file in sorted(files)}
 
 
 # ---- one command --------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 `ws sweep --backend local --workers 2` samples the pairs, trains every adapter and seed, evaluates each as soon as it is
 trained and sums up; `--eval-only` evaluates what is trained already; `--dry-run` shows the commands. A job that fails
-stops only what needs it; running again does what is missing. Logs and state are in `out/<behavior>/queue/`.
+stops only what needs it; running again does what is missing, or was made of something else. Logs and state are in
+`out/<behavior>/queue/`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from typing import TypeVar
 
@@ -19,9 +20,11 @@ from tabulate import tabulate
 from ws import console
 from ws.adapters import family
 from ws.behaviors import behavior_name, load_behavior
+from ws.data import PAIRS_FILE
 from ws.errors import WsError, choose
+from ws.eval.readme_airisk_table import TABLE
 from ws.eval.suite import evaluation_named, evaluations
-from ws.files.runs import lock
+from ws.files.runs import VECTOR_MANIFEST, data_folder, lock, run_folder, sha256_json
 from ws.options.make import CONTRASTS, ReplicateConfig, data_preset, run_name
 from ws.options.make import QueueConfig as QueueConfig
 from ws.options.shared import EvalOptions
@@ -30,7 +33,15 @@ from ws.sweep.jobs import FAILED, NOT_RUN, STATE, Job, Ledger, Outcome
 
 FOLDER = "queue"
 _SUMMARIZED = {"airisk", "tinymfv_airisk"}
-_OWN = ("model", "behavior", "adapter", "seed", "out")  # options that decide where a job's results go
+# Options that decide where a job's results go, and what to do instead of giving them to the jobs.
+_OWN = {
+    **dict.fromkeys(("model", "behavior", "adapter", "seed", "out"), "the queue does so for each of its jobs"),
+    **dict.fromkeys(
+        ("pairs", "columns"), "bring pairs with `ws data --pairs` and give the file it writes as --behavior"
+    ),
+    "control": "the evaluations are of vectors, not of nulls; train those with `ws sweep --controls`",
+    "tuned": "what it chooses may lie in other folders; write out the settings that `ws tune` has chosen",
+}
 Options = TypeVar("Options", bound=ReplicateConfig | EvalOptions)
 
 
@@ -48,7 +59,7 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
         family(adapter)
     for name in config.evals:
         evaluation_named(name)
-    load_behavior(config.behavior, config.model)
+    behavior = load_behavior(config.behavior, config.model)
     wanted = [n for n in evaluations() if n in config.evals and (n != "sycophancy" or config.eval_only)]
     train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)
     train.train.check()
@@ -56,21 +67,27 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
     for name in wanted:
         cls = evaluation_named(name)
         _parsed(cls.options, cls.__module__, config, "--eval-args", config.eval_args).check()
-    jobs = [] if config.eval_only else [Job("pairs", _pairs(config, train))]
+    pairs = data_folder(config.out, config.model, behavior.name) / PAIRS_FILE
+    jobs = [] if config.eval_only else [Job("pairs", _pairs(config, train), leaves=(pairs,))]
     evals: list[str] = []
     for seed, adapter in product(config.seeds, config.adapters):
-        cell = adapter if seed == 0 else f"{adapter}-seed-{seed}"
-        run, named = (("--adapter", name, "--seed", str(seed)) for name in (adapter, run_name(adapter, train.contrast)))
+        cell, filed = adapter if seed == 0 else f"{adapter}-seed-{seed}", run_name(adapter, train.contrast)
+        run, named = (("--adapter", name, "--seed", str(seed)) for name in (adapter, filed))
+        folder = run_folder(config.out, behavior.name, filed, seed)
         before = () if config.eval_only else (f"train-{cell}",)
         if not config.eval_only:
-            jobs.append(Job(f"train-{cell}", _train(config, run, train.fresh), ("pairs",)))
-        jobs += [Job(f"{name}-{cell}", _evaluate(config, name, named), before) for name in wanted]
+            made = (folder / "vector" / VECTOR_MANIFEST, folder / "samples.json")
+            jobs.append(Job(f"train-{cell}", _train(config, run, train), ("pairs",), made))
+        for name in wanted:
+            tables = (folder / evaluation_named(name).summaries,)
+            jobs.append(Job(f"{name}-{cell}", _evaluate(config, name, named), before, tables))
         evals += [f"{name}-{cell}" for name in wanted]
     if set(wanted) >= _SUMMARIZED:
-        jobs.append(Job("summarize", _summarize(config), tuple(evals)))
+        table = config.out / behavior.name / f"{TABLE}.csv"
+        jobs.append(Job("summarize", _summarize(config), tuple(evals), (table,)))
     if not jobs:
         raise WsError("There is nothing to do: no evaluations, and --eval-only leaves out training.")
-    return jobs
+    return [replace(job, inputs=sha256_json(asdict(behavior))) for job in jobs]
 
 
 def _python(config: QueueConfig, module: str, *words: str) -> tuple[str, ...]:
@@ -88,14 +105,14 @@ def _pairs(config: QueueConfig, train: ReplicateConfig) -> tuple[str, ...]:
         flag = name.replace("_", "-")
         if value != usual[name]:
             words += [f"--{flag}", str(value)] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{flag}"]
-    return _python(config, "ws.data", *words, *(["--fresh"] if train.fresh else []))
+    return _python(config, "ws.data", *words, *(["--fresh"] if train.fresh and train.fresh_data else []))
 
 
-def _train(config: QueueConfig, run: Sequence[str], fresh: bool) -> tuple[str, ...]:
+def _train(config: QueueConfig, run: Sequence[str], train: ReplicateConfig) -> tuple[str, ...]:
     place = ("--model", config.model, "--behavior", config.behavior, *run, "--out", str(config.out))
     words = (*place, *_shared(config), *_split("--train-args", config.train_args))
     # Fresh pairs are everybody's and come from the pairs job.
-    return _python(config, "ws.replicate", *words, *(["--no-fresh-data"] if fresh else []))
+    return _python(config, "ws.replicate", *words, *(["--no-fresh-data"] if train.fresh and train.fresh_data else []))
 
 
 def _evaluate(config: QueueConfig, name: str, run: Sequence[str]) -> tuple[str, ...]:
@@ -136,9 +153,9 @@ def _parsed(options: type[Options], module: str, config: QueueConfig, flag: str,
     words = ["--model", config.model, *_shared(config)]
     before = console.parse(options, words)
     after = console.parse(options, [*words, *_split(flag, extra)], f"python -m {module}")
-    for name in _OWN:
-        if getattr(before, name) != getattr(after, name):
-            raise WsError(f"{flag} cannot set --{name}: the queue does so for each of its jobs.")
+    for name, instead in _OWN.items():
+        if getattr(before, name, None) != getattr(after, name, None):
+            raise WsError(f"{flag} cannot set --{name}: {instead}.")
     return after
 
 
