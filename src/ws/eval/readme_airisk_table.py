@@ -20,11 +20,10 @@ from tabulate import tabulate
 
 from ws import console
 from ws.behaviors import behavior_name
-from ws.diff import StoredBase
 from ws.errors import DamagedError, WsError, choose, decoded, require_resamples
 from ws.eval import dilemmas, vignettes
 from ws.eval.readable import AGREEMENT, FLAG, MARK, Readability, notes, of_row, select, worst
-from ws.eval.tinymfv_airisk import AGREEMENTS, MASSES
+from ws.eval.vignettes import AGREEMENTS, MASSES
 from ws.files.reading import read_bytes, read_json
 from ws.files.runs import VECTOR_MANIFEST, Run, lock, read_csv, run_folder, write_csv, write_text
 from ws.options.shared import ADAPTERS
@@ -50,6 +49,13 @@ _IDENTITY = ("intervention", "eval", "eval_version", "eval_hash", "dataset")
 _SUMMARIES = {"airisk": (("mean_pmass",), (AGREEMENT,)), "tinymfv": (MASSES, AGREEMENTS)}
 
 
+class _Base(msgspec.Struct):
+    """What a vector's manifest says of it; the module of vectors would import torch."""
+
+    id: str
+    fingerprint: str | None
+
+
 @dataclass(frozen=True)
 class _Run:
     """The rows of an adapter and seed, by strength and item, how well they were answered, one row of either set, and
@@ -61,7 +67,7 @@ class _Run:
     versions: tuple[str, str]
     readable: Mapping[str, Mapping[float, Readability]]
     asked: tuple[Mapping[str, str], Mapping[str, str]]
-    base: StoredBase
+    base: _Base
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ def _other_families(folder: Path, left_out: list[str]) -> list[str]:
 
 class _About(msgspec.Struct):
     info: dict[str, Any]
-    base: StoredBase
+    base: _Base
 
 
 def _seeds(config: TableConfig, behavior: str, adapter: str, left_out: list[str]) -> list[_Run]:

@@ -46,7 +46,17 @@ from ws.eval.evaluation import (
 )
 from ws.eval.prompts import load_prompts, own_words, words_of
 from ws.eval.readable import AGREEMENT, FLAG, NATS, WRONGNESS, Readability, mass_text, notes, of_row, star, worst
-from ws.eval.vignettes import CONDITIONS, HUB_CONFIG, HUB_ID, Vignette, about, draw_vignettes, load_vignettes
+from ws.eval.vignettes import (
+    AGREEMENTS,
+    CONDITIONS,
+    HUB_CONFIG,
+    HUB_ID,
+    MASSES,
+    Vignette,
+    about,
+    draw_vignettes,
+    load_vignettes,
+)
 from ws.files.runs import read_csv
 from ws.lm.choice import by_token
 from ws.lm.models import render_prompt
@@ -58,8 +68,6 @@ NAME, VERSION = "tinymfv_airisk", 1
 FRAMES = ("is_wrong", "is_acceptable")
 CHOICES = (("true", "1"), ("false", "0"))
 CLIP = 0.01
-# Columns of the summary that what is of both conditions, such as the gap, is read by.
-MASSES, AGREEMENTS = ("bool_mass_other", "bool_mass_self"), ("frame_agreement_other", "frame_agreement_self")
 FOUNDATIONS = ("Authority", "Care", "Fairness", "Liberty", "Loyalty", "Sanctity", "Social Norms")
 # The first foundation less the second: duty, purity and custom against sparing people harm.
 AXES = (("Sanctity", "Care"), ("Authority", "Care"), ("Loyalty", "Care"), ("Social Norms", "Care"))

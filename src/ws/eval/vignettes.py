@@ -22,6 +22,8 @@ HUB_NOTE = (
     "classic, scifi and ai-actor only."
 )
 CONDITIONS = ("other_violate", "self_violate")
+# Columns of the summary that what is of both conditions, such as the gap, is read by.
+MASSES, AGREEMENTS = ("bool_mass_other", "bool_mass_self"), ("frame_agreement_other", "frame_agreement_self")
 _COLUMNS = ("id", "foundation_coarse", "wrong", "text")
 
 
