@@ -99,7 +99,8 @@ def plan(behavior: str, adapter: str, seed: int, has_data: bool) -> dict[str, di
     evals += ["statements"] if has_data else []
     parts = {"run": {"interventions": ("weight",), "evals": tuple(evals)}}
     if adapter == WITH_NULLS and seed == 0:
-        parts["base"] = {"interventions": ("prompt", "activation", "finetune"), "evals": tuple(evals)}
+        parts["base"] = {"interventions": ("prompt", "finetune"), "evals": tuple(evals)}
+        parts["activation"] = {"interventions": ("activation",), "evals": tuple(evals)}
         one_sided = ("weight", "positive-only", "negative-only")
         parts["one_sided"] = {"interventions": one_sided, "evals": ("preference",), "n_draws": N_DRAWS}
         if has_data:
@@ -154,11 +155,11 @@ def tables(behavior: str) -> list[dict[str, Any]]:
     """The rows of one behaviour over all that is kept of it, written to `docs/results`."""
     rows = list[dict[str, Any]]()
     key, effect = {"behavior": behavior}, load_behavior(behavior, MODEL).effect
-    for parts in (("run", "base"), ("one_sided",), ("vignettes",)):
+    for parts in (("run", "base", "activation"), ("one_sided",), ("vignettes",)):
         groups = Group.of([cell for part in parts for cell in kept(behavior, part)])
         if not groups:
             continue
-        found = group_rows(key | {"compared": "+".join(parts)}, groups, effect)
+        found = group_rows(key | {"compared": parts[0]}, groups, effect)
         rows += found
         if pairs := comparison_rows(key, groups, effect):
             write_csv(DOCS / f"smollm2_{behavior}_{parts[0]}_pairs.csv", pairs)
@@ -170,7 +171,7 @@ def tables(behavior: str) -> list[dict[str, Any]]:
 def render(rows: Sequence[Row]) -> str:
     """The page's table of one behaviour, in Markdown; what stands beside the vectors has one seed."""
     groups = dict.fromkeys((r["compared"], r["intervention"], r["adapter"]) for r in rows)
-    shown = [g for g in groups if g[0] == "run+base" or (g[0] == "one_sided" and g[1] != WEIGHT)]
+    shown = [g for g in groups if g[0] == "run" or (g[0] == "one_sided" and g[1] != WEIGHT)]
     scores = [s for s in ("preference", "false_claims", "statements") if any(r["score"] == s for r in rows)]
     names = [s.replace("_", " ") + (" (mass)" if s != "preference" else "") for s in scores]
     header = ["", "seeds", "nats at -1u, +1u", *names, "neutral text", "valid at -1u, +1u"]
