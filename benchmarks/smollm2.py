@@ -182,15 +182,16 @@ def render(rows: Sequence[Row]) -> str:
 def _line(rows: Sequence[Row], scores: Sequence[str]) -> list[str]:
     """One vector, or what stands beside it."""
     first, of = rows[0], {(r["score"], r["part"]): r for r in rows}
-    sides = [part for part in ("-1u", "+1u") if ("nll", part) in of]
     nats = [first[f"divergence_{side}"] for side in ("minus", "plus")]
+    valid = [of.get(("valid", side)) for side in ("-1u", "+1u")]
+    costs = [float(of["nll", side]["shift"]) for side in ("-1u", "+1u") if ("nll", side) in of]
     return [
         label(first) + ("" if str(first["matched"]) == "True" else " †"),
         str(first["n_seeds"]),
         ", ".join("" if n in (None, "") else f"{float(n):.2f}" for n in nats),
         *(_span(of[s, "span"]) if (s, "span") in of else "" for s in scores),
-        f"{max(float(of['nll', side]['shift']) for side in sides):+.2f}",
-        ", ".join(f"{float(of['valid', side]['base']) + float(of['valid', side]['shift']):.0%}" for side in sides),
+        f"{max(costs):+.2f}",
+        ", ".join("" if r is None else f"{float(r['base']) + float(r['shift']):.0%}" for r in valid),
     ]
 
 

@@ -196,6 +196,15 @@ def test_the_comparison_is_its_csvs():
     assert page.split("<!-- compare -->")[1].split("<!-- /compare -->")[0].strip() == render(rows, pairs, "github")
 
 
+@pytest.mark.parametrize("behavior", ["truthfulness", "agreement", "honesty"])
+def test_the_tables_of_the_real_model_are_their_csvs(behavior):
+    from benchmarks.smollm2 import render
+
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = page.split(f"<!-- smollm2 {behavior} -->")[1].split(f"<!-- /smollm2 {behavior} -->")[0]
+    assert shown.strip() == render(read_csv(ROOT / "docs" / "results" / f"smollm2_{behavior}.csv"))
+
+
 @pytest.mark.parametrize("model", ["pocket", "smollm2"])
 def test_the_ways_to_learn_are_their_csvs(model):
     from benchmarks.contrasts import render
