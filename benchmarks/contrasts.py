@@ -30,7 +30,7 @@ from benchmarks.smollm2 import Row, keep, read_kept
 from ws import console
 from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
-from ws.analysis.compare_tables import COSTS, Cell, Group, group_rows
+from ws.analysis.compare_tables import COSTS, Cell, Group, group_rows, nats_text
 from ws.analysis.controls import exchange_half
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.acting import persona_margins
@@ -217,14 +217,13 @@ def _line(name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], sco
     spans = {str(r["score"]): r for r in mine if r["part"] == "span"}
     more = [r for r in beyond if (r["way"], r["intervention"], r["score"]) == (*name, scores[0])]
     costs = [float(r["shift"]) for r in mine if r["score"] == "nll" and r["part"] != "span"]
-    nats = [mine[0][f"divergence_{side}"] for side in ("minus", "plus")]  # empty where a seed has no -1u or +1u
     return [
         name[0] if name[1] == WEIGHT else f"{name[0]}: {name[1]}",
         str(mine[0]["n_seeds"]),
         *(estimate_text(spans[s], "shift") if s in spans else "" for s in scores),
         "".join(estimate_text(r, "beyond_arms") + ("*" if float(r["p_holm"]) < 0.05 else "") for r in more),
         f"{max(costs):+.3f}" if costs else "",
-        ", ".join("" if n in (None, "") else f"{float(n):.2f}" for n in nats),
+        nats_text(mine[0]),
     ]
 
 

@@ -32,7 +32,7 @@ from benchmarks import harness
 from ws import console
 from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
-from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows
+from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, nats_text
 from ws.analysis.profile_tables import label
 from ws.behaviors import load_behavior
 from ws.eval.readable import FLAG, star
@@ -182,13 +182,12 @@ def render(rows: Sequence[Row]) -> str:
 def _line(rows: Sequence[Row], scores: Sequence[str]) -> list[str]:
     """One vector, or what stands beside it."""
     first, of = rows[0], {(r["score"], r["part"]): r for r in rows}
-    nats = [first[f"divergence_{side}"] for side in ("minus", "plus")]
     valid = [of.get(("valid", side)) for side in ("-1u", "+1u")]
     costs = [float(of["nll", side]["shift"]) for side in ("-1u", "+1u") if ("nll", side) in of]
     return [
         label(first) + ("" if str(first["matched"]) == "True" else " †"),
         str(first["n_seeds"]),
-        ", ".join("" if n in (None, "") else f"{float(n):.2f}" for n in nats),
+        nats_text(first),
         *(_span(of[s, "span"]) if (s, "span") in of else "" for s in scores),
         f"{max(costs):+.2f}",
         ", ".join("" if r is None else f"{float(r['base']) + float(r['shift']):.0%}" for r in valid),
@@ -198,9 +197,8 @@ def _line(rows: Sequence[Row], scores: Sequence[str]) -> list[str]:
 def _span(row: Row) -> str:
     """With its mark and, where a score has one, the lowest mean answer mass."""
     mark = star(float(row["shift"]), float(row["p_holm"]), headline(row["score"]).floor, row[FLAG] or None)
-    return (
-        estimate_text(row, "shift") + mark + (f" ({float(row['mass']):.2f})" if row["mass"] not in (None, "") else "")
-    )
+    mass = "" if row["mass"] in (None, "") else f" ({float(row['mass']):.2f})"
+    return estimate_text(row, "shift") + mark + mass
 
 
 def main() -> None:

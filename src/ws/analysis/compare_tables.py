@@ -366,13 +366,12 @@ def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str], has_board: b
     first = rows[0]
     span = {r["score"]: r for r in rows if r["part"] == "span"}
     head = next((span[s] for s in scores if s in span), {"p_random": None, "real": None, "verdict": None})
-    nats = ", ".join("" if first[f"divergence_{s}"] is None else f"{first[f'divergence_{s}']:.2f}" for s in _SIDES)
     masses = [m for s in scores if s in span and (m := span[s].get("mass")) is not None]
     costs = [r["shift"] for r in rows if r["score"] == "nll" and r["part"] != "span"]
     return [
         label(first) + ("" if first["matched"] else " *"),
         str(first["n_seeds"]),
-        nats,
+        nats_text(first),
         *(_interval(span[s]) if s in span else "" for s in scores),
         *([estimate_text(next(iter(span.values()), {"selectivity": None}), "selectivity", ".2f")] if has_board else []),
         *([f"{min(masses):.3f}" if masses else ""] if "mass" in first else []),
@@ -384,6 +383,12 @@ def _line(rows: Sequence[Mapping[str, Any]], scores: Sequence[str], has_board: b
 
 
 _SIDES = ("minus", "plus")
+
+
+def nats_text(row: Mapping[str, Any]) -> str:
+    """The divergence at -1u and at +1u of a row, as it was made or read from its file; empty for a side it lacks."""
+    sides = (row[f"divergence_{side}"] for side in _SIDES)
+    return ", ".join("" if nats in (None, "") else f"{float(nats):.2f}" for nats in sides)
 
 
 def _interval(row: Mapping[str, Any]) -> str:

@@ -505,9 +505,9 @@ class Scheduler:
 
     def _join(self, batch: RowBatch[_Row]) -> None:
         """Write the rows in one batch with those that are written; where that fails, all of them end."""
-        if self._joined is not None:
-            joined = self._guarded([*self._joined.rows, *batch.rows], partial(self._joined.joined, batch))
-        self._joined = batch if self._joined is None else joined
+        before = self._joined
+        rows = [*(before.rows if before else ()), *batch.rows]
+        self._joined = self._guarded(rows, partial(before.joined, batch)) if before else batch
 
     def _together(self, rows: list[_Row]) -> list[list[_Row]]:
         groups = padded_groups(self.model, [row.request.tokens for row in rows])
