@@ -77,6 +77,7 @@ def test_a_users_own_file_works_by_path(tmp_path):
     assert (b.name, b.positive, b.negative) == ("mine", ("You are a.",), ("You are b.",))
     assert b.questions == ("What is it?", "Why?")
     assert "Is mine." in b.judge
+    assert ws.load_behavior(file).digest == b.digest
 
 
 BROKEN = {
@@ -127,6 +128,8 @@ def test_unknown_behaviours_get_a_suggestion(tmp_path):
         ws.load_behavior("honsty")
     with pytest.raises(ws.WsError, match="no behaviour file"):
         ws.load_behavior(str(tmp_path / "gone.toml"))
+    with pytest.raises(ws.WsError, match=r"a bundled one or the path of a \.toml file, not None"):
+        ws.load_behavior(None)
 
 
 # ---- behaviours with answers on both sides ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import datetime
 import json
 import shutil
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -549,6 +550,14 @@ def test_a_tokenizer_written_in_python_has_a_hash(tmp_path):
 def test_unknown_models_are_explained(name, message):
     with pytest.raises(ws.WsError, match=message):
         ws.load_model(name)
+
+
+def test_a_model_is_named_by_a_path_too_and_by_nothing_else():
+    folder = Path(model_folder("pocket"))
+    assert ws.load_model(folder)[0].name_or_path == str(folder.resolve())
+    for other in (None, 3, ""):
+        with pytest.raises(ws.WsError, match=f"hub id, a folder, .*, not {other!r}"):
+            ws.load_model(other)
 
 
 def test_without_a_network_the_answer_comes_at_once(monkeypatch):

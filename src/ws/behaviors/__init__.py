@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -152,7 +153,7 @@ def bundled_behaviors() -> list[str]:
     return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def load_behavior(name: str, model: str | None = None) -> Behavior:
+def load_behavior(name: str | os.PathLike[str], model: str | None = None) -> Behavior:
     """A bundled behaviour by name, or a user's TOML file by path.
 
     Args:
@@ -162,7 +163,9 @@ def load_behavior(name: str, model: str | None = None) -> Behavior:
     Raises:
         WsError: unknown name, unreadable file, or content that breaks the schema; the message names the field.
     """
-    return read_draft(name, model, strict=True).behavior
+    if not isinstance(name, str | os.PathLike):
+        raise WsError(f"A behaviour is the name of a bundled one or the path of a .toml file, not {name!r}.")
+    return read_draft(os.fspath(name), model, strict=True).behavior
 
 
 def read_draft(name: str, model: str | None = None, strict: bool = False) -> Draft:

@@ -87,11 +87,16 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
-def model_name(name: str) -> str:
+def model_name(name: str | os.PathLike[str]) -> str:
     """The one form of a model's name: a folder or GGUF file by its whole path without links, however it was written.
 
     Hub ids and the names of bundled models stay as they are, the latter also beside a folder that is called so.
+
+    Raises:
+        WsError: what names no model, such as None.
     """
+    if not isinstance(name, str | os.PathLike) or not (name := os.fspath(name)):
+        raise WsError(f"A model is a hub id, a folder, a .gguf file or {', '.join(BUNDLED_MODELS)}, not {name!r}.")
     path = os.path.expanduser(name)
     if name in BUNDLED_MODELS or not (os.path.isdir(path) or (is_gguf(path) and os.path.isfile(path))):
         return name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ _NO_GRADIENT = re.compile(r"require grad|inplace operation|derivative for|not di
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     device: str = "auto",
     dtype: str = "auto",
     offload: Path | None = None,
