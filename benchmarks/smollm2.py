@@ -2,13 +2,15 @@
 
 `uv run python -m benchmarks.smollm2` makes the vector of every behaviour, family and seed, and for `lora` its two
 trained nulls, and asks at -1u, 0 and +1u, one nat per token from the base: the preference on held-out questions, claims
-where a behaviour brings them, and, with the real data at hand, statements; for the first seed of `lora` tiny-mfv, too,
-and beside its vector fine-tunes, prompts, added activations, one-sided and random vectors.
+where a behaviour brings them, and, with the real data at hand, statements; of `lora` the preference at other strengths,
+too, and for its first seed tiny-mfv, and beside its vector fine-tunes, prompts, added activations, one-sided and random
+vectors.
 
 A run is five to ten minutes of a core and all of them many hours, so what a run gave is kept item by item, as a file of
 `benchmarks/results/smollm2/`, and is part of the repository: a machine that goes on begins with what others have
 measured, and the tables are made of all there is. `--behaviors`, `--adapters` and `--seeds` do a part, seed by seed;
-`--tables` does nothing but the tables, `docs/results/smollm2_<behavior>.csv` and `..._pairs.csv`.
+`--tables` does nothing but the tables, `docs/results/smollm2_<behavior>.csv` and `..._pairs.csv`, and of all behaviours
+together `docs/results/smollm2_doses.csv`.
 
 The folder of real data is that of the environment variable WS_REAL_DATA, as for the tests: `tiny-mfv/` and
 `anthropic-evals/persona/` in it.
@@ -34,15 +36,17 @@ from ws.adapters import FAMILIES
 from ws.analysis.compare import compare
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, nats_text
 from ws.analysis.profile_tables import label
+from ws.analysis.side_by_side import opened_runs
 from ws.behaviors import load_behavior
+from ws.eval.preference import Preferences
 from ws.eval.readable import FLAG, star
-from ws.eval.suite import headline
+from ws.eval.suite import asked_of, headline
 from ws.files.runs import write_csv, write_text
 from ws.options.make import ReplicateConfig
 from ws.options.measure import CompareOptions
 from ws.options.shared import WEIGHT
 from ws.replicate import CONTROLS, make_vector
-from ws.stats import estimate_text
+from ws.stats import estimate_over_seeds, estimate_text
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -63,6 +67,7 @@ TRAITS = {
 N_PROMPTS, N_DRAWS, N_ITEMS = 16, 19, 44
 # Trained nulls triple the cost of a run, and all that stands beside a vector doubles it again: of one family.
 WITH_NULLS = "lora"
+DOSES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of it, in calibrated units
 KEPT = Path(__file__).parent / "results" / "smollm2"
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -98,6 +103,8 @@ def plan(behavior: str, adapter: str, seed: int, has_data: bool) -> dict[str, di
     evals = ["preference", *(["sycophancy"] if load_behavior(behavior, MODEL).claims else [])]
     evals += ["statements"] if has_data else []
     parts = {"run": {"interventions": ("weight",), "evals": tuple(evals)}}
+    if adapter == WITH_NULLS:
+        parts["doses"] = {"interventions": ("weight",), "evals": ("preference",)}
     if adapter == WITH_NULLS and seed == 0:
         parts["base"] = {"interventions": ("prompt", "finetune"), "evals": tuple(evals)}
         parts["activation"] = {"interventions": ("activation",), "evals": tuple(evals)}
@@ -119,12 +126,22 @@ def measure(behavior: str, adapter: str, seed: int, out: Path, data: Path | None
     run = {"model": MODEL, "behavior": behavior, "adapters": (adapter,), "seeds": (seed,), "out": out}
     for part in missing:
         options = CompareOptions(**(usual | run | parts[part]), dataset=None if data is None else str(data))
-        keep(files[part], compare(options))
+        keep(files[part], doses(options) if part == "doses" else compare(options))
 
 
-def keep(file: Path, cells: list[Cell]) -> None:
-    """Write what a comparison gave, item by item."""
-    write_text(file, msgspec.json.encode(cells, enc_hook=_plain).decode() + "\n")
+def doses(options: CompareOptions) -> dict[str, np.ndarray]:
+    """The preference on every held-out question, by dose; that of the base at 0."""
+    (run,) = opened_runs(options)
+    chosen, evaluation = run.context.intervention(), asked_of(Preferences, run.context, options.split)
+    calibration = run.calibrated(chosen)
+    alphas = {0.0: 0.0} | {dose: calibration.alpha(dose) for dose in DOSES if calibration.side(dose).converged}
+    scores = run.context.scores(evaluation, chosen, list(alphas.values()))
+    return {f"{dose:g}": evaluation.headlines(scores[alpha])["preference"] for dose, alpha in alphas.items()}
+
+
+def keep(file: Path, found: list[Cell] | dict[str, np.ndarray]) -> None:
+    """Write what was measured, item by item."""
+    write_text(file, msgspec.json.encode(found, enc_hook=_plain).decode() + "\n")
 
 
 def read_kept(file: Path) -> list[Cell]:
@@ -165,6 +182,19 @@ def tables(behavior: str) -> list[dict[str, Any]]:
             write_csv(DOCS / f"smollm2_{behavior}_{parts[0]}_pairs.csv", pairs)
     if rows:
         write_csv(DOCS / f"smollm2_{behavior}.csv", rows)
+    return rows
+
+
+def dose_rows(behavior: str) -> list[dict[str, Any]]:
+    """How far the preference has moved at every dose that all kept seeds have."""
+    files = sorted((KEPT / behavior).glob(f"{WITH_NULLS}_*_doses.json"))
+    runs = [msgspec.json.decode(file.read_bytes(), type=dict[str, list[float]]) for file in files]
+    rows = []
+    for dose in (f"{dose:g}" for dose in DOSES):
+        if runs and all(dose in run for run in runs):
+            moved = estimate_over_seeds(np.array([np.subtract(run[dose], run["0"]) for run in runs]))
+            key = {"behavior": behavior, "adapter": WITH_NULLS, "dose": dose}
+            rows.append(key | moved.columns("shift", "ci_lo", "ci_hi") | {"n": moved.n, "n_seeds": len(runs)})
     return rows
 
 
@@ -213,7 +243,11 @@ def main() -> None:
         data = data_folder(o.out)
         for seed, behavior, adapter in product(o.seeds, o.behaviors, o.adapters):
             measure(behavior, adapter, seed, o.out, data)
-    harness.record("smollm2", {"rows": {behavior: tables(behavior) for behavior in o.behaviors}})
+    by_behavior = {behavior: tables(behavior) for behavior in o.behaviors}
+    by_dose = [row for behavior in BEHAVIORS for row in dose_rows(behavior)]
+    if by_dose:
+        write_csv(DOCS / "smollm2_doses.csv", by_dose)
+    harness.record("smollm2", {"rows": by_behavior, "doses": by_dose})
 
 
 if __name__ == "__main__":
