@@ -50,3 +50,17 @@ def test_a_run_that_is_kept_comes_back_and_is_not_measured_again(tmp_path, monke
         for name, value in row.items():
             same = pytest.approx(other[name], rel=1e-4, abs=1e-4) if isinstance(value, float) else other[name]
             assert value == same
+
+
+def test_doses_are_pooled_over_the_kept_seeds_where_all_have_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "KEPT", tmp_path)
+    base = np.linspace(-1, 1, 20)
+    for seed, doses in enumerate([(0.0, 0.5, 1.0), (0.0, 0.5, 1.0, -1.0)]):
+        found = {f"{dose:g}": base + dose * (1 + seed) for dose in doses}
+        smollm2.keep(tmp_path / "tone" / f"lora_{seed}_doses.json", found)
+    smollm2.keep(tmp_path / "tone" / "lora_0_run.json", [cell("lora", 0)])
+    rows = smollm2.dose_rows("tone")
+    assert [(r["dose"], r["n_seeds"], r["n"]) for r in rows] == [("0.5", 2, 20), ("1", 2, 20)]
+    assert [r["shift"] for r in rows] == pytest.approx([0.75, 1.5], abs=1e-5)
+    assert all(r["shift_ci_lo"] < r["shift"] < r["shift_ci_hi"] for r in rows)
+    assert smollm2.dose_rows("honesty") == []

@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -284,11 +285,35 @@ def test_a_noisy_curve_is_returned_only_where_it_was_measured_near_enough():
 
         found = solve(measure, 1, config)
         assert found.divergence == noise[found.alpha]
-        assert found.converged == (abs(found.divergence - 1) <= 0.05)
+        off = abs(found.divergence - 1)
+        assert off <= 0.05 or found.converged == (off <= 0.15 and at_the_edge_of_a_jump(found))
         assert bool(found.reason) != found.converged
         assert len(noise) == len(found.evaluations) <= config.max_evaluations
         converged += found.converged
     assert converged > 150
+
+
+def at_the_edge_of_a_jump(found):
+    """Whether the target of 1 lies between the strength and the next one tried on either side, less than 2 % away."""
+    tried = sorted(found.evaluations, key=lambda e: abs(e[0]))
+    steps = [(a, b) for a, b in pairwise(tried) if (a[1] - 1) * (b[1] - 1) < 0]
+    widths = {e[0]: math.log(abs(b[0] / a[0])) for a, b in steps for e in (a, b)}
+    narrowest = min(widths.values(), default=math.inf)
+    return widths.get(found.alpha) == narrowest < 0.02
+
+
+@pytest.mark.parametrize(("below", "above", "taken"), [(0.9, 1.2, 0.9), (0.8, 1.1, 1.1), (0.84, 1.16, None)])
+def test_the_nearer_edge_of_a_jump_is_taken_where_it_is_near_enough(below, above, taken):
+    def measure(alpha):
+        return below if abs(alpha) < 1.234 else above
+
+    for sign in (-1, 1):
+        found = solve(measure, sign, CalibrationConfig())
+        assert found.converged == (taken is not None)
+        assert taken in (None, found.divergence)
+        assert taken is None or found.alpha == pytest.approx(sign * 1.234, rel=0.02)
+    wide = solve(measure, 1, CalibrationConfig(max_evaluations=3))
+    assert not wide.converged, "a strength that may be off by more than 2 % is not known"
 
 
 def test_a_jump_over_the_target_is_named_and_not_returned():

@@ -11,7 +11,8 @@ base rather than by their coefficients is common practice, and the KL-calibrated
 percentile, because steering changes a few tokens of an answer a lot and most of them hardly at all.
 
 `D` need be neither monotone nor continuous, since greedy answers jump. A strength therefore counts as calibrated only
-when the divergence measured at it lies within the tolerance of the target; otherwise it is refused wherever it is used.
+when the divergence measured at it lies within the tolerance of the target, or within three times that at the edge of a
+jump over it, which is then known to 2 % as a strength; otherwise it is refused wherever it is used.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ LEAST, MOST = 1e-4, 1e4
 _FLOOR = 1e-8
 # Relative width of a bracket of strengths: the search ends at the first, and calls what it sees a jump from the second.
 _NARROW, _JUMP = 1e-3, 2e-2
+_EDGE = 3  # tolerances that a divergence may be off at the edge of a jump; on other prompts it is off by more
 
 Steerable = Callable[[float], AbstractContextManager[Any]]
 
@@ -61,7 +63,7 @@ class Solution:
     Attributes:
         alpha: the strength, with its sign.
         divergence: measured at it.
-        converged: whether that is within the tolerance of the target.
+        converged: whether that is near enough to the target; see the module.
         reason: why it is not; empty when it is.
         evaluations: every `(alpha, divergence)` measured, in order.
     """
@@ -97,8 +99,26 @@ class _Search:
     def alpha(self, log_size: float) -> float:
         return self.sign * math.exp(log_size)
 
-    def near(self, value: float) -> bool:
-        return abs(value - self.config.target) <= self.config.tolerance * self.config.target
+    def near(self, value: float, tolerances: int = 1) -> bool:
+        return abs(value - self.config.target) <= tolerances * self.config.tolerance * self.config.target
+
+    def crossing(self) -> tuple[float, float] | None:
+        """The narrowest step across the target, as log sizes; None where there is none."""
+        steps = [(a, b) for a, b in pairwise(sorted(self.seen)) if self(a) * self(b) < 0]
+        return min(steps, key=lambda step: step[1] - step[0], default=None)
+
+    def best(self) -> tuple[float, bool]:
+        """The log size nearest to the target, or the nearer edge of a jump over it, and whether that will do."""
+
+        def off(size: float) -> float:
+            return abs(self.seen[size] - self.config.target)
+
+        nearest, step = min(self.seen, key=off), self.crossing()
+        if not self.near(self.seen[nearest]) and step is not None and step[1] - step[0] < _JUMP:
+            edge = min(step, key=off)
+            if self.near(self.seen[edge], _EDGE):
+                return edge, True
+        return nearest, self.near(self.seen[nearest])
 
     @property
     def left(self) -> int:
@@ -120,11 +140,10 @@ def solve(measure: Callable[[float], float], sign: int, config: CalibrationConfi
     ends = _bracket(search, math.log(min(max(start, LEAST), MOST)))
     if ends and search.left > 0:
         brentq(search, *ends, xtol=_NARROW, maxiter=search.left, disp=False)
-    best = min(search.seen, key=lambda x: abs(search.seen[x] - config.target))
-    value = search.seen[best]
-    reason = "" if search.near(value) else _why_not(search)
+    best, converged = search.best()
+    reason = "" if converged else _why_not(search)
     evaluations = tuple((search.alpha(x), d) for x, d in search.seen.items())
-    return Solution(search.alpha(best), value, not reason, reason, evaluations)
+    return Solution(search.alpha(best), search.seen[best], converged, reason, evaluations)
 
 
 def _bracket(search: _Search, here: float) -> tuple[float, float] | None:
@@ -147,9 +166,8 @@ def _why_not(search: _Search) -> str:
     """Why a search failed, from what it saw: the narrowest step across the target, or the end it came to."""
     target, sizes = search.config.target, sorted(search.seen)
     goal = f"{target:g} nat{'' if target == 1 else 's'}"
-    steps = [(a, b) for a, b in pairwise(sizes) if search(a) * search(b) < 0]
-    if steps:
-        low, high = min(steps, key=lambda step: step[1] - step[0])
+    if (step := search.crossing()) is not None:
+        low, high = step
         verb = "jumps" if high - low < _JUMP else "goes"
         below, above = (f"{search.seen[x]:.3g} at alpha {search.alpha(x):.5g}" for x in (low, high))
         tried = f"{len(sizes)} measurements found nothing near enough to {goal}"
@@ -173,7 +191,7 @@ class SideCalibration:
     Attributes:
         alpha: the strength, with its sign; where `converged` is False merely the nearest one seen.
         divergence: measured at it, in nats.
-        converged: whether that is within the tolerance of the target.
+        converged: whether that is near enough to the target; see the module.
         reason: why it is not; empty when it is.
         audit: the divergence at `alpha` on other prompts; None when there are none or it did not converge.
         evaluations: every `(alpha, divergence)` measured, in order.

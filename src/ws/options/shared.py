@@ -341,7 +341,8 @@ class CalibrationConfig:
         n_tokens: at most so many tokens of each answer.
         target: the divergence to reach, in nats.
         quantile: of the per-token divergences over all positions.
-        tolerance: relative; the divergence at a calibrated strength is within it of the target.
+        tolerance: relative; the divergence at a calibrated strength is within it of the target, at the edge of a jump
+            within three times it.
         max_evaluations: measurements per sign; with the one of the audit ten by default.
         batch_size: answers at a time; None starts at what memory is budgeted for, and takes fewer where that is
             too little.
