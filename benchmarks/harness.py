@@ -151,7 +151,9 @@ def commit() -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
         return done.stdout.strip()
 
-    changes = git("diff", "HEAD", "--", "src", "benchmarks", ":!benchmarks/results")
+    code = ("--", "src", "benchmarks", ":!benchmarks/results")
+    new = git("ls-files", "--others", "--exclude-standard", *code)
+    changes = git("diff", "HEAD", *code) + new + git("hash-object", "--", *new.splitlines())
     mark = f"+{hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + mark
 

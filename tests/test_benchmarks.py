@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -248,6 +249,27 @@ def two_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "HISTORY", tmp_path / "history.jsonl")
     monkeypatch.setattr(harness, "commit", lambda: "abcdefg")
     return tmp_path
+
+
+def test_a_record_tells_every_state_of_the_code_from_its_commit(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    for name in ("src", "benchmarks/results"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "src" / "a.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "benchmarks" / "results" / "x.json").write_text("{}")
+    states = [harness.commit()]
+    assert "+" not in states[0], "results are no code"
+    for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2"), ("newer.py", "2")):
+        (tmp_path / "src" / name).write_text(text)
+        states.append(harness.commit())
+    assert len(set(states)) == len(states), states
 
 
 def run(monkeypatch, *words):

@@ -115,6 +115,11 @@ def test_what_is_held_out_by_itself_passes_its_own_check(tmp_path):
     (tmp_path / "b.jsonl").write_text(jsonl([*ROWS, equal[0]]))
     with pytest.raises(ws.WsError, match="the held-out pair r00041-0 has the same answer on both sides"):
         read(tmp_path, {"file": "b.jsonl"}, train=False)
+    only = [*ROWS[:9], ROWS[9] | {"positive": "Equal.", "negative": "equal."}]
+    (tmp_path / "c.jsonl").write_text(jsonl(only))
+    with pytest.raises(ws.WsError, match="the held-out pair r00010-0 has the same answer on both sides"):
+        read(tmp_path, {"file": "c.jsonl"}, train=False)
+    assert [p.split for p in read(tmp_path, {"file": "c.jsonl"})][9] == "train"
 
 
 @pytest.mark.parametrize(

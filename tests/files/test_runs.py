@@ -103,8 +103,9 @@ def test_nan_is_never_written(tmp_path):
         write_csv(tmp_path / "t.csv", [])
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "t.json", {"a": float("nan")})
-    with pytest.raises(ValueError, match="fields"):
-        write_csv(tmp_path / "t.csv", [{"a": 1}, {"b": 2}])
+    for other, odd in (({"b": 2}, "a, b"), ({}, "a"), ({"a": 2, "b": None}, "b")):
+        with pytest.raises(ws.WsError, match=rf"rows of different columns \({odd}\) to .*t\.csv"):
+            write_csv(tmp_path / "t.csv", [{"a": 1}, other])
     assert not list(tmp_path.iterdir())
 
 

@@ -138,7 +138,7 @@ def _hold_out(pairs: Sequence[Preference], share: int) -> list[Preference]:
 
     Questions of which a pair has equal answers stay in training, where there is one: held out they measure nothing.
     """
-    kinds = {p.question: p.kind for p in pairs if not same_answer(p.positive, p.negative)}
+    kinds = {p.question: p.kind for p in pairs if share == 1 or not same_answer(p.positive, p.negative)}
     equal = {plain_question(p.question) for p in pairs if share > 1 and same_answer(p.positive, p.negative)}
     questions, n = list(kinds), len({p.question for p in pairs}) // share
     held = draw(questions, n, group=lambda q: kinds[q])

@@ -277,6 +277,8 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
+        if odd := row.keys() ^ rows[0].keys():
+            raise WsError(f"Refusing to write rows of different columns ({', '.join(sorted(odd))}) to {file}.")
         bad = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
         if bad:
             raise WsError(f"Refusing to write NaN in {', '.join(bad)} to {file}.")
