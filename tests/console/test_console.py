@@ -128,6 +128,46 @@ def test_a_list_that_is_begun_twice_is_refused(command, second):
     assert (code, made) == (0, [Listed((0,), 3)])
 
 
+@dataclass(frozen=True)
+class Inner:
+    """Further options."""
+
+    places: tuple[Path, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """Has texts."""
+
+    say: tuple[str, ...] = ()
+    message: str = ""
+    alphas: tuple[float | str, ...] = ()
+    alpha: float = 1.0
+    loud: bool = False
+    inner: Inner = Inner()
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (
+            ["--say", "hello", "alpha=2", "alpha=3, or what?", "--loud"],
+            Said(("hello", "alpha=2", "alpha=3, or what?"), loud=True),
+        ),
+        (["--places", "a", "alpha=2"], Said(inner=Inner((Path("a"), Path("alpha=2"))))),
+        (["--message", "fix=typo", "alpha=2"], Said(message="fix=typo", alpha=2.0)),
+        (["--message", "alpha=2"], Said(message="alpha=2")),
+        (["--alphas", "-1", "1", "alpha=2"], Said(alphas=(-1.0, 1.0), alpha=2.0)),
+        (["--loud", "alpha=2"], Said(loud=True, alpha=2.0)),
+        (["message=two words", "alpha=2", "say=a=b"], Said(("a=b",), "two words", alpha=2.0)),
+        (["--message=a", "alpha=2"], Said(message="a", alpha=2.0)),
+    ],
+)
+def test_a_value_is_never_taken_for_an_option(words, made):
+    """`alpha=2` behind `--say hello` once changed the strength instead of being said."""
+    assert console.parse(Said, words) == made
+
+
 def test_an_error_behind_a_result_does_not_print_twice(command):
     def partly(options: Options) -> None:
         console.show(Result("half", {"done": 1}))

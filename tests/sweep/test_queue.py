@@ -21,6 +21,7 @@ import pytest
 import ws
 from ws.behaviors import behavior_file
 from ws.console import parse
+from ws.new_behavior import style_template
 from ws.options.make import DataCommand, QueueConfig, ReplicateConfig
 from ws.options.shared import EvalOptions
 from ws.options.use import TableConfig
@@ -103,6 +104,15 @@ def test_the_summary_needs_both_data_sets_and_sycophancy_is_part_of_training():
         sweep_jobs(replace(TINY, evals=(), eval_only=True))
 
 
+def test_without_claims_it_is_the_preference_that_is_evaluated(folder):
+    text, answers = style_template("pirate", "pirate.jsonl")
+    Path("pirate.toml").write_text(text, encoding="utf-8")
+    Path("pirate.jsonl").write_text(answers, encoding="utf-8")
+    config = replace(TINY, behavior="pirate.toml", adapters=("lora",), evals=("sycophancy",))
+    assert [j.name for j in sweep_jobs(replace(config, eval_only=True))] == ["preference-lora"]
+    assert [j.name for j in sweep_jobs(config)] == ["pairs", "train-lora"], "which reads it"
+
+
 def test_the_pairs_are_made_as_training_expects_them():
     extra = "--n-samples 2 --judge --n-topics None --data-seed 4 --rank 2 --fresh --dtype float32"
     pairs, train, *_ = sweep_jobs(replace(TINY, adapters=("lora",), train_args=extra, eval_args="--limit 5"))
@@ -136,6 +146,14 @@ def test_mistakes_are_found_before_anything_runs(folder):
         ({"train_args": "--pairs my.csv"}, "`train_args` cannot set `pairs`: bring pairs with `ws data --pairs`"),
         ({"train_args": "--columns question:q"}, "`train_args` cannot set `columns`"),
         ({"eval_args": "--limit '3"}, "`eval_args` is not a list of words"),
+        (
+            {"train_args": "--alphas -2 2"},
+            "With `train_args` behind the queue's own options `alphas` is there twice, and only the last would count",
+        ),
+        ({"train_args": "--modules q_proj --modules k_proj"}, "`modules` is there twice"),
+        ({"eval_args": "--alphas 1"}, "With `eval_args` behind the queue's own options `alphas` is there twice"),
+        ({"evals": ("statements",), "traits": ("a",), "eval_args": "--traits b"}, "`traits` is there twice"),
+        ({"evals": ("answers",), "judges": ("a",), "eval_args": "--judges b"}, "`judges` is there twice"),
     ):
         with pytest.raises(ws.WsError, match=message):
             main(replace(TINY, **change))

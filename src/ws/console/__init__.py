@@ -25,7 +25,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from io import TextIOBase
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, get_type_hints
+from typing import Any, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tqdm.auto import tqdm
@@ -279,7 +279,6 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
         for argument in arguments:  # libraries take no path of it, and no file that is written
             require_characters(argument, "What was typed")
         given = parse(options, arguments, prog)
-        _require_once(given, arguments)
         for before in ("check", "require"):  # what can be told wrong before anything heavy is imported
             if callable(step := getattr(given, before, None)):
                 step()
@@ -291,14 +290,16 @@ def run(function: Callable[[Options], None], options: type[Options], prog: str =
 def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> Options:
     """The options object for a list of arguments; tyro explains what it cannot parse and exits with code 2.
 
-    `adapter=delora` is understood as `--adapter delora`, so that recipes read naturally, and an option by the name that
-    it had before, which `options.former` knows.
+    `adapter=delora` is understood as `--adapter delora` where an option may begin, so that recipes read naturally, and
+    an option by the name that it had before, which `options.former` knows.
 
     An options class with a `preset(model, adapter)` class method gets its defaults from there, so that `--help` shows
     the values that will be used for the chosen model.
+
+    Raises:
+        WsError: a list is begun twice.
     """
-    former = getattr(options, "former", {})
-    arguments = [_as_flag(argument, former) for argument in arguments]
+    arguments = _as_flags(options, arguments)
     preset = getattr(options, "preset", None)
     known: dict[str, Any] = {}
     if preset is not None:
@@ -308,7 +309,9 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
         known = {"default": preset(**vars(first.parse_known_args(list(arguments))[0]))}
     description = f"{(inspect.getdoc(options) or '').split('Attributes:')[0].strip()}\n\n{COMMON_FLAGS}"
     look: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "registry": _registry}
-    return tyro.cli(options, args=list(arguments), prog=prog or None, description=description, **look, **known)
+    given = tyro.cli(options, args=list(arguments), prog=prog or None, description=description, **look, **known)
+    _require_once(given, arguments)
+    return given
 
 
 def command_line(command: str, options: Any, always: Sequence[str] = ()) -> str:
@@ -342,20 +345,32 @@ def _words(options: Any, usual: Any, always: Sequence[str]) -> list[str]:
 
 def _values(options: Any) -> Iterator[tuple[str, str, Any]]:
     """The name, the flag without its dashes and the value of every option."""
-    hints = get_type_hints(type(options), include_extras=True)
-    for field in fields(options):
-        value = getattr(options, field.name)
+    for name, flag, _ in _typed(type(options)):
+        value = getattr(options, name)
         if is_dataclass(value):
             yield from _values(value)
         else:
-            extras = getattr(hints[field.name], "__metadata__", ())  # a positional one's has no name
-            renamed = [name for extra in extras if (name := getattr(extra, "name", None))]
-            yield field.name, (renamed or [field.name])[0].replace("_", "-"), value
+            yield name, flag, value
+
+
+def _typed(options: type[Any]) -> Iterator[tuple[str, str, Any]]:
+    """The name, the flag without its dashes and the type of every field of a class of options."""
+    extended, plain = get_type_hints(options, include_extras=True), get_type_hints(options)
+    for field in fields(options):
+        extras = getattr(extended[field.name], "__metadata__", ())  # a positional one's has no name
+        renamed = [name for extra in extras if (name := getattr(extra, "name", None))]
+        yield field.name, (renamed or [field.name])[0].replace("_", "-"), plain[field.name]
+
+
+def _types(options: type[Any]) -> Iterator[tuple[str, Any]]:
+    """The flag with its dashes and the type of every option."""
+    for _, flag, kind in _typed(options):
+        yield from _types(kind) if isinstance(kind, type) and is_dataclass(kind) else [(f"--{flag}", kind)]
 
 
 def _require_once(options: Any, arguments: Sequence[str]) -> None:
     """`WsError` for a list that is begun twice, of which tyro takes the last."""
-    typed = [_as_flag(argument, getattr(options, "former", {})).partition("=")[0] for argument in arguments]
+    typed = [argument.partition("=")[0] for argument in arguments]
     for _, flag, value in _values(options):
         if isinstance(value, tuple) and typed.count(f"--{flag}") > 1:
             raise WsError(f"--{flag} is there twice, and only the last would count; write all of it behind one.")
@@ -384,6 +399,29 @@ def about(options: type[Any]) -> str:
     """What a command does: the first clause of the class of its options, on one line and without the full stop."""
     first = " ".join((inspect.getdoc(options) or "").split("\n\n")[0].split())
     return re.split(r"[.;] |: `", first)[0].rstrip(".")
+
+
+def _as_flags(options: type[Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments as tyro takes them. Values are left as they are: the word behind a flag, or all of a list of texts.
+
+    A strength or a seed never reads `name=value`, so behind the first of those an option may begin.
+    """
+    types, former, words, values = dict(_types(options)), getattr(options, "former", {}), list[str](), 0.0
+    for argument in arguments:
+        if values and not argument.startswith("--"):
+            words.append(argument)
+            values -= 1
+        else:
+            words.append(_as_flag(argument, former))
+            kind = types.get(words[-1], bool)  # behind `--flag=value` and what is no flag nothing has to follow
+            values = math.inf if _is_texts(kind) else kind is not bool
+    return words
+
+
+def _is_texts(kind: Any) -> bool:
+    """Whether it is the type of a list of texts or paths, or one that may be missing."""
+    lists = [get_args(k) for k in (kind, *get_args(kind)) if get_origin(k) is tuple]
+    return any(parts and parts[0] in (str, Path) for parts in lists)
 
 
 def _as_flag(argument: str, former: Mapping[str, str]) -> str:

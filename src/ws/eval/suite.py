@@ -9,6 +9,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from ws.behaviors import Behavior
 from ws.errors import WsError, choose
 from ws.eval.airisk import Airisk
 from ws.eval.answers import Answers
@@ -105,6 +106,12 @@ def evaluations_of(scores: Sequence[str]) -> list[type[Evaluation]]:
         choose("score", score, headlines())
     wanted = {key: cls for cls in SUITE.values() for s in cls.scores if (key := s.key) in scores}
     return list(dict.fromkeys(wanted[key] for key in headlines() if key in wanted))
+
+
+def measured_of(names: Sequence[str], behavior: Behavior) -> tuple[str, ...]:
+    """The evaluations that those of these names are for a behaviour: without claims it is measured by preference."""
+    wanted = ["preference" if name == "sycophancy" and behavior.claims is None else name for name in names]
+    return tuple(dict.fromkeys(wanted))
 
 
 def asked_of(

@@ -22,8 +22,9 @@ from ws.adapters import family
 from ws.behaviors import behavior_name, load_behavior
 from ws.data import PAIRS_FILE
 from ws.errors import WsError, choose
+from ws.eval.evaluation import Evaluation
 from ws.eval.readme_airisk_table import TABLE
-from ws.eval.suite import evaluation_named, evaluations
+from ws.eval.suite import evaluation_named, evaluations, measured_of
 from ws.files.runs import VECTOR_MANIFEST, data_folder, lock, run_folder, sha256_json
 from ws.options.make import CONTRASTS, ReplicateConfig, data_preset, run_name
 from ws.options.make import QueueConfig as QueueConfig
@@ -60,13 +61,15 @@ def sweep_jobs(config: QueueConfig) -> list[Job]:
     for name in config.evals:
         evaluation_named(name)
     behavior = load_behavior(config.behavior, config.model)
-    wanted = [n for n in evaluations() if n in config.evals and (n != "sycophancy" or config.eval_only)]
-    train = _parsed(ReplicateConfig, "ws.replicate", config, "--train-args", config.train_args)
+    asked = [n for n in config.evals if n != "sycophancy" or config.eval_only]
+    wanted = [n for n in evaluations() if n in measured_of(asked, behavior)]
+    train = _parsed(ReplicateConfig, "ws.replicate", config, _shared(config), "--train-args", config.train_args)
     train.train.check()
     choose("contrast", train.contrast, CONTRASTS)
     for name in wanted:
         cls = evaluation_named(name)
-        _parsed(cls.options, cls.__module__, config, "--eval-args", config.eval_args).check()
+        words = (*_shared(config), *_items(config, cls))
+        _parsed(cls.options, cls.__module__, config, words, "--eval-args", config.eval_args).check()
     pairs = data_folder(config.out, config.model, behavior.name) / PAIRS_FILE
     jobs = [] if config.eval_only else [Job("pairs", _pairs(config, train), leaves=(pairs,))]
     evals: list[str] = []
@@ -118,11 +121,16 @@ def _train(config: QueueConfig, run: Sequence[str], train: ReplicateConfig) -> t
 def _evaluate(config: QueueConfig, name: str, run: Sequence[str]) -> tuple[str, ...]:
     place = ("--model", config.model, "--behavior", config.behavior, *run, "--out", str(config.out))
     cls = evaluation_named(name)
+    extra = _split("--eval-args", config.eval_args)
+    return _python(config, cls.__module__, *place, *_shared(config), *_items(config, cls), *extra)
+
+
+def _items(config: QueueConfig, cls: type[Evaluation]) -> tuple[str, ...]:
+    """The options of an evaluation that say what is asked and who rates it."""
     dataset = ("--dataset", config.dataset) if config.dataset and cls.is_published else ()
     traits = ("--traits", *config.traits) if config.traits and hasattr(cls.options, "traits") else ()
     judges = ("--judges", *config.judges) if config.judges and hasattr(cls.options, "judges") else ()
-    extra = _split("--eval-args", config.eval_args)
-    return _python(config, cls.__module__, *place, *_shared(config), *dataset, *traits, *judges, *extra)
+    return (*dataset, *traits, *judges)
 
 
 def _summarize(config: QueueConfig) -> tuple[str, ...]:
@@ -148,11 +156,16 @@ def _split(flag: str, words: str) -> list[str]:
         raise WsError(f"{flag} is not a list of words ({problem}): {words}") from problem
 
 
-def _parsed(options: type[Options], module: str, config: QueueConfig, flag: str, extra: str) -> Options:
-    """A command's options with the extra words, so that a mistake in those shows before anything runs."""
-    words = ["--model", config.model, *_shared(config)]
+def _parsed(
+    options: type[Options], module: str, config: QueueConfig, own: Sequence[str], flag: str, extra: str
+) -> Options:
+    """A command's options with the extra words behind the queue's own, so that mistakes show before anything runs."""
+    words = ["--model", config.model, *own]
     before = console.parse(options, words)
-    after = console.parse(options, [*words, *_split(flag, extra)], f"python -m {module}")
+    try:
+        after = console.parse(options, [*words, *_split(flag, extra)], f"python -m {module}")
+    except WsError as problem:
+        raise WsError(f"With {flag} behind the queue's own options {problem}") from problem
     for name, instead in _OWN.items():
         if getattr(before, name, None) != getattr(after, name, None):
             raise WsError(f"{flag} cannot set --{name}: {instead}.")
