@@ -28,7 +28,7 @@ from ws.lm import cost
 from ws.new_behavior import style_template
 from ws.options.make import DataConfig, DemoConfig, ReplicateConfig, SweepConfig
 from ws.options.use import SubspaceOptions
-from ws.replicate import Reading, _next, main, replicate, verdict
+from ws.replicate import Reading, _nearest, _next, main, replicate, verdict
 from ws.report import write_report
 from ws.run import open_run
 from ws.run_sweep import main as sweep
@@ -65,6 +65,36 @@ def test_other_settings_stop_before_anything_is_sampled(config, monkeypatch):
     other = replace(config, model="pocket", data=replace(config.data, anyway=False))
     with pytest.raises(ws.WsError, match=r"stage 'pos'.* model: 'tiny-random' -> 'pocket'"):
         replicate(other)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "compared"),
+    [
+        ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.0, 1.0)),
+        ((-4.0, 0.0, 4.0), (-4.0, 4.0)),
+        ((-2.0, 0.0, 2.0), (-2.0, 2.0)),
+        ((-3.0, -0.4, 0.0, 0.5, 1.5), (-0.4, 0.5)),
+        ((0.0, 2.0), (0.0, 2.0)),
+    ],
+)
+def test_the_strengths_compared_lie_on_either_side_of_the_base(alphas, compared):
+    """Of large ones the base was once compared with itself."""
+    assert (_nearest(alphas, -1.0), _nearest(alphas, 1.0)) == compared
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alphas": (0.0,)}, "a strength other than 0"),
+        ({"alphas": ()}, "a strength other than 0"),
+        ({"seed": -1}, "The seed must lie between 0 and 4294967295, not -1"),
+        ({"seed": 2**32}, "The seed must lie between"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_found_before_the_model_is_loaded(config, change, said, monkeypatch):
+    monkeypatch.setattr("ws.replicate.load_model", lambda *a: pytest.fail("a model is loaded"))
+    with pytest.raises(ws.WsError, match=said):
+        replicate(replace(config, **change))
 
 
 def test_a_signed_vector_is_the_change_of_one_adapter_and_says_so(config, tiny, capsys):

@@ -13,11 +13,12 @@ import ws
 from support.finished_runs import named, write_run
 from ws.analysis.sweep_tables import pooled_rows, render, sweep_rows, write_summary
 from ws.behaviors import Claim
+from ws.data import generate_pairs, read_pairs
 from ws.diff import vector_digest
 from ws.eval import sycophancy
 from ws.eval.sycophancy import ClaimScores
-from ws.files.runs import read_csv, run_folder, write_csv
-from ws.options.make import SweepConfig
+from ws.files.runs import data_folder, read_csv, run_folder, write_csv
+from ws.options.make import ReplicateConfig, SweepConfig
 from ws.run_sweep import Cell, failures, main, run_sweep
 from ws.stats import holm
 
@@ -112,6 +113,36 @@ def test_nulls_are_trained_beside_their_vectors_and_stay_out_of_the_tables(confi
         assert {r["adapter"] for r in csv.DictReader(file)} == {"lora"}
     again = run_sweep(replace(wanted, fresh=True))
     assert {vector_digest(ws.SteeringVector.load(c.folder / "vector")) for c in again} == digests, "made anew, the same"
+
+
+def test_fresh_pairs_are_sampled_once_whichever_cell_fails(config, monkeypatch, capsys):
+    """They were once left to the first cell, which may fail before it comes to them, and to that of `same-side`."""
+    few = replace(config.data, n_topics=8, max_new_tokens=8, keep_truncated=True)
+    folder, behavior = data_folder(config.out, "tiny-random", "honesty"), ws.load_behavior("honesty", "tiny-random")
+    generate_pairs(*ws.load_model("tiny-random", device="cpu"), behavior, folder, few)
+    sampled, cells = list[tuple[str, bool]](), list[ReplicateConfig]()
+
+    def counted(*given):
+        sampled.append((given[3].name, given[5]))
+        return generate_pairs(*given)
+
+    def cell(made):
+        cells.append(made)
+        raise ws.WsError("Enough.")
+
+    monkeypatch.setattr("ws.replicate.generate_pairs", counted)
+    monkeypatch.setattr("ws.run_sweep.replicate", cell)
+    run_sweep(replace(config, fresh=True, evals=(), controls=("same-side",), data=replace(few, n_topics=10)))
+    assert sampled == [("honesty", True), ("second", True)]
+    assert len(read_pairs(folder)) == 10
+    assert [(c.run_name, c.fresh, c.fresh_data) for c in cells] == [
+        (name, True, False) for name in ("oft", "oft-same-side", "lora", "lora-same-side")
+    ]
+    warned = [line for line in capsys.readouterr().err.splitlines() if "will fail" in line]
+    assert [("`oft_block` 7" in line, "other settings" in line) for line in warned] == [(True, False)] * 2
+    sampled.clear()
+    run_sweep(replace(config, fresh=True, evals=(), adapters=("oft",), data=few))
+    assert not sampled, "no cell can use them"
 
 
 ALL = ("sycophancy", "airisk", "tinymfv_airisk")

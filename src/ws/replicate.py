@@ -37,7 +37,7 @@ from ws.data import (
     work_of_pairs,
 )
 from ws.diff import CALIBRATION, VECTOR_FILES, SteeringVector, vector_digest
-from ws.errors import WsError, choose, require_resamples, require_strength
+from ws.errors import WsError, choose, require_resamples, require_seed, require_strength
 from ws.eval.before import require_readable
 from ws.eval.confounds import agreement_verdict
 from ws.eval.context import EvalContext
@@ -62,12 +62,13 @@ from ws.lm.models import chat_format, linear_size, load_model, render_prompt, to
 from ws.options.make import CONTRASTS, SIGNED, SIGNS, TrainConfig, TuneOptions
 from ws.options.make import ReplicateConfig as ReplicateConfig
 from ws.options.measure import PreferenceOptions, SycophancyOptions
-from ws.options.shared import EvalOptions, RunOptions, shared_with
+from ws.options.shared import EvalOptions, RunOptions, require_steered, shared_with
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
 from ws.steer import steer
 from ws.train import adapter_spec, arm_settings, train_stage
 
 CONTROLS = ("none", "shuffled", "same-side")
+SECOND = "second"  # the folder of the other pairs of a `same-side` null, below that of the pairs
 CHOICE_FILE, CHOICE_FORMAT = "choice.json", 1  # what `ws tune` has chosen
 NOT_KNOWN = (
     "Whether it is the behaviour that moves it is not known before nulls are trained (--control shuffled and --control "
@@ -99,7 +100,8 @@ class Reading:
             a behaviour without.
         span: the mean paired difference between `span_alphas`: of log ratios on false claims, or of preference where
             there are no claims.
-        span_alphas: the lower and the upper strength compared, those nearest to -1 and +1.
+        span_alphas: the lower and the upper strength compared, of either sign the one nearest to -1 or +1; 0, the base,
+            for a sign that was not asked for.
         effect: the sign that is expected of it.
         samples: one question of the pool answered greedily at every strength.
         control: which null the vector is, `none` for a vector of the behaviour.
@@ -181,10 +183,10 @@ def make_vector(config: ReplicateConfig, stages: console.Stages) -> EvalContext:
     before_anything(model, tok, behavior, config)
     stages.total += 2 + len(CONTRASTS[config.contrast])
     stages.begin("contrast pairs", f"in {data_folder(config.out, config.model, behavior.name)}")
-    pairs_file = _pairs(model, tok, behavior, config)
+    pairs_file = make_pairs(model, tok, behavior, config)
     run = Run(config.run_folder(behavior.name), config.fresh)
     if config.control != "none":
-        pairs_file = _control_pairs(model, tok, behavior, config, pairs_file, run)
+        pairs_file = _control_pairs(behavior, config, pairs_file, run)
     vector = train_vector(model, tok, behavior, config, pairs_file, run, stages)
     return EvalContext(eval_options(config), model, tok, vector, run)
 
@@ -252,6 +254,8 @@ def as_tuned(config: ReplicateConfig) -> ReplicateConfig:
 def _check(config: ReplicateConfig) -> None:
     for alpha in config.alphas:
         require_strength(alpha, "Each of --alphas")
+    require_steered(config.alphas)
+    require_seed(config.seed)
     require_resamples(config.n_bootstrap)
     choose("control", config.control, CONTROLS)
     choose("contrast", config.contrast, CONTRASTS)
@@ -268,6 +272,25 @@ def before_anything(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, 
         WsError: settings that no adapter can be made with, a stage on record that was made with others, too little
             space on disk, or a base that answers nothing of what is read at the end.
     """
+    names = require_settings(model, tok, behavior, config)
+    if (Run(config.run_folder(behavior.name)).folder / "vector").is_dir() and not config.fresh:
+        return  # it is read again, and nothing is left to be spared
+    sizes = [linear_size(m) for n, m in model.named_modules() if n in names]
+    work = _work(behavior, config, sum(map(sum, filter(None, sizes))))
+    require_space(config.out, work.disk)
+    console.say(work.estimate(model))
+    context = EvalContext.of_base(eval_options(config), model, tok)
+    require_readable(context, read_at_the_end(context, behavior, config), config.data.anyway)
+
+
+def require_settings(
+    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig
+) -> frozenset[str]:
+    """The names of the modules that are adapted.
+
+    Raises:
+        WsError: settings that no adapter can be made with, or a stage of the run, or its pairs, on record with others.
+    """
     if config.contrast == SIGNED:
         require_signed(family(config.adapter))
         if config.control == "same-side" and behavior.pairs:
@@ -276,19 +299,11 @@ def before_anything(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, 
                 "adapter learns nothing from that with both signs; use --control shuffled, or --contrast arms."
             )
     names = peft_config(model, adapter_spec(config.train, config.adapter)).target_modules
-    require_record(model, tok, behavior, config)
-    if (Run(config.run_folder(behavior.name)).folder / "vector").is_dir() and not config.fresh:
-        return  # it is read again, and nothing is left to be spared
-    sizes = [linear_size(m) for n, m in model.named_modules() if n in set(names or ())]
-    work = _work(behavior, config, sum(map(sum, filter(None, sizes))))
-    require_space(config.out, work.disk)
-    console.say(work.estimate(model))
-    context = EvalContext.of_base(eval_options(config), model, tok)
-    require_readable(context, read_at_the_end(context, behavior, config), config.data.anyway)
+    _require_record(model, tok, behavior, config)
+    return frozenset(names or ())
 
 
-def require_record(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> None:
-    """`WsError` where a stage of the run, or its pairs, are on record with other settings."""
+def _require_record(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> None:
     pairs, run = data_folder(config.out, config.model, behavior.name), Run(config.run_folder(behavior.name))
     if not (config.fresh and config.fresh_data):
         Run(pairs).require_same("pairs", pairs_settings(model, tok, behavior, pairs, config.data))
@@ -319,26 +334,30 @@ def _work(behavior: Behavior, config: ReplicateConfig, places: int) -> Work:
 # ---- stages -------------------------------------------------------------------------------------------------------
 
 
-def _pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> Path:
-    folder = data_folder(config.out, config.model, behavior.name)
-    generate_pairs(model, tok, behavior, folder, config.data, config.fresh and config.fresh_data)
+def make_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig) -> Path:
+    """The file of a behaviour's pairs; for a `same-side` null as many are sampled with another data seed, too."""
+    folder, fresh = data_folder(config.out, config.model, behavior.name), config.fresh and config.fresh_data
+    generate_pairs(model, tok, behavior, folder, config.data, fresh)
+    if _has_second(behavior, config):
+        other = replace(config.data, data_seed=config.data.data_seed + 1)
+        generate_pairs(model, tok, behavior, folder / SECOND, other, fresh)
     return folder / PAIRS_FILE
 
 
-def _control_pairs(
-    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: ReplicateConfig, pairs: Path, run: Run
-) -> Path:
+def _has_second(behavior: Behavior, config: ReplicateConfig) -> bool:
+    return config.control == "same-side" and not behavior.pairs
+
+
+def _control_pairs(behavior: Behavior, config: ReplicateConfig, pairs: Path, run: Run) -> Path:
     """The pairs of a control, made of the behaviour's own (and for `same-side` of as many with another data seed).
 
     Brought pairs have one positive answer to a question: there both arms learn that one, by two training seeds.
     """
-    file, second = run.folder / PAIRS_FILE, pairs.parent / "second"
+    file = run.folder / PAIRS_FILE
     originals, digest = hashed_pairs(pairs)
     inputs = {"pairs": digest}
-    if config.control == "same-side" and not behavior.pairs:
-        other = replace(config.data, data_seed=config.data.data_seed + 1)
-        generate_pairs(model, tok, behavior, second, other, config.fresh and config.fresh_data)
-        others, inputs["second"] = hashed_pairs(second / PAIRS_FILE)
+    if _has_second(behavior, config):
+        others, inputs["second"] = hashed_pairs(pairs.parent / SECOND / PAIRS_FILE)
     with run.alone("control"):
         stage = run.stage("control", _control_settings(config), inputs)
         if stage is not None:
@@ -469,7 +488,9 @@ def _alphas(config: ReplicateConfig) -> list[float]:
 
 
 def _nearest(alphas: Sequence[float], wanted: float) -> float:
-    return min(alphas, key=lambda a: abs(a - wanted))
+    """The strength of the same sign that is nearest to a wanted one, of equals the weaker; 0 where there is none."""
+    same = [a for a in alphas if a * wanted > 0]
+    return min(same, key=lambda a: (abs(a - wanted), abs(a)), default=0.0)
 
 
 def _samples(

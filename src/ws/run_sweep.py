@@ -21,13 +21,22 @@ from ws.errors import WsError, choose
 from ws.eval.before import require_readable
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import Evaluation
-from ws.eval.suite import asked_of, evaluation_named
+from ws.eval.suite import asked_of, evaluation_named, measured_of
 from ws.files.runs import read_csv, read_values, run_folder, write_text
 from ws.lm.models import load_model
 from ws.options.make import ReplicateConfig, train_preset
 from ws.options.make import SweepConfig as SweepConfig
 from ws.options.shared import EvalOptions, shared_with
-from ws.replicate import CONTROLS, eval_options, read_at_the_end, replicate, require_record, verdict
+from ws.replicate import (
+    CONTROLS,
+    before_anything,
+    eval_options,
+    make_pairs,
+    read_at_the_end,
+    replicate,
+    require_settings,
+    verdict,
+)
 from ws.report import write_report
 
 LOG = "sweep.log"
@@ -58,41 +67,33 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
     for name in config.controls:
         choose("control", name, CONTROLS[1:])
     loaded = load_behavior(config.behavior, config.model)
-    behavior, plan = loaded.name, list(product(config.seeds, config.adapters, (CONTROLS[0], *config.controls)))
-    _before_anything(config, loaded, plan)
+    behavior, plan = loaded.name, _cells(config)
+    _before_cells(config, loaded, plan)
     done, countdown = list[Cell](), console.Countdown(len(plan))
-    for number, (seed, adapter, control) in enumerate(plan):
-        name = _replicate_config(config, adapter, seed, control).run_name
-        console.say(f"== {name}, seed {seed} ({countdown})")
-        # The second sampling belongs to `same-side`, so with --fresh its first cell samples anew as well.
-        first = number == 0 or (control == "same-side" and number <= len(config.controls))
-        done.append(_run_cell(config, behavior, adapter, seed, control, first))
+    for cell in plan:
+        console.say(f"== {cell.run_name}, seed {cell.seed} ({countdown})")
+        done.append(_run_cell(config, behavior, replace(cell, fresh_data=False)))
         countdown.step()
     fine = [c.folder for c in done if c.problem is None and c.control == CONTROLS[0]]
-    write_summary(config.out / behavior, fine, _evals(config, loaded), config.n_bootstrap)
+    write_summary(config.out / behavior, fine, measured_of(config.evals, loaded), config.n_bootstrap)
     return done
 
 
-def _evals(config: SweepConfig, behavior: Behavior) -> tuple[str, ...]:
-    """The evaluations of a sweep; where a behaviour has no claims, `replicate` has read its preference instead."""
-    wanted = ["preference" if n == "sycophancy" and behavior.claims is None else n for n in config.evals]
-    return tuple(dict.fromkeys(wanted))
-
-
-def _before_anything(config: SweepConfig, behavior: Behavior, plan: Sequence[tuple[int, str, str]]) -> None:
-    """Say which cells cannot be filled, because others are on record, and put the evaluations to the base.
+def _before_cells(config: SweepConfig, behavior: Behavior, plan: Sequence[ReplicateConfig]) -> None:
+    """Say which cells cannot be filled, put the evaluations to the base, and make the pairs, which the cells share.
 
     Raises:
-        WsError: items that cannot be had, or a base that answers none of the evaluations.
+        WsError: items that cannot be had, a base that answers none of the evaluations, or pairs that cannot be made.
     """
     model, tok = load_model(config.model, config.device, config.dtype)
-    for seed, adapter, control in plan:
-        cell = _replicate_config(config, adapter, seed, control)
+    possible = list[ReplicateConfig]()
+    for cell in plan:
         try:
-            require_record(model, tok, behavior, cell)
+            require_settings(model, tok, behavior, cell)
+            possible.append(cell)
         except WsError as problem:  # the other cells must not be lost to it
-            console.warn(f"{cell.run_name}, seed {seed}, will fail: {problem}")
-    first = _replicate_config(config, config.adapters[0], config.seeds[0], CONTROLS[0])
+            console.warn(f"{cell.run_name}, seed {cell.seed}, will fail: {problem}")
+    first = plan[0]
     first_asked = read_at_the_end(EvalContext.of_base(eval_options(first), model, tok), behavior, first)
     context = EvalContext.of_base(_eval_options(config, first.adapter, first.seed), model, tok)
     others = [evaluation_named(name) for name in config.evals if name not in ("sycophancy", "preference")]
@@ -101,17 +102,20 @@ def _before_anything(config: SweepConfig, behavior: Behavior, plan: Sequence[tup
         *(asked_of(cls, _for(cls, context), config.split, config.traits, config.judges) for cls in others),
     ]
     require_readable(context, asked, config.data.anyway)
+    if possible:
+        before_anything(model, tok, behavior, possible[0])
+        # A `same-side` null needs the second sampling as well; one call, so that --fresh samples neither twice.
+        make_pairs(model, tok, behavior, max(possible, key=lambda cell: cell.control == "same-side"))
 
 
-def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, control: str, first: bool) -> Cell:
-    plan = _replicate_config(config, adapter, seed, control, first)
-    folder = run_folder(config.out, behavior, plan.run_name, seed)
+def _run_cell(config: SweepConfig, behavior: str, cell: ReplicateConfig) -> Cell:
+    seed, control, folder = cell.seed, cell.control, run_folder(config.out, behavior, cell.run_name, cell.seed)
     try:
-        reading = replicate(plan)
+        reading = replicate(cell)
         console.say(verdict(reading))
         others = [name for name in config.evals if name != "sycophancy"]  # replicate has read what is held out already
         if others and control == CONTROLS[0]:
-            context = open_context(_eval_options(config, plan.run_name, seed))
+            context = open_context(_eval_options(config, cell.run_name, seed))
             for name in others:
                 cls = evaluation_named(name)
                 asked = asked_of(cls, _for(cls, context), config.split, config.traits, config.judges)
@@ -120,19 +124,19 @@ def _run_cell(config: SweepConfig, behavior: str, adapter: str, seed: int, contr
         write_text(folder / LOG, traceback.format_exc())
         console.say(f"failed: {problem}")
         kind = "" if isinstance(problem, WsError) else f"{type(problem).__name__}: "
-        return Cell(plan.run_name, seed, folder, control, f"{kind}{problem}")
+        return Cell(cell.run_name, seed, folder, control, f"{kind}{problem}")
     (folder / LOG).unlink(missing_ok=True)
-    return Cell(plan.run_name, seed, folder, control)
+    return Cell(cell.run_name, seed, folder, control)
 
 
-def _replicate_config(
-    config: SweepConfig, adapter: str, seed: int, control: str, first: bool = False
-) -> ReplicateConfig:
-    rate = train_preset(config.model, adapter).lr if config.train.lr is None else config.train.lr
-    train = replace(config.train, lr=rate)
-    return shared_with(
-        ReplicateConfig, config, adapter=adapter, seed=seed, control=control, fresh_data=first, train=train
-    )
+def _cells(config: SweepConfig) -> list[ReplicateConfig]:
+    """The runs of a sweep, in the order in which they are made."""
+    cells = list[ReplicateConfig]()
+    for seed, adapter, control in product(config.seeds, config.adapters, (CONTROLS[0], *config.controls)):
+        rate = train_preset(config.model, adapter).lr if config.train.lr is None else config.train.lr
+        train = replace(config.train, lr=rate)
+        cells.append(shared_with(ReplicateConfig, config, adapter=adapter, seed=seed, control=control, train=train))
+    return cells
 
 
 def _for(cls: type[Evaluation], context: EvalContext) -> EvalContext:

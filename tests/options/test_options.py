@@ -113,6 +113,13 @@ def test_an_evaluation_of_the_base_alone_is_refused_before_anything_is_loaded(op
             sweep(alphas=(0.0,)).check()
 
 
+def test_a_seed_that_no_run_can_have_is_found_before_a_sweep_begins():
+    for sweep in (make.SweepConfig, make.QueueConfig):
+        for seed in (-1, 2**32):
+            with pytest.raises(ws.WsError, match="Each of `seeds` must lie between 0 and 4294967295"):
+                sweep(seeds=(0, seed)).check()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -493,6 +493,8 @@ def run_name(adapter: str, contrast: str) -> str:
 def _check_grid(adapters: Sequence[str], seeds: Sequence[int], alphas: Sequence[float]) -> None:
     require_distinct("--adapters", adapters)
     require_distinct("--seeds", seeds)
+    for seed in seeds:
+        require_seed(seed, "Each of --seeds")
     for alpha in alphas:
         require_strength(alpha, "Each of --alphas")
     require_steered(alphas)
@@ -561,7 +563,7 @@ class SweepConfig(_OfBehavior):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> None:
-        """`WsError` for strengths that make no sense, or an unknown contrast."""
+        """`WsError` for seeds and strengths that make no sense, or an unknown contrast."""
         _check_grid(self.adapters, self.seeds, self.alphas)
         choose("contrast", self.contrast, CONTRASTS)
         self.train.check()
