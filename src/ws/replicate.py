@@ -59,7 +59,7 @@ from ws.files.reading import read_json
 from ws.files.runs import Run, data_folder, read_values, sha256_file, tune_folder, write_json, write_text
 from ws.lm.cost import PROMPT_TOKENS, Work, require_space
 from ws.lm.models import chat_format, linear_size, load_model, render_prompt, tokenizer_hash
-from ws.options.make import CONTRASTS, SIGNED, SIGNS, TrainConfig, TuneOptions
+from ws.options.make import CONTRASTS, SIGNED, SIGNS, UNRECORDED, DataCommand, TrainConfig, TuneOptions
 from ws.options.make import ReplicateConfig as ReplicateConfig
 from ws.options.measure import PreferenceOptions, SycophancyOptions
 from ws.options.shared import EvalOptions, RunOptions, require_steered, shared_with
@@ -214,6 +214,7 @@ class _Choice(msgspec.Struct):
     """What is read of the `choice.json` of `ws tune`."""
 
     model: str
+    behavior_sha256: str
     start: TrainConfig
     train: TrainConfig
     contrast: str
@@ -228,7 +229,8 @@ def as_tuned(config: ReplicateConfig) -> ReplicateConfig:
     """The same with the settings that `ws tune` has chosen, where `--tuned` asks for them.
 
     Raises:
-        WsError: nothing was chosen, or for another model, or settings are given besides that the search did not have.
+        WsError: nothing was chosen, or for another model or behaviour, or settings are given besides that the search
+            did not have and the adapter depends on.
     """
     if not config.tuned:
         return config
@@ -240,7 +242,14 @@ def as_tuned(config: ReplicateConfig) -> ReplicateConfig:
     choice = read_json(file, _Choice, f"make it again with `{command} --fresh`", CHOICE_FORMAT)
     if choice.model != config.model:
         raise WsError(f"--tuned: {file} was chosen for {choice.model}, not for {config.model}; use another --out.")
-    if config.train not in (usual.train, choice.start, choice.train):
+    if choice.behavior_sha256 != load_behavior(config.behavior, config.model).digest:
+        sampled = shared_with(DataCommand, config, fresh=True)
+        anew = console.command_line("ws data", sampled, always=("model", "behavior"))
+        raise WsError(
+            f"--tuned: {file} was chosen for another version of the behaviour, on what may be held out no more; sample "
+            f"pairs of this one with `{anew}`, and choose again with `{command}`."
+        )
+    if config.train.recorded() not in [train.recorded() for train in (usual.train, choice.start, choice.train)]:
         raise WsError(
             f"--tuned takes the settings of the training from {file}; leave out those that are given beside it."
         )
@@ -248,7 +257,9 @@ def as_tuned(config: ReplicateConfig) -> ReplicateConfig:
         raise WsError(
             f"--tuned takes --contrast {choice.contrast} from {file}; leave out --contrast {config.contrast}."
         )
-    return replace(config, train=choice.train, contrast=choice.contrast)
+    free = {name: getattr(config.train, name) for name in UNRECORDED}
+    given = {name: value for name, value in free.items() if value != getattr(usual.train, name)}
+    return replace(config, train=replace(choice.train, **given), contrast=choice.contrast)
 
 
 def _check(config: ReplicateConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -15,6 +16,7 @@ import torch
 import ws
 from support.finished_runs import make_vector
 from ws import console
+from ws.behaviors import behavior_file
 from ws.console import parse
 from ws.data import question_key, question_keys, read_pairs
 from ws.delta import LinearDelta
@@ -25,7 +27,7 @@ from ws.eval.preference import Preferences
 from ws.files.runs import Run, finished_runs, read_csv, sha256_file, write_json
 from ws.intervene import calibrate
 from ws.lm.models import fingerprint
-from ws.options.make import ReplicateConfig, TrainConfig, TuneOptions, train_preset
+from ws.options.make import DataCommand, ReplicateConfig, TrainConfig, TuneOptions, train_preset
 from ws.options.shared import CalibrationConfig
 from ws.replicate import as_tuned, replicate
 from ws.stats import estimate_mean
@@ -408,6 +410,28 @@ def test_a_run_takes_what_was_chosen_and_its_recipe_says_so(chosen, options):
     assert replicate(plain).folder == reading.folder, "the same settings, typed out, are the same run"
     again = as_tuned(as_tuned(chosen))
     assert (again.train, again.contrast) == (plain.train, "signed")
+
+
+def test_what_the_adapter_does_not_depend_on_may_be_given_beside_a_choice(chosen, options):
+    given = replace(chosen, train=replace(chosen.train, recompute="cheap", report_to=("trackio",)))
+    train = as_tuned(given).train
+    assert (train.recompute, train.report_to, train.lr) == ("cheap", ("trackio",), 2 * options.train.lr)
+    assert train.recorded() == as_tuned(chosen).train.recorded()
+    assert as_tuned(as_tuned(given)).train == train
+
+
+def test_a_choice_is_for_the_behaviour_that_it_was_made_for(chosen, tmp_path):
+    """What was `dev` then may be `report` now, and the reading there would be of what the choice has seen."""
+    own = tmp_path / "honesty.toml"
+    own.write_bytes(behavior_file("honesty", "tiny-random").read_bytes())
+    assert as_tuned(replace(chosen, behavior=str(own))).train == as_tuned(chosen).train
+    own.write_bytes(own.read_bytes() + b"\n# another version\n")
+    with pytest.raises(
+        ws.WsError, match=r"another version of the behaviour.*`ws data .* --fresh`.*`ws tune "
+    ) as problem:
+        as_tuned(replace(chosen, behavior=str(own)))
+    anew = re.findall(r"`ws data ([^`]*)`", str(problem.value))
+    assert parse(DataCommand, shlex.split(anew[0])).data == chosen.data
 
 
 def test_what_does_not_go_with_a_choice_is_a_sentence(chosen, options, tmp_path):

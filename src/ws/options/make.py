@@ -49,6 +49,7 @@ REPORTERS = {"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tens
 ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # What sweeps do by themselves; the others need items that not every behaviour brings.
 DEFAULT_EVALS = ("sycophancy", "airisk", "tinymfv_airisk")
+UNRECORDED = ("recompute", "report_to")  # settings of a training that the adapter does not depend on
 MIN_VALIDATION = 8  # with fewer examples a loss that rises says nothing
 # What `ws tune` can vary; `ws.sweep.tune` knows the values of each.
 TUNABLE = ("lr", "rank", "layers", "delora_lambda", "kl", "objective", "contrast")
@@ -217,7 +218,7 @@ class TrainConfig:
         Those that came later are left out while they do nothing, so that what was trained before them is not taken for
         something else; so are those that the adapter does not depend on, which may change when a training goes on.
         """
-        later = {"objective": LIKELIHOOD, "kl": 0.0, "recompute": self.recompute, "report_to": self.report_to}
+        later = {"objective": LIKELIHOOD, "kl": 0.0, **{name: getattr(self, name) for name in UNRECORDED}}
         later |= {"beta": self.beta} if self.objective == LIKELIHOOD else {}
         return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
