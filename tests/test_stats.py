@@ -284,6 +284,15 @@ def test_an_estimate_is_that_of_plain_draws_of_values_that_were_moved_apart(shap
         assert found == estimate_mean(values[0], 500, 3, level)
 
 
+def test_the_interval_of_two_seeds_that_differ_ends_at_the_larger_one():
+    """It cannot reach the half width of the t interval, so it covers `2 atan(9.17) / pi`, 93 %; see `widened`."""
+    seeds = np.array([[1.0], [3.0]]) + np.zeros((2, 5))
+    e, factor = estimate_over_seeds(seeds), np.sqrt(2) * 12.706 / 1.95996
+    assert (e.ci_lo, e.ci_hi) == pytest.approx((2 - factor, 2 + factor), rel=1e-4)
+    assert 2 * np.arctan(factor) / np.pi == pytest.approx(0.93, abs=0.005)
+    assert e.p == pytest.approx(2 * t.sf(2.0, 1)), "of the t test, whose half width is 12.7"
+
+
 def test_what_is_not_said_is_two_thousand_draws_of_seed_zero_and_95_per_cent():
     values = np.random.default_rng(32).normal(size=(3, 9))
     assert N_BOOTSTRAP == 2000

@@ -124,7 +124,9 @@ def widened(
     Student's t (k - 1 degrees of freedom) and of the normal distribution: the expansion of Hesterberg 2015 (arXiv
     1411.5279), as a move of the values. The half width of an interval then is about `sqrt(t_seeds^2 V_seeds + t_items^2
     V_items)`, whose coverage is at least the level however the two variances compare (Banerjee 1960, Sankhya 22, 357).
-    Means over everything stay; a single seed or item stays where it is.
+    Where two seeds differ far more than items do it is narrower: a bootstrap of two values ends at the larger one, and
+    93 % of 95 % intervals hold the truth (`2 atan(9.17) / pi`), while `p_value` stays that of the t test. Means over
+    everything stay; a single seed or item stays where it is.
     """
     overall, moved = values.mean(axis=(-2, -1), keepdims=True), values
     for axis in (-2, -1):

@@ -57,6 +57,20 @@ def six(tmp_path_factory):
 # ---- cosines ----------------------------------------------------------------------------------------------------
 
 
+def test_a_factor_without_columns_is_a_change_of_nothing():
+    rng = torch.Generator().manual_seed(0)
+
+    def vector(rank: int) -> ws.SteeringVector:
+        u, v = torch.randn(4, rank, generator=rng), torch.randn(rank, 3, generator=rng)
+        return ws.SteeringVector({UP: LinearDelta(4, 3, u=u, v=v)}, "acme/model", "f" * 16)
+
+    full, empty, other = vector(2), vector(0), vector(1)
+    for vectors in ([empty, full, other], [full, empty, other], [full, other, empty]):
+        dense = torch.stack([v.deltas[UP].dense(torch.zeros(4, 3)).double().flatten() for v in vectors])
+        (weights,) = inner_products(vectors)
+        np.testing.assert_allclose(weights.matrix, (dense @ dense.T).numpy(), atol=1e-6)
+
+
 def test_the_cosines_of_all_families_are_those_of_dense_vectors(six):
     model, pairs = six
     vectors = [p - n for p, n in pairs.values()] + [pairs["lora"][0]]

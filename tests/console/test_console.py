@@ -223,6 +223,7 @@ def test_files_are_named_folder_by_folder():
 
 def test_table_values_are_typed_and_identifiers_stay_text(tmp_path):
     rows = [{"eval_hash": "123e45", "id": "007", "alpha": -1.0, "n": 12, "ok": True, "none": "", "word": "1 of 2"}]
+    rows[0] |= {"trait": "2024", "targets": "1", "largest": "007", "strength": "+1", "adapter": "1", "board": "2"}
     file = write_csv(tmp_path / "t.csv", rows)
     assert read_values(file) == [rows[0] | {"none": None}]
     assert {type(v) for v in read_csv(file)[0].values()} == {str}

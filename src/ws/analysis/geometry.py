@@ -229,7 +229,8 @@ def plain_weight(name: str, module: nn.Module) -> Tensor:
 def _factor_products(deltas: Sequence[LinearDelta | None]) -> Float[np.ndarray, "n n"]:
     """`<U_i V_i, U_j V_j> = sum((U_i^T U_j) * (V_i V_j^T))`, all factors side by side."""
     matrix = np.zeros((len(deltas), len(deltas)))
-    factors = {i: (d.u, d.v) for i, d in enumerate(deltas) if d is not None and d.u is not None and d.v is not None}
+    known = {i: (d.u, d.v) for i, d in enumerate(deltas) if d is not None and d.u is not None and d.v is not None}
+    factors = {i: (u, v) for i, (u, v) in known.items() if u.shape[1]}  # `reduceat` takes no empty part
     if not factors:
         return matrix
     u = torch.cat([u for u, _ in factors.values()], dim=1).double()

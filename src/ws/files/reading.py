@@ -216,14 +216,14 @@ def _is_number(text: str) -> bool:
 
 
 _NUMBER = re.compile(r"[+-]?(inf|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", re.ASCII)
-_TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$|^vectors?$")
+_TEXT_COLUMN = re.compile(r"(^|_)(hash|sha256|id)$|^(vectors?|behavior|adapter|board|trait|targets|largest|strength)$")
 _LONGEST = 4000  # digits of a whole number; Python refuses to read much longer ones
 
 
 def typed(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Rows of a table as they were before they were written: numbers, truth values, and None for empty cells.
 
-    Identifiers stay text, also those that happen to be made of digits.
+    Identifiers and names stay text, also those that happen to be made of digits.
     """
     return [{k: v if _TEXT_COLUMN.search(k) else _value(v) for k, v in row.items()} for row in rows]
 
