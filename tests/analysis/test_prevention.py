@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +23,9 @@ from ws.console import parse
 from ws.data import Pair
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
+from ws.eval.capability import Capability
+from ws.eval.readable import PER_TOKEN, SHARE
+from ws.eval.sycophancy import Sycophancy
 from ws.files.runs import read_csv, run_folder, typed
 from ws.lm.models import encode, fingerprint, render_prompt
 from ws.options.make import PreventOptions
@@ -359,6 +363,29 @@ def test_strengths_of_either_sign_are_typed_as_they_are_everywhere():
         assert parse(PreventOptions, ["data.jsonl", "--strength", text]).strength == text
     assert PreventOptions(examples="d", strength="1", epochs=3.0).training("smollm2").max_steps is None
     assert PreventOptions(examples="d", strength="1").training("smollm2").max_steps == 12
+
+
+def test_nothing_differs_from_a_plain_training_that_cannot_be_read():
+    rng = np.random.default_rng(0)
+    values = {way: rng.normal(shift, 0.1, (1, 30)) for way, shift in (("base", 0.0), ("plain", 1.0), ("vector", 0.5))}
+    (score,) = (s for s in Sycophancy.scores if s.key == "false_claims")
+    for problems, star in (({}, True), ({"plain": "answer mass 0.400"}, False)):
+        rows = prevention.rows_of([prevention.Measured(score, "", values, problems, {})], {}, 200)
+        of = {row["way"]: row for row in rows}
+        assert (of["vector"]["less_plain"] is None) is not star
+        assert (of["vector"]["shift_p"] < 0.001, of["vector"]["problem"]) == (True, None)
+        line = next(line for line in prevention.render(rows).splitlines() if score.title in line)
+        assert (line.endswith("*"), "!" in line) == (star, not star)
+
+
+def test_what_a_model_can_do_has_floors_in_its_own_units():
+    assert {s.key: s.floor for s in Capability.scores} == {"nll": PER_TOKEN, "valid": SHARE, "repetition": SHARE}
+    rng = np.random.default_rng(1)
+    (score,) = (s for s in Capability.scores if s.key == "valid")
+    values = {way: (rng.random((1, 400)) < rate).astype(float) for way, rate in
+              (("base", 0.98), ("plain", 0.98), ("vector", 0.82))}  # fmt: skip
+    rows = prevention.rows_of([prevention.Measured(score, "", values, {}, {})], {}, 200)
+    assert "*" in prevention.render(rows).split("\n\n")[0]
 
 
 def test_the_documented_table_is_that_of_the_benchmark():

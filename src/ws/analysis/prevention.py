@@ -343,7 +343,8 @@ def measure(
 def rows_of(measured: Sequence[Measured], key: Mapping[str, Any], n_boot: int) -> Rows:
     """A row for every score and way, the base's first; `less_plain` is the paired difference from plain training.
 
-    `less_plain_p_holm` is corrected over the ways of a score. A single number has no interval.
+    It is empty where plain training cannot be read, and `less_plain_p_holm` is corrected over the ways of a score. A
+    single number has no interval.
     """
     rows = Rows()
     for m in measured:
@@ -353,7 +354,7 @@ def rows_of(measured: Sequence[Measured], key: Mapping[str, Any], n_boot: int) -
             row = {**dict.fromkeys(COLUMNS), **key, "way": way, "score": score.key, "kind": m.kind}
             row |= {"title": score.title, "unit": score.unit, "problem": m.problems.get(way) or None, "n": items}
             for name, reference in (("level", None), ("shift", BASE), ("less_plain", PLAIN)):
-                if way in (reference, BASE) and reference:
+                if reference and (way in (reference, BASE) or (reference == PLAIN and m.problems.get(PLAIN))):
                     continue
                 difference = x - m.values[reference] if reference else x
                 parts = ("ci_lo", "ci_hi", *(["p"] if reference else [])) if x.size > 1 else ()
@@ -382,7 +383,8 @@ def render(rows: Rows, form: str = "simple") -> str:
     table = tabulate(cells, ["", BASE, *ways], tablefmt=form, disable_numparse=True)
     over = "items, one seed" if rows[0]["n_seeds"] == 1 else f"{rows[0]['n_seeds']} seeds and items"
     said = f"The base's level, and the shift of every fine-tune from it with its 95 % interval over {over}."
-    mark = "* differs from plain training: p < 0.05 after Holm's correction over the ways, and not under the floor."
+    mark = "* differs from plain training, where that can be read: p < 0.05 after Holm's correction over the ways, and "
+    mark += "not under the floor."
     return "\n\n".join([table, f"{said}\n{mark}", *notes(row["problem"] for row in rows)])
 
 

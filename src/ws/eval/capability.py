@@ -40,6 +40,7 @@ from ws.errors import WsError, decoded
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, Rows, Scores
 from ws.eval.prompts import notes_on
+from ws.eval.readable import PER_TOKEN, SHARE
 from ws.files.reading import read_bytes
 from ws.lm.batches import in_batches, in_groups, row_logits
 from ws.lm.divergence import QUANTILE, token_kl
@@ -390,6 +391,7 @@ class Capability(Evaluation):
             low=None,
             n="n_texts",
             value="nll",
+            floor=PER_TOKEN,
         ),
         HeadlineScore(
             "valid",
@@ -402,6 +404,7 @@ class Capability(Evaluation):
             mass=None,
             low=None,
             n="n_questions",
+            floor=SHARE,
         ),
         HeadlineScore(
             "repetition",
@@ -413,6 +416,7 @@ class Capability(Evaluation):
             mass=None,
             low=None,
             n="n_questions",
+            floor=SHARE,
         ),
     )
     item_table, item = "per_text", "text_id"
