@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from importlib import import_module
 
@@ -15,6 +16,7 @@ from support.statements import folder
 from support.statements import rows as rows_of
 from ws.analysis.compare import compare, main, plot
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, reality, render
+from ws.behaviors import behavior_file
 from ws.behaviors.tables import draw
 from ws.data import PAIRS_FILE, Pair, pair_lines
 from ws.eval.readable import Readability
@@ -44,11 +46,11 @@ def test_a_planted_effect_is_found_with_its_size_and_called_real():
 
 def test_rows_say_what_was_asked_and_other_words_do_not_mix():
     rng = np.random.default_rng(5)
-    asked = {"wrongness": {"eval_hash": "a", "words": "paraphrase", "drawn": "40 of 131, seed 0"}}
+    asked = {"wrongness": {"eval_hash": "12e3", "words": "paraphrase", "drawn": "40 of 131, seed 0"}}
     cells = [cell(rng, adapter=a, asked=asked) for a in ("lora", "oft")]
     rows = group_rows(KEY, Group.of(cells), -1, N_BOOT)
-    assert {(r["words"], r["drawn"]) for r in rows if r["score"] == "wrongness"} == {
-        ("paraphrase", "40 of 131, seed 0")
+    assert {(r["eval_hash"], r["words"], r["drawn"]) for r in rows if r["score"] == "wrongness"} == {
+        ("12e3", "paraphrase", "40 of 131, seed 0")
     }
     text = render(rows, [])
     assert "Words of wrongness: paraphrase, which is this project's" in text
@@ -93,6 +95,27 @@ def test_three_nulls_are_needed_and_each_can_refuse():
     for missing in (replace(good, nulls={}), replace(good, random={}), replace(good, nulls={"shuffled": {}})):
         assert reality(Group((missing,)), "false_claims", "span", N_BOOT).is_real is None
     assert reality(Group((good,)), "false_claims", "+1u", N_BOOT).p_random == pytest.approx(1 / 21)
+
+
+def test_too_few_random_draws_say_nothing_against_a_vector():
+    """With n draws p is 1 / (n + 1) at best: 18 cannot tell, 19 can, and one that goes as far tells at any number."""
+    rng = np.random.default_rng(12)
+    good = cell(rng, nulls=nulls_of(rng))
+    found = {
+        n: reality(Group((replace(good, random=draws_of(rng, n=n)),)), "false_claims", "span", N_BOOT)
+        for n in (2, 18, 19)
+    }
+    assert {n: (r.is_real, r.n_draws) for n, r in found.items()} == {2: (None, 2), 18: (None, 18), 19: (True, 19)}
+    loud = draws_of(rng, n=5)
+    loud["false_claims"][1][3] = 20.0
+    group = Group((replace(good, random=loud),))
+    assert reality(group, "false_claims", "span", N_BOOT).is_real is False
+    few = Group((replace(good, random=draws_of(rng, n=5)),))
+    rows = group_rows(KEY, [few], -1, N_BOOT)
+    (span,) = (r for r in rows if (r["score"], r["part"]) == ("false_claims", "span"))
+    assert (span["real"], span["n_draws"]) == (None, 5)
+    assert "`real` is empty for lora" in render(rows, [])
+    assert "19 random draws or more" in render(rows, [])
 
 
 def test_a_null_vector_is_not_significant_and_never_called_real():
@@ -245,6 +268,27 @@ def test_the_stronger_intervention_wins_and_ties_are_ties(tmp_path):
     assert "has no dial" in text
 
 
+def test_who_moves_a_score_further_does_not_depend_on_the_way():
+    """Where the behaviour predicts no sign the larger span wins; what is of the behaviour itself is meant to rise."""
+    rng = np.random.default_rng(13)
+    spans = {"mc2": (-0.3, -0.02), "mc1": (-0.02, 0.3), "wrongness": (0.5, -0.02), "preference": (0.1, -0.4)}
+    groups = []
+    for i, name in enumerate(("weight", "prompt")):
+        scores = {score: claims(rng, effects[i], noise=0.01) for score, effects in spans.items()}
+        groups += Group.of([replace(cell(rng, name=name, adapter=("lora", name)[i]), scores=scores)])
+    found = {p["score"]: p for p in comparison_rows(KEY, groups, -1, N_BOOT)}
+    assert {score: p["winner"] for score, p in found.items()} == {
+        "mc2": "weight",
+        "mc1": "prompt",
+        "wrongness": "weight",
+        "preference": "weight",
+    }
+    for score, difference in (("mc2", 0.28), ("mc1", -0.28), ("wrongness", 0.48), ("preference", 0.5)):
+        p = found[score]
+        assert p["difference"] == pytest.approx(difference, abs=0.01)
+        assert p["weight"] - p["other"] == pytest.approx(p["difference"])
+
+
 def test_a_side_that_did_not_converge_leaves_a_gap_and_no_number():
     rng = np.random.default_rng(5)
     whole = cell(rng)
@@ -354,6 +398,22 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     spans = [r for r in read_csv(out / "honesty" / "compare.csv") if r["part"] == "span"]
     assert {r["intervention"] for r in spans if float(r["selectivity"]) > 0} == {"weight", "prompt"}
     assert all(float(r["selectivity_ci_lo"]) <= float(r["selectivity"]) for r in spans)
+
+
+def test_random_vectors_are_asked_for_what_there_is(out, tmp_path, capsys):
+    """Claims of which none is true, and scores that all need a thought, have fewer draws, or none."""
+    known = behavior_file("honesty", "pocket").read_text().splitlines()
+    file = tmp_path / "honesty.toml"
+    file.write_text("\n".join(line for line in known if not re.search(r"claim = .*, true = true", line)))
+    plain = replace(quick_options(out), behavior=str(file), interventions=("weight",), limit=2)
+    for evals, random in (
+        (("sycophancy", "arithmetic"), {"false_claims": True, "thought_accuracy": False, "direct_accuracy": False}),
+        (("arithmetic",), {"thought_accuracy": False, "direct_accuracy": False}),
+    ):
+        main(replace(plain, evals=evals, dataset="sums"))
+        rows = read_csv(out / "honesty" / "compare.csv")
+        assert {r["score"]: bool(r["p_random"]) for r in rows} == random
+        assert capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import ws
 import ws.analysis.controls
 from conftest import build_model, reworded, tokens
 from ws.analysis.controls import (
+    beats_random,
     coordinate_parts,
     draw_seed,
     empirical_p,
@@ -89,6 +90,19 @@ def test_a_shift_that_is_noise_is_rarely_significant():
     draws = rng.standard_t(2, size=(4000, 20)) + rng.exponential(size=(4000, 20))
     rate = np.mean([empirical_p(float(row[0]), row[1:]) <= 0.05 for row in draws])
     assert rate == pytest.approx(0.05, abs=0.014), "four binomial standard errors"
+
+
+def test_all_draws_beaten_says_nothing_before_there_are_nineteen():
+    for n, p, beaten in (
+        (2, 1 / 3, None),
+        (18, 1 / 19, None),
+        (19, 1 / 20, True),
+        (5, 2 / 6, False),
+        (40, 3 / 41, False),
+    ):
+        assert beats_random(p, n) is beaten, (n, p)
+    assert beats_random(None, None) is None
+    assert beats_random(0.2, None) is False, "their number is not on record, so they are taken for enough"
 
 
 def control_rows(shifts, n_draws: int, rng, mass: float = 0.99) -> list[dict]:

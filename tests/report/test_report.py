@@ -346,6 +346,19 @@ def test_a_comparison_in_other_words_is_not_used(tmp_path):
     assert any("made with other words" in g.why for g in contents.gaps if g.what == "compare")
 
 
+def test_a_comparison_on_other_items_is_not_used(tmp_path):
+    """Another split or a draw of the items has another hash; tables of before the hash was on record stay."""
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path, eval_hash="abc123")
+    contents = read_contents(tmp_path, "honesty")
+    assert (len(contents.compare), "compare" in {g.what for g in contents.gaps}) == (6, False)
+    write_compare(tmp_path, eval_hash="0123")
+    contents = read_contents(tmp_path, "honesty")
+    assert not contents.compare
+    assert "made with other items than the runs' tables (false_claims)" in left_out(contents)
+    assert sentence(tmp_path)[0] == "Cause not known"
+
+
 def test_a_prompted_base_that_is_missing_is_noted(tmp_path):
     folder = write_run(tmp_path)
     write_calibration(folder)
@@ -438,6 +451,17 @@ def test_a_digest_that_reads_like_a_number_is_that_of_its_vector(tmp_path, monke
         monkeypatch.setattr(report_data, "vector_digest", lambda vector, digest=digest: digest.ljust(64, "0"))
         profile_tables(tmp_path, digest)
         assert len(read_contents(tmp_path, "honesty").profile) == 4
+
+
+def test_a_trait_that_is_called_by_a_number_is_shown(tmp_path):
+    folder = write_run(tmp_path)
+    profile_tables(tmp_path, vector_digest(SteeringVector.load(folder / "vector")))
+    for file in (tmp_path / "honesty").glob("profile*.csv"):
+        text = file.read_text().replace("likes-tea", "2024").replace("tells-the-truth", "007")
+        file.write_text(text.replace("-1u", "-1").replace("+1u", "+1"))
+    page = render(read_contents(tmp_path, "honesty"))
+    assert "007 at +1: +2.50 (moved)" in page
+    assert "2024 at -1: -0.10" in page
 
 
 def test_a_caption_counts_targets_apart_from_what_else_is_large():
@@ -751,7 +775,7 @@ def test_commands_can_be_copied_as_they_are(tmp_path):
 def test_a_strong_effect_with_all_controls_is_supported(tmp_path):
     for seed in (0, 1):
         write_calibration(write_run(tmp_path, seed=seed))
-    write_compare(tmp_path)
+    write_compare(tmp_path, seed="0 1")
     kind, text = sentence(tmp_path)
     assert kind == "Supported"
     predicted = (
@@ -791,6 +815,18 @@ def test_one_seed_weakens_it(tmp_path):
     assert [name for name, mark in marks(tmp_path).items() if mark == "caution"] == ["Seeds"]
 
 
+def test_nulls_of_fewer_seeds_than_the_shift_weaken_it(tmp_path):
+    for seed in (0, 1):
+        write_calibration(write_run(tmp_path, seed=seed))
+    write_compare(tmp_path)
+    kind, text = sentence(tmp_path)
+    assert kind == "First indication"
+    assert "all beaten (label-shuffled, same-side, random), of seed 0, where the shift is of 2 seeds" in text
+    assert [name for name, mark in marks(tmp_path).items() if mark == "caution"] == ["Controls"]
+    write_compare(tmp_path, real=False)
+    assert (sentence(tmp_path)[0], marks(tmp_path)["Controls"]) == ("Not established", "against it")
+
+
 def test_controls_that_are_not_beaten_end_it(tmp_path):
     write_calibration(write_run(tmp_path))
     write_compare(tmp_path, real=False)
@@ -800,14 +836,28 @@ def test_controls_that_are_not_beaten_end_it(tmp_path):
     assert marks(tmp_path)["Controls"] == "against it"
 
 
+@pytest.mark.parametrize(("p", "kind"), [(1 / 6, "Cause not known"), (2 / 6, "Not established")])
+def test_a_comparison_with_few_random_vectors_is_judged_by_what_they_can_say(tmp_path, p, kind):
+    write_calibration(write_run(tmp_path))
+    write_compare(tmp_path, real=None, p_random=p, n_draws=5)
+    found, text = sentence(tmp_path)
+    assert found == kind
+    assert ("5 random vectors are too few to tell" in text) is (kind == "Cause not known")
+
+
 @pytest.mark.parametrize(
-    ("null", "kind", "words"),
-    [(0.1, "Cause not known", "is no evidence"), (3.0, "Not established", "do as much")],
+    ("null", "n", "kind", "words"),
+    [
+        (0.1, 20, "Cause not known", "is no evidence"),
+        (3.0, 20, "Not established", "do as much"),
+        (0.1, 5, "Cause not known", "5 random vectors are too few to tell: it takes 19, and trained nulls"),
+        (3.0, 5, "Not established", "do as much"),
+    ],
 )
-def test_random_vectors_alone(tmp_path, null, kind, words):
+def test_random_vectors_alone(tmp_path, null, n, kind, words):
     folder = write_run(tmp_path)
     mark = vector_digest(SteeringVector.load(folder / "vector"))[:12]
-    shifts = [("vector", 0, -1.0), *(("random", i, null) for i in range(20))]
+    shifts = [("vector", 0, -1.0), *(("random", i, null) for i in range(n))]
     write_csv(
         folder / "controls.csv",
         [

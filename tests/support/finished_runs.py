@@ -130,16 +130,16 @@ def write_card(out, **more):
     write_json(data_folder(out, BASE, "honesty") / "card.json", card | more)
 
 
-def write_compare(out, real=True, adapter="lora"):
+def write_compare(out, real=True, adapter="lora", seed="0", p_random=0.048, **more):
     """One weight vector's spans, and a prompted base."""
     rows = []
     for name, base, shift in (("weight", 0.0, -2.0), ("prompt", 0.1, -4.0)):
         for part in ("-1u", "+1u", "span"):
-            row = {"behavior": "honesty", "adapter": adapter if name == "weight" else name, "seed": "0"}
+            row = {"behavior": "honesty", "adapter": adapter if name == "weight" else name, "seed": seed}
             row |= {"alpha": {"-1u": -0.8, "+1u": 1.6, "span": None}[part], "intervention": name, "part": part}
             row |= {"score": "false_claims", "shift": shift if part != "-1u" else -shift, "base": base}
-            row |= {"p_random": 0.048 if name == "weight" else None, "real": real if name == "weight" else None}
-            rows.append(row)
+            row |= {"p_random": p_random if name == "weight" else None, "real": real if name == "weight" else None}
+            rows.append(row | more)
     write_csv(out / "honesty" / "compare.csv", rows)
 
 

@@ -11,8 +11,8 @@ Per item the effect is the span, `score(+1u) - score(-1u)`, and the shifts of ei
 adapter are pooled by a hierarchical bootstrap. A weight vector's span is called real only when it beats three nulls at
 the same Frobenius norm:
 
-    random      p <= 0.05 among random vectors with its coordinates and per-module norms; vectors trained on anything
-                pass this one, so it is no evidence of the behaviour by itself
+    random      p <= 0.05 among random vectors (19 at least) with its coordinates and per-module norms; vectors trained
+                on anything pass this one, so it is no evidence of the behaviour by itself
     shuffled    the 95 % interval of |span| - |span of the null| lies above zero, for a vector trained on pairs half of
                 which were exchanged (`ws replicate --control shuffled`)
     same-side   the same for a vector both of whose arms were trained on positive answers (`--control same-side`)
@@ -20,7 +20,7 @@ the same Frobenius norm:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -97,7 +97,7 @@ class _Bench:
             asked=asked,
             nulls={null: null_scores for null, (null_scores, _) in nulls.items()},
             null_readable={null: null_read for null, (_, null_read) in nulls.items()},
-            random=self.random_null(alphas) if name == WEIGHT and o.n_draws else {},
+            random=self.random_null(alphas, scored) if name == WEIGHT and o.n_draws else {},
             board=self.on_board(chosen, alphas),
             targets=self.board.targets if self.board else (),
         )
@@ -146,15 +146,23 @@ class _Bench:
             nulls[null] = replace(self, context=context).measured(context.intervention(), scaled)
         return nulls
 
-    def random_null(self, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
-        """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign."""
+    def random_null(self, alphas: Mapping[int, float], scored: Collection[str]) -> dict[str, dict[int, np.ndarray]]:
+        """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign.
+
+        Args:
+            alphas: the strengths by sign.
+            scored: the scores that there are on these items; those of them that need a thought have no draws.
+        """
         o, key = self.options, self.context.key
+        asked = tuple(s for s in _scores(o) if s in scored and not _thinks(s))
+        if not asked:
+            return {}
         options = shared_with(
             ControlOptions,
             o,
             adapter=str(key["adapter"]),
             seed=int(key["seed"]),
-            scores=tuple(s for s in _scores(o) if not _thinks(s)),
+            scores=asked,
             n_draws=o.n_draws,
             alphas=tuple(alphas.values()),
         )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from tabulate import tabulate
 
 from ws.analysis.controls import NULLS as NULLS
-from ws.analysis.controls import empirical_p
+from ws.analysis.controls import beats_random, empirical_p
 from ws.analysis.profile_tables import label, selectivity
 from ws.errors import WsError
 from ws.eval.capability import Capability
@@ -30,6 +30,8 @@ PARTS = {"-1u": (-1, 0), "+1u": (1, 0), "span": (1, -1)}
 
 BySign = Mapping[int, Float[np.ndarray, "_"]]
 Readable = Mapping[str, Mapping[int, Readability]]
+# Scores, but those of claims, that are of the behaviour itself: it is meant to raise them.
+_UPWARD = ("preference", "statements", "judged_trait")
 
 
 @dataclass(frozen=True)
@@ -153,18 +155,21 @@ class Reality:
 
     Attributes:
         p_random: among random vectors; None without draws.
+        n_draws: how many random vectors these are.
         margins: by null, the mean of |shift| - |shift of the null|, item by item; without those that were not trained.
     """
 
     p_random: float | None
+    n_draws: int | None
     margins: Mapping[str, Estimate]
 
     @property
     def is_real(self) -> bool | None:
-        """Whether all three are beaten; None when one of them is missing."""
-        if self.p_random is None or len(self.margins) < len(NULLS):
+        """Whether all three are beaten; None when one of them is missing, or random vectors are too few to tell."""
+        beaten = beats_random(self.p_random, self.n_draws)
+        if beaten is None or len(self.margins) < len(NULLS):
             return None
-        return self.p_random <= LEVEL and all(m.ci_lo > 0 for m in self.margins.values())
+        return beaten and all(m.ci_lo > 0 for m in self.margins.values())
 
 
 def reality(group: Group, score: str, part: str, n_boot: int = N_BOOTSTRAP) -> Reality:
@@ -174,14 +179,14 @@ def reality(group: Group, score: str, part: str, n_boot: int = N_BOOTSTRAP) -> R
     """
     shifts, null = group.shifts(score, part), group.random_shifts(score, part)
     if shifts is None:
-        return Reality(None, {})
+        return Reality(None, None, {})
     p = None if null is None else empirical_p(float(shifts.mean()), null)
     margins = {}
     for name in NULLS:
         other = group.null_shifts(name, score, part)
         if other is not None:
             margins[name] = estimate_over_seeds(_towards_mean(shifts) - _towards_mean(other), n_boot)
-    return Reality(p, margins)
+    return Reality(p, None if null is None else len(null), margins)
 
 
 def _towards_mean(values: np.ndarray) -> np.ndarray:
@@ -252,7 +257,7 @@ def _row(key: Mapping[str, Any], group: Group, score: str, part: str, effect: in
         "matched": first.matched,
         "detail": first.detail,
         **_read_columns(group.readability(score, part)),
-        **{name: first.asked.get(score, {}).get(name) for name in ("words", "drawn")},
+        **{name: first.asked.get(score, {}).get(name) for name in ("eval_hash", "words", "drawn")},
         "calibrated_on": "; ".join(dict.fromkeys(c.questions for c in group.cells)),
         "dtype": first.dtype,
     }
@@ -266,8 +271,8 @@ def _read_columns(known: Readability | None) -> dict[str, Any]:
 def _null_columns(group: Group, score: str, part: str, n_boot: int) -> dict[str, Any]:
     known = group.readability(score, part)
     tested = group.first.intervention == WEIGHT and score not in COSTS and not (known and known.problem)
-    evidence = reality(group, score, part, n_boot) if tested else Reality(None, {})
-    row: dict[str, Any] = {"p_random": evidence.p_random}
+    evidence = reality(group, score, part, n_boot) if tested else Reality(None, None, {})
+    row: dict[str, Any] = {"p_random": evidence.p_random, "n_draws": evidence.n_draws}
     for name in NULLS:
         row |= columns_of(evidence.margins.get(name), f"margin_{name.replace('-', '_')}", "ci_lo", "ci_hi")
     return row | {"real": evidence.is_real}
@@ -289,25 +294,26 @@ def _verdict_columns(group: Group, score: str, part: str, effect: int, n_boot: i
 def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int, n_boot: int = N_BOOTSTRAP) -> Rows:
     """Rows of `compare_pairs.csv`: the span of every weight vector minus that of every other intervention, paired.
 
-    Spans on false claims count in the direction of the behaviour, so that more is better. A vector is compared with
-    what is made of its own adapter and with what needs none; `p_holm` is over the whole table. Nobody wins by less than
-    the floor of a score (`ws.eval.evaluation.HeadlineScore`), nor where one of the two cannot be read.
+    Spans count in the direction of the behaviour where it has one (`effect` on false claims, up on `_UPWARD`), so that
+    more is better, and elsewhere by their size, each towards its own mean. A vector is compared with what is made of
+    its own adapter and with what needs none; `p_holm` is over the whole table. Nobody wins by less than the floor of a
+    score (`ws.eval.evaluation.HeadlineScore`), nor where one of the two cannot be read.
     """
     rows: Rows = []
     for ours, theirs, score in _contests(groups):
         mine, other = ours.shifts(score, "span"), theirs.shifts(score, "span")
         if mine is None or other is None:
             continue
-        sign = effect if score == "false_claims" else 1
-        difference = estimate_over_seeds(sign * (mine - other), n_boot)
+        mine, other = (_counted(score, span, effect) for span in (mine, other))
+        difference = estimate_over_seeds(mine - other, n_boot)
         row = {
             **key,
             "adapter": ours.first.adapter,
             "seed": " ".join(str(c.seed) for c in ours.cells),
             "baseline": theirs.first.intervention,
             "score": score,
-            "weight": sign * float(mine.mean()),
-            "other": sign * float(other.mean()),
+            "weight": float(mine.mean()),
+            "other": float(other.mean()),
             **difference.columns("difference", "ci_lo", "ci_hi"),
             "p": difference.p,
             "matched": theirs.first.matched,
@@ -320,6 +326,12 @@ def comparison_rows(key: Mapping[str, Any], groups: Sequence[Group], effect: int
         row["p_holm"] = float(p)
         row["winner"] = _winner(row)
     return rows
+
+
+def _counted(score: str, span: Float[np.ndarray, "seeds items"], effect: int) -> Float[np.ndarray, "seeds items"]:
+    if score == "false_claims":
+        return effect * span
+    return span if score in _UPWARD else _towards_mean(span)
 
 
 def _winner(row: Mapping[str, Any]) -> str | None:
@@ -422,8 +434,8 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if unknown:
         notes.append(
             f"`real` is empty for {', '.join(sorted(unknown))}, so nothing is known there of the behaviour: it needs "
-            "random draws, both trained nulls (`ws replicate --control shuffled` and `--control same-side`, same "
-            "adapter and seeds), and answers that can be read."
+            "19 random draws or more, both trained nulls (`ws replicate --control shuffled` and `--control same-side`, "
+            "same adapter and seeds), and answers that can be read."
         )
     return [*notes, *notes_by_score(rows)]
 
@@ -474,6 +486,7 @@ def _winners(pairs: Sequence[Mapping[str, Any]], tablefmt: str) -> list[str]:
     others = "".join(dict.fromkeys(f" or {s.floor} {s.unit}" for s in known if has_own_floor(s)))
     text = (
         "Adapters whose weight vector moves the score further than the baseline does (paired, Holm-corrected, by "
-        f"{NATS} nats or {WRONGNESS} of wrongness{others} at least):"
+        f"{NATS} nats or {WRONGNESS} of wrongness{others} at least; false claims, preference, statements and judged "
+        "traits in the direction of the behaviour, other scores whichever way they move):"
     )
     return [text, tabulate(table, header, tablefmt=tablefmt, disable_numparse=True)]

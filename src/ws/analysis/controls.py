@@ -36,7 +36,7 @@ from ws.errors import WsError
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import Evaluation, Rows, Scores
 from ws.eval.prompts import notes_by_score
-from ws.eval.readable import AGREEMENT, FLAG, MARK, Readability, notes, rounding_notes, worst
+from ws.eval.readable import AGREEMENT, FLAG, LEVEL, MARK, Readability, notes, rounding_notes, worst
 from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
 from ws.files.reading import kept
 from ws.files.runs import read_csv, write_csv
@@ -133,6 +133,21 @@ def empirical_p(shift: float, null: Float[np.ndarray, "n"]) -> float:
     if values.size == 0 or not np.isfinite(values).all() or not np.isfinite(shift):
         raise WsError("An empirical p-value needs a finite shift and at least one finite draw of the null.")
     return float((1 + (np.abs(values) >= abs(shift)).sum()) / (values.size + 1))
+
+
+def beats_random(p: float | None, n_draws: int | None) -> bool | None:
+    """Whether a shift goes beyond random vectors; None without draws, and where it does but they are too few to say so.
+
+    Fewer than 19 draws give no p of 0.05, whatever the shift.
+
+    Args:
+        p: of `empirical_p`.
+        n_draws: of how many; None where that is not on record, which counts as enough.
+    """
+    if p is None or p <= LEVEL:
+        return None if p is None else True
+    is_least = n_draws is not None and p * (n_draws + 1) < 1.5
+    return None if is_least else False
 
 
 # ---- the harder nulls, as pairs -------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ Row = Mapping[str, str]
 T = TypeVar("T")
 _CONTROL = frozenset({"control", "score", "eval_hash", "vector"})
 _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha", "shift", "base", "p_random", "real"})
-_COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random")
+_COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random", "n_draws")
 _PROFILE = frozenset({"board", "adapter", "seed", "intervention", "strength", "vectors"})
 _PROFILE_NUMBERS = ("z", "z_ci_lo", "z_ci_hi", "z_random")
 _SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreement", "rms_shift", "z_random")
@@ -529,23 +529,27 @@ def _cells(vector: SteeringVector, size: Callable[[str, Any], float]) -> dict[tu
 
 
 def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[dict[str, Any]]:
-    """`compare.csv`, when the strengths in it are those of the calibrations that are stored now."""
+    """`compare.csv`, when the strengths in it are those of the calibrations that are stored now, without scores that
+    the runs were asked in other words or on other items; those of before items were on record stay."""
     file = folder / "compare.csv"
     rows = typed(_optional_table(file, "compare", "ws compare", gaps, texts=_COMPARE, sparse=_COMPARE_NUMBERS))
     ours = [r for r in rows if r.get("intervention") == WEIGHT and r.get("part") in ("-1u", "+1u")]
     if not all(_same_strength(row, results) for row in ours):
         gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
         return []
-    shown = {s.key: {row.get("words") for r in results if (row := _first_row(r, of(s).stage))} for s in shown_scores()}
-    other = {
-        row["score"]
-        for row in rows
-        if row.get("words") and any(shown.get(row["score"], ())) and row["words"] not in shown[row["score"]]
-    }
-    if other:
-        named = ", ".join(sorted(other))
-        gaps.append(Gap("compare", f"made with other words than the runs' tables ({named})", "ws compare"))
-    return [r for r in rows if r["score"] not in other]
+    asked = {s.key: [row for r in results if (row := _first_row(r, of(s).stage))] for s in shown_scores()}
+    for column, what in (("words", "words"), ("eval_hash", "items")):
+        known = {score: {row.get(column) for row in firsts} for score, firsts in asked.items()}
+        other = {
+            row["score"]
+            for row in rows
+            if row.get(column) and any(known.get(row["score"], ())) and row[column] not in known[row["score"]]
+        }
+        if other:
+            named = ", ".join(sorted(other))
+            gaps.append(Gap("compare", f"made with other {what} than the runs' tables ({named})", "ws compare"))
+        rows = [r for r in rows if r["score"] not in other]
+    return rows
 
 
 def _profile(

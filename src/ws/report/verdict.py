@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ws.analysis.controls import empirical_p
+from ws.analysis.controls import beats_random, empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import FLAG, LEVEL, Readability, remedy, rounding_notes, worst
@@ -45,6 +45,8 @@ class Evidence:
         among: how many adapters these are.
         real: whether it beats random, label-shuffled and same-side vectors; None when one of them is missing.
         p_random: among random vectors, which is no evidence for a vector that was trained; None without draws.
+        n_draws: how many these are; None where that is not on record.
+        other_seeds: the seeds that were held against the nulls, as words, where the shift is of others; else empty.
         agreement: of false claims, against the shift on true ones; None without at least two of either kind.
         strong: further confounds that `ws check confounds` calls strong at that strength; None where it was not run.
     """
@@ -58,8 +60,15 @@ class Evidence:
     among: int
     real: bool | None
     p_random: float | None
+    n_draws: int | None
+    other_seeds: str
     agreement: AgreementVerdict | None
     strong: tuple[str, ...] | None
+
+    @property
+    def has_few_draws(self) -> bool:
+        """All random vectors are beaten, but they are too few for that to say anything."""
+        return self.p_random is not None and beats_random(self.p_random, self.n_draws) is None
 
     @property
     def is_sure(self) -> bool:
@@ -160,7 +169,7 @@ def _evidence(
         _base(curve),
         simultaneous(curve, point, among),
         among,
-        *_controls(contents, runs, curve.score),
+        *_controls(contents, runs, curve),
         _agreement(curve, true, point, contents) if true else None,
         _strong(runs, point.alpha),
     )
@@ -170,16 +179,21 @@ def _base(curve: Curve) -> Readability:
     return worst(p.read for points in curve.seeds.values() for p in points if p.alpha == 0)
 
 
-def _controls(contents: Contents, runs: Sequence[Result], score: HeadlineScore) -> tuple[bool | None, float | None]:
+def _controls(
+    contents: Contents, runs: Sequence[Result], curve: Curve
+) -> tuple[bool | None, float | None, int | None, str]:
     """From `compare.csv`, whose spans are held against all three nulls; else random vectors alone, from the runs."""
-    if row := contents.against_nulls(runs[0].adapter, score.key):
-        return row["real"], row["p_random"]
-    p_values = [p for run in runs if (p := _random_p(run, score)) is not None]
-    return None, max(p_values) if p_values else None
+    if row := contents.against_nulls(runs[0].adapter, curve.score.key):
+        seeds = str(row["seed"]).split()
+        others = "" if {*seeds} == {*map(str, curve.seeds)} else f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+        return row["real"], row["p_random"], row.get("n_draws"), others
+    known = [among for run in runs if (among := _among_random(run, curve.score)) is not None]
+    worst_p = max(known, key=lambda among: (beats_random(*among) is False, among[0]), default=(None, None))
+    return None, *worst_p, ""
 
 
-def _random_p(run: Result, score: HeadlineScore) -> float | None:
-    """The p-value of a run's shift among its random vectors, at the positive strength nearest to 1."""
+def _among_random(run: Result, score: HeadlineScore) -> tuple[float, int] | None:
+    """The p-value of a run's shift among its random vectors, at the positive strength nearest to 1, and how many."""
     table = run.tables.get((of(score).stage, "summary"))
     rows = [r for r in run.controls if r["score"] == score.key and float(r["alpha"]) > 0]
     rows = [r for r in rows if table and r["eval_hash"] == table[0]["eval_hash"]]
@@ -190,7 +204,7 @@ def _random_p(run: Result, score: HeadlineScore) -> float | None:
     }
     if len(shifts["vector"]) != 1 or not shifts["random"]:
         return None
-    return empirical_p(shifts["vector"][0], np.array(shifts["random"]))
+    return empirical_p(shifts["vector"][0], np.array(shifts["random"])), len(shifts["random"])
 
 
 def _agreement(false: Curve, true: Curve, point: Point, contents: Contents) -> AgreementVerdict | None:
@@ -266,7 +280,8 @@ def _conclusion(
         return NO_EFFECT, f"{moves} by {floor} {unit} or more {count}{_uncounted(claims)}"
     doubts = [f"; but {c.name.lower()}: {c.text}" for c in checks if c.grade == BAD]
     if claims.named.real is None:
-        cause = f"whether that is {contents.name} is not known without trained nulls: any training moves such a score"
+        nulls = f"trained nulls{' and more random vectors' if claims.named.has_few_draws else ''}"
+        cause = f"whether that is {contents.name} is not known without {nulls}: any training moves such a score"
         kind, head = UNKNOWN, f"{moves} {count} ({_seeds(claims.sure)}); {cause}"
     elif not claims.expected:
         kind, head = AGAINST, f"{moves} {count}, the wrong way"
@@ -372,10 +387,13 @@ def _beside_true_claims(contents: Contents, e: Evidence) -> tuple[str, str]:
 
 def _beside_nulls(e: Evidence) -> tuple[str, str]:
     if e.real is not None:
-        names = "label-shuffled, same-side, random"
-        return (GOOD, f"all beaten ({names})") if e.real else (BAD, f"NOT all beaten ({names})")
+        text = f"{'all' if e.real else 'NOT all'} beaten (label-shuffled, same-side, random)"
+        text += f", of {e.other_seeds}, where the shift is of {counted(e.n_seeds, 'seed')}" if e.other_seeds else ""
+        return (CAUTION if e.other_seeds else GOOD) if e.real else BAD, text
     if e.p_random is None:
         return MISSING, "no trained nulls"
+    if e.has_few_draws:
+        return MISSING, f"{e.n_draws} random vectors are too few to tell: it takes 19, and trained nulls"
     if e.p_random > LEVEL:
         return BAD, f"random vectors of the same size do as much (p {p_text(e.p_random)})"
     return MISSING, f"no trained nulls; beating random vectors (p {p_text(e.p_random)}) is no evidence"
