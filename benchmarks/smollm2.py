@@ -219,7 +219,7 @@ def _line(rows: Sequence[Row], scores: Sequence[str]) -> list[str]:
         str(first["n_seeds"]),
         nats_text(first),
         *(_span(of[s, "span"]) if (s, "span") in of else "" for s in scores),
-        f"{max(costs):+.2f}",
+        f"{max(costs):+.2f}" if costs else "",
         ", ".join("" if r is None else f"{float(r['base']) + float(r['shift']):.0%}" for r in valid),
     ]
 

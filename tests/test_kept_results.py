@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from benchmarks import smollm2
 
 from ws.analysis.compare_tables import Cell, Group, group_rows
-from ws.eval.readable import Readability
+from ws.eval.readable import FLAG, Readability
 
 
 def cell(adapter: str, seed: int) -> Cell:
@@ -64,3 +66,16 @@ def test_doses_are_pooled_over_the_kept_seeds_where_all_have_them(tmp_path, monk
     assert [r["shift"] for r in rows] == pytest.approx([0.75, 1.5], abs=1e-5)
     assert all(r["shift_ci_lo"] < r["shift"] < r["shift_ci_hi"] for r in rows)
     assert smollm2.dose_rows("honesty") == []
+
+
+def test_what_has_no_cost_on_neutral_text_has_an_empty_cell():
+    """A system prompt has none: no text is read under it."""
+    free = {"valid": {sign: np.ones(4) for sign in (-1, 0, 1)}}
+    paid = free | {"nll": {sign: np.full(4, 2.0 + sign) for sign in (-1, 0, 1)}}
+    cells = [
+        replace(cell("lora", 0), intervention=name, scores=cell("lora", 0).scores | costs, nulls={}, random={})
+        for name, costs in (("weight", paid), ("prompt", free))
+    ]
+    rows = group_rows({"compared": "run"}, Group.of(cells), 1, 200)
+    lines = smollm2.render([row | {FLAG: row[FLAG] or ""} for row in rows]).splitlines()[2:]
+    assert [line.split("|")[-3].strip() for line in lines] == ["+1.00", ""]

@@ -34,6 +34,8 @@ from ws.eval.capability import (
     read_texts,
     repeated_ngrams,
 )
+from ws.intervene.activation import ActivationVector, activation_steer
+from ws.intervene.prompt import prompted
 from ws.lm.models import encode, fingerprint, render_prompt, tiny_random
 from ws.options.measure import CapabilityOptions
 from ws.stats import resampled_means
@@ -103,6 +105,21 @@ def test_the_divergence_is_that_of_a_plain_computation(pocket):
         plain.append(torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).numpy())
     assert scores["kl"] == pytest.approx(np.concatenate(plain), rel=1e-3, abs=1e-5)
     assert scores["kl"].mean() > 0.01
+
+
+def test_activations_at_the_last_position_act_on_every_token_of_a_text(pocket):
+    """A text is given, as answers are, and so long a one goes through in one pass; nothing was acted on before."""
+    model, tok = pocket
+    rng = torch.Generator().manual_seed(0)
+    vector = ActivationVector(torch.randn(4, 192, generator=rng), "pocket", fingerprint(model))
+    base, plain, found = base_twin(model), read_texts(model, tok, TEXTS, model), {}
+    for position in ("last", "all"):
+        with activation_steer(model, vector, 20.0, 1, position):
+            found[position] = read_texts(model, tok, TEXTS, base)
+    for name in ("nll", "kl"):
+        assert found["last"][name] == pytest.approx(found["all"][name], abs=1e-4)
+    assert (found["last"]["nll"] != plain["nll"]).mean() > 0.9
+    assert found["last"]["kl"].mean() > 0.01
 
 
 def test_the_twin_shares_the_weights_and_is_not_steered(pocket, weights_hash):
@@ -357,6 +374,28 @@ def test_the_command_writes_the_documented_tables(options, capsys, tiny, monkeyp
     monkeypatch.setattr(capability, "read_texts", None)
     main(options)
     assert capsys.readouterr().out == printed, "what is on disk is not measured again"
+
+
+def test_a_system_prompt_has_no_cost_on_texts_that_it_is_no_part_of(options, pocket, capsys):
+    model, tok = pocket
+    neutral, base = Neutral(TEXTS[:2], QUESTIONS[:2]), base_twin(model)
+    plain, told = (
+        evaluate_capability(model, t, neutral, base, n_tokens=8) for t in (tok, prompted(tok, "You like to lie."))
+    )
+    cost = capability_cost(plain, told)
+    assert (cost.shift, cost.kl, cost.kl_p95) == (None, None, None)
+    assert "nll" not in told
+    assert "nll" not in capability.Capability(items=((), ()), base=model).headlines(told)
+    main(replace(options, interventions=("weight", "prompt"), alphas=(-1.0, 1.0)))
+    folder, printed = options.out / "honesty" / "lora", capsys.readouterr().out
+    summary, per_text, answers = (read(folder / f"capability_{n}.csv") for n in ("summary", "per_text", "per_answer"))
+    empty = ("nll", "perplexity", "shift", "shift_ci_lo", "kl_mean", "kl_p95", "n_texts", "n_positions")
+    for row in summary:
+        assert {row[name] == "" for name in empty} == {row["intervention"] == "prompt"}
+        assert row["valid_shift"], "questions are answered under it"
+    assert {r["intervention"] for r in per_text} == {"base", "weight"}
+    assert {r["intervention"] for r in answers} == {"base", "weight", "prompt"}
+    assert printed.count("4 neutral texts with") == 2
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval import lm_eval
 from ws.eval.context import EvalContext
-from ws.eval.lm_eval import load_tasks, main, require_harness, run_harness, scores_of, summary_rows
+from ws.eval.lm_eval import load_tasks, main, plain_model, require_harness, run_harness, scores_of, summary_rows
+from ws.intervene.activation import ActivationVector, activation_steer
 from ws.intervene.prompt import prompted, prompting
+from ws.lm.likelihood import score_answers
 from ws.lm.models import chat_format, encode, encode_answer, fingerprint, render_prompt, tiny_random
 from ws.options.measure import LmEvalOptions
 
@@ -85,6 +87,53 @@ def test_the_harness_reads_the_log_likelihoods_of_the_steered_model(pocket, fold
     with ws.steer(model, a_vector(model), 0.0):
         assert np.array_equal(asked(), base)
     assert weights_hash(model) == before
+
+
+@harness
+@pytest.mark.parametrize("chat", [False, True])
+def test_activations_act_on_every_token_of_a_continuation_whatever_stands_beside_it(pocket, folder, chat):
+    """Of documents whose prompts and choices differ in length, as where given answers are scored."""
+    model, tok = pocket
+    rng = torch.Generator().manual_seed(0)
+    vector = ActivationVector(torch.randn(4, 192, generator=rng), "pocket", fingerprint(model))
+    tasks, found = load_tasks(["pocket_closed"], folder), []
+    base = run_harness(model, tok, tasks, chat=chat)["samples"]["pocket_closed"]
+    with activation_steer(model, vector, 2.0, 1):
+        for size in (1, 3, 8):
+            samples = run_harness(model, tok, tasks, batch_size=size, chat=chat)["samples"]["pocket_closed"]
+            found.append([resp[0][0] for s in samples for resp in s["resps"]])
+        asked = [pair for s in samples for pair in s["arguments"]]
+        ids = [encode(tok, context) for context, _ in asked]
+        join = encode_answer if chat else (lambda tok, c, text: encode(tok, c + text)[len(encode(tok, c)) :])
+        said = [[join(tok, context, text)] for context, text in asked]
+        want = [float(logp.sum()) for (logp,) in score_answers(model, tok, ids, said)]
+    for scores in found:
+        assert scores == pytest.approx(want, abs=1e-3)
+    moved = np.subtract(want, [resp[0][0] for s in base for resp in s["resps"]])
+    assert np.abs(moved).min() > 1e-3
+    assert np.abs(moved).mean() > 1e-2
+
+
+@harness
+def test_what_is_longer_than_a_model_reads_is_cut_at_its_start_and_long_texts_go_in_windows(pocket):
+    from lm_eval.api.instance import Instance
+
+    model, tok = pocket
+    lm, text = plain_model(model, tok, 2), "What does the brusk eat? The brusk eats moss, and it sleeps in the day."
+    ids = encode(tok, text)
+    lm._max_length = 6
+    (found,) = lm._loglikelihood_tokens([(None, ids[:-2], ids[-2:])])
+    with torch.no_grad():
+        logp = model(torch.tensor([ids[-7:-1]])).logits[0, -2:].log_softmax(dim=-1)
+    assert found[0] == pytest.approx(float(logp[0, ids[-2]] + logp[1, ids[-1]]), abs=1e-3)
+    assert found[1] == (logp.argmax(dim=-1).tolist() == ids[-2:])
+    likeliest = int(logp[1].argmax())
+    assert lm._loglikelihood_tokens([(None, ids[:-1], [likeliest])])[0][1]
+    lm._max_length = 512
+    (rolled,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    with torch.no_grad():
+        whole = model(torch.tensor([[lm.prefix_token_id, *ids[:-1]]])).logits[0].log_softmax(dim=-1)
+    assert rolled == pytest.approx(float(whole[range(len(ids)), ids].sum()), abs=1e-3)
 
 
 @harness

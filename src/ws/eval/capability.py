@@ -11,7 +11,7 @@ and of the model's own greedy answers to neutral questions, the share that is va
     seq-rep-4 = 1 - (different 4-grams) / (4-grams)         Welleck et al. 2020, arXiv 1908.04319, of tokens
 
 An answer is valid when it ends by itself within the budget of tokens, holds a letter or a digit, and repeats at most
-half of its 4-grams.
+half of its 4-grams. A system prompt is no part of a text, so there is no nll and no KL under one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from ws.files.reading import read_bytes
 from ws.lm.batches import in_batches, in_groups, row_logits
 from ws.lm.divergence import QUANTILE, token_kl
 from ws.lm.generation import generate, without_end
-from ws.lm.models import BUNDLED, decode_answer, encode, encode_text, end_ids, render_prompt
+from ws.lm.models import BUNDLED, decode_answer, default_system, encode, encode_text, end_ids, render_prompt
 from ws.options.measure import ANSWER_TOKENS, TEXT_TOKENS
 from ws.options.measure import CapabilityOptions as CapabilityOptions
-from ws.stats import N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
+from ws.stats import N_BOOTSTRAP, Estimate, columns_of, estimate_mean, estimate_text
 
-NAME, VERSION = "capability", 1
+NAME, VERSION = "capability", 2
 MOST_REPEATED = 0.5
 BUNDLED_SETS = ("general", "pocket")
 START_BATCH = 32
@@ -111,14 +111,15 @@ def evaluate_capability(
             suffice.
 
     Returns:
-        Per predicted token `text` (the number of its text), `nll` and `kl` in nats; per question `answer`, `ended`,
+        Per predicted token `text` (the number of its text), `nll` and `kl` in nats, which a tokenizer with a system
+        prompt (`ws.intervene.prompt`) has none of: it is no part of a text; per question `answer`, `ended`,
         `n_tokens` (the end of turn not counted) and `repetition`.
 
     Raises:
         WsError: nothing to read or to ask, a text of a single token, or probabilities that are NaN.
     """
     return {
-        **read_texts(model, tok, items.texts, base, max_tokens, batch_size),
+        **({} if default_system(tok) else read_texts(model, tok, items.texts, base, max_tokens, batch_size)),
         **answer_questions(model, tok, items.questions, n_tokens, batch_size),
     }
 
@@ -158,7 +159,8 @@ def _read_batch(
     model: PreTrainedModel, base: PreTrainedModel, pad_id: int, rows: list[list[int]]
 ) -> list[Float[Tensor, "2 _"]]:
     """`nll` and `kl` at every predicted token of every row."""
-    steered, plain = (row_logits(m, pad_id, rows) for m in (model, base))
+    # A text is given as answers are: what acts where a pass is read is to act at each of its tokens.
+    steered, plain = (row_logits(m, pad_id, rows, keep=max(map(len, rows))) for m in (model, base))
     return [
         _token_scores(a[-len(row) : -1], b[-len(row) : -1], torch.tensor(row[1:], device=model.device))
         for a, b, row in zip(steered, plain, rows, strict=True)
@@ -223,7 +225,7 @@ class CapabilityCost:
 
     Attributes:
         shift: of the mean negative log-likelihood, in nats per token, from a bootstrap over texts; the perplexity is
-            `exp(shift.mean)` times the base's.
+            `exp(shift.mean)` times the base's. None, as the next two, under a system prompt.
         kl: the mean KL divergence from the base in nats per token, likewise.
         kl_p95: its 95th percentile over all tokens.
         valid, valid_shift: the share of valid answers, and its paired change.
@@ -231,9 +233,9 @@ class CapabilityCost:
         n_tokens: the mean length of an answer.
     """
 
-    shift: Estimate
-    kl: Estimate
-    kl_p95: float
+    shift: Estimate | None
+    kl: Estimate | None
+    kl_p95: float | None
     valid: float
     valid_shift: Estimate
     repetition: float
@@ -243,13 +245,14 @@ class CapabilityCost:
 
 def capability_cost(base: Scores, scores: Scores, n_boot: int = N_BOOTSTRAP, seed: int = 0) -> CapabilityCost:
     """Compare the scores of a condition with those of the base on the same texts and questions."""
-    if not np.array_equal(base["text"], scores["text"]) or len(base["ended"]) != len(scores["ended"]):
+    text = scores.get("text")
+    if len(base["ended"]) != len(scores["ended"]) or (text is not None and not np.array_equal(base["text"], text)):
         raise WsError("The two sets of capability scores are of different texts or questions.")
     valid, repetition = is_valid(scores), scores["repetition"]
     return CapabilityCost(
-        shift=per_token(scores["text"], scores["nll"] - base["nll"], n_boot, seed),
-        kl=per_token(scores["text"], scores["kl"], n_boot, seed),
-        kl_p95=float(np.quantile(scores["kl"], QUANTILE)),
+        shift=None if text is None else per_token(text, scores["nll"] - base["nll"], n_boot, seed),
+        kl=None if text is None else per_token(text, scores["kl"], n_boot, seed),
+        kl_p95=None if text is None else float(np.quantile(scores["kl"], QUANTILE)),
         valid=float(valid.mean()),
         valid_shift=estimate_mean(valid.astype(float) - is_valid(base), n_boot, seed),
         repetition=float(repetition.mean()),
@@ -277,7 +280,7 @@ def per_token(
 def per_text_rows(key: Mapping[str, Any], alpha: float, texts: Sequence[str], scores: Scores) -> Rows:
     """Rows of `capability_per_text.csv`; `key` holds behavior, adapter and seed."""
     rows = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts if "text" in scores else ()):
         nll, kl = (scores[name][scores["text"] == i] for name in ("nll", "kl"))
         means = {"nll": float(nll.mean()), "kl_mean": float(kl.mean()), "kl_p95": float(np.quantile(kl, QUANTILE))}
         rows.append({**key, "alpha": alpha, "text_id": i, **means, "n_tokens": len(nll), "begins": text[:60]})
@@ -308,18 +311,19 @@ def summary_row(key: Mapping[str, Any], alpha: float, scores: ByAlpha, n_boot: i
     from scipy.stats import binomtest  # a third of a second, which all commands that can ask for this would pay for
 
     s = scores[alpha]
-    cost, level = capability_cost(scores[0.0], s, n_boot), per_token(s["text"], s["nll"], n_boot)
+    cost = capability_cost(scores[0.0], s, n_boot)
+    level = per_token(s["text"], s["nll"], n_boot) if "text" in s else None
     n = len(s["ended"])
     share = binomtest(int(is_valid(s).sum()), n).proportion_ci(method="wilson")
     with np.errstate(over="ignore"):
-        perplexity = float(np.exp(level.mean))
+        perplexity = None if level is None else float(np.exp(level.mean))
     return {
         **key,
         "alpha": alpha,
-        **level.columns("nll", "ci_lo", "ci_hi"),
+        **columns_of(level, "nll", "ci_lo", "ci_hi"),
         "perplexity": perplexity,
-        **cost.shift.columns("shift", "ci_lo", "ci_hi", "p"),
-        **cost.kl.columns("kl_mean", "ci_lo", "ci_hi"),
+        **columns_of(cost.shift, "shift", "ci_lo", "ci_hi", "p"),
+        **columns_of(cost.kl, "kl_mean", "ci_lo", "ci_hi"),
         "kl_p95": cost.kl_p95,
         "valid": cost.valid,
         "valid_ci_lo": float(share.low),
@@ -329,8 +333,8 @@ def summary_row(key: Mapping[str, Any], alpha: float, scores: ByAlpha, n_boot: i
         "repetition": cost.repetition,
         **cost.repetition_shift.columns("repetition_shift", "ci_lo", "ci_hi"),
         "mean_answer_tokens": cost.n_tokens,
-        "n_texts": level.n,
-        "n_positions": len(s["nll"]),
+        "n_texts": None if level is None else level.n,
+        "n_positions": None if level is None else len(s["nll"]),
         "n_questions": n,
     }
 
@@ -343,10 +347,10 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     rows = [
         [
             f"{float(r['alpha']):+g}",
-            f"{float(r['perplexity']):.2f}",
+            f"{float(r['perplexity']):.2f}" if r["perplexity"] else "",
             estimate_text(r, "shift", "+.3f"),
             estimate_text(r, "kl_mean", ".3f"),
-            f"{float(r['kl_p95']):.3f}",
+            f"{float(r['kl_p95']):.3f}" if r["kl_p95"] else "",
             estimate_text(r, "valid", ".3f"),
             f"{float(r['repetition']):.3f}",
             f"{float(r['mean_answer_tokens']):.1f}",
@@ -355,11 +359,11 @@ def render(summary: Sequence[Mapping[str, str]]) -> str:
     ]
     first = ["alpha", "perplexity", "shift, nats per token", "KL, mean", "KL, p95"]
     header = [*first, "valid answers", "repeated 4-grams", "tokens"]
-    last = summary[-1]
+    (base,) = (r for r in summary if float(r["alpha"]) == 0)
     note = (
-        f"{last['n_texts']} neutral texts with {last['n_positions']} tokens, {last['n_questions']} neutral questions."
+        f"{base['n_texts']} neutral texts with {base['n_positions']} tokens, {base['n_questions']} neutral questions."
     )
-    return "\n".join([tabulate(rows, header, disable_numparse=True), "", note, *notes_on(last)])
+    return "\n".join([tabulate(rows, header, disable_numparse=True), "", note, *notes_on(base)])
 
 
 # ---- the evaluation -------------------------------------------------------------------------------------------------
@@ -460,8 +464,10 @@ class Capability(Evaluation):
 
     def headlines(self, scores: Scores) -> dict[str, np.ndarray]:
         """`nll`: nats per token, one number per text; `valid` (0 or 1) and `repetition`: one per answer."""
-        nll = np.bincount(scores["text"], weights=scores["nll"]) / np.bincount(scores["text"])
-        return {"nll": nll, "valid": is_valid(scores).astype(float), "repetition": scores["repetition"]}
+        heads = {"valid": is_valid(scores).astype(float), "repetition": scores["repetition"]}
+        if "text" in scores:
+            heads["nll"] = np.bincount(scores["text"], weights=scores["nll"]) / np.bincount(scores["text"])
+        return heads
 
     def tables(self, key: Mapping[str, Any], scores: ByAlpha, n_bootstrap: int) -> dict[str, Rows]:
         """The rows of all three tables."""
@@ -480,7 +486,7 @@ class Capability(Evaluation):
         """One worked example, to read by eye: a text with its surprise, a question with its answer, by strength."""
         neutral = self.neutral
         lines = ["Worked example:", neutral.texts[0], ""]
-        for alpha, s in sorted(scores.items()):
+        for alpha, s in sorted((alpha, s) for alpha, s in scores.items() if "text" in s):
             nll, kl = (float(s[name][s["text"] == 0].mean()) for name in ("nll", "kl"))
             lines.append(f"  alpha {alpha:+g}  {nll:.3f} nats per token, KL {kl:.4f}")
         lines += ["", neutral.questions[0], ""]

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from huggingface_hub import constants
 from tabulate import tabulate
 from torch import Tensor
@@ -35,14 +37,15 @@ from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import ByAlpha, Evaluation, Rows, Scores
 from ws.eval.prompts import notes_on
 from ws.files.runs import sha256_file, sha256_json
-from ws.lm.batches import left_pad, takes_padding
+from ws.lm.batches import in_batches, left_pad, takes_padding
 from ws.lm.hub import hub_is_out_of_reach
+from ws.lm.likelihood import Ids, most_at_once, read_answers, token_logp
 from ws.lm.models import chat_format, default_system, encode, encode_after, encode_answer, end_ids, render_prompt
 from ws.options.measure import NO_PERSONA
 from ws.options.measure import LmEvalOptions as LmEvalOptions
 from ws.stats import Estimate, estimate_mean
 
-NAME, VERSION = "lm_eval", 3
+NAME, VERSION = "lm_eval", 4
 BATCH_SIZE, FEWSHOT_SEED, STDERR_DRAWS = 8, 1234, 1000
 # Metrics that are no mean over documents (a perplexity, an F1 score) come with values that do not average to them.
 _SAME = 1e-9
@@ -139,18 +142,15 @@ def run_harness(
         WsError: log-likelihoods that are NaN, or a tokenizer with a persona (`ws.intervene.prompt`) without `chat`.
     """
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import hash_string
 
     if default_system(tok) and not chat:
         raise WsError(NO_PERSONA)
 
-    # By itself the harness takes the softmax in the dtype of the logits: bfloat16 would round -9 nats by up to 0.03.
     size = (batch_size or BATCH_SIZE) if takes_padding(model) else 1
-    options: dict[str, Any] = {"batch_size": size, "softmax_dtype": "float32"}
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    lm = (chat_model if chat else HFLM)(pretrained=model, tokenizer=tok, **options)
+    lm = (chat_model if chat else plain_model)(model, tok, size)
     results = evaluate(
         lm=lm,
         task_dict=tasks,
@@ -175,7 +175,55 @@ def _drawn(tasks: Any, limit: int | None) -> dict[str, list[int]]:
     return {name: list(draw(range(len(task.eval_docs)), limit)) for name, task in tasks["tasks"].items()}
 
 
-def chat_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Any:
+class _Continuations:
+    """Continuations of the harness's model, read as answers are everywhere else.
+
+    By itself the harness pads on the right and says nothing of where a continuation begins, so that what acts where an
+    answer is read would act on the pads; and it takes the softmax in the dtype of the logits.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    batch_size: int
+    max_length: int
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Of every continuation the log-probability in nats, and whether each of its tokens is the likeliest."""
+        # What is longer than the model allows is cut at its start.
+        asked = [(tuple(context[-max(1, self.max_length + 1 - len(of)) :]), of) for _, context, of in requests]
+        most = most_at_once(self.model, [[of] for _, of in asked])
+
+        def run(part: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+            by_prompt = dict[Ids, list[int]]()
+            for i, (prompt, _) in enumerate(part):
+                by_prompt.setdefault(prompt, []).append(i)
+            answers = [[part[i][1] for i in places] for places in by_prompt.values()]
+            found = read_answers(self.model, self.tokenizer.pad_token_id, list(by_prompt), answers, _said)
+            said = dict(zip(chain(*by_prompt.values()), chain(*found), strict=True))
+            return [said[i] for i in range(len(part))]
+
+        size = min(self.batch_size, most)
+        return in_batches(asked, run, size, size, lambda a: (len(a[0]), a[0], len(a[1])), "continuations", "request")
+
+
+def _said(logits: Tensor, answer: Ids) -> tuple[float, bool]:
+    return float(token_logp(logits, answer).double().sum()), logits.argmax(dim=-1).tolist() == list(answer)
+
+
+def plain_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: int) -> Any:
+    """The harness's model for plain texts, which reads continuations as answers are read everywhere else."""
+    from lm_eval.models.huggingface import HFLM
+
+    class PlainModel(_Continuations, HFLM):
+        pass
+
+    return PlainModel(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def chat_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: int) -> Any:
     """The harness's model, but chats are rendered, joined with their answers and ended as they are everywhere else.
 
     The harness would leave thinking on, drop the system text of templates that have no such role, add a start of text
@@ -185,7 +233,7 @@ def chat_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: in
 
     open_prompts = set[str]()  # those that end where an answer starts, and not with the start of one
 
-    class ChatModel(HFLM):
+    class ChatModel(_Continuations, HFLM):
         plain: ClassVar[dict[str, str]] = {}  # what prompts with a persona are without it
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -229,7 +277,7 @@ def chat_model(pretrained: PreTrainedModel, tokenizer: Tokenizer, batch_size: in
             options.setdefault("eos_token_id", end_ids(self.model, self.tokenizer))
             return super()._model_generate(context, max_length, stop, **options)
 
-    return ChatModel(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, **options)
+    return ChatModel(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -313,7 +313,7 @@ class _Ends:
     """The columns in which the forward pass under way is read, kept up to date by two hooks of the whole model.
 
     A pass is read in its last column, unless `logits_to_keep` says otherwise: so many of the last ones, where given
-    answers are scored as they would be written, or columns, those where prompts end that share a row.
+    answers and texts are scored as they would be written, or columns, those where prompts end that share a row.
     """
 
     LAST = slice(-1, None)
@@ -384,8 +384,8 @@ def activation_steer(
         layers: after which block; see `ActivationVector.steps`.
         position: `last` adds at the last position of every forward pass, that is where a choice is scored and at every
             generated token (the paper's `response`); in rows that hold several prompts, where each of them ends, and
-            where given answers are scored, at every token that one of theirs follows. `all` adds at every position;
-            what is added at pads is never seen, for nothing attends to them.
+            where given answers or texts are scored, at every token that one of theirs follows. `all` adds at every
+            position; what is added at pads is never seen, for nothing attends to them.
 
     Yields:
         The `Dial`.

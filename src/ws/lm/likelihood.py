@@ -10,8 +10,9 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ws.errors import WsError
 from ws.lm.batches import in_batches, in_groups, packed_logits, row_logits, takes_masks
 
 Ids = Sequence[int]
+Read = TypeVar("Read")
 START_BATCH = 64
 # Bytes of float32 logits that are held at once: [rows, tokens of the answers, vocabulary] of a batch.
 _BUDGET = 2**30
@@ -81,6 +83,17 @@ def answer_logp(
     model: PreTrainedModel, pad_id: int, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]
 ) -> list[list[Float[Tensor, "tokens"]]]:
     """The same for one batch, as float32 tensors on the model's device, with their graph where gradients are wanted."""
+    return read_answers(model, pad_id, prompts, answers, token_logp)
+
+
+def read_answers(
+    model: PreTrainedModel,
+    pad_id: int,
+    prompts: Sequence[Ids],
+    answers: Sequence[Sequence[Ids]],
+    read: Callable[[Float[Tensor, "tokens vocabulary"], Ids], Read],
+) -> list[list[Read]]:
+    """What `read` makes of the logits that predict an answer's tokens, for every answer of one batch."""
     if takes_masks(model) and min(map(len, prompts)) > 1:
         # The prompt's last token begins every part, so that a part's columns predict exactly its answer. A row with
         # fewer answers than others has that token alone in the parts that it lacks, which nothing is read from.
@@ -89,20 +102,21 @@ def answer_logp(
         logits, ends = packed_logits(model, pad_id, [prompt[:-1] for prompt in prompts], parts, every=True)
         stops = [end + 1 for end in ends.tolist()]
         return [
-            [_token_logp(row[stop - len(answer) : stop], answer) for stop, answer in zip(stops, of, strict=False)]
+            [read(row[stop - len(answer) : stop], answer) for stop, answer in zip(stops, of, strict=False)]
             for row, of in zip(logits, answers, strict=True)
         ]
     rows = [(prompt, answer) for prompt, of in zip(prompts, answers, strict=True) for answer in of]
-    scored = dict[int, Tensor]()
+    found = dict[int, Read]()
     for n in {len(answer) for _, answer in rows}:  # what steers where answers are read finds nothing else in a pass
         alike = [i for i, (_, answer) in enumerate(rows) if len(answer) == n]
         inputs = [[*prompt, *answer[:-1]] for prompt, answer in (rows[i] for i in alike)]
         seen = in_groups(model, inputs, partial(row_logits, model, pad_id, keep=n))
-        scored |= {i: _token_logp(logits[-n:], rows[i][1]) for i, logits in zip(alike, seen, strict=True)}
-    flat = (scored[i] for i in range(len(rows)))
+        found |= {i: read(logits[-n:], rows[i][1]) for i, logits in zip(alike, seen, strict=True)}
+    flat = (found[i] for i in range(len(rows)))
     return [[next(flat) for _ in of] for of in answers]
 
 
-def _token_logp(logits: Float[Tensor, "tokens vocabulary"], answer: Ids) -> Float[Tensor, "tokens"]:
+def token_logp(logits: Float[Tensor, "tokens vocabulary"], answer: Ids) -> Float[Tensor, "tokens"]:
+    """The log-probability of every token of an answer in nats, from float32."""
     targets = torch.tensor(answer, device=logits.device)
     return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
