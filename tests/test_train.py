@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ws.files.runs import Run, sha256_file
 from ws.lm.divergence import token_kl
 from ws.lm.loss import predicting
 from ws.lm.models import chat_format, encode, render_prompt
-from ws.lm.trainer import _Alternating, _Collator, last_whole_checkpoint
+from ws.lm.trainer import _Alternating, _Collator, _laid_out, last_whole_checkpoint
 from ws.options.make import SIGNED, TrainConfig, train_preset
 from ws.train import (
     _adapted,
@@ -31,6 +32,7 @@ from ws.train import (
     _isolated_rng,
     _require_progress,
     _save,
+    _settings,
     adapter_spec,
     build_examples,
     split_examples,
@@ -207,15 +209,39 @@ def train_and_cut(monkeypatch, folder, train):
 def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, sign, keep, kl):
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep, kl=kl)
-    train_and_cut(monkeypatch, tmp_path, lambda to: train_adapter(model, tok, PAIRS, sign, family, to, config))
+    facts = train_and_cut(monkeypatch, tmp_path, lambda to: train_adapter(model, tok, PAIRS, sign, family, to, config))
     work = tmp_path / ".cut.work"
     newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / "trainer_state.json").write_text("{")  # as a kill in the middle of writing it leaves it
-    earlier = last_whole_checkpoint(work)
+    earlier = last_whole_checkpoint(work, keep == "best")
     assert earlier is not None
     assert not newest.exists()
-    train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config)
+    assert train_adapter(model, tok, PAIRS, sign, family, tmp_path / "cut", config) == facts, "losses are as on record"
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+@given(steps=st.integers(1, 2000))
+def test_no_loss_is_lost_between_the_last_log_and_a_checkpoint(steps):
+    settings = _settings(replace(QUICK, lr=1e-3), steps, 0, True)
+    assert settings["save_steps"] % settings["logging_steps"] == 0
+    assert settings["logging_steps"] <= max(1, steps // 20)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_killed_training_goes_on_wherever_its_folder_was_moved(fresh_tiny, tmp_path, monkeypatch, keep):
+    """What was kept is the end of a training whose first checkpoint is the best, so that it is loaded and no other."""
+    model, tok = fresh_tiny
+    config = replace(train_preset("tiny-random", "lora"), max_steps=10, batch=4, micro_batch=2, keep=keep, lr=0.3)
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    train = partial(train_adapter, model, tok, PAIRS, "pos", "lora", config=config, must_learn=False)
+    train_and_cut(monkeypatch, there, train)
+    there.rename(here)
+    state = json.loads((here / ".cut.work" / "checkpoint-10" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(there / ".cut.work" / "checkpoint-2")
+    train(here / "cut")
+    a, b = (load_file(here / n / "adapter_model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(t, b[k]) for k, t in a.items())
 
 
@@ -474,6 +500,15 @@ def test_micro_batches_of_signed_training_are_of_one_side_and_of_the_same_pairs(
         real = [i for i in positive if i < 2 * pairs]
         assert [i for i in negative if i < 2 * pairs] == [i + 1 for i in real]
         assert all(i % 2 == 0 for i in real)
+
+
+@given(pairs=st.integers(1, 40), size=st.integers(1, 6))
+def test_every_validation_batch_of_signed_training_has_something_to_average(pairs, size):
+    """On any number of processes; what a sampler fills up behind the last row is cut off."""
+    rows = _laid_out([{"input_ids": [7], "labels": [i]} for i in range(2 * pairs)], size, 0)
+    assert sorted(row["labels"][0] for row in rows if row["labels"] != [-100]) == list(range(2 * pairs))
+    for start in range(0, len(rows), size):
+        assert any(row["labels"] != [-100] for row in rows[start : start + size])
 
 
 def test_signed_training_refuses_activations_that_would_be_computed_again_with_the_other_sign(fresh_tiny, tmp_path):

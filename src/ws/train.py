@@ -439,11 +439,12 @@ def _fit(
     sides = len(SIGNS) if margin or opposite is not None else 1
     examples = len(train) // sides
     steps = config.max_steps or math.ceil(math.ceil(examples / config.batch) * config.epochs)
+    resumed = on_main(lambda: last_whole_checkpoint(work, config.keep == "best"))
     settings = _settings(config, steps, seed, bool(validation))
+    settings["eval_on_start"] = bool(validation) and resumed is None  # the Trainer would start again where it goes on
     if not margin:
         settings["gradient_accumulation_steps"] *= sides  # micro-batches of either side in turn
     rows, held = ([e.features() for e in part] for part in (train, validation))
-    resumed = on_main(lambda: last_whole_checkpoint(work))
     arm = work.with_name(work.name[1:].removesuffix(".work")).absolute()
     settings["run_name"] = "/".join(arm.parts[-3 - bool(seed) :])  # `honesty/lora/pos`
     adapted = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -468,6 +469,8 @@ def _fit(
 def _settings(config: TrainConfig, steps: int, seed: int, validates: bool) -> dict[str, Any]:
     """What transformers' `TrainingArguments` are told."""
     every = max(1, math.ceil(steps / 5))
+    # A checkpoint keeps no losses of steps since the last log, so that there is one wherever it is saved.
+    logged = max(n for n in range(1, max(1, steps // 20) + 1) if every % n == 0)
     assert config.lr is not None
     return {
         "max_steps": steps,
@@ -477,11 +480,10 @@ def _settings(config: TrainConfig, steps: int, seed: int, validates: bool) -> di
         "per_device_train_batch_size": config.micro_batch,
         "per_device_eval_batch_size": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation(console.processes()),
-        "logging_steps": max(1, steps // 20),
+        "logging_steps": logged,
         "save_steps": every,
         "eval_strategy": "steps" if validates else "no",
         "eval_steps": every,
-        "eval_on_start": validates,
         "load_best_model_at_end": validates and config.keep == "best",
         "report_to": list(config.report_to),
         "seed": seed,

@@ -209,7 +209,7 @@ def trained(name: str) -> Callable[[Path], Path]:
 
 
 def read_checkpoint(file: Path) -> object:
-    assert last_whole_checkpoint(file.parents[1]) == str(file.parents[1] / "checkpoint-1"), "the one before"
+    assert last_whole_checkpoint(file.parents[1], True) == str(file.parents[1] / "checkpoint-1"), "the one before"
     return None
 
 
@@ -358,14 +358,19 @@ def test_a_vector_made_again_keeps_its_calibration_and_another_one_does_not(tmp_
     assert not file.exists()
 
 
-def test_an_older_checkpoint_is_gone_on_from_only_if_the_best_one_is_whole(tmp_path, capsys):
+@pytest.mark.parametrize("recorded", ["", "elsewhere"])
+def test_an_older_checkpoint_is_gone_on_from_only_if_the_best_one_is_whole(tmp_path, capsys, recorded):
+    """Which is the one beside it, whatever the path that it had; where the last one is kept, none is needed."""
     trained("optimizer.pt")(tmp_path)
     newest = tmp_path / "checkpoint-2"
-    (newest / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-1")}))
+    (newest / "trainer_state.json").write_text(
+        json.dumps({"best_model_checkpoint": str(tmp_path / recorded / "checkpoint-1")})
+    )
     _seal(newest)
-    assert last_whole_checkpoint(tmp_path) == str(newest)
+    assert last_whole_checkpoint(tmp_path, True) == str(newest)
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
-    assert last_whole_checkpoint(tmp_path) is None, "the training would end with the wrong weights"
+    assert last_whole_checkpoint(tmp_path, False) == str(newest)
+    assert last_whole_checkpoint(tmp_path, True) is None, "the training would end with the wrong weights"
     assert "checkpoint-2 is damaged" in capsys.readouterr().err
     assert not _is_whole(newest)
 

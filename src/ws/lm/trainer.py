@@ -95,14 +95,14 @@ def fit(
     if beta:
         train, validation = _paired(train), _paired(validation)
     elif opposite is not None:
-        train, validation = _signed(train), _laid_out(_signed(validation), arguments, pad_id)
+        train, validation = _signed(train), _laid_out(_signed(validation), arguments.eval_batch_size, pad_id)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=_Features(train, pad_id),
         eval_dataset=_Features(validation, pad_id) if validation else None,
         data_collator=_Collator(pad_id),
-        callbacks=[_StopOnNaN(), _Progress(), *filter(None, [callback])],
+        callbacks=[_StopOnNaN(), _Progress(), _Moved(), *filter(None, [callback])],
     )
     trainer.opposite, trainer.beta = opposite, beta
     trainer.choose_loss(model, kl, as_base)
@@ -163,9 +163,12 @@ def _signed(rows: Rows) -> Rows:
     return [{**row, _AT: [i % 2]} for i, row in enumerate(rows)]
 
 
-def _laid_out(rows: Rows, arguments: TrainingArguments, pad_id: int) -> Rows:
-    """The rows in the order of `_Alternating`; the Trainer cuts a last batch to the number of rows that it knows of."""
-    order = _Alternating(len(rows) // 2, arguments.eval_batch_size, arguments.world_size)
+def _laid_out(rows: Rows, size: int, pad_id: int) -> Rows:
+    """The rows in the order of `_Alternating`; the Trainer cuts a last batch to the number of rows that it knows of.
+
+    On several processes, too: what `_get_eval_sampler` fills up behind the rows is cut off, fillers among them are not.
+    """
+    order = _Alternating(len(rows) // 2, size, processes=1)
     return [rows[i] if i < len(rows) else _filler(pad_id) for i in order]
 
 
@@ -479,6 +482,16 @@ class _Progress(TrainerCallback):
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
+class _Moved(TrainerCallback):
+    """Looks for the best checkpoint beside the others; on record is its path, which may have been another then."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer when it has read the state of a training that goes on."""
+        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
 def _seal(checkpoint: Path) -> None:
     """Record what a checkpoint consists of, once all of it is on the disk."""
     flush(checkpoint)
@@ -503,17 +516,17 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def last_whole_checkpoint(work: Path) -> str | None:
+def last_whole_checkpoint(work: Path, keeps_best: bool) -> str | None:
     """The newest checkpoint that can be gone on from; what a kill or a broken disk has damaged is deleted.
 
-    The one with the best validation loss so far, which the training ends with, must be whole, too. The number of
-    processes may differ from that of the interrupted training.
+    If the training ends with the one that has the best validation loss so far, that must be whole, too, and is looked
+    for beside the others. The number of processes may differ from that of the interrupted training.
     """
     folders = [p for p in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdecimal()]
     for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         if _is_whole(folder):
-            best = read_json(folder / "trainer_state.json", _State).best_model_checkpoint
-            if best is None or _is_whole(Path(best)):
+            best = read_json(folder / "trainer_state.json", _State).best_model_checkpoint if keeps_best else None
+            if best is None or _is_whole(folder.with_name(Path(best).name)):
                 return str(folder)
         console.say(f"{folder} is damaged or half written; the training goes on from before it.")
         shutil.rmtree(folder, ignore_errors=True)
