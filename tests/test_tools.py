@@ -297,6 +297,9 @@ def test_the_changes_of_every_family_are_traced_whole(compiler, tmp_path, family
         dials["a"].alpha = alphas["a"]
         with pytest.raises(ws.WsError, match="2 entries but the layer sees 3 rows"):
             logits(model, tokens(3))
+        dials["a"].alpha = torch.tensor([0.5])
+        with pytest.raises(ws.WsError, match="1 entries but the layer sees 3 rows"):
+            logits(model, tokens(3))
         with pytest.raises(ws.WsError, match="finite"):
             dials["a"].alpha = float("nan")
 

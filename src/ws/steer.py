@@ -82,6 +82,7 @@ class Dial:
         else:
             self._alpha = require_strength(self._strength(value) if isinstance(value, str) else value)
             self._largest = abs(self._alpha)
+        self.is_by_row = isinstance(self._alpha, Tensor)
         # True for the float 0, where the hooks do nothing at all.
         self.is_off = not isinstance(self._alpha, Tensor) and self._alpha == 0.0
 
@@ -144,14 +145,14 @@ class _LiveDial(Dial):
     factor = 1.0
 
     def __init__(self, alpha: Alpha, strength: Callable[[str], float], reference: Tensor) -> None:
-        self.device, self._dtype, self._live = reference.device, reference.dtype, torch.empty(0)
+        self.device, self.dtype, self._live = reference.device, reference.dtype, torch.empty(0)
         super().__init__(alpha, strength)
 
     def _set(self, value: Alpha) -> None:
         super()._set(value)
         self.is_off = False  # which would be a reason to compile again
-        self._require_within(self._dtype)
-        wide = torch.promote_types(self._dtype, torch.float32)
+        self._require_within(self.dtype)
+        wide = torch.promote_types(self.dtype, torch.float32)
         new = torch.as_tensor(self._alpha, dtype=wide).detach().reshape(-1)
         if new.shape != self._live.shape:
             self._live = torch.empty_like(new, device=self.device)
@@ -164,7 +165,7 @@ class _LiveDial(Dial):
         return self._live.shape[0]
 
     def over(self, x: Tensor) -> Tensor:
-        if self.rows > 1:
+        if self.is_by_row:
             self._require_rows(x)
         return self._live.to(x.device).view(-1, *[1] * (x.ndim - 1))
 
@@ -238,7 +239,10 @@ class _LiveChange(_Change):
 
     def __init__(self, delta: LinearDelta, dial: _LiveDial, module: nn.Module) -> None:
         super().__init__(delta, dial)
-        self.working = _Working.of(delta, weight_of(module), module_kind(module) == "linear")
+        weight = weight_of(module)
+        packed = not weight.is_floating_point()  # into integers, which nothing is computed in
+        beside = torch.empty(0, dtype=dial.dtype if packed else weight.dtype, device=weight.device)
+        self.working = _Working.of(delta, beside, module_kind(module) == "linear")
         rest, v, _ = self.working
         self.factors = None if v is None else _Factors({self: self.working})
         self.working = _Working(rest, None, None)
