@@ -119,7 +119,7 @@ def test_activations_at_the_last_position_act_on_every_token_of_a_text(pocket):
     for name in ("nll", "kl"):
         assert found["last"][name] == pytest.approx(found["all"][name], abs=1e-4)
     assert (found["last"]["nll"] != plain["nll"]).mean() > 0.9
-    assert found["last"]["kl"].mean() > 0.01
+    assert found["last"]["kl"].mean() > 1e-3
 
 
 def test_the_twin_shares_the_weights_and_is_not_steered(pocket, weights_hash):

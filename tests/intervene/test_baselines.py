@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 import ws
 import ws.intervene.activation as module
 from conftest import NO_SYSTEM, build_adapter, build_model, tokens
+from ws.behaviors import acting
 from ws.data import Pair, prompt_ids
 from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer
 from ws.intervene.prompt import prompted
@@ -483,6 +484,16 @@ def test_layers_may_be_compared_at_equal_norms(pocket, honesty):
         choose_layer(model, tok, uneven, honesty, layers="3")
     with pytest.raises(ws.WsError, match="positive strength"):
         choose_layer(model, tok, vector, honesty, alpha=-1.0)
+
+
+def test_the_layer_is_chosen_by_preference_with_the_batch_size_that_was_asked_for(pocket, monkeypatch):
+    model, tok = pocket
+    whole = ws.load_behavior("tone", "pocket")
+    assert whole.held_out("dev")
+    sizes, real = [], acting.score_answers
+    monkeypatch.setattr(acting, "score_answers", lambda *a: sizes.append(a[4]) or real(*a))
+    choose_layer(model, tok, planted(model), whole, alpha=0.1, layers=[1], batch_size=3)
+    assert sizes == [3, 3]
 
 
 # ---- the prompted baseline ------------------------------------------------------------------------------------------

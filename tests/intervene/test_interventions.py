@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -260,6 +261,28 @@ def test_activations_of_another_template_are_read_again(opened, behavior, monkey
     for o, count in ((other, 1), (other, 1), (opened, 2)):
         assert ws.intervene.interventions.chosen_layer(o, behavior, vector, home, "last") == LAYER.layer
         assert len(asked) == count
+
+
+def test_what_is_made_from_activations_in_another_dtype_is_made_again(opened, behavior, monkeypatch):
+    monkeypatch.setattr(ws.intervene.interventions, "_CHOICE", CalibrationConfig(n_prompts=2, n_tokens=6))
+    monkeypatch.setattr(ws.intervene.interventions, "choose_layer", lambda *a, **k: LayerChoice(LAYER, (LAYER,)))
+    asked = []
+    monkeypatch.setattr(ws.intervene.interventions, "_matched_strengths", lambda *a: asked.append(a) or {})
+    short = replace(opened, model=copy.deepcopy(opened.model).to(torch.bfloat16))
+    short.model.name_or_path = opened.model.name_or_path
+    found = list[tuple[str, str]]()
+    for o in (short, opened, short):
+        vector, home = ws.intervene.interventions.activation_of(o, behavior)
+        ws.intervene.interventions.chosen_layer(o, behavior, evened(vector), home, "last")
+        found.append((vector.digest, intervention("gradient", o, behavior).digest))
+    assert found[0] == found[2]
+    assert all(a != b for a, b in zip(*found[:2], strict=True))
+    assert len(asked) == 3
+
+
+def evened(vector: ActivationVector) -> ActivationVector:
+    """One with the same values whatever it was read in, so that a choice hangs on the dtype alone."""
+    return replace(vector, vectors=torch.ones_like(vector.vectors))
 
 
 LAYER = LayerScore(1, 1.0, -1.0, 1.0, -0.5, None, 0.5, 1.0)

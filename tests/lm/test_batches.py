@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_architectures import TOK, build
 
+from ws.errors import WsError
 from ws.lm.batches import in_batches, left_pad, next_logits, packed_logits, positions_of, row_logits, with_batch_size
 
 
@@ -35,6 +36,19 @@ def test_a_size_that_does_not_fit_falls_and_one_that_was_asked_for_does_not():
     assert tried == sorted(tried, reverse=True)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         with_batch_size(run, 12, 12)
+
+
+def test_where_not_even_one_row_fits_there_is_one_sentence():
+    def run(size):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    def broken(size):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(WsError, match="Not even one row at a time fits into memory"):
+        with_batch_size(run, None, 3)
+    with pytest.raises(RuntimeError, match="shapes"):
+        with_batch_size(broken, None, 3)
 
 
 def test_packed_rows_and_rows_of_their_own_give_the_same_logits():

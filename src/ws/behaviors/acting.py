@@ -104,16 +104,23 @@ def _answers_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
 
 
 def preference_margins(
-    model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, system: str = "", split: str = "dev"
+    model: PreTrainedModel,
+    tok: Tokenizer,
+    behavior: Behavior,
+    system: str = "",
+    split: str = "dev",
+    batch_size: int | None = None,
 ) -> Float[np.ndarray, "questions"]:
     """`log p(positive) - log p(negative)` per token, in the mean over the answers of every question of a split.
 
-    None of them where the behaviour brings no such questions. `system` is the system prompt, by default none.
+    None of them where the behaviour brings no such questions. `system` is the system prompt, by default none;
+    `batch_size` is that of `ws.lm.likelihood.score_answers`.
     """
     held = behavior.held_out(split)
     if not held:
         return np.empty(0)
-    sides = answer_margins(model, tok, [(p.question, system, (p.positive, p.negative)) for p in held])
+    asked = [(p.question, system, (p.positive, p.negative)) for p in held]
+    sides = answer_margins(model, tok, asked, batch_size=batch_size)
     by_question: dict[str, list[float]] = {}
     for p, (positive, negative) in zip(held, sides, strict=True):
         by_question.setdefault(p.question, []).append(positive - negative)
@@ -151,10 +158,12 @@ def answer_margins(
     tok: Tokenizer,
     asked: Sequence[tuple[str, str, tuple[str, ...]]],
     cut: Sequence[tuple[bool, ...]] = (),
+    batch_size: int | None = None,
 ) -> list[list[float]]:
     """The mean log-probability per token of answers to `(question, system text, answers)`.
 
-    The end of turn is one of the tokens, but for answers that are `cut`; none is unless that is given.
+    The end of turn is one of the tokens, but for answers that are `cut`; none is unless that is given. `batch_size` is
+    that of `ws.lm.likelihood.score_answers`.
     """
     prompts = [render_prompt(tok, question, system=system) for question, system, _ in asked]
     cuts = cut or [(False,) * len(texts) for _, _, texts in asked]
@@ -162,7 +171,7 @@ def answer_margins(
         [encode_answer(tok, prompt, text, ended=not c) for text, c in zip(texts, of, strict=True)]
         for prompt, (_, _, texts), of in zip(prompts, asked, cuts, strict=True)
     ]
-    scores = score_answers(model, tok, [encode(tok, p) for p in prompts], answers)
+    scores = score_answers(model, tok, [encode(tok, p) for p in prompts], answers, batch_size)
     return [[float(logp.mean()) for logp in of] for of in scores]
 
 

@@ -468,7 +468,7 @@ def choose_layer(
         norm: compare them at equal norms of what is added, `alpha = norm / ‖a^l‖`, instead.
         position: see `activation_steer`.
         layers: the candidates, as for `ws.lm.models.parse_layers`.
-        batch_size: see `ws.lm.choice.score_choices`.
+        batch_size: see `ws.lm.choice.score_choices` and `ws.lm.likelihood.score_answers`.
         strengths: negative and positive strength per layer instead, such as those that cost the same divergence; only
             layers that have them are tried.
 
@@ -513,9 +513,9 @@ def _score_layer(
     facts: dict[str, Any] = {"layer": layer, "alpha": high, "minus": low, "norm": high * vector.norms[layer]}
     if behavior.held_out("dev"):
         with activation_steer(model, vector, low, layer, position) as dial:
-            below = preference_margins(model, tok, behavior)
+            below = preference_margins(model, tok, behavior, batch_size=batch_size)
             dial.alpha = high
-            span = float((preference_margins(model, tok, behavior) - below).mean())
+            span = float((preference_margins(model, tok, behavior, batch_size=batch_size) - below).mean())
         return LayerScore(**facts, span=span, span_true=None, effect=span, pmass=None)
     test = behavior.test
     claims: list[Claim] = sorted((c for c in test.claims if c.split == "dev"), key=lambda c: c.is_true)

@@ -216,7 +216,7 @@ def gradient_of(name: str, opened: FinishedRun, behavior: Behavior) -> SteeringV
     model, tok, run, folder = opened.model, opened.tok, opened.run, opened.run.folder / name
     modules = list(opened.vector.deltas)
     settings = {"format": 1, "tokenizer_hash": tokenizer_hash(tok), "rank": rank, "contrast": contrast, "seed": seed}
-    settings |= {"validation": config.validation, "max_length": config.max_length}
+    settings |= {"validation": config.validation, "max_length": config.max_length, "dtype": str(model.dtype)[6:]}
     inputs = {"pairs": recipe["pairs_sha256"], "model": fingerprint(model), "modules": sha256_json(sorted(modules))}
     with run.alone(name):
         stage = run.refresh(name, settings, inputs)
@@ -256,6 +256,11 @@ def _activation(name: str, opened: FinishedRun, behavior: Behavior) -> Intervent
     return Intervention(name, at, sha256_json([_ACTING, vector.digest, layers, position]), run, detail=detail)
 
 
+def _reading(opened: FinishedRun) -> dict[str, str]:
+    """How the model reads, beside its weights: what is made from its activations hangs on that."""
+    return {"dtype": str(opened.model.dtype)[6:], "tokenizer_hash": tokenizer_hash(opened.tok)}
+
+
 def activation_of(opened: FinishedRun, behavior: Behavior) -> tuple[ActivationVector, Run]:
     """The activation vector of a behaviour's pairs and the run it is kept in; made once for all adapters."""
     pairs_file = data_folder(opened.out, opened.vector.base_id, behavior.name) / PAIRS_FILE
@@ -266,7 +271,7 @@ def activation_of(opened: FinishedRun, behavior: Behavior) -> tuple[ActivationVe
     with run.alone("activation"):
         pairs, digest = hashed_pairs(pairs_file)
         inputs = {"pairs": digest, "model": fingerprint(opened.model)}
-        stage = run.refresh("vector", {"format": 1, "tokenizer_hash": tokenizer_hash(opened.tok)}, inputs)
+        stage = run.refresh("vector", {"format": 1} | _reading(opened), inputs)
         if stage is not None:
             console.say(f"activation vector in {folder}")
             activation_vector(opened.model, opened.tok, pairs, behavior.name).save(folder)
@@ -282,7 +287,7 @@ def chosen_layer(opened: FinishedRun, behavior: Behavior, vector: ActivationVect
         # Questions that no pair uses, where the behaviour has some.
         split = split_questions(behavior.questions, _CHOICE.n_prompts, opened.unseen(behavior))
         prompts = [render_prompt(opened.tok, q) for q in split.calibration]
-        settings |= {"tokenizer_hash": tokenizer_hash(opened.tok)}
+        settings |= _reading(opened)
         stage = run.refresh(name, settings, {"vector": vector.digest, "prompts": prompts_hash(prompts, ())})
         if stage is not None:
             console.say(f"choosing the block to steer after ({position} position), on the dev claims")

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ws.console import progress
+from ws.errors import WsError
 from ws.lm.trunk import forward
 
 Row = TypeVar("Row", bound=Sized)
@@ -30,8 +31,23 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "index
 
 
 def with_batch_size(run: Callable[[int], Result], batch_size: int | None, start: int) -> Result:
-    """`run` with this batch size; None starts at `start` and takes a tenth fewer while memory does not suffice."""
-    return run(batch_size) if batch_size else find_executable_batch_size(run, starting_batch_size=start)()
+    """`run` with this batch size; None starts at `start` and takes a tenth fewer while memory does not suffice.
+
+    Raises:
+        WsError: it does not suffice for one.
+    """
+    if batch_size:
+        return run(batch_size)
+
+    try:
+        return find_executable_batch_size(run, starting_batch_size=start)()
+    except RuntimeError as problem:
+        if "No executable batch size" not in str(problem):
+            raise
+        raise WsError(
+            "Not even one row at a time fits into memory; free some of it, take a smaller model or fewer tokens, or "
+            "compute in bfloat16."
+        ) from problem
 
 
 def in_batches(
