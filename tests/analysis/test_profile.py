@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, ttest_ind
 
 import ws
 from support.statements import folder, rows
@@ -107,6 +107,18 @@ def test_uneven_halves_weigh_alike():
     assert values.mean() == pytest.approx(0.5)
     unmatched = np.full(8, np.nan)
     assert np.array_equal(balanced(values, unmatched), values)
+
+
+@pytest.mark.parametrize("sizes", [(10, 10), (4, 16), (2, 38), (1, 19)])
+def test_a_small_half_is_as_uncertain_as_it_is(sizes):
+    yes = np.repeat([1.0, 0.0], sizes)
+    values = np.random.default_rng(13).normal(size=(1, sum(sizes))) + np.where(yes == 1, 3.0, -2.5)
+    (moved,) = balanced(values, yes)
+    plain = ttest_ind(values[0, yes == 1], -values[0, yes == 0])  # is the sum of both means zero?
+    assert moved.mean() / np.sqrt(moved.var(ddof=1) / len(moved)) == pytest.approx(plain.statistic)
+    assert spread(values[0], yes) == pytest.approx(spread(values[0] + 5 * yes, yes)), "and the sizes are not its spread"
+    squares = sum(((h - h.mean()) ** 2).sum() for h in (values[0, yes == 1], values[0, yes == 0]))
+    assert spread(values[0], yes) == pytest.approx(np.sqrt(squares / (sum(sizes) - 2)))
 
 
 def test_the_spread_is_that_within_the_halves():

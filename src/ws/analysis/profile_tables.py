@@ -89,25 +89,33 @@ class Shot:
 
 
 def balanced(values: Items, yes: Float[np.ndarray, "items"]) -> Items:
-    """The values moved so that their mean is that of the two halves' means, and their spread that within the halves.
+    """The values moved so that their mean is that of the two halves' means, and has its uncertainty.
 
-    The variance of their mean then is that of the two halves' means, with `n - 2` degrees of freedom, so nothing of
-    what moves both halves apart (a liking for Yes) is taken for uncertainty. Unchanged where there are no halves.
+    With `s` the standard deviation within the halves, the same of both, the variance of the mean becomes
+
+        s^2 / 4 (1 / n_yes + 1 / n_no)
+
+    so nothing of what moves both halves apart (a liking for Yes) is taken for uncertainty, and a half of few items is
+    as uncertain as it is. Unchanged where there are no halves, or two items.
     """
     first, n = yes == 1, values.shape[1]
-    if np.isnan(yes).any() or min(first.sum(), (~first).sum()) < 2:
+    n_yes = int(first.sum())
+    if np.isnan(yes).any() or not 0 < n_yes < n or n < 3:
         return values
     by_half = np.where(
         first, values[:, first].mean(axis=1, keepdims=True), values[:, ~first].mean(axis=1, keepdims=True)
     )
     middle = (values[:, first].mean(axis=1) + values[:, ~first].mean(axis=1)) / 2
-    moved: Items = middle[:, None] + (values - by_half) * np.sqrt((n - 1) / (n - 2))
+    wider = n / (2 * np.sqrt(n_yes * (n - n_yes))) * np.sqrt((n - 1) / (n - 2))
+    moved: Items = middle[:, None] + (values - by_half) * wider
     return moved
 
 
 def spread(base: Float[np.ndarray, "items"], yes: Float[np.ndarray, "items"]) -> float:
     """The standard deviation of the base's scores within the halves; NaN where all items score the same."""
-    sd = float(balanced(base[None], yes)[0].std(ddof=1)) if len(base) > 1 else 0.0
+    halves = [half for half in (base[yes == 1], base[yes != 1]) if len(half)]
+    squares, freedom = sum(float(((half - half.mean()) ** 2).sum()) for half in halves), len(base) - len(halves)
+    sd = float(np.sqrt(squares / freedom)) if freedom else 0.0
     return sd if sd > 1e-9 else float("nan")
 
 
