@@ -89,6 +89,28 @@ def test_only_the_modules_of_the_vector_count_and_all_of_them(qwen3):
     assert {t.module: t.change > 0 for t in alone.terms} == {UP: True, QUERY: False}
 
 
+def test_what_tied_modules_share_counts_once():
+    """As in the inner products and norms of vectors; read off a vector and off a whole checkpoint."""
+    model, rng = ws.load_model("pocket", device="cpu")[0], torch.Generator().manual_seed(0)
+    table = 0.01 * torch.randn(model.lm_head.weight.shape, generator=rng)
+    shared = LinearDelta(*table.shape, e=table, kind="embedding")
+    tied = ws.SteeringVector({"model.embed_tokens": shared, "lm_head": shared}, "pocket", fingerprint(model))
+    low = replace(vector_of(model, 1, size=0.02), base_id="pocket")
+    library = {"whole": tied + low, "low": low}
+    merged = copy.deepcopy(model)
+    library["whole"].merge_into(merged)
+    monitor = Monitor(library, model)
+    for change in (library["whole"], merged):
+        whole, part = monitor.read(change)
+        assert (whole.projection, whole.cosine) == pytest.approx((1.0, 1.0), abs=1e-4)
+        assert whole.norm == pytest.approx(library["whole"].norm(model), rel=1e-4)
+        assert part.norm == pytest.approx(low.norm(model), rel=1e-4)
+        along = [sum(t.inner for t in m.terms) for m in (whole, part)]
+        assert joint_projection(library, model, along) == pytest.approx([1.0, 0.0], abs=1e-3)
+    (apart,) = Monitor({"whole": library["whole"]}, model).read(low)
+    assert apart.cosine == pytest.approx(low.cosine(library["whole"], model), abs=1e-5), "nor where it stays untouched"
+
+
 def test_layers_add_up(qwen3):
     change = vector_of(qwen3, 1) + vector_of(qwen3, 2, (UP,))
     v = vector_of(qwen3, 1) + vector_of(qwen3, 4, ("model.layers.0.mlp.down_proj",))

@@ -4,6 +4,7 @@ With `c` the change of a fine-tune against its base, `v` a vector of the library
 
     cosine = <c, v> / (|c| |v|)          projection = <c, v> / <v, v>
 
+where what modules with a tied weight share counts once, as in the inner products of vectors.
 `projection` is the strength at which `v` lies nearest to the change: the alpha that the fine-tune has moved by. A
 cosine means nothing by itself, because what is trained on text is rarely at right angles to what was trained on text.
 So it is compared with a null:
@@ -22,7 +23,7 @@ p-values are two-sided, and a behaviour is flagged when its p, with Holm's corre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -262,27 +263,30 @@ class Monitor:
 
     def measure(self, change: Change) -> dict[str, list[Term]]:
         """The terms of every behaviour's sums; a change of a whole checkpoint is formed one module at a time."""
-        terms: dict[str, list[Term]] = {name: [] for name in self.library}
-        for module, delta in self._deltas(change):
+        # By both changes, which modules with a tied weight share (see `SteeringVector.inner`).
+        terms: dict[str, dict[Hashable, Term]] = {name: {} for name in self.library}
+        read = set[str]()
+        for module, of, delta in self._deltas(change):
             weight = weight_of(self._modules[module])
             square = delta.norm(weight) ** 2
+            read.add(module)
             for name, vector in self.library.items():
                 if module in vector.deltas:
                     inner = delta.inner(vector.deltas[module], weight)
                     term = Term(module, inner, square, self._sizes[name][module], weight.numel())
-                    terms[name].append(term)
+                    terms[name].setdefault((of, id(vector.deltas[module])), term)
         for name, behavior_terms in terms.items():
             if not behavior_terms:
                 raise WsError(f"The change and the vector {name!r} have no module in common.")
-            if not any(t.change for t in behavior_terms):
+            if not any(t.change for t in behavior_terms.values()):
                 raise NoMovementError(f"The change leaves every module of {name!r} as it was: it has no direction.")
-            untouched = self._sizes[name].keys() - {t.module for t in behavior_terms}
-            sizes = {m: weight_of(self._modules[m]).numel() for m in untouched}
-            behavior_terms += [Term(m, 0.0, 0.0, self._sizes[name][m], sizes[m]) for m in sorted(untouched)]
-        return terms
+            for m in sorted(self._sizes[name].keys() - read):
+                term = Term(m, 0.0, 0.0, self._sizes[name][m], weight_of(self._modules[m]).numel())
+                behavior_terms.setdefault((None, id(self.library[name].deltas[m])), term)
+        return {name: list(behavior_terms.values()) for name, behavior_terms in terms.items()}
 
-    def _deltas(self, change: Change) -> Iterator[tuple[str, LinearDelta]]:
-        """The changes of the library's modules, one at a time."""
+    def _deltas(self, change: Change) -> Iterator[tuple[str, Hashable, LinearDelta]]:
+        """The changes of the library's modules, one at a time, each with what is equal where modules share one."""
         if isinstance(change, PeftModel):
             change = self._live_adapter(change)
         if isinstance(change, SteeringVector):
@@ -290,7 +294,7 @@ class Monitor:
         else:
             yield from self._checkpoint_deltas(change)
 
-    def _vector_deltas(self, vector: SteeringVector) -> Iterator[tuple[str, LinearDelta]]:
+    def _vector_deltas(self, vector: SteeringVector) -> Iterator[tuple[str, Hashable, LinearDelta]]:
         if vector.base_fingerprint not in (None, self.base_fingerprint, self._float16_fingerprint):
             raise WsError(
                 f"The change was made on {vector.base_id} ({vector.base_fingerprint}), but the library's base is "
@@ -299,9 +303,9 @@ class Monitor:
         for name in self._modules:
             if name in vector.deltas:
                 self._require_size(name, (vector.deltas[name].d_out, vector.deltas[name].d_in))
-                yield name, vector.deltas[name]
+                yield name, id(vector.deltas[name]), vector.deltas[name]
 
-    def _checkpoint_deltas(self, model: nn.Module) -> Iterator[tuple[str, LinearDelta]]:
+    def _checkpoint_deltas(self, model: nn.Module) -> Iterator[tuple[str, Hashable, LinearDelta]]:
         theirs = dict(model.named_modules())
         moved = whole = 0.0
         for name, module in self._modules.items():
@@ -312,7 +316,8 @@ class Monitor:
             assert delta.e is not None
             moved += float(in_float64(delta.e).square().sum())
             whole += float(in_float64(weight_of(module)).square().sum())
-            yield name, delta
+            tensors = (getattr(m, leaf, None) for m in (theirs[name], module) for leaf in ("weight", "bias"))
+            yield name, tuple(map(id, tensors)), delta
         if moved > whole:
             raise WsError(
                 f"The checkpoint differs from the base by {sqrt(moved / whole):.2g} times the size of its weights; it "
