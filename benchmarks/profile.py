@@ -46,7 +46,7 @@ from ws.analysis.profile_tables import Shot, examples, profile_rows, render
 from ws.diff import SteeringVector
 from ws.eval.boards import Board, open_board, open_plain
 from ws.eval.context import EvalContext
-from ws.eval.readable import LEVEL
+from ws.eval.readable import LEVEL, Readability
 from ws.files.runs import read_csv, write_csv
 from ws.lm.batches import left_pad, positions_of
 from ws.lm.choice import choice_logp, choice_variants
@@ -158,21 +158,23 @@ class Bench:
         out = Path("out/benchmarks/profile")
         self.context = EvalContext.of_base(EvalOptions(behavior="honesty", out=out), self.model, self.tok)
         self.board: Board = open_board(self.context, ProfileOptions(traits=PLANTED, behavior="honesty", out=out))
-        self.base, self.mass = self.board.ask(self.model, self.tok)
+        self.base, self.readable = self.board.ask(self.model, self.tok)
 
-    def shifts(self, vector: SteeringVector, alpha: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Changes of all scores, and the masses, `[1, items]` each."""
+    def shifts(self, vector: SteeringVector, alpha: float = 1.0) -> tuple[np.ndarray, dict[str, Readability]]:
+        """Changes of all scores, `[1, items]`, and how well every trait was answered."""
         with steer(self.model, vector, alpha):
-            values, mass = self.board.ask(self.model, self.tok)
-        return (values - self.base)[None], mass[None]
+            values, readable = self.board.ask(self.model, self.tok)
+        return (values - self.base)[None], readable
 
-    def shot(self, name: str, shift: np.ndarray, mass: np.ndarray, random: Sequence[np.ndarray]) -> Shot:
+    def shot(
+        self, name: str, shift: np.ndarray, readable: dict[str, Readability], random: Sequence[np.ndarray]
+    ) -> Shot:
         """What a vector does, as `ws profile` would see it."""
-        return Shot("lora", (0,), "weight", name, 1.0, shift, mass, random=random)
+        return Shot("lora", (0,), "weight", name, 1.0, shift, [readable], random=random)
 
     def profile(self, shots: Sequence[Shot], n_boot: int) -> tuple[Any, Any]:
         """Rows by trait and by vector."""
-        return profile_rows({}, self.board, self.base, self.mass, shots, n_boot)
+        return profile_rows({}, self.board, self.base, self.readable, shots, n_boot)
 
 
 def false_alarms(bench: Bench, vector: SteeringVector, n: int, alpha: float) -> dict[str, Any]:
@@ -181,9 +183,9 @@ def false_alarms(bench: Bench, vector: SteeringVector, n: int, alpha: float) -> 
     for draw in console.progress(range(n), desc="random vectors", unit="vector"):
         shifts.append(bench.shifts(random_like(vector, bench.model, draw_seed(1, draw)), alpha))
     boards, traits, p_boards = [], [], []
-    for i, (shift, mass) in enumerate(console.progress(shifts, desc="as the vector", unit="vector")):
+    for i, (shift, readable) in enumerate(console.progress(shifts, desc="as the vector", unit="vector")):
         nulls = [shifts[(i + 1 + k) % n][0] for k in range(N_DRAWS)]
-        rows, _ = bench.profile([bench.shot("noise", shift, mass, nulls)], 200)
+        rows, _ = bench.profile([bench.shot("noise", shift, readable, nulls)], 200)
         boards.append(any(r["moved"] for r in rows))
         traits.append(np.mean([bool(r["moved"]) for r in rows]))
         p_boards.append(any(r["p_holm"] is not None and r["p_holm"] < LEVEL for r in rows))
@@ -220,7 +222,7 @@ def real(behavior: str, seeds: Sequence[int], n_items: int) -> None:
     )
     found = profile(options)
     rows, summary = profile_rows(
-        {"behavior": behavior}, found.board, found.base, found.base_mass, found.shots, options.n_bootstrap
+        {"behavior": behavior}, found.board, found.base, found.base_readable, found.shots, options.n_bootstrap
     )
     write_csv(DOCS / f"profile_{behavior}.csv", [{c: r[c] for c in (*FIRST, "group", *COLUMNS)} for r in rows])
     write_csv(DOCS / f"profile_{behavior}_summary.csv", summary)

@@ -14,16 +14,18 @@ import ws
 from support.comparisons import KEY, N_BOOT, cell, claims, draws_of, nulls_of
 from support.statements import folder
 from support.statements import rows as rows_of
-from ws.analysis.compare import compare, main, plot
+from ws.analysis.compare import _Bench, compare, main, plot
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, reality, render
 from ws.behaviors import behavior_file
 from ws.behaviors.tables import draw
 from ws.data import PAIRS_FILE, Pair, pair_lines
+from ws.eval.context import EvalContext
 from ws.eval.readable import Readability
 from ws.files.plots import save_svg
 from ws.files.runs import Run, data_folder, read_csv, sha256_json, typed, write_csv, write_text
 from ws.options.make import TrainConfig
 from ws.options.measure import CompareOptions
+from ws.options.shared import EvalOptions
 
 
 def test_a_planted_effect_is_found_with_its_size_and_called_real():
@@ -392,8 +394,9 @@ def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     assert capsys.readouterr().out == first
 
     # On a board the same rows say how selective everything is; here of two traits that the model knows nothing of.
+    monkeypatch.undo()
     mine = folder(out / "mine", tea=rows_of("tea"), rain=rows_of("rain"))
-    main(replace(options, board=str(mine), traits=("tea",)))
+    main(replace(options, board=str(mine)))
     assert "selectivity" in capsys.readouterr().out
     spans = [r for r in read_csv(out / "honesty" / "compare.csv") if r["part"] == "span"]
     assert {r["intervention"] for r in spans if float(r["selectivity"]) > 0} == {"weight", "prompt"}
@@ -414,6 +417,24 @@ def test_random_vectors_are_asked_for_what_there_is(out, tmp_path, capsys):
         rows = read_csv(out / "honesty" / "compare.csv")
         assert {r["score"]: bool(r["p_random"]) for r in rows} == random
         assert capsys.readouterr().out
+
+
+def test_a_board_has_the_behaviours_targets_and_loses_what_the_steered_model_does_not_answer(out, monkeypatch):
+    model, tok = ws.load_model("pocket", device="cpu")
+    context = EvalContext.of_base(EvalOptions(behavior="honesty", out=out), model, tok)
+    bench = _Bench(replace(quick_options(out), board="pocket", traits=("agreeableness",)), context, None)
+    assert bench.board.targets == ("honesty",), "the traits are those of statements"
+    first, *others = bench.board.traits
+    base = np.random.default_rng(0).normal(size=len(bench.board.texts))
+
+    def read(context, board, chosen, alphas):
+        masses = {a: {t: 0.5 if (a, t) == (1.5, first) else 0.99 for t in board.traits} for a in (0.0, *alphas)}
+        return {a: (base + a, {t: Readability(m) for t, m in by.items()}) for a, by in masses.items()}
+
+    monkeypatch.setattr("ws.analysis.compare.read_board", read)
+    found = bench.on_board(None, {-1: -2.0, 1: 1.5})
+    assert set(found[first]) == {-1, 0}, "as `ws profile` at either strength"
+    assert all(set(found[trait]) == {-1, 0, 1} for trait in others)
 
 
 @pytest.mark.slow

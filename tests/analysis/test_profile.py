@@ -28,11 +28,13 @@ from ws.analysis.profile_tables import (
     render,
     selectivity,
     spread,
+    standardised,
 )
 from ws.delta import LinearDelta
 from ws.eval.boards import Board, Part, open_board
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import HeadlineScore
+from ws.eval.readable import Readability
 from ws.files.plots import save_svg
 from ws.lm.models import fingerprint
 from ws.options.measure import ProfileOptions
@@ -60,6 +62,11 @@ def board(targets: tuple[str, ...] = ("t0",), floor: float = 0.2) -> Board:
     return Board("made", (part,), {name: "first" if i < 3 else "second" for i, name in enumerate(names)}, targets)
 
 
+def answered(mass: float, **other: float) -> dict[str, Readability]:
+    """Every trait with one answer mass, some with another."""
+    return {f"t{i}": Readability(other.get(f"t{i}", mass)) for i in range(N_TRAITS)}
+
+
 def shot(rng, moved=None, agreement=0.0, n_seeds=1, draws=5, noise=0.05, drift=0.1, nulls=None, name="+1u") -> Shot:
     """Items that move by `moved` of their trait and by `agreement` towards Yes, with noise of their own; a random
     vector moves every trait by a drift of its own."""
@@ -73,7 +80,8 @@ def shot(rng, moved=None, agreement=0.0, n_seeds=1, draws=5, noise=0.05, drift=0
         shift[:, int(trait[1:]) * N_ITEMS : (int(trait[1:]) + 1) * N_ITEMS] += by
     made = {null: drawn() + by for null, by in (nulls or {}).items()}
     random = [drawn() for _ in range(draws)]
-    return Shot("lora", tuple(range(n_seeds)), "weight", name, 1.0, shift, np.full(shift.shape, 0.99), made, random)
+    seeds = tuple(range(n_seeds))
+    return Shot("lora", seeds, "weight", name, 1.0, shift, [answered(0.99) for _ in seeds], made, random)
 
 
 def base_of(rng) -> np.ndarray:
@@ -83,7 +91,7 @@ def base_of(rng) -> np.ndarray:
 
 def read(shots, of=None, base=None, mass=0.99, seed=0):
     of, base = of or board(), base_of(np.random.default_rng(seed)) if base is None else base
-    return profile_rows({"behavior": "made"}, of, base, np.full(len(base), mass), shots, N_BOOT)
+    return profile_rows({"behavior": "made"}, of, base, answered(mass), shots, N_BOOT)
 
 
 # ---- one trait ------------------------------------------------------------------------------------------------------
@@ -238,6 +246,39 @@ def test_without_random_vectors_and_without_answers_nothing_counts_as_moved():
     assert summary["selectivity"] is None, "nothing can be read"
 
 
+def test_one_seed_that_does_not_answer_is_enough_to_take_the_star_away():
+    """Three seeds of masses whose mean is over 0.9, in one trait; the worst of them counts."""
+    one = shot(np.random.default_rng(7), {"t4": 3.0, "t5": 3.0}, n_seeds=3)
+    broken = replace(one, readable=[answered(0.98), answered(0.98), answered(0.98, t4=0.8)])
+    table, (summary,) = read([broken])
+    known = {r["trait"]: r for r in table}
+    assert (known["t4"]["unreadable"], known["t4"]["mass"]) == ("answer mass 0.800", 0.8)
+    assert (known["t4"]["moved"], known["t5"]["moved"], summary["n_unreadable"]) == (None, True, 1)
+
+
+def test_a_trained_null_that_does_not_answer_is_none():
+    """In that trait alone; where it answers nothing anywhere, no sentence names it."""
+    one = shot(np.random.default_rng(6), {"t4": 1.5, "t5": 1.5}, nulls={"shuffled": 2.5})
+    partly = replace(one, null_readable={"shuffled": [answered(0.99, t4=0.5)]})
+    table, (summary,) = read([partly])
+    known = {r["trait"]: r for r in table}
+    assert [known[t]["beyond_trained"] for t in ("t4", "t5")] == [None, False]
+    assert [known[t]["z_shuffled"] is None for t in ("t4", "t5")] == [True, False]
+    assert "the shuffled null" in " ".join(headlines(summary))
+    _, (summary,) = read([replace(one, null_readable={"shuffled": [answered(0.5)]})])
+    assert "the shuffled null" not in " ".join(headlines(summary))
+
+
+def test_a_sign_at_which_a_trait_is_not_answered_is_left_out():
+    base = base_of(np.random.default_rng(14))
+    by_sign = {0: base, 1: base + 1.0, -1: base - 1.0}
+    readable = {0: answered(0.99, t3=0.5), 1: answered(0.99), -1: answered(0.99, t4=0.5)}
+    found = standardised(board(), by_sign, readable)
+    assert "t3" not in found, "of the base"
+    assert [set(found[t]) for t in ("t4", "t5")] == [{0, 1}, {-1, 0, 1}]
+    assert found["t5"][1].mean() == pytest.approx(-found["t5"][-1].mean())
+
+
 def test_selectivity_is_one_for_what_moves_everything_alike_and_its_interval_holds_it():
     rng, holds = np.random.default_rng(8), 0
     for _ in range(100):
@@ -296,7 +337,7 @@ def test_the_bundled_board_has_traits_that_the_pocket_model_answers(context, poc
     assert known.targets == ("honesty",)
     statements = known.parts[0]
     scores = statements.evaluation.ask(*pocket)
-    assert statements.masses(scores).min() > 0.99
+    assert min(known.mass for known in statements.readable(scores).values()) > 0.99
     assert (statements.values(scores) > 0).mean() > 0.98
     for items in list(known.items_of.values())[:-1]:
         assert known.yes[items].mean() == pytest.approx(0.5)
@@ -318,13 +359,37 @@ def test_a_behaviours_own_questions_are_its_target_where_no_trait_is(context, po
     values = own.values(own.evaluation.ask(*pocket))
     assert len(values) == len(own.traits) == len(own.texts) == len(set(own.texts))
     assert known.groups["tone"] == "the behaviour itself"
-    assert np.isnan(own.masses(own.evaluation.ask(*pocket))).all(), "answers that are given have no mass"
+    assert own.readable(own.evaluation.ask(*pocket)) == {"tone": Readability(None)}, "given answers have no mass"
 
 
 def test_the_moral_board_is_one_of_foundations(context):
     known = opened(context, board="moral")
     assert {"Care", "Fairness"} <= set(known.traits)
     assert len(known.texts) == len(known.parts[0].traits) + len(known.parts[1].traits)
+
+
+def test_a_foundation_is_read_by_its_own_masses_and_frames(context):
+    part = opened(context, board="moral").parts[0]
+    of = np.array(part.traits)
+    sure = np.broadcast_to([0.9, 0.1], (len(of), 2, 2))  # wrong and not acceptable, from both sides
+    scores = {"p_true": sure.copy(), "bool_mass": np.full((len(of), 2, 2), 0.99)}
+    scores["bool_mass"][of == "Care", 0] = 0.5
+    scores["p_true"][of == "Fairness", 0] = 0.9  # wrong and acceptable
+    scores["bool_mass"][of == "Liberty", 1] = 0.5  # of acts of its own, which the board does not look at
+    problems = {trait: known.problem for trait, known in part.readable(scores).items() if known.problem}
+    assert problems == {"Care": "answer mass 0.500", "Fairness": "frames agree on 0% of the texts"}
+
+
+def test_a_trait_that_one_answer_matches_everywhere_cannot_be_told_from_that_answer(context, tmp_path):
+    """Of unequal halves both means weigh alike; of one there is nothing to take a liking for Yes out with."""
+    sides = rows("rain")
+    uneven, one_sided = [*sides[:5], sides[6]], sides[1::2]
+    place = folder(tmp_path / "mine", tea=rows("tea"), rain=uneven, snow=one_sided)
+    part = opened(context, board=str(place), traits=("tea",)).parts[0]
+    scores = {"logratio": np.zeros(len(part.traits)), "pmass": np.full(len(part.traits), 0.99)}
+    problems = {trait: known.problem for trait, known in part.readable(scores).items() if known.problem}
+    assert set(problems) == {"snow"}
+    assert "4 of 4 statements are matched by Yes" in problems["snow"]
 
 
 def test_a_board_of_ones_own_has_the_groups_of_its_file(context, tmp_path):
@@ -421,6 +486,6 @@ def test_a_prompt_has_no_dial_and_no_nulls(options):
         ("weight", "+1", 2),
         ("prompt", "+1", 0),
     ]
-    table, summary = profile_rows({}, known.board, known.base, known.base_mass, known.shots, 100)
+    table, summary = profile_rows({}, known.board, known.base, known.base_readable, known.shots, 100)
     assert json.dumps(summary[1]["selectivity"]) != "null"
     assert all(r["moved"] is None for r in table if r["intervention"] == "prompt")

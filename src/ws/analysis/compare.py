@@ -107,15 +107,17 @@ class _Bench:
         """What selectivity is measured on; None where it is not asked for."""
         if self.options.board is None:
             return None
-        return open_board(self.context, shared_with(ProfileOptions, self.options, interventions=(WEIGHT,)))
+        # `traits` are those of `statements`, and none of the board's.
+        return open_board(self.context, shared_with(ProfileOptions, self.options, interventions=(WEIGHT,), traits=()))
 
     def on_board(self, chosen: Intervention, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
         """The standardised changes of every trait's items by trait and sign."""
         if self.board is None:
             return {}
         read = read_board(self.context, self.board, chosen, list(alphas.values()))
-        by_sign = {0: read[0.0][0]} | {sign: read[alpha][0] for sign, alpha in alphas.items()}
-        return standardised(self.board, by_sign, read[0.0][1])
+        by_sign = {sign: read[alpha] for sign, alpha in ({0: 0.0} | dict(alphas)).items()}
+        readable = {sign: known for sign, (_, known) in by_sign.items()}
+        return standardised(self.board, {sign: values for sign, (values, _) in by_sign.items()}, readable)
 
     @cached_property
     def asked(self) -> dict[str, Mapping[str, Any]]:

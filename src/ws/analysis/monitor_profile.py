@@ -28,7 +28,7 @@ from ws.analysis.profile_tables import Shot, profile_rows, rms, standardised
 from ws.diff import SteeringVector
 from ws.eval.boards import Board
 from ws.eval.evaluation import Rows
-from ws.eval.readable import MARK
+from ws.eval.readable import MARK, Readability
 from ws.stats import N_BOOTSTRAP, columns_of, estimate_text, rank_correlation
 from ws.steer import steer
 
@@ -48,11 +48,11 @@ class Bench:
     tok: Tokenizer
     board: Board
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and answer masses of every item, of the base as it stands."""
+    def read(self) -> tuple[np.ndarray, dict[str, Readability]]:
+        """The scores of all items and how well every trait was answered, of the base as it stands."""
         return self.board.ask(self.model, self.tok)
 
-    def read_change(self, change: SteeringVector | nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    def read_change(self, change: SteeringVector | nn.Module) -> tuple[np.ndarray, dict[str, Readability]]:
         """The same of a fine-tune: the base with its change, or the whole checkpoint."""
         if isinstance(change, SteeringVector):
             with steer(self.model, change):
@@ -100,17 +100,15 @@ def profile_changes(
         along: of every fine-tune, its inner products with the library's vectors.
         controls: benign fine-tunes, consumed one at a time.
     """
-    base, mass = bench.read()
+    base, readable = bench.read()
     benign = [(bench.read_change(change)[0] - base)[None] for change in controls]
     rows, summary = Rows(), Rows()
     for name, open_change in console.progress(list(changes.items()), desc=bench.board.name, unit="fine-tune"):
-        values, masses = bench.read_change(open_change())
-        shot = Shot(name, (0,), "fine-tune", "as it is", 1.0, (values - base)[None], masses[None], random=benign)
-        traits, _ = profile_rows({}, bench.board, base, mass, [shot], N_BOOTSTRAP)
+        values, answered = bench.read_change(open_change())
+        shot = Shot(name, (0,), "fine-tune", "as it is", 1.0, (values - base)[None], [answered], random=benign)
+        traits, _ = profile_rows({}, bench.board, base, readable, [shot], N_BOOTSTRAP)
         strengths = joint_projection(library, bench.model, along[name])
-        predicted = standardised(
-            bench.board, {0: base, 1: bench.explained(library, strengths)}, np.full(len(base), np.nan)
-        )
+        predicted = standardised(bench.board, {0: base, 1: bench.explained(library, strengths)}, {})
         known = {trait: float(z[1].mean()) for trait, z in predicted.items()}
         rows += [_row(name, r, known.get(r["trait"])) for r in traits]
         summary.append(_summary(name, traits, known, dict(zip(library, strengths, strict=True)), len(benign)))

@@ -27,7 +27,7 @@ from ws.diff import vector_digest
 from ws.errors import WsError
 from ws.eval.boards import Board, open_board
 from ws.eval.context import EvalContext
-from ws.eval.readable import rounding_notes
+from ws.eval.readable import Readability, rounding_notes
 from ws.eval.suite import set_notes
 from ws.files.plots import save_svg
 from ws.files.reading import kept, read_csv
@@ -43,8 +43,9 @@ TABLE, SUMMARY = "profile.csv", "profile_summary.csv"
 
 def read_board(
     context: EvalContext, board: Board, chosen: Intervention, alphas: Sequence[float]
-) -> dict[float, tuple[Float[np.ndarray, "items"], Float[np.ndarray, "items"]]]:
-    """Scores and answer masses of every item of a board by strength, 0 among them; what is on record is not asked."""
+) -> dict[float, tuple[Float[np.ndarray, "items"], dict[str, Readability]]]:
+    """The scores of a board's items and how well every trait was answered, by strength, 0 among them; what is on record
+    is not asked."""
     strengths = sorted({0.0, *alphas})
     by_part = [context.scores(part.evaluation, chosen, strengths) for part in board.parts]
     return {alpha: board.read([scores[alpha] for scores in by_part]) for alpha in strengths}
@@ -52,7 +53,8 @@ def read_board(
 
 @dataclass
 class _Reading:
-    """One intervention of one run at one strength: the scores and masses of all items, and its nulls' scores."""
+    """One intervention of one run at one strength: the scores of all items, and how well every trait was answered, by
+    itself and of its trained nulls; of random vectors the scores."""
 
     adapter: str
     seed: int
@@ -60,8 +62,8 @@ class _Reading:
     strength: str
     alpha: float
     values: np.ndarray
-    masses: np.ndarray
-    nulls: dict[str, np.ndarray] = field(default_factory=dict)
+    readable: dict[str, Readability]
+    nulls: dict[str, tuple[np.ndarray, dict[str, Readability]]] = field(default_factory=dict)
     random: list[np.ndarray] = field(default_factory=list)
     vector: str = ""
 
@@ -93,7 +95,7 @@ class _Bench:
                 strength=strength,
                 alpha=alpha,
                 values=scored[alpha][0],
-                masses=scored[alpha][1],
+                readable=scored[alpha][1],
                 nulls={null: by_strength[strength] for null, by_strength in nulls.items()},
                 random=draws,
                 vector=chosen.digest[:12],
@@ -114,12 +116,12 @@ class _Bench:
                 known[word if isinstance(word, str) else f"{word:+g}"] = alpha
         return known
 
-    def nulls(self, alphas: Mapping[str, float]) -> dict[str, dict[str, np.ndarray]]:
-        """The scores under the vectors that were trained as nulls, by null and strength, at equal norms."""
+    def nulls(self, alphas: Mapping[str, float]) -> dict[str, dict[str, tuple[np.ndarray, dict[str, Readability]]]]:
+        """What is read under the vectors that were trained as nulls, by null and strength, at equal norms."""
         nulls = {}
         for null, (context, ratio) in self.run.trained_nulls().items():
             scored = read_board(context, self.board, context.intervention(), [a * ratio for a in alphas.values()])
-            nulls[null] = {strength: scored[alpha * ratio][0] for strength, alpha in alphas.items()}
+            nulls[null] = {strength: scored[alpha * ratio] for strength, alpha in alphas.items()}
         return nulls
 
     def random(self, alpha: float) -> list[np.ndarray]:
@@ -148,14 +150,15 @@ class Profile:
 
     Attributes:
         board: the board.
-        base, base_mass: of every item, its score and its answer mass without steering.
+        base: of every item, its score without steering.
+        base_readable: of every trait, how well its items were answered without steering.
         shots: every intervention at every strength, seeds together.
         dtype: of the model.
     """
 
     board: Board
     base: np.ndarray
-    base_mass: np.ndarray
+    base_readable: Mapping[str, Readability]
     shots: tuple[Shot, ...]
     dtype: str
 
@@ -193,10 +196,11 @@ def _shots(readings: Sequence[_Reading], base: np.ndarray) -> Iterator[Shot]:
             strength=strength,
             alpha=float(np.mean([r.alpha for r in seeds])),
             shift=np.stack([r.values - base for r in seeds]),
-            mass=np.stack([r.masses for r in seeds]),
-            nulls={null: np.stack([r.nulls[null] - base for r in seeds]) for null in nulls},
+            readable=[r.readable for r in seeds],
+            nulls={null: np.stack([r.nulls[null][0] - base for r in seeds]) for null in nulls},
             random=[np.stack(draw) - base for draw in zip(*(r.random for r in seeds), strict=True)],
             vectors=" ".join(r.vector for r in seeds),
+            null_readable={null: [r.nulls[null][1] for r in seeds] for null in nulls},
         )
 
 
@@ -204,7 +208,7 @@ def main(options: ProfileOptions) -> None:
     """The command `ws profile`."""
     found = profile(options)
     key = {"behavior": behavior_name(options.behavior)}
-    rows, summary = profile_rows(key, found.board, found.base, found.base_mass, found.shots, options.n_bootstrap)
+    rows, summary = profile_rows(key, found.board, found.base, found.base_readable, found.shots, options.n_bootstrap)
     with lock(options.folder / "profile"):  # the files are of one profile
         files = [_with_others(options, name, part) for name, part in ((TABLE, rows), (SUMMARY, summary))]
         drawn = dict.fromkeys((r["adapter"], r["intervention"]) for r in rows)

@@ -8,7 +8,8 @@ halves,
 
 so a liking for Yes is in the agreement and not in the shift, also where the halves differ in size. A trait counts as
 moved when four things hold: the shift is not chance over its items, it is beyond what random vectors of the same size
-do, it is as large as the floor of its score, and it is beyond every null that was trained. The first two are p-values,
+do, it is as large as the floor of its score, and it is beyond every null that was trained and can be read there. The
+first two are p-values,
 
     p_items     of the mean over items (Student's t); of several seeds of their mean, and 1 where they differ in sign
     p_random    2 P(T > |z| / r), Student's t, with r the standard deviation of z under random vectors (`moderated`)
@@ -36,10 +37,9 @@ from tabulate import tabulate
 from ws.analysis.controls import NULLS
 from ws.eval.boards import Board
 from ws.eval.evaluation import Rows
-from ws.eval.readable import FLAG, LEVEL, MARK, NATS
+from ws.eval.readable import FLAG, LEVEL, MARK, NATS, Readability, worst
 from ws.eval.readable import notes as mark_notes
 from ws.stats import (
-    LOW_MASS,
     Estimate,
     columns_of,
     estimate_mean,
@@ -67,10 +67,11 @@ class Shot:
         strength: what was asked for, such as `+1u` or `-0.5`.
         alpha: the mean over the seeds.
         shift: of every item, its change against the base.
-        mass: of every item the answer mass, NaN where no answer is chosen.
+        readable: of every seed, how well the items of every trait were answered.
         nulls: by trained null (`shuffled`, `same-side`), the changes under it at the same size.
         random: by draw, the changes under a random vector of the same size.
         vectors: what identifies the vectors.
+        null_readable: by trained null, what `readable` is of the vectors.
     """
 
     adapter: str
@@ -79,10 +80,11 @@ class Shot:
     strength: str
     alpha: float
     shift: Items
-    mass: Items
+    readable: Sequence[Mapping[str, Readability]]
     nulls: Mapping[str, Items] = field(default_factory=dict)
     random: Sequence[Items] = ()
     vectors: str = ""
+    null_readable: Mapping[str, Sequence[Mapping[str, Readability]]] = field(default_factory=dict)
 
 
 # ---- one trait ------------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class _Trait:
     p_random: float | None
     null_z: Mapping[str, float]
     margins: Mapping[str, Estimate]
-    mass: float | None
+    readable: Readability
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,16 @@ def _trait(shot: Shot, board: Board, base: np.ndarray, name: str, scale: RandomS
     first = yes == 1
     has_halves = not np.isnan(yes).any() and 0 < first.sum() < len(first)
     raw = shot.shift[:, items].mean(axis=0)
-    nulls = {null: balanced(changes[:, items], yes) for null, changes in shot.nulls.items()}
+    nulls = {
+        null: balanced(changes[:, items], yes)
+        for null, changes in shot.nulls.items()
+        if not worst(seed[name] for seed in shot.null_readable.get(null, ())).problem
+    }
     whole = values.mean(axis=0)  # of these very vectors: seeds that one did not train are no part of the question
     margins = {
         null: estimate_mean(_outward(whole) - _outward(other.mean(axis=0)), n_boot) for null, other in nulls.items()
     }
     by_seed = np.sign(values.mean(axis=1))
-    masses = shot.mass[:, items]
     return _Trait(
         name,
         estimate_over_seeds(values, n_boot),
@@ -223,7 +228,7 @@ def _trait(shot: Shot, board: Board, base: np.ndarray, name: str, scale: RandomS
         scale.p(name, float(values.mean() / sd)) if scale else None,
         {null: float(other.mean() / sd) for null, other in nulls.items()},
         margins,
-        None if np.isnan(masses).any() else float(masses.mean()),
+        worst(seed[name] for seed in shot.readable),
     )
 
 
@@ -232,20 +237,23 @@ def _outward(values: np.ndarray) -> np.ndarray:
 
 
 def standardised(
-    board: Board, by_sign: Mapping[int, Float[np.ndarray, "items"]], mass: Float[np.ndarray, "items"]
+    board: Board,
+    by_sign: Mapping[int, Float[np.ndarray, "items"]],
+    readable: Mapping[int, Mapping[str, Readability]],
 ) -> dict[str, dict[int, np.ndarray]]:
     """Of every trait, its items' changes against the base in standard deviations of the base, by sign; 0 is the base.
 
-    Without traits whose items the base scores alike or does not answer.
+    Without traits whose items the base scores alike, and signs at which a trait cannot be read.
 
     Args:
-        mass: of every item the base's answer mass, NaN where no answer is chosen.
+        readable: by sign, how well the items of every trait were answered; without those that are not to be looked at.
     """
     base, found = by_sign[0], dict[str, dict[int, np.ndarray]]()
     for trait, items in board.items_of.items():
         yes = board.yes[items]
-        if np.isfinite(sd := spread(base[items], yes)) and not mass[items].mean() < LOW_MASS:
-            found[trait] = {s: balanced((x - base)[None, items], yes)[0] / sd for s, x in by_sign.items()}
+        read = {s: x for s, x in by_sign.items() if not (s in readable and readable[s][trait].problem)}
+        if np.isfinite(sd := spread(base[items], yes)) and 0 in read:
+            found[trait] = {s: balanced((x - base)[None, items], yes)[0] / sd for s, x in read.items()}
     return found
 
 
@@ -256,7 +264,7 @@ def profile_rows(
     key: Mapping[str, Any],
     board: Board,
     base: Float[np.ndarray, "items"],
-    base_mass: np.ndarray,
+    base_readable: Mapping[str, Readability],
     shots: Sequence[Shot],
     n_boot: int,
 ) -> tuple[Rows, Rows]:
@@ -266,7 +274,7 @@ def profile_rows(
         key: the first columns.
         board: the items.
         base: their scores without steering.
-        base_mass: their answer masses without steering, NaN where no answer is chosen.
+        base_readable: how well those of every trait were answered without steering.
         shots: what was measured.
         n_boot: resamples per interval.
     """
@@ -274,7 +282,7 @@ def profile_rows(
     for shot in shots:
         scale = random_scale(shot, board, base)
         traits = [_trait(shot, board, base, name, scale, n_boot) for name in board.traits]
-        here = [_row(key, shot, board, t, base, base_mass, scale) for t in traits]
+        here = [_row(key, shot, board, t, base, base_readable[t.name], scale) for t in traits]
         _decide(here, board)
         rows += sorted(here, key=lambda r: -abs(r["z"] or 0.0))
         summary.append(_summary(key, shot, board, traits, here, scale, n_boot))
@@ -293,15 +301,13 @@ def _row(
     board: Board,
     t: _Trait,
     base: np.ndarray,
-    base_mass: np.ndarray,
+    base_readable: Readability,
     scale: RandomScale | None,
 ) -> dict[str, Any]:
     items, z = board.items_of[t.name], float(t.z.mean())
-    known_base = float(base_mass[items].mean())
-    masses = [m for m in (t.mass, known_base) if m is not None and not np.isnan(m)]
+    known = worst([base_readable, t.readable])
     yes, no = t.halves or (None, None)
-    problems = [f"answer mass {min(masses):.3f}"] if masses and min(masses) < LOW_MASS else []
-    problems += [] if np.isfinite(z) else ["the base scores all items alike"]
+    problems = [known.problem, "" if np.isfinite(z) else "the base scores all items alike"]
     sizes = dict(zip(("z", "z_ci_lo", "z_ci_hi"), (z, t.estimate.ci_lo / t.sd, t.estimate.ci_hi / t.sd), strict=True))
     brief = board.briefs[t.name]
     return {
@@ -323,11 +329,11 @@ def _row(
         "shift_yes": yes,
         "shift_no": no,
         "agreement": None if yes is None or no is None else (yes - no) / 2,
-        "mass": min(masses, default=None),
+        "mass": known.mass,
         "n": t.estimate.n,
         "n_seeds": len(shot.seeds),
         "n_draws": len(shot.random),
-        FLAG: "; ".join(problems) or None,
+        FLAG: "; ".join(filter(None, problems)) or None,
         **{name: brief.get(name) for name in ("eval", "eval_hash", "dataset", "words", "drawn")},
     }
 
@@ -403,7 +409,8 @@ def _summary(
     masses = [r["mass"] for r in rows if r["mass"] is not None]
     row |= {"largest": " ".join(r["trait"] for r in largest), "mass": min(masses, default=None)}
     row |= {"n_unreadable": sum(bool(r[FLAG]) for r in rows), "n_draws": len(shot.random)}
-    return row | {"nulls": " ".join(shot.nulls), "n_seeds": len(shot.seeds)}
+    nulls = [null for null in shot.nulls if any(null in t.margins for t in traits)]
+    return row | {"nulls": " ".join(nulls), "n_seeds": len(shot.seeds)}
 
 
 def rms(values: Sequence[float] | np.ndarray) -> float | None:
@@ -435,7 +442,7 @@ def render(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any
     notes = [
         "z is the shift in standard deviations of the base's scores within a trait. * moved: beyond chance over the "
         "items and beyond random vectors (Holm over the board, p < 0.05), at least the floor of its score, and beyond "
-        "every trained null.",
+        "every trained null that can be read.",
         *mark_notes(r[FLAG] for r in rows),
     ]
     return "\n\n".join([*parts, *notes])

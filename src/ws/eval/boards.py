@@ -54,7 +54,7 @@ class Part:
     """Items of one evaluation, as traits.
 
     Attributes:
-        evaluation: which asks them.
+        evaluation: which asks them; where there are several traits, its items are these.
         score: the headline score that is one number per item.
         traits: of every item, the trait that it shows.
         texts: of every item, what a reader is shown of it.
@@ -71,13 +71,20 @@ class Part:
         """The score of every item."""
         return self.evaluation.headlines(scores)[self.score.key]
 
-    def masses(self, scores: Scores) -> Float[np.ndarray, "items"]:
-        """The answer mass of every item; the mean of all where it is not known by item, NaN where there is none."""
-        known = self.evaluation.readability(scores).get(self.score.key, Readability(None)).mass
-        by_item = scores.get("pmass", np.empty(0))
-        if len(by_item) == len(self.traits):
-            return by_item
-        return np.full(len(self.traits), np.nan if known is None else known)
+    def readable(self, scores: Scores) -> dict[str, Readability]:
+        """How well the items of every trait were answered, by trait."""
+        labels = np.array(self.traits)
+        return {trait: self._readable(scores, np.flatnonzero(labels == trait)) for trait in dict.fromkeys(self.traits)}
+
+    def _readable(self, scores: Scores, items: np.ndarray) -> Readability:
+        """The same of the items of one trait."""
+        asked, n = self.evaluation, len(self.traits)
+        if len(items) < n:
+            asked = replace(asked, items=[asked.items[i] for i in items])
+            scores = {name: values[items] for name, values in scores.items() if len(values) == n}
+        known = asked.readability(scores).get(self.score.key, Readability(None))
+        halves = {self.yes[i] for i in items} if self.yes else set[bool]()
+        return replace(known, flag="") if len(halves) == 2 else known  # of unequal ones both means weigh alike
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,13 @@ class Board:
         """All traits, in the order of their items."""
         return list(dict.fromkeys(trait for part in self.parts for trait in part.traits))
 
-    def read(self, scores: Sequence[Scores]) -> tuple[Float[np.ndarray, "items"], Float[np.ndarray, "items"]]:
-        """The score and the answer mass of every item, from the scores of every part."""
+    def read(self, scores: Sequence[Scores]) -> tuple[Float[np.ndarray, "items"], dict[str, Readability]]:
+        """The score of every item, and how well those of every trait were answered, from the scores of every part."""
         both = list(zip(self.parts, scores, strict=True))
-        return np.concatenate([p.values(s) for p, s in both]), np.concatenate([p.masses(s) for p, s in both])
+        readable = {trait: known for p, s in both for trait, known in p.readable(s).items()}
+        return np.concatenate([p.values(s) for p, s in both]), readable
 
-    def ask(
-        self, model: PreTrainedModel, tok: Tokenizer
-    ) -> tuple[Float[np.ndarray, "items"], Float[np.ndarray, "items"]]:
+    def ask(self, model: PreTrainedModel, tok: Tokenizer) -> tuple[Float[np.ndarray, "items"], dict[str, Readability]]:
         """The same of a model as it stands."""
         return self.read([part.evaluation.ask(model, tok) for part in self.parts])
 

@@ -365,7 +365,7 @@ class CompareOptions(SideBySideOptions):
         traits: traits whose statements are asked, such as `agreeableness`; the behaviour's own unless given.
         judges: who rates free answers, one or two, as `ws eval answers` takes them; needed for those alone.
         board: also how selective everything is on a board of `ws profile`: `anthropic`, `pocket`, `moral`, or a folder
-            with a file of statements per trait.
+            with a file of statements per trait. The targets are the behaviour's own.
         capability: also measure what it costs on neutral text.
         split: which held-out claims and questions: `report`, or `dev` for making choices on.
         limit: at most so many items, a draw by a fixed seed, even over groups; all unless given.
