@@ -229,7 +229,7 @@ def test_no_loss_is_lost_between_the_last_log_and_a_checkpoint(steps):
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
-def test_a_killed_training_goes_on_wherever_its_folder_was_moved(fresh_tiny, tmp_path, monkeypatch, keep):
+def test_a_killed_training_goes_on_wherever_its_folder_was_moved(fresh_tiny, tmp_path, monkeypatch, capsys, keep):
     """What was kept is the end of a training whose first checkpoint is the best, so that it is loaded and no other."""
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", "lora"), max_steps=10, batch=4, micro_batch=2, keep=keep, lr=0.3)
@@ -240,7 +240,9 @@ def test_a_killed_training_goes_on_wherever_its_folder_was_moved(fresh_tiny, tmp
     there.rename(here)
     state = json.loads((here / ".cut.work" / "checkpoint-10" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(there / ".cut.work" / "checkpoint-2")
+    capsys.readouterr()
     train(here / "cut")
+    assert "damaged" not in capsys.readouterr().err
     a, b = (load_file(here / n / "adapter_model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(t, b[k]) for k, t in a.items())
 

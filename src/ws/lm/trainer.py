@@ -102,7 +102,7 @@ def fit(
         train_dataset=_Features(train, pad_id),
         eval_dataset=_Features(validation, pad_id) if validation else None,
         data_collator=_Collator(pad_id),
-        callbacks=[_StopOnNaN(), _Progress(), _Moved(), *filter(None, [callback])],
+        callbacks=[_StopOnNaN(), _Progress(), *filter(None, [callback])],
     )
     trainer.opposite, trainer.beta = opposite, beta
     trainer.choose_loss(model, kl, as_base)
@@ -482,16 +482,6 @@ class _Progress(TrainerCallback):
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-class _Moved(TrainerCallback):
-    """Looks for the best checkpoint beside the others; on record is its path, which may have been another then."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Called by the Trainer when it has read the state of a training that goes on."""
-        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if best.is_dir():
-            state.best_model_checkpoint = str(best)
-
-
 def _seal(checkpoint: Path) -> None:
     """Record what a checkpoint consists of, once all of it is on the disk."""
     flush(checkpoint)
@@ -520,7 +510,8 @@ def last_whole_checkpoint(work: Path, keeps_best: bool) -> str | None:
     """The newest checkpoint that can be gone on from; what a kill or a broken disk has damaged is deleted.
 
     If the training ends with the one that has the best validation loss so far, that must be whole, too, and is looked
-    for beside the others. The number of processes may differ from that of the interrupted training.
+    for beside the others, where the Trainer, too, finds it again at its next save. The number of processes may differ
+    from that of the interrupted training.
     """
     folders = [p for p in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdecimal()]
     for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):

@@ -84,8 +84,8 @@ FOUNDATIONS = (
 PROFILE = (
     "The traits of a board that the vector moves most, and those that it is meant to move, in standard deviations of "
     "the base's scores. The shade is twice what random vectors of the same size do. Filled marks moved: beyond chance, "
-    "beyond random vectors (Holm over the board) and beyond every trained null that can be read. Selectivity is how much "
-    "further the targets move than all others; 1 is moving everything alike. The whole board is in profile.csv."
+    "beyond random vectors (Holm over the board) and beyond every trained null that can be read. Selectivity is how "
+    "much further the targets move than all others; 1 is moving everything alike. The whole board is in profile.csv."
 )
 NORMS = "Size of dW per module and decoder layer, the mean over seeds. The darkest cell is the largest of that adapter."
 # The class of a colour, the mark and its meaning, where there are several.
