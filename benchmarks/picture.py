@@ -1,8 +1,9 @@
-"""A picture of the sweep: what adding and subtracting an honesty vector does, for six families on three evaluations.
+"""Two pictures of doses: vectors of three behaviours on a real model, and of six families on the bundled one.
 
-`uv run python -m benchmarks.picture` (or `just bench picture`) draws `docs/results/dose_response.svg` from
-`docs/results/sweep_pooled.csv`, which `uv run python -m ws.run_sweep --model pocket --seeds 0 1 2` has measured; see
-`docs/results.md`. It takes a second, and the same table gives the same bytes.
+`uv run python -m benchmarks.picture` (or `just bench picture`) draws `docs/results/smollm2_doses.svg` from the table
+beside it, which `just bench smollm2` has measured, and `docs/results/dose_response.svg` from
+`docs/results/sweep_pooled.csv`, which `uv run python -m ws.run_sweep --model pocket --seeds 0 1 2` has; see
+`docs/results.md`. It takes a second, and the same tables give the same bytes.
 
 Colours are of Okabe and Ito (2008), darkened until text in them reads on white; families differ in the shape of their
 marks too. The background is white, so that the picture reads on a dark page as well.
@@ -27,6 +28,7 @@ from ws.files.runs import read_csv
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 TABLE, PICTURE = DOCS / "sweep_pooled.csv", DOCS / "dose_response.svg"
+REAL_TABLE, REAL_PICTURE = DOCS / "smollm2_doses.csv", DOCS / "smollm2_doses.svg"
 
 WIDTH, HEIGHT = 600.0, 372.0  # points: 800 pixels wide, as a page shows it
 BOTTOM, TOP, LINE = 78.0, 304.0, 14.5  # points: the panels' lower and upper edge, the height of a line of text
@@ -168,12 +170,61 @@ def spread(values: Float[np.ndarray, "n"], gap: float) -> Float[np.ndarray, "n"]
     return isotonic_regression(values - steps).x + steps
 
 
+BEHAVIORS = {"agreement": LOOKS["oft"], "truthfulness": LOOKS["pissa"], "honesty": LOOKS["ia3"]}
+
+
+def draw_real(rows: Rows) -> Figure:
+    """How far the preference for a behaviour's answers moves on the real model, with 95 % bands, against the dose."""
+    seeds, items = ({r[column] for r in rows} for column in ("n_seeds", "n"))
+    assert len(seeds) == len(items) == 1, f"behaviours with different numbers of seeds or questions: {seeds}, {items}"
+    note = (
+        "Vectors of three behaviours (LoRA) on SmolLM2-135M; one unit costs one nat per token.\n"
+        f"Bands: 95 %, over {seeds.pop()} seeds and {items.pop()} held-out questions of each behaviour."
+    )
+    with matplotlib.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(WIDTH / 72, 300 / 72), facecolor="white")
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.085, right=0.8, bottom=0.22, top=0.9)
+        for behavior, look in BEHAVIORS.items():
+            _draw_behavior(axes, behavior, look, rows)
+        doses = sorted({0.0, *(float(r["dose"]) for r in rows)})
+        axes.set_xticks(doses, [f"{d:+g}u".replace("-", "−") if d else "base" for d in doses])
+        axes.axhline(0, color=GREY, linewidth=1, linestyle="dashed", zorder=1)
+        axes.tick_params(length=3, labelsize=11, pad=2, colors=INK)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        title = "Preference for the behaviour's own answers, nats per token from the base"
+        axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK)
+        figure.text(0.5, 0.02, note, ha="center", color=GREY, fontsize=11, linespacing=1.25)
+    return figure
+
+
+def _draw_behavior(axes: Axes, behavior: str, look: Look, rows: Rows) -> None:
+    """A line with its band through the base at 0, and the behaviour's name at its right end."""
+    mine = [
+        [float(r[c]) for c in ("dose", "shift", "shift_ci_lo", "shift_ci_hi")]
+        for r in rows
+        if r["behavior"] == behavior
+    ]
+    dose, shift, low, high = np.array(sorted([*mine, [0.0] * 4])).T
+    axes.fill_between(dose, low, high, color=look.colour, alpha=0.15, linewidth=0, gid=f"band-{behavior}")
+    style = {"marker": look.marker, "markersize": look.size, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    axes.plot(dose, shift, color=look.colour, linewidth=1.6, gid=f"line-{behavior}", **style)
+    axes.annotate(
+        behavior,
+        (dose[-1], shift[-1]),
+        (8, 0),
+        textcoords="offset points",
+        va="center",
+        color=look.colour,
+        fontweight="bold",
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--to", type=Path, default=PICTURE)
-    o = parser.parse_args()
-    print(save_svg(draw(read_csv(o.table)), o.to))
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print(save_svg(draw_real(read_csv(REAL_TABLE)), REAL_PICTURE))
+    print(save_svg(draw(read_csv(TABLE)), PICTURE))
 
 
 if __name__ == "__main__":

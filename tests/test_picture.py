@@ -1,4 +1,4 @@
-"""The picture of the sweep is what its code draws from the table beside it."""
+"""The pictures of doses are what their code draws from the tables beside them."""
 
 from __future__ import annotations
 
@@ -112,6 +112,23 @@ def test_another_table_gives_another_picture(code, rows, tmp_path):
     changed = [dict(r) for r in rows]
     changed[0]["airisk_level"] = str(float(changed[0]["airisk_level"]) + 0.5)
     assert save_svg(code.draw(changed), tmp_path / "picture.svg").read_bytes() != PICTURE.read_bytes()
+
+
+def test_the_picture_of_the_real_model_is_what_its_table_gives(code, tmp_path):
+    rows = read_csv(code.REAL_TABLE)
+    figure = code.draw_real(rows)
+    assert save_svg(figure, tmp_path / "picture.svg").read_bytes() == code.REAL_PICTURE.read_bytes()
+    lines, bands = drawn(figure, "line-"), drawn(figure, "band-")
+    assert {r["behavior"] for r in rows} == set(code.BEHAVIORS)
+    for behavior in code.BEHAVIORS:
+        mine = [r for r in rows if r["behavior"] == behavior]
+        points = {(float(r["dose"]), float(r["shift"])) for r in mine} | {(0.0, 0.0)}
+        line = lines[f"line-{behavior}"]
+        assert set(zip(line.get_xdata(), line.get_ydata(), strict=True)) == points
+        assert list(line.get_xdata()) == sorted(line.get_xdata())
+        (outline,) = bands[f"band-{behavior}"].get_paths()
+        edges = {(float(r["dose"]), float(r[f"shift_ci_{end}"])) for r in mine for end in ("lo", "hi")}
+        assert edges <= set(map(tuple, outline.vertices.tolist()))
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(0.01, 2))
