@@ -90,13 +90,15 @@ def is_gguf(name: str) -> bool:
 def model_name(name: str | os.PathLike[str]) -> str:
     """The one form of a model's name: a folder or GGUF file by its whole path without links, however it was written.
 
-    Hub ids and the names of bundled models stay as they are, the latter also beside a folder that is called so.
+    Hub ids and the names of bundled models stay as they are, the latter also beside a folder that is called so, and the
+    empty name of a model that came from nowhere stays empty.
 
     Raises:
-        WsError: what names no model, such as None.
+        WsError: what is no name, such as None.
     """
-    if not isinstance(name, str | os.PathLike) or not (name := os.fspath(name)):
+    if not isinstance(name, str | os.PathLike):
         raise WsError(f"A model is a hub id, a folder, a .gguf file or {', '.join(BUNDLED_MODELS)}, not {name!r}.")
+    name = os.fspath(name)
     path = os.path.expanduser(name)
     if name in BUNDLED_MODELS or not (os.path.isdir(path) or (is_gguf(path) and os.path.isfile(path))):
         return name
