@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -44,6 +45,12 @@ class Look:
     size: float
     line: str | tuple[float, tuple[float, ...]] = "solid"
 
+    @property
+    def style(self) -> dict[str, Any]:
+        """Of its line, as matplotlib takes it."""
+        mark = {"marker": self.marker, "markersize": self.size, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        return mark | {"color": self.colour, "linestyle": self.line, "linewidth": 1.6}
+
 
 LOOKS = {
     "oft": Look("#a63d00", "s", 7.5),
@@ -53,6 +60,8 @@ LOOKS = {
     "dora": Look("#7a5a00", "v", 5.0, (0, (4, 1.5))),
     "ia3": Look("#333333", "X", 6.5),
 }
+
+BEHAVIORS = {"agreement": LOOKS["oft"], "truthfulness": LOOKS["pissa"], "honesty": LOOKS["ia3"]}
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -123,9 +132,7 @@ def _frame(axes: Axes, panel: Panel, rows: Rows) -> None:
     axes.set_xticks([-1, 0, 1], ["−1", "0", "+1"])
     axes.set_xlabel("alpha", labelpad=0, color=INK)
     axes.locator_params(axis="y", nbins=5)
-    axes.tick_params(length=3, labelsize=11, pad=2, colors=INK)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    _ruled(axes)
     lines = [
         (2.65, panel.title, {"fontsize": 12.5, "fontweight": "bold", "color": INK}),
         (1.5, panel.items.format(n=rows[0][f"{panel.name}_n"]), {"fontsize": 11, "color": INK}),
@@ -138,15 +145,21 @@ def _frame(axes: Axes, panel: Panel, rows: Rows) -> None:
     axes.text(0.03, y, words, transform=axes.transAxes, va=side, fontweight="bold", color=INK, bbox=behind)
 
 
+def _ruled(axes: Axes) -> None:
+    """Small ticks, and lines across that lie behind everything."""
+    axes.tick_params(length=3, labelsize=11, pad=2, colors=INK)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
 def _draw_family(axes: Axes, panel: Panel, family: str, look: Look, rows: Rows) -> None:
     """A line with its band; the mark at alpha 0 is the base's, which all families share."""
     rows = sorted((r for r in rows if r["adapter"] == family), key=lambda r: float(r["alpha"]))
     x = [float(r["alpha"]) for r in rows]
     level, low, high = ([float(r[f"{panel.name}_level{end}"]) for r in rows] for end in ("", "_ci_lo", "_ci_hi"))
     axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0, gid=f"band-{panel.name}-{family}")
-    style = {"marker": look.marker, "markersize": look.size, "markeredgecolor": "white", "markeredgewidth": 0.6}
-    style |= {"color": look.colour, "linestyle": look.line, "linewidth": 1.6}
-    axes.plot(x, level, markevery=[i for i, a in enumerate(x) if a], gid=f"line-{panel.name}-{family}", **style)
+    marked = [i for i, a in enumerate(x) if a]
+    axes.plot(x, level, markevery=marked, gid=f"line-{panel.name}-{family}", **look.style)
 
 
 def _label_ends(axes: Axes, panel: Panel, rows: Rows) -> None:
@@ -170,9 +183,6 @@ def spread(values: Float[np.ndarray, "n"], gap: float) -> Float[np.ndarray, "n"]
     return isotonic_regression(values - steps).x + steps
 
 
-BEHAVIORS = {"agreement": LOOKS["oft"], "truthfulness": LOOKS["pissa"], "honesty": LOOKS["ia3"]}
-
-
 def draw_real(rows: Rows) -> Figure:
     """How far the preference for a behaviour's answers moves on the real model, with 95 % bands, against the dose."""
     seeds, items = ({r[column] for r in rows} for column in ("n_seeds", "n"))
@@ -190,9 +200,7 @@ def draw_real(rows: Rows) -> Figure:
         doses = sorted({0.0, *(float(r["dose"]) for r in rows)})
         axes.set_xticks(doses, [f"{d:+g}u".replace("-", "−") if d else "base" for d in doses])
         axes.axhline(0, color=GREY, linewidth=1, linestyle="dashed", zorder=1)
-        axes.tick_params(length=3, labelsize=11, pad=2, colors=INK)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
+        _ruled(axes)
         title = "Preference for the behaviour's own answers, nats per token from the base"
         axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK)
         figure.text(0.5, 0.02, note, ha="center", color=GREY, fontsize=11, linespacing=1.25)
@@ -208,8 +216,7 @@ def _draw_behavior(axes: Axes, behavior: str, look: Look, rows: Rows) -> None:
     ]
     dose, shift, low, high = np.array(sorted([*mine, [0.0] * 4])).T
     axes.fill_between(dose, low, high, color=look.colour, alpha=0.15, linewidth=0, gid=f"band-{behavior}")
-    style = {"marker": look.marker, "markersize": look.size, "markeredgecolor": "white", "markeredgewidth": 0.6}
-    axes.plot(dose, shift, color=look.colour, linewidth=1.6, gid=f"line-{behavior}", **style)
+    axes.plot(dose, shift, gid=f"line-{behavior}", **replace(look, line="solid").style)
     axes.annotate(
         behavior,
         (dose[-1], shift[-1]),
