@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import io
 import json
 import math
@@ -326,6 +327,23 @@ def hostile_command(options: Options) -> None:
     if options.n < 0:
         raise ws.WsError(HOSTILE)
     console.show(Result(HOSTILE, {HOSTILE: HOSTILE}, [Path(f"out/{HOSTILE}")], HOSTILE))
+
+
+@pytest.mark.parametrize("moment", ["_get_free_pos", "status_printer"])
+def test_a_bar_that_an_interrupt_leaves_half_made_says_nothing(moment, monkeypatch):
+    """What is destroyed has no caller to tell: a traceback of it would stand in the middle of what the command says."""
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console.tqdm, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        console.progress(range(2), desc="rows", unit="row")
+    del interrupted
+    gc.collect()
+    assert not complaints
 
 
 def test_no_text_is_obeyed_by_a_terminal(command):

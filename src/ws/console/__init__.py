@@ -127,6 +127,16 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text.replace("\r\n", "\n"))
 
 
+class _Bar(tqdm):
+    """A bar that also goes in silence when an interrupt ends its own making."""
+
+    def __del__(self) -> None:
+        # tqdm closes what it destroys, and stumbles over a bar that is half made: `start_t` is what it sets last. The
+        # traceback of that would stand beside the sentence that says how to go on.
+        if hasattr(self, "start_t"):
+            super().__del__()
+
+
 def progress(
     items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0
 ) -> tqdm:
@@ -137,7 +147,7 @@ def progress(
     shown = is_main() and not _terminal.quiet
     look: dict[str, Any] = {"desc": printable(desc), "unit": unit, "total": total, "initial": initial}
     look |= {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 30.0}
-    return tqdm(items, disable=not shown, leave=False, delay=1.0, **look)
+    return _Bar(items, disable=not shown, leave=False, delay=1.0, **look)
 
 
 class Countdown:
