@@ -7,6 +7,7 @@ import random
 import threading
 import weakref
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_reproducible_numbers_do_not_depend_on_company(pocket, vectors):
     scheduler.close()
 
 
+def test_a_vector_that_goes_while_a_request_comes_leaves_no_answer_of_the_base(pocket, vectors, monkeypatch):
+    scheduler = Scheduler(*pocket, vectors)
+    removing, row = threading.Thread(target=scheduler.remove, args=("lora",)), scheduler._row
+
+    def slow(*asked):
+        made = row(*asked)
+        removing.start()
+        removing.join(0.3)
+        return made
+
+    monkeypatch.setattr(scheduler, "_row", slow)
+    (answer,) = scheduler.submit(Request(prompt(pocket[1], QUESTIONS[0]), {"lora": 0.3}, 400))
+    with pytest.raises(ws.WsError, match="removed"):
+        text(answer)
+    removing.join()
+    scheduler.close()
+
+
 LONG = "Birds fly with wings, and violins are made of wood. " * 6
 
 
@@ -320,9 +339,28 @@ def test_nan_ends_its_own_row(scheduler, pocket, vectors):
     good, bad, other = (
         scheduler.submit(Request(asked.tokens, strengths, 8))[0] for strengths in ({}, {"lora": 3e38}, {})
     )
-    with pytest.raises(ws.WsError, match="NaN; the strength is too large"):
+    with pytest.raises(ws.WsError, match="NaN or infinity; the strength is too large"):
         list(bad)
     assert text(good) == text(other) == wanted
+
+
+def test_infinity_ends_its_own_row_and_a_token_that_is_ruled_out_does_not(scheduler, pocket, vectors, monkeypatch):
+    """A head in half precision overflows before anything is NaN."""
+    logits = scheduler.logits
+
+    def overflowing(strengths, action):
+        found = logits(strengths, action).clone()
+        found[..., 5] = -torch.inf
+        found[[i for i, row in enumerate(strengths) if row.get("lora")], 7] = torch.inf
+        return found
+
+    asked = Request(prompt(pocket[1], QUESTIONS[0]), {}, 8, logprobs=1)
+    wanted = alone(pocket, vectors, asked)
+    monkeypatch.setattr(scheduler, "logits", overflowing)
+    good, bad = (scheduler.submit(replace(asked, strengths=strengths))[0] for strengths in ({}, {"lora": 0.3}))
+    with pytest.raises(ws.WsError, match="infinity"):
+        list(bad)
+    assert text(good) == wanted
 
 
 def test_a_failure_of_the_model_ends_those_rows_alone(scheduler, pocket, monkeypatch):

@@ -68,7 +68,7 @@ def test_another_name_for_this_machine_gets_nothing(address, host, path):
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "file://", ""]
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "file://", "http://[::1", ""]
 )
 @pytest.mark.parametrize("path", ["/config", JOIN, "/gradio_api/call/sent", "/gradio_api/upload"])
 def test_another_page_gets_nothing(address, origin, path):

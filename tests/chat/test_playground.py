@@ -169,6 +169,22 @@ def test_the_panel_shows_the_probabilities_and_the_curve_runs_through_them(page)
     assert "now 1" in drawing.get("aria-label")
 
 
+def test_strength_0_of_the_curve_is_the_base_as_long_as_both_have_said_the_same():
+    model, tok = ws.load_model("pocket", device="cpu")
+    with Engine(model, tok, {"honesty": a_vector(1)}) as engine:
+        page = Page(engine.converse({"honesty": 1}, Sampling(max_tokens=12)), Example(CLAIM, "Yes, No", "My answer:"))
+
+        def marks() -> set[str]:
+            return {t.text for t in svg(page.panel("Yes, No", "My answer:")).findall("text")}
+
+        assert "base" in marks()
+        turn = page.conversation.ask(QUESTION)
+        assert turn.base != turn.steered
+        assert "base" in marks(), "nothing has been said before the last question"
+        page.conversation.ask(QUESTION)
+        assert "base" not in marks()
+
+
 def test_the_curve_is_of_the_slider_that_moved_last_and_is_not_computed_again_for_its_own_moves(page, monkeypatch):
     page.conversation.ask(QUESTION)
     calls, probabilities = [], page.conversation.engine.probabilities

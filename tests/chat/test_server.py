@@ -151,6 +151,28 @@ def test_offsets_count_the_characters_of_the_text_and_not_of_its_start(engine, m
             assert choice["text"][at : at + len(token)] in (token, "")
 
 
+def test_offsets_pass_over_special_tokens_of_an_answer_and_not_over_those_of_an_echo(engine, monkeypatch):
+    """An answer is shown without them, a prompt with them."""
+    tok, written = engine.tok, []
+    (special,) = encode(tok, tok.eos_token)
+    asked = {"model": "pocket", "prompt": f"Ice{tok.eos_token} is", "echo": True, "logprobs": 0, "max_tokens": 8}
+    pick = ws.chat.batching.pick
+
+    def odd(*given):
+        written.append(special if len(written) == 2 else pick(*given))
+        return written[-1]
+
+    monkeypatch.setattr("ws.chat.batching.pick", odd)
+    monkeypatch.setattr(engine.scheduler, "_ends", frozenset())
+    (choice,) = ask(create_app(engine, ServeOptions()), COMPLETIONS, json=asked).json()["choices"]
+    read = choice["logprobs"]
+    assert read["tokens"].count(tok.eos_token) == 2
+    assert choice["text"].count(tok.eos_token) == 1
+    after = read["tokens"].index(tok.eos_token, len(read["tokens"]) - 7)
+    for place, (at, token) in enumerate(zip(read["text_offset"], read["tokens"], strict=True)):
+        assert place == after or choice["text"][at : at + len(token)] == token
+
+
 @pytest.mark.parametrize("depth", [50, 200, 400, 900])
 def test_a_value_of_any_depth_is_refused(engine, depth):
     deep = b'{"model": "pocket", "prompt": ' + b"[" * depth + b"]" * depth + b"}"
@@ -197,6 +219,9 @@ def test_a_value_of_any_depth_is_refused(engine, depth):
         ({"stop": ["\ud83e"]}, None),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include": True}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -618,8 +643,8 @@ def test_metrics_count_requests_tokens_and_seconds(engine):
     assert seen['ws_requests_total{path="other",status="404"}'] == 1
     assert seen["ws_prompt_tokens_total"] == 2 * tokens["prompt_tokens"]
     assert seen["ws_completion_tokens_total"] >= tokens["completion_tokens"] + 1
-    assert seen[f'ws_request_seconds_count{{path="{CHATS}"}}'] == 3
-    assert seen[f'ws_request_seconds_bucket{{le="+Inf",path="{CHATS}"}}'] == 3
+    assert seen[f'ws_request_seconds_count{{path="{CHATS}"}}'] == 2, "the refusal is none"
+    assert seen[f'ws_request_seconds_bucket{{le="+Inf",path="{CHATS}"}}'] == 2
     assert seen[f'ws_first_token_seconds_count{{path="{CHATS}"}}'] == 2
     assert seen["ws_steps_total"] > 0
     assert seen["ws_running"] == seen["ws_waiting"] == 0
@@ -706,6 +731,8 @@ def test_vectors_are_added_and_removed_by_those_who_may(tmp_path):
         ("x", "a/../../b", 400),
         ("x", "linked", 404),
         ("x", "linked/vector", 400),
+        ("x", "run", 404),
+        ("x", "run/vector", 404),
         ("x", "nowhere", 404),
         ("x", "user/vector", 404),
         ("x", "empty", 400),
@@ -722,6 +749,8 @@ def test_vectors_are_added_from_below_the_runs_alone(engine, tmp_path, name, vec
     (out / "empty").mkdir(parents=True)
     a_vector().save(elsewhere / "vector")
     (out / "linked").symlink_to(elsewhere)
+    (out / "run").mkdir()
+    (out / "run" / "vector").symlink_to(elsewhere / "vector")
     app = create_app(engine, ServeOptions(api_key=KEY, admin=True, out=out))
     answer = ask(app, "/v1/steering", headers=WITH_KEY, json={"name": name, "vector": vector})
     assert answer.status_code == status, answer.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +13,16 @@ import torch
 
 import ws
 from conftest import FAMILY_NAMES, build_adapter, reworded
-from ws.chat.engine import Engine, Sampling, Turn, first_conversation, open_engine, render_chat, vector_places
+from ws.chat.engine import (
+    Engine,
+    Offered,
+    Sampling,
+    Turn,
+    first_conversation,
+    open_engine,
+    render_chat,
+    vector_places,
+)
 from ws.console import parse
 from ws.diff import Units, vector_digest
 from ws.lm.choice import choice_tokens
@@ -250,6 +259,44 @@ def test_again_replaces_the_last_turn_also_one_under_way(engine):
     assert list(running) == []
 
 
+@pytest.mark.parametrize("n_steps", [0, 3])
+def test_an_answer_stays_until_another_has_come(engine, monkeypatch, n_steps):
+    """`again` may fail, at once or on the way; what was answered before is not lost, and is what is asked again."""
+    chat = engine.converse({"lora": 1.0, "oft": 0}, Sampling(max_tokens=12))
+    kept, old = chat.ask(QUESTIONS[0]), chat.ask(QUESTIONS[1])
+    write = engine.write
+
+    def broken(*asked):
+        yield from islice(write(*asked), n_steps)
+        raise ws.WsError("The model gave NaN.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "write", broken)
+        with pytest.raises(ws.WsError, match="NaN"):
+            list(chat.again())
+    assert chat.turns == chat.shown == [kept, old]
+    stopped = chat.again()
+    if n_steps:
+        next(stopped)
+    chat.stop()
+    assert [t.question for t in chat.turns] == list(QUESTIONS[:2])
+    assert chat.turns[-1].stopped == bool(n_steps)
+    (*_, last) = chat.again()
+    assert chat.turns == [kept, last]
+    assert last.steered == old.steered
+
+
+def test_what_was_stopped_for_an_answer_that_failed_is_kept_as_stopped(engine, monkeypatch):
+    chat = engine.converse({"lora": 1.0, "oft": 0}, Sampling(max_tokens=12))
+    running = chat.stream(QUESTIONS[0])
+    begun = next(running)
+    monkeypatch.setattr(engine, "write", lambda *_: (_ for _ in ()).throw(ws.WsError("The model gave NaN.")))
+    for _ in range(2):
+        with pytest.raises(ws.WsError, match="NaN"):
+            list(chat.again())
+        assert chat.turns == [replace(begun, stopped=True)]
+
+
 def test_the_strength_of_an_answer_under_way_is_the_one_it_began_with(engine):
     alone = engine.converse({"lora": 0.5, "oft": 0}, Sampling(max_tokens=12)).ask(QUESTIONS[0])
     chat = engine.converse({"lora": 0.5, "oft": 0}, Sampling(max_tokens=12))
@@ -258,13 +305,53 @@ def test_the_strength_of_an_answer_under_way_is_the_one_it_began_with(engine):
     assert chat.turns == [alone]
 
 
+def test_a_strength_is_any_number(engine):
+    chat = engine.converse({"lora": np.float64(0.5), "oft": np.float32(0.25)})
+    assert chat.set("lora", np.linspace(-1, 1, 5)[1]) == -0.5
+    assert chat.strengths == {"lora": -0.5, "oft": 0.25}
+    with pytest.raises(ws.WsError, match="finite"):
+        chat.set("lora", np.float64("nan"))
+
+
+def test_a_list_of_vectors_agrees_with_itself_while_one_is_added(pocket, vectors):
+    """`GET /v1/models` of a server reads it from another thread."""
+    with Engine(*pocket, {"lora": vectors["lora"]}) as engine:
+        before = engine.offered
+        engine.add("oft", vectors["oft"], "elsewhere")
+        during = engine.offered
+        engine.remove("lora")
+        assert (list(before), list(during), list(engine.offered)) == (["lora"], ["lora", "oft"], ["oft"])
+    assert during["oft"] == Offered(vectors["oft"], "elsewhere", {})
+
+
+def test_a_conversation_goes_on_when_vectors_come_and_go(pocket, vectors):
+    with Engine(*pocket, {"lora": strong(vectors["lora"])}) as engine:
+        chat = engine.converse({"lora": 1.0}, Sampling(max_tokens=8))
+        first = chat.ask(QUESTIONS[0])
+        engine.add("oft", strong(vectors["oft"]))
+        chat.set("oft", 0.5)
+        second = chat.ask(QUESTIONS[1])
+        played = chat.snippet()
+        assert '"lora": 1.0, "oft": 0.0' in played
+        assert 'chat.set("oft", 0.5)' in played
+        again = engine.converse({"lora": 1.0, "oft": 0.0}, Sampling(max_tokens=8))
+        assert again.ask(QUESTIONS[0]).steered == first.steered
+        assert again.set("oft", 0.5) == 0.5
+        assert again.ask(QUESTIONS[1]).steered == second.steered
+        engine.remove("lora")
+        assert chat.strengths == {"oft": 0.5}
+        assert chat.ask(QUESTIONS[2]).strengths == {"oft": 0.5}
+        with pytest.raises(ws.WsError, match="lora, which has been removed"):
+            chat.snippet()
+
+
 def test_units_of_another_template_are_no_strength(pocket, vectors):
     model, tok = pocket
     vector = vectors["lora"]
     for made_for, known in ((tokenizer_hash(tok), True), ("", True), (tokenizer_hash(reworded(tok)), False)):
         units = Units(vector_digest(vector), -0.5, 0.25, made_for)
         with Engine(model, tok, {"lora": replace(vector, units=units)}) as engine:
-            assert engine.units == {"lora": {"-1u": -0.5, "+1u": 0.25} if known else {}}
+            assert engine.offered["lora"].units == ({"-1u": -0.5, "+1u": 0.25} if known else {})
             if known:
                 assert engine.strength("lora", "+2u") == 0.5
                 continue
@@ -299,6 +386,24 @@ def test_probabilities_of_a_bfloat16_model_are_taken_in_float32(pocket, vectors)
     with Engine(low, pocket[1], {"lora": strong(vectors["lora"])}) as engine:
         p = torch.from_numpy(engine.converse({"lora": 0.3}).probe(["yes", "no"], question="Is ice cold?", opener="I:"))
     assert (p != p.bfloat16()).any()
+
+
+def test_the_base_is_asked_for_words_behind_its_own_answers(pocket, vectors):
+    model, tok = pocket
+    with Engine(model, tok, {"lora": strong(vectors["lora"])}) as engine:
+        chat = engine.converse({"lora": 4.0}, Sampling(max_tokens=8))
+        first = chat.ask(QUESTIONS[0])
+        assert first.base != first.steered
+        chat.ask(QUESTIONS[2])
+        found = chat.probe(["yes", "no"])
+        for row, answer in enumerate((first.base, first.steered)):
+            past = [("user", QUESTIONS[0]), ("assistant", answer), ("user", QUESTIONS[2])]
+            prompt = render_chat(tok, [{"role": role, "content": text} for role, text in past])
+            alone = engine.probabilities([prompt], [{"lora": 4.0 * row}], ["yes", "no"])
+            assert found[row] == pytest.approx(alone[0], abs=1e-5)
+        curve = chat.probe(["yes", "no"], [{"lora": 0.0}, {"lora": 4.0}])
+    assert curve[1] == pytest.approx(found[1], abs=1e-5)
+    assert curve[0] != pytest.approx(found[0], abs=1e-3), "another strength in the steered conversation"
 
 
 def test_words_are_asked_of_the_last_question_in_its_conversation(engine):

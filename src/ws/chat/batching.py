@@ -31,7 +31,7 @@ from queue import SimpleQueue
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, TopPLogitsWarper
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -45,7 +45,7 @@ from ws.steer import Dial, steer
 
 Result = TypeVar("Result")
 MAX_BATCH, MAX_QUEUE = 16, 64
-_NAN = "The model gave NaN; the strength is too large for it, choose a smaller one."
+_NAN = "The model gave NaN or infinity; the strength is too large for it, choose a smaller one."
 _ANCHOR = 4  # tokens of the prompt that say whether the first word behind it has a space before it
 
 
@@ -274,10 +274,14 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def require_numbers(logits: Tensor) -> Tensor:
-    """The logits; `WsError` where one is NaN."""
-    if logits.isnan().any():
+    """The logits; `WsError` where one is NaN or infinite, as half precision is before it is NaN."""
+    if _broken(logits).any():
         raise WsError(_NAN)
     return logits
+
+
+def _broken(logits: Float[Tensor, "*rows vocabulary"]) -> Bool[Tensor, "*rows"]:
+    return (logits.isnan() | logits.isposinf()).any(dim=-1)  # -inf is a token that the model rules out
 
 
 # ---- the scheduler --------------------------------------------------------------------------------------------------
@@ -364,8 +368,8 @@ class Scheduler:
             WsError: a request makes no sense, or is longer than the model reads.
         """
         answers = [Answer(None if put is None else partial(put, number)) for number in range(len(requests))]
-        rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
-        with self._wake:
+        with self._wake:  # from the check of its vectors on: one that is removed ends what waits, and only that
+            rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
             if self._ending:
                 raise ClosedError("The engine has been closed.")
             if (waiting := self.stats.waiting) + len(rows) > self.max_queue:
@@ -557,7 +561,7 @@ class Scheduler:
 
     def _write(self, rows: Sequence[_Row], logits: Float[Tensor, "rows vocabulary"]) -> None:
         self._steps += 1
-        broken = logits.isnan().any(dim=-1).tolist()
+        broken = _broken(logits).tolist()
         for row, scores, is_broken in zip(rows, logits, broken, strict=True):
             if row.done:
                 continue

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from ws.behaviors import behavior_name
 from ws.chat.batching import Request, Scheduler, check_drawing, require_numbers
 from ws.console import say
 from ws.diff import SteeringVector
-from ws.errors import WsError, choose, require_characters
+from ws.errors import WsError, choose, require_characters, require_strength
 from ws.files.runs import run_folder
 from ws.lm.batches import in_groups, left_pad, next_logits
 from ws.lm.choice import choice_tokens, choice_variants
@@ -109,6 +110,20 @@ def render_chat(tok: Tokenizer, messages: Sequence[Message], opener: str = "") -
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
 
+class Offered(NamedTuple):
+    """A vector that an engine steers with.
+
+    Attributes:
+        vector: the vector.
+        place: where it can be loaded from, for snippets.
+        units: its `-1u` and `+1u`, as far as it has them.
+    """
+
+    vector: SteeringVector
+    place: str
+    units: dict[str, float]
+
+
 class Engine:
     """A model with its vectors, for any number of conversations at once.
 
@@ -120,6 +135,10 @@ class Engine:
         places: where each vector can be loaded from, for snippets.
         loading: the expression that loads the model, for snippets.
         reproducible, limits: see `ws.chat.batching.Scheduler`.
+
+    Attributes:
+        offered: the vectors by name; another dictionary whenever one is added or removed, so that whoever reads a list
+            from another thread reads one that agrees with itself.
 
     Raises:
         WsError: no vectors, or one of another base.
@@ -138,12 +157,16 @@ class Engine:
     ) -> None:
         if not vectors:
             raise WsError("There are no vectors to steer with.")
-        self.model, self.tok, self.vectors = model, tok, dict(vectors)
-        self.places = {n: f"{n}/vector" for n in vectors} | dict(places or {})
+        self.model, self.tok = model, tok
+        self.offered = {n: self._offer(n, vector, (places or {}).get(n, "")) for n, vector in vectors.items()}
         self.loading = loading or f"ws.load_model({_literal(model_id(model))})"
-        self.units = {name: self._calibrated(name) for name in vectors}
         self.scheduler = Scheduler(model, tok, vectors, reproducible=reproducible, **limits)
         self._changing = RLock()  # of two that add at once the second would forget the first's
+
+    @property
+    def vectors(self) -> dict[str, SteeringVector]:
+        """The vectors by the names that strengths go by."""
+        return {name: offered.vector for name, offered in self.offered.items()}
 
     def __enter__(self) -> Engine:
         return self
@@ -165,34 +188,33 @@ class Engine:
 
     def strength(self, name: str, alpha: float | int | str) -> float:
         """A strength of the named vector as a number, from a number or calibrated units such as `+1u`."""
-        vector = self.vectors[choose("vector", name, self.vectors)]
-        return vector.strength(alpha if isinstance(alpha, str) else repr(alpha), tokenizer_hash(self.tok))
+        offered = self.offered
+        return self._strength(offered[choose("vector", name, offered)].vector, alpha)
+
+    def _strength(self, vector: SteeringVector, alpha: float | int | str) -> float:
+        return vector.strength(alpha, tokenizer_hash(self.tok)) if isinstance(alpha, str) else require_strength(alpha)
 
     def add(self, name: str, vector: SteeringVector, place: str = "") -> None:
         """Steer with one more vector, which `place` can be loaded from; `WsError` for a taken name or another base."""
         with self._changing:
+            offered = self._offer(name, vector, place)
             self.scheduler.add(name, vector)
-            # New dictionaries: others may be reading these.
-            self.vectors, self.places = {**self.vectors, name: vector}, {**self.places, name: place or f"{name}/vector"}
-            self.units = {**self.units, name: self._calibrated(name)}
+            self.offered = {**self.offered, name: offered}
 
     def remove(self, name: str) -> None:
         """Steer with a vector no longer; answers under way that it takes part in end with an error."""
         with self._changing:
             self.scheduler.remove(name)
-            self.vectors = {n: v for n, v in self.vectors.items() if n != name}
-            self.places = {n: p for n, p in self.places.items() if n != name}
-            self.units = {n: u for n, u in self.units.items() if n != name}
+            self.offered = {n: offered for n, offered in self.offered.items() if n != name}
 
-    def _calibrated(self, name: str) -> dict[str, float]:
-        """The vector's `-1u` and `+1u`, as far as it has them."""
-        known = {}
-        for text in ("-1u", "+1u") if self.vectors[name].units else ():
+    def _offer(self, name: str, vector: SteeringVector, place: str) -> Offered:
+        units = dict[str, float]()
+        for text in ("-1u", "+1u") if vector.units else ():
             try:
-                known[text] = self.strength(name, text)
+                units[text] = self._strength(vector, text)
             except WsError:  # this sign did not converge, or it is not of this vector and tokenizer: there is no mark
                 continue
-        return known
+        return Offered(vector, place or f"{name}/vector", units)
 
     def write(
         self, prompts: Sequence[str], rows: Sequence[Strengths], sampling: Sampling, seed: int
@@ -226,9 +248,9 @@ class Engine:
                 answer.cancel()
 
     def probabilities(
-        self, prompt: str, rows: Sequence[Strengths], words: Sequence[str]
+        self, prompts: Sequence[str], rows: Sequence[Strengths], words: Sequence[str]
     ) -> Float[np.ndarray, "rows words"]:
-        """The probability of each word as the next token, at the strengths of every row.
+        """The probability of each word as the next token of every row's prompt, at the row's strengths.
 
         A word counts in any case and with a space before it; see `ws.lm.choice`.
 
@@ -236,8 +258,9 @@ class Engine:
             WsError: a word that is no single token of this tokenizer.
         """
         variants = choice_variants(self.tok, words, self.model.device)
-        ids = encode(self.tok, prompt)
-        self._left(len(ids))
+        encoded = {prompt: encode(self.tok, prompt) for prompt in set(prompts)}
+        self._left(max(map(len, encoded.values())))
+        ids = [encoded[prompt] for prompt in prompts]
         p = self.scheduler.call(partial(self._next_logits, ids, rows)).softmax(dim=-1)
         return torch.stack([p[:, v].sum(dim=-1) for v in variants], dim=1).cpu().double().numpy()
 
@@ -258,14 +281,15 @@ class Engine:
             raise WsError(" ".join(problems))
         return known, problems
 
-    def _next_logits(self, ids: list[int], rows: Sequence[Strengths]) -> Float[Tensor, "rows vocabulary"]:
-        """The next token's logits behind the same tokens, at the strengths of every row."""
+    def _next_logits(self, ids: Sequence[Sequence[int]], rows: Sequence[Strengths]) -> Float[Tensor, "rows vocabulary"]:
+        """The next token's logits behind every row's tokens, at its strengths."""
 
-        def read(part: Sequence[Strengths]) -> Tensor:
-            tokens, mask = left_pad([ids] * len(part), self.tok.pad_token_id, self.model.device)
-            return self.scheduler.logits(part, partial(next_logits, self.model, tokens, mask, None))
+        def read(part: Sequence[tuple[Sequence[int], Strengths]]) -> Tensor:
+            ids, strengths = zip(*part, strict=True)
+            tokens, mask = left_pad(ids, self.tok.pad_token_id, self.model.device)
+            return self.scheduler.logits(strengths, partial(next_logits, self.model, tokens, mask, None))
 
-        return require_numbers(torch.stack(in_groups(self.model, rows, read)))
+        return require_numbers(torch.stack(in_groups(self.model, list(zip(ids, rows, strict=True)), read)))
 
     def _left(self, length: int) -> int:
         """Tokens that fit behind a prompt of this length."""
@@ -294,14 +318,16 @@ class Conversation:
         self.engine, self.sampling, self.turns = engine, sampling, list[Turn]()
         self._strengths = dict.fromkeys(engine.vectors, 1.0)
         self._running: Turn | None = None
+        self._replaced: Turn | None = None  # what `again` gives up as soon as there is something better
         self._lock = RLock()
         for name, alpha in (strengths or {}).items():
             self.set(name, alpha)
 
     @property
     def strengths(self) -> dict[str, float]:
-        """The strength of every vector in the next answer, as a copy."""
-        return dict(self._strengths)
+        """The strength of every vector in the next answer, as a copy; those that have been removed have none."""
+        offered = self.engine.offered
+        return {name: alpha for name, alpha in self._strengths.items() if name in offered}
 
     def set(self, name: str, alpha: float | int | str) -> float:
         """Set one vector's strength, a number or calibrated units; an answer under way keeps the one it began with."""
@@ -324,9 +350,13 @@ class Conversation:
         with self._lock:
             self.stop()
             turn = self._running = Turn(question, self.strengths, self.sampling)
+        yield from self._write(turn)
+
+    def _write(self, turn: Turn) -> Iterator[Turn]:
+        """Answer the turn that is running, after those before it."""
         try:
             turn.sampling.check()
-            prompts = [render_chat(self.engine.tok, self._messages(row, question)) for row in (BASE, STEERED)]
+            prompts = [render_chat(self.engine.tok, self._messages(row, turn.question)) for row in (BASE, STEERED)]
             rows = [dict.fromkeys(turn.strengths, 0.0), turn.strengths]
             seed = draw_seed(turn.sampling.seed, len(self.turns))
             for base, steered in self.engine.write(prompts, rows, turn.sampling, seed):
@@ -336,11 +366,9 @@ class Conversation:
                 turn = grown
                 yield turn
         except WsError:
-            self._follow(turn, None)
+            self._end(turn, self._replaced)
             raise
-        with self._lock:
-            if self._follow(turn, None):
-                self.turns.append(turn)
+        self._end(turn, turn)
 
     def ask(self, question: str) -> Turn:
         """Ask, and wait for both answers."""
@@ -349,32 +377,45 @@ class Conversation:
         return self.turns[-1]
 
     def again(self) -> Iterator[Turn]:
-        """Answer the last question anew, with the strengths and the sampling of now, as `stream` does."""
+        """Answer the last question anew, with the strengths and the sampling of now, as `stream` does.
+
+        What it was answered before stays the answer where there comes no other.
+        """
         with self._lock:
-            shown = self.shown
-            if not shown:
+            if not self.shown:
                 raise WsError("Nothing has been asked yet.")
-            self._running, self.turns = None, shown[:-1]
-        return self.stream(shown[-1].question)
+            *self.turns, last = self.shown
+            if not self._running:
+                self._replaced = last
+            elif last.n_steps:
+                self._replaced = replace(last, stopped=True)
+            turn = self._running = Turn(last.question, self.strengths, self.sampling)
+        return self._write(turn)
 
     def stop(self) -> None:
         """Stop after the token that is being written; what there is of the answers is kept."""
         with self._lock:
-            if self._running and self._running.n_steps:
-                self.turns.append(replace(self._running, stopped=True))
-            self._running = None
+            if turn := self._running:
+                self._end(turn, replace(turn, stopped=True) if turn.n_steps else self._replaced)
 
     def reset(self) -> None:
         """Forget all turns; strengths and sampling stay."""
         with self._lock:
-            self._running, self.turns = None, []
+            self._running, self._replaced, self.turns = None, None, []
 
-    def _follow(self, turn: Turn, grown: Turn | None) -> bool:
+    def _follow(self, turn: Turn, grown: Turn) -> bool:
         """Replace the turn that is being written, unless it was stopped; whether it was not."""
         with self._lock:
             mine = self._running is turn
             self._running = grown if mine else self._running
             return mine
+
+    def _end(self, turn: Turn, kept: Turn | None) -> None:
+        """Put what is kept in the place of the turn that is being written, unless it was stopped."""
+        with self._lock:
+            if self._running is turn:
+                self._running = self._replaced = None
+                self.turns += [kept] if kept else []
 
     def _messages(self, row: str, question: str) -> list[Message]:
         """What a row has heard and said so far, and the question."""
@@ -397,7 +438,8 @@ class Conversation:
 
         Args:
             words: each a single token.
-            rows: strengths; without them the base's and those of now, `[2, words]`.
+            rows: strengths, of which each goes on from the steered answers; without them the base, which goes on from
+                its own, and the strengths of now, `[2, words]`.
             question: another one, put as the first of a conversation.
             opener: a start of the answer that is put into the model's mouth.
 
@@ -407,23 +449,36 @@ class Conversation:
         if not words:
             raise WsError("Name at least one word.")
         require_characters(" ".join([*words, question, opener]), "What is asked")
-        with self._lock:
-            messages: list[Message] = [{"role": "user", "content": question}]
-            if not question:
-                if not self.shown:
-                    raise WsError("Nothing has been asked yet.")
-                messages = self._messages(STEERED, self.shown[-1].question)
-                messages = messages if self._running else [*messages[:-3], messages[-1]]
-        prompt = render_chat(self.engine.tok, messages, opener)
         now = self.strengths
-        return self.engine.probabilities(prompt, rows or [dict.fromkeys(now, 0.0), now], words)
+        sides = [STEERED] * len(rows) if rows else [BASE, STEERED]
+        with self._lock:
+            if not question and not self.shown:
+                raise WsError("Nothing has been asked yet.")
+            asked = {side: self._asked(side, question) for side in set(sides)}
+        prompts = {side: render_chat(self.engine.tok, messages, opener) for side, messages in asked.items()}
+        rows = rows or [dict.fromkeys(now, 0.0), now]
+        return self.engine.probabilities([prompts[side] for side in sides], rows, words)
+
+    def _asked(self, row: str, question: str) -> list[Message]:
+        """The question as the first of a conversation; without one the last, behind what the row said before it."""
+        if question:
+            return [{"role": "user", "content": question}]
+        messages = self._messages(row, self.shown[-1].question)
+        return messages if self._running else [*messages[:-3], messages[-1]]
 
     def snippet(self) -> str:
-        """Python that loads the same model and vectors and gives the same answers, turn by turn."""
-        names = ", ".join(
-            f"{_literal(n)}: ws.SteeringVector.load({_literal(p)})" for n, p in self.engine.places.items()
-        )
+        """Python that loads the same model and vectors and gives the same answers, turn by turn.
+
+        Raises:
+            WsError: a turn was steered with a vector that has been removed.
+        """
+        offered = self.engine.offered
+        names = ", ".join(f"{_literal(n)}: ws.SteeringVector.load({_literal(o.place)})" for n, o in offered.items())
         turns = self.shown or [Turn("Your question", self.strengths, self.sampling)]
+        if removed := {n for turn in turns for n, a in turn.strengths.items() if a} - set(offered):
+            raise WsError(f"The answers were steered with {', '.join(sorted(removed))}, which has been removed.")
+        everyone = dict.fromkeys(offered, 0.0)  # one that came later took no part in the turns before
+        turns = [replace(t, strengths=everyone | {n: a for n, a in t.strengths.items() if n in offered}) for t in turns]
         strengths, sampling = turns[0].strengths, _replayed(turns[0])
         lines = [
             "import ws",

@@ -11,7 +11,6 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from ws.options.use import LOOPBACK as LOOPBACK
 
@@ -82,7 +81,7 @@ def foreign(scope: Scope, hosts: Container[str], served: str) -> tuple[int, str]
     if name is None or (name.group(1) not in hosts and "*" not in hosts):
         return 421, f"{served}, and under no other name."
     # The very page: another port is another program's, and `null` is a file or a frame of anybody's.
-    if any(urlsplit(origin).netloc != named[0] for origin in origins):
+    if any(re.fullmatch(rf"https?://{re.escape(named[0])}", origin) is None for origin in origins):
         return 403, "Only the page itself may ask; this was asked from another."
     return None
 

@@ -160,7 +160,7 @@ class Page:
         wanted, problems = chat.engine.single_tokens(list(asked_for))
         question = "" if chat.shown else self.example.question
         now = chat.strengths
-        low, high, _ = slider_range(chat.engine.units[self.focus])
+        low, high, _ = slider_range(chat.engine.offered[self.focus].units)
         low, high = min(low, now[self.focus]), max(high, now[self.focus])
         alphas = np.unique([*np.linspace(low, high, N_CURVE), 0.0])
         rows = [now | {self.focus: float(a)} for a in alphas]
@@ -170,7 +170,9 @@ class Page:
         probabilities = chat.probe(wanted, None, question, opener)
         if self._curve is None or self._curve[0] != key:
             self._curve = key, chat.probe(wanted, rows, question, opener)
-        marks = {"0" if others else BASE: 0.0} | chat.engine.units[self.focus]
+        # Behind steered answers strength 0 is not what the base has been asked.
+        is_base = not others and all(t.base == t.steered for t in chat.shown[:-1])
+        marks = {BASE if is_base else "0": 0.0} | chat.engine.offered[self.focus].units
         curve = Curve(self.focus, alphas, self._curve[1], now[self.focus], marks)
         return "".join(map(_alert, problems)) + _panel(asked, opener, wanted, probabilities, curve)
 
@@ -382,7 +384,7 @@ class _Widgets:
     def _slider(self, name: str, alpha: float) -> Any:
         """A slider with its marks, and a button for each of them."""
         zero = "0 (base)" if len(self.engine.vectors) == 1 else "0"
-        gr, units = self.gr, self.engine.units[name]
+        gr, units = self.gr, self.engine.offered[name].units
         low, high, step = slider_range(units)
         low, high = min(low, alpha), max(high, alpha)
         marks = sorted(({zero: 0.0} | {f"{u} ({a:+.3g})": a for u, a in units.items()}).items(), key=_second)

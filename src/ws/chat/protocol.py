@@ -99,6 +99,14 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
+    def __post_init__(self) -> None:
+        if self.stream_options is None:
+            return
+        if not self.stream:
+            raise RequestError(400, "stream_options needs `stream: true` beside it.", "stream_options")
+        if self.stream_options.include_obfuscation:
+            raise RequestError(400, "Streams are not obfuscated here; leave it out.", "stream_options")
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer; empty ones end none."""
@@ -139,7 +147,12 @@ class ChatBody(Body, kw_only=True):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """At most so many tokens, under either name."""
+        """At most so many tokens, under either name; `RequestError` where they differ."""
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise RequestError(
+                400, "max_tokens and max_completion_tokens mean the same and differ; send one.", "max_tokens"
+            )
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -315,11 +328,13 @@ class Token:
         raw: its bytes, which need not be whole characters.
         logprob: in nats, None where there is none: nothing stands before the first token of a prompt.
         top: the most probable tokens in its place, with theirs.
+        is_text: whether the text has it; special tokens of an answer are left out.
     """
 
     raw: bytes
     logprob: float | None
     top: Sequence[tuple[bytes, float]] = ()
+    is_text: bool = True
 
     @property
     def text(self) -> str:
@@ -435,5 +450,5 @@ class Completion:
         """Characters of the text in front of a token; bytes that wait for the rest of theirs are none yet."""
         decoder = self._characters.setdefault(index, codecs.getincrementaldecoder("utf-8")("replace"))
         before = self._offsets.get(index, 0)
-        self._offsets[index] = before + len(decoder.decode(token.raw))
+        self._offsets[index] = before + (len(decoder.decode(token.raw)) if token.is_text else 0)
         return max(0, before)

@@ -222,7 +222,7 @@ def _add_admin(app: FastAPI, service: Service) -> None:
         require_admin()
         name = await asyncio.to_thread(service.add, await request.body())
         log("vector added", name=name)
-        return JSONResponse({"id": name, "object": "steering_vector", "units": service.engine.units[name]}, 201)
+        return JSONResponse({"id": name, "object": "steering_vector", "units": service.engine.offered[name].units}, 201)
 
     @app.delete(STEERING + "/{name:path}")
     async def remove(name: str) -> Any:

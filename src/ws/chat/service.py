@@ -21,7 +21,7 @@ import msgspec
 
 from ws.analysis.controls import draw_seed
 from ws.chat.batching import Answer, BusyError, ClosedError, FailureError, Piece, Request, Written
-from ws.chat.engine import Engine
+from ws.chat.engine import Engine, Offered
 from ws.chat.protocol import (
     Addition,
     Body,
@@ -118,6 +118,7 @@ class Service:
         self.created = int(time.time())
         self._most = engine.scheduler.max_queue  # rows of a request, which begin together
         self._token = token_bytes(engine.tok)
+        self._special = {i for i, token in engine.tok.added_tokens_decoder.items() if token.special}
         self._cards = dict[str, tuple[SteeringVector, str]]()
 
     # ---- reading ------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ class Service:
         choices = []
         for number, (answer, row) in enumerate(zip(order.answers, order.pieces, strict=True)):
             text = order.echoes[number] + "".join(piece.text for piece in row)
-            tokens = self._tokens(order, [*answer.prompt, *row])
+            tokens = self._tokens(order, answer.prompt, row)
             choices.append(order.dialect.choice(number, text, tokens, answer.finish))
         return order.head(order.dialect.whole) | {"choices": choices, "usage": order.usage()}
 
@@ -319,7 +320,7 @@ class Service:
                     if piece is None:
                         yield chunk(dialect.closing(number, answer.finish))
                     elif piece.text or order.body.wanted_logprobs is not None:
-                        yield chunk(dialect.piece(number, piece.text, self._tokens(order, [piece])))
+                        yield chunk(dialect.piece(number, piece.text, self._tokens(order, (), [piece])))
             if order.body.sends_usage:
                 yield event(head | {"choices": [], "usage": order.usage()})
             yield "data: [DONE]\n\n"
@@ -330,12 +331,13 @@ class Service:
             yield event(error_object(500, FAILED))
             raise
 
-    def _tokens(self, order: Order, pieces: Iterable[Piece]) -> list[Token] | None:
+    def _tokens(self, order: Order, echoed: Iterable[Piece], written: Iterable[Piece] = ()) -> list[Token] | None:
         if order.body.wanted_logprobs is None:
             return None
+        pieces = [*((p, True) for p in echoed), *((p, p.token not in self._special) for p in written)]
         return [
-            Token(self._token(p.token), p.logprob, [(self._token(token), logprob) for token, logprob in p.top])
-            for p in pieces
+            Token(self._token(p.token), p.logprob, [(self._token(token), logprob) for token, logprob in p.top], is_text)
+            for p, is_text in pieces
         ]
 
     # ---- models and vectors -------------------------------------------------------------------------------------
@@ -343,8 +345,8 @@ class Service:
     def models(self) -> list[dict[str, Any]]:
         """The base, and every vector at strength 1 and at its calibrated ones, for clients that choose from a list."""
         names = [self.name]
-        for vector in self.engine.vectors:
-            names += [f"{self.name}+{vector}@{strength}" for strength in ("1", *self.engine.units[vector])]
+        for vector, offered in self.engine.offered.items():
+            names += [f"{self.name}+{vector}@{strength}" for strength in ("1", *offered.units)]
         return [self._model(name) for name in names]
 
     def model(self, name: str) -> dict[str, Any]:
@@ -361,19 +363,19 @@ class Service:
             {
                 "id": name,
                 "object": "steering_vector",
-                "units": self.engine.units[name],
-                "base": public_name(vector.base_id),
-                "base_fingerprint": vector.base_fingerprint,
-                "card": self._card(name, vector),
+                "units": offered.units,
+                "base": public_name(offered.vector.base_id),
+                "base_fingerprint": offered.vector.base_fingerprint,
+                "card": self._card(name, offered),
             }
-            for name, vector in self.engine.vectors.items()
+            for name, offered in self.engine.offered.items()
         ]
 
-    def _card(self, name: str, vector: SteeringVector) -> str:
+    def _card(self, name: str, offered: Offered) -> str:
         """The vector's card in Markdown, as it would be published with the tables of its run."""
-        known = self._cards.get(name)
+        known, vector = self._cards.get(name), offered.vector
         if known is None or known[0] is not vector:
-            folder = Path(self.engine.places[name])
+            folder = Path(offered.place)
             is_of_run = folder.name == "vector" and (folder.parent / RUN_MANIFEST).is_file()
             about = describe(vector, name, folder.parent if is_of_run else None)
             known = self._cards[name] = vector, str(vector_card(about))
@@ -391,9 +393,10 @@ class Service:
         except WsError as problem:
             usage = "A vector is named by its place below the folder of runs, such as honesty/lora"
             raise RequestError(400, f"{usage}, not {shortened(given.vector)}.", "vector") from problem
-        if place.is_symlink() or not place.is_dir():
+        inner = place / "vector"
+        if place.is_symlink() or inner.is_symlink() or not place.is_dir():
             raise RequestError(404, f"There is no vector {shortened(given.vector)} below the folder of runs.", "vector")
-        place = place / "vector" if (place / "vector").is_dir() else place
+        place = inner if inner.is_dir() else place
         try:
             self.engine.add(given.name, SteeringVector.load(place), str(place))
         except WsError as problem:  # which names folders of this machine

@@ -39,7 +39,7 @@ class Metrics:
         self.requests = Counter("requests", "Requests, by path and status.", ["path", "status"], **mine)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **mine)
         self.completion_tokens = Counter("completion_tokens", "Tokens that were written.", **mine)
-        self.seconds = Histogram("request_seconds", "Seconds from a request to the end of its answer.", **by_path)
+        self.seconds = Histogram("request_seconds", "Seconds from a request to its answer's end.", **by_path)
         self.first_token = Histogram("first_token_seconds", "Seconds from a request to its first token.", **by_path)
         self._registry.register(self)
 
@@ -131,7 +131,8 @@ class Observer:
         finally:
             seconds = time.perf_counter() - noted.pop("start")
             self.metrics.requests.labels(path, str(status)).inc()
-            if scope["method"] == "POST":
+            # A refusal takes no time, and with many of them a full queue would tell clients to come back at once.
+            if scope["method"] == "POST" and 200 <= status < 300:
                 self.metrics.seconds.labels(path).observe(seconds)
             log("request", **noted, status=status, seconds=round(seconds, 4))
 

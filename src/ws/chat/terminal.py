@@ -121,9 +121,9 @@ class Chat:
         self._strengths()
 
     def _strengths(self) -> None:
-        units = self.conversation.engine.units
+        offered = self.conversation.engine.offered
         for name, alpha in self.conversation.strengths.items():
-            calibrated = ", ".join(f"{text} is {value:+.4g}" for text, value in units[name].items())
+            calibrated = ", ".join(f"{text} is {value:+.4g}" for text, value in offered[name].units.items())
             say(f"{name} {alpha:+.4g}" + (f"   ({calibrated})" if calibrated else ""))
 
     def _compare(self, arguments: list[str]) -> None:
