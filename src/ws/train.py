@@ -132,7 +132,7 @@ def train_adapter(
         WsError: unusable settings or pairs, a loss that is NaN, or losses that did not fall.
     """
     folder, config = Path(folder), config or TrainConfig()
-    _require_usable(config, seed, folder, sign, adapter)
+    _require_usable(config, seed, folder, sign, adapter, model.device)
     join(model.device.type)
     config = replace(config, lr=family(adapter).learning_rate if config.lr is None else config.lr)
     examples = _examples(tok, pairs, sign, config, under)
@@ -160,7 +160,9 @@ def train_adapter(
     return facts
 
 
-def _require_usable(config: TrainConfig, seed: int, folder: Path, sign: str, adapter: str) -> None:
+def _require_usable(
+    config: TrainConfig, seed: int, folder: Path, sign: str, adapter: str, device: torch.device
+) -> None:
     """`WsError` for what can be known before a model is touched."""
     choose("sign", sign, (*SIGNS, SIGNED))
     if sign == SIGNED:
@@ -169,6 +171,11 @@ def _require_usable(config: TrainConfig, seed: int, folder: Path, sign: str, ada
     ADAPTER.require(folder)
     config.check()
     config.accumulation(console.processes())
+    if console.processes() == 1 and device.index:
+        raise WsError(
+            f"The Trainer takes the first GPU that it sees and the model is on {device}; take --device cuda with "
+            f"CUDA_VISIBLE_DEVICES={device.index} in front of the command."
+        )
 
 
 def _begin(work: Path, settings: str) -> None:

@@ -196,6 +196,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(chat, monkeypatch, capsy
     talk(chat)
     first, second = chat.conversation.turns
     assert (first.stopped, first.n_steps, second.stopped) == (True, 2, False)
+    assert [turn["stopped"] for turn in chat.record] == [True, False]
     assert text(chat) == f"{first.steered}\n{second.steered}\n"
     said = capsys.readouterr().err
     for what in ("(stopped)", "error: There is no command named 'alfa'", "Ctrl-D or /quit leaves"):

@@ -18,7 +18,7 @@ import torch
 import ws
 import ws.chat.page
 from ws.chat.engine import Engine, Sampling, Turn
-from ws.chat.page import HOST, NEUTRAL, Example, Page, build, close, examples, launch, main, slider_range
+from ws.chat.page import HOST, NEUTRAL, Example, Page, _Handlers, build, close, examples, launch, main, slider_range
 from ws.diff import Units, vector_digest
 from ws.lm.models import fingerprint
 from ws.options.use import PlayOptions
@@ -203,6 +203,27 @@ def test_the_curve_is_of_the_slider_that_moved_last_and_is_not_computed_again_fo
     page.turn_dials([0.5, 0.25])
     assert "strength of &lt;b&gt;odd" in page.panel("Yes, No", "")
     assert len(calls[first + 1 :]) == 2
+
+
+def test_a_slider_that_moves_meanwhile_leaves_the_curve_that_is_drawn_alone(page, monkeypatch):
+    probabilities = page.conversation.engine.probabilities
+
+    def moving(*asked):
+        page.turn_dials([1.0, 0.75])
+        return probabilities(*asked)
+
+    expected = page.panel("Yes, No", "")
+    page._curve = None
+    monkeypatch.setattr(page.conversation.engine, "probabilities", moving)
+    drawn = page.panel("Yes, No", "")
+    assert svg(drawn).get("aria-label") == svg(expected).get("aria-label")
+    assert page.focus != "honesty"
+
+
+def test_an_emptied_field_is_a_sentence(page):
+    with pytest.raises(ws.WsError, match="temperature"):
+        _Handlers(None, lambda: page, [])._prepare(page, [None, 12, 0, "", "", 1.0, 0.0])
+        next(page.conversation.stream("Hi."))
 
 
 def test_the_panel_escapes_what_people_write(page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -10,7 +11,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ws
 from ws.errors import WsError
@@ -23,6 +27,7 @@ from ws.files.runs import (
     data_folder,
     lock,
     model_name,
+    read_csv,
     run_folder,
     sha256_file,
     slug,
@@ -96,9 +101,21 @@ def test_atomic_folders_appear_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_nan_is_never_written(tmp_path):
+@given(text=st.text(st.sampled_from("a,\"'\r\n\t \u2028\u00e9"), max_size=8))
+def test_any_text_comes_back_from_a_table(text, tmp_path_factory):
+    """Answers of a model hold what they like; a lone carriage return would end a row for whoever reads it."""
+    file = tmp_path_factory.mktemp("table") / "t.csv"
+    rows = [{"text": text, "n": "1"}, {"text": "b", "n": "2"}]
+    write_csv(file, rows)
+    assert read_csv(file) == rows
+    with file.open(newline="", encoding="utf-8") as lines:
+        assert list(csv.DictReader(lines)) == rows
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64])
+def test_nan_is_never_written(kind, tmp_path):
     with pytest.raises(ws.WsError, match="NaN in b"):
-        write_csv(tmp_path / "t.csv", [{"a": 1.0, "b": float("nan")}])
+        write_csv(tmp_path / "t.csv", [{"a": 1.0, "b": kind("nan")}])
     with pytest.raises(ws.WsError, match="no rows"):
         write_csv(tmp_path / "t.csv", [])
     with pytest.raises(ValueError, match="JSON compliant"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -40,7 +41,7 @@ from ws.intervene.calibration import (
     store_calibration,
 )
 from ws.intervene.interventions import intervention
-from ws.lm.divergence import Divergence, divergence, prompt_divergence, token_kl
+from ws.lm.divergence import BrokenError, Divergence, divergence, prompt_divergence, token_kl
 from ws.lm.models import encode, end_ids, fingerprint, render_prompt, tokenizer_hash
 from ws.options.measure import CalibrateOptions
 from ws.options.shared import CalibrationConfig
@@ -227,7 +228,7 @@ def test_divergence_refuses_what_it_cannot_measure(pocket):
     try:
         with pytest.raises(ws.WsError, match="NaN"):
             divergence(model, tok, ["a"], nullcontext, SMALL.n_tokens)
-        with pytest.raises(ws.WsError, match=r"At alpha \+1: .*NaN"):
+        with pytest.raises(ws.WsError, match=r"NaN at alpha 0\.0001 and beyond"):
             calibrate(model, tok, lambda alpha: nullcontext(), ["a"], (), SMALL)
     finally:
         handle.remove()
@@ -343,8 +344,32 @@ def test_targets_out_of_reach_are_named():
     assert "no strength up to 10000" in nothing.reason
 
 
+@pytest.mark.parametrize("start", [1.0, 100.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_strength_at_which_the_model_gives_nan_is_too_strong(start, sign):
+    """Half precision overflows; a search that steps that far goes on below."""
+
+    def overflowing(alpha):
+        if abs(alpha) > 25:
+            raise BrokenError("NaN")
+        return 0.001 * abs(alpha) ** 3.4
+
+    solution = solve(overflowing, sign, CalibrationConfig(), start)
+    assert solution.converged
+    assert abs(solution.alpha) == pytest.approx(1000 ** (1 / 3.4), rel=0.05)
+    assert all(abs(alpha) <= 25 and math.isfinite(d) for alpha, d in solution.evaluations)
+
+
+def test_a_target_that_lies_beyond_what_the_model_can_do_is_not_reached():
+    config = CalibrationConfig(max_evaluations=40)
+    solution = solve(lambda alpha: 0.3 if alpha < 8 else float("nan"), 1, config)
+    assert not solution.converged
+    assert solution.divergence == 0.3
+    assert re.fullmatch(r"D jumps from 0\.3 at alpha [\d.]+ to NaN at alpha [\d.]+, .*1 nat", solution.reason)
+
+
 def test_trouble_in_a_measurement_is_not_swallowed():
-    with pytest.raises(ws.WsError, match="divergence at alpha 1 is nan"):
+    with pytest.raises(BrokenError, match=r"NaN at alpha 0\.0001 and beyond"):
         solve(lambda alpha: float("nan"), 1, CalibrationConfig())
 
     def breaks_later(alpha):

@@ -30,7 +30,7 @@ from ws.analysis.trim import scale_depth
 from ws.diff import diff_checkpoints, vector_digest
 from ws.files.tensors import copy_with_room, tensor_patcher, tensor_writer
 from ws.lm.checkpoints import Checkpoint
-from ws.lm.models import fingerprint
+from ws.lm.models import fingerprint, is_packed
 from ws.options.make import DiffOptions
 from ws.steer import _STEERED
 
@@ -416,6 +416,24 @@ def test_a_tensor_of_another_shape_than_configured_is_refused(tmp_path):
     save_file(tensors | {"model.norm.weight": torch.ones(1)}, tmp_path / "neg" / "model.safetensors")
     with pytest.raises(ws.WsError, match=r"model\.norm\.weight as \(1,\).*\(32,\)"):
         ws.SteeringVector.from_checkpoints(tmp_path / "neg", tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_quantised_weights_are_no_numbers(dtype, tmp_path):
+    """Their scales lie in tensors of their own; without them a difference or a merge would be of any size."""
+    fine_tunes("llama", tmp_path)
+    for name, codes in (("base", 1), ("neg", 2)):
+        file = tmp_path / name / "model.safetensors"
+        tensors = load_file(file)
+        weight = next(n for n in tensors if n.endswith("q_proj.weight"))
+        packed = {weight: torch.full_like(tensors[weight], codes).to(dtype), f"{weight}_scale": torch.ones(1)}
+        save_file(tensors | packed, file, metadata={"format": "pt"})
+    with pytest.raises(ws.WsError, match="q_proj.weight as codes of a quantised weight"):
+        ws.SteeringVector.from_checkpoints(tmp_path / "neg", tmp_path / "base")
+    model = torch.nn.Linear(2, 2)
+    assert not is_packed(model)
+    model.weight = torch.nn.Parameter(model.weight.detach().to(dtype), requires_grad=False)
+    assert is_packed(model)
 
 
 def test_a_module_that_is_neither_linear_nor_norm_is_not_steered(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import io
 import json
 import shutil
 from functools import lru_cache
@@ -14,7 +15,14 @@ import pytest
 import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
 from transformers.utils import chat_template_utils
 
 import ws
@@ -560,6 +568,19 @@ def test_a_model_is_named_by_a_path_too_and_by_nothing_else():
             ws.load_model(other)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"), [("https://hub.test", 443), ("http://hub.test", 80), ("http://hub.test:8000", 8000)]
+)
+def test_the_hub_is_asked_at_the_port_of_its_address(endpoint, port, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", lambda address, timeout: asked.append(address) or io.BytesIO())
+    assert not hub.hub_is_out_of_reach.__wrapped__()
+    assert asked == [("hub.test", port)]
+
+
 def test_without_a_network_the_answer_comes_at_once(monkeypatch):
 
     asked = []
@@ -705,6 +726,22 @@ def test_layer_specs(spec, count, want):
 def test_bad_layer_specs_say_what_is_understood(spec):
     with pytest.raises(ws.WsError, match="layers"):
         parse_layers(spec, 4)
+
+
+def test_blocks_of_a_vision_tower_are_no_decoder_layers():
+    """Texts never pass them, so that an adapter there would only be counted, stored and waited for."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    text = Gemma3TextConfig(**size, num_hidden_layers=4, num_key_value_heads=1, head_dim=16, vocab_size=64)
+    vision = SiglipVisionConfig(**size, num_hidden_layers=6, image_size=28, patch_size=14)
+    with torch.device("meta"):
+        config = Gemma3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4)
+        model = AutoModelForCausalLM.from_config(config)
+    assert any(".layers.1." in name for name, _ in model.named_modules() if "vision" in name)
+    names = target_modules(model, "0.3:0.8")
+    assert len(names) == 2 * 7
+    assert not [name for name in names if "vision" in name]
+    with pytest.raises(ws.WsError, match="fc1"):
+        target_modules(model, "all", ["fc1"])
 
 
 def test_target_modules_are_the_seven_kinds_inside_the_layers(qwen3):

@@ -11,10 +11,24 @@ import torch
 
 import ws
 from conftest import without_thinking
+from ws.intervene.activation import ActivationVector, activation_steer
+from ws.lm import batches, rollout
 from ws.lm.choice import choice_tokens, score_choices
 from ws.lm.divergence import divergence
-from ws.lm.models import chat_format, encode, end_ids, render_prompt
-from ws.lm.rollout import REASONS, has_think_block, roll_out, statements, thinking_prompt, thinks_aloud
+from ws.lm.models import chat_format, encode, end_ids, fingerprint, render_prompt
+from ws.lm.rollout import (
+    REASONS,
+    _answer_logits,
+    _closing,
+    _Row,
+    _think,
+    has_think_block,
+    roll_out,
+    statements,
+    thinking_prompt,
+    thinks_aloud,
+    write_out,
+)
 
 ANCHOR = "My choice: Action "
 QUESTIONS = [
@@ -191,6 +205,61 @@ def test_the_models_own_sampling_advice_does_not_touch_the_scores(tiny):
     finally:
         model.generation_config = kept
     assert np.array_equal(before.scores.logp, after.scores.logp)
+
+
+@pytest.fixture(scope="module")
+def shift(pocket):
+    """Added activations that change the words of the pocket model."""
+    model, _ = pocket
+    steps = torch.randn(model.config.num_hidden_layers, model.config.hidden_size, generator=torch.manual_seed(0))
+    return ActivationVector(steps, "pocket", fingerprint(model))
+
+
+@pytest.mark.parametrize("n_think", [5, 48])
+@pytest.mark.parametrize("kind", ["block", "none"])
+def test_a_thought_that_is_read_again_is_steered_as_it_was_written(kind, n_think, pocket, shift, monkeypatch):
+    """Models with a window or a state keep nothing of a thought that others have made longer, and read it twice."""
+    model, tok = pocket
+    tok = tok if kind == "block" else without_thinking(tok)
+
+    def answered():
+        with activation_steer(model, shift, 60.0, layers=1):
+            return roll_out(model, tok, QUESTIONS, ("1", "2"), [ANCHOR] * len(QUESTIONS), n_think)
+
+    behind = answered()
+    with monkeypatch.context() as patched:
+        patched.setattr(rollout, "takes_masks", lambda model: False)
+        again = answered()
+        patched.setattr(rollout, "written_from", lambda columns: nullcontext())
+        left_out = answered()
+    assert again.thoughts == behind.thoughts == left_out.thoughts
+    assert again.scores.logp == pytest.approx(behind.scores.logp, abs=1e-3)
+    assert left_out.scores.logp != pytest.approx(behind.scores.logp, abs=1e-2), "there is something to see"
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_an_answer_in_words_follows_the_thought_as_it_was_written(padded, pocket, shift, monkeypatch):
+    model, tok = pocket
+    rows = [_Row(encode(tok, thinking_prompt(tok, q)), _closing(tok, ANCHOR, ())) for q in QUESTIONS]
+    seen, generate = [], rollout.generate
+
+    def watched(*asked):
+        written = generate(*asked, with_logits=True)
+        seen.append([answer.logits[0] for answer in written])
+        return written
+
+    monkeypatch.setattr(rollout, "generate", watched)
+    monkeypatch.setattr(batches, "takes_padding", lambda model: padded)
+    with activation_steer(model, shift, 60.0, layers=1), torch.inference_mode():
+        write_out(model, tok, QUESTIONS, 48, 3, anchor=ANCHOR)
+        # In the order in which they were written, the longest first.
+        rows.sort(key=len, reverse=True)
+        expected = _answer_logits(model, tok, rows, *_think(model, tok, 48, rows))
+    answers = torch.stack([logits for step in seen[1:] for logits in step])
+    assert {row.forced for row in rows} == {True, False}
+    order = torch.cdist(answers.double(), expected.double()).argmin(1)
+    assert sorted(order.tolist()) == list(range(len(rows)))
+    assert answers == pytest.approx(expected[order], abs=2e-3)
 
 
 def test_rollouts_feel_the_dial(pocket):

@@ -182,6 +182,8 @@ def test_nan_stops_with_a_sentence(tiny):
         ({"do_sample": True, "temperature": 0.6}, {}, (0.6, 1.0, 50), ("model", "default", "default")),
         ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, {}, (0.6, 0.95, 20), ("model",) * 3),
         ({"temperature": 0.6, "top_k": 20}, {"top_p": 0.5}, (0.6, 0.5, 20), ("model", "option", "model")),
+        ({"do_sample": False, "temperature": 0.0}, {}, (0.7, 0.9, 50), ("default",) * 3),
+        ({"temperature": 0.0, "top_p": 0.95}, {}, (1.0, 0.95, 50), ("default", "model", "default")),
     ],
 )
 def test_options_come_before_the_models_own_settings_and_those_before_the_default(tiny, own, options, values, sources):

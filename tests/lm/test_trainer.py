@@ -10,10 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import ws
+from ws import train
 from ws.adapters import in_training
 from ws.data import Pair
+from ws.errors import DiskError
 from ws.files.runs import Run
 from ws.lm import trainer
 from ws.lm.trainer import by_length
@@ -65,6 +68,50 @@ def test_less_is_padded_and_the_steps_are_the_same(fresh_tiny, sign, tmp_path, m
     assert padded["by_length"] < 0.6 * padded["as_drawn"]
     first, second = (ws.SteeringVector.from_adapter(tmp_path / name, fresh_tiny[0]) for name in padded)
     assert (first - second).norm(fresh_tiny[0]) < 1e-4 * first.norm(fresh_tiny[0])
+
+
+@pytest.mark.parametrize("sign", ["pos", SIGNED])
+def test_every_answer_that_is_held_out_counts_alike(fresh_tiny, sign, tmp_path):
+    """What fills up a batch of signed training is no answer; here the last batch has one that is held out."""
+    model, tok = fresh_tiny
+    examples = train.build_examples(tok, PAIRS, sign, 1024)
+    held = [e.question for e in train.split_examples(examples, 0.3, 0)[1]]
+    assert len(held) % 4 == (1 if sign == "pos" else 2)
+    words = [("Yes.", "No."), ("zq ## 77 !! jk qq @@ xv", "qq jk !! 77 ## @@ xv zq")]  # the losses are not alike
+    pairs = [replace(p, **dict(zip(("pos", "neg"), words[p.question == held[-1]], strict=True))) for p in PAIRS]
+    losses = []
+    for micro in (1, 2, 4):
+        config = replace(settings(batch=4, micro_batch=micro), validation=0.3, max_steps=1)
+        facts = train_adapter(model, tok, pairs, sign, "lora", tmp_path / str(micro), config, must_learn=False)
+        losses.append(facts["validation_losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_training_that_ends_within_an_epoch_is_at_its_end_when_it_is_gone_on(fresh_tiny, keep, tmp_path, monkeypatch):
+    """What stops between the last checkpoint and the adapter, such as a full disk, has no step left to do."""
+    config = replace(settings(batch=2, micro_batch=1), max_steps=7, validation=0.3, keep=keep)
+    whole = train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "whole", config, must_learn=False)
+    save = train._save
+
+    def full(*asked):
+        monkeypatch.setattr(train, "_save", save)
+        raise DiskError("The disk is full.")
+
+    monkeypatch.setattr(train, "_save", full)
+    with pytest.raises(DiskError):
+        train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "gone", config, must_learn=False)
+    gone_on = train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "gone", config, must_learn=False)
+    assert gone_on == whole
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "gone"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_gpu_than_the_first_is_refused_and_not_left(fresh_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(fresh_tiny[0]), "device", torch.device("cuda", 1))
+    with pytest.raises(ws.WsError, match="CUDA_VISIBLE_DEVICES=1"):
+        train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", settings())
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------

@@ -159,21 +159,22 @@ class Page:
             return "<p>Name words to watch, and here is how likely each is as the first of the answer.</p>"
         wanted, problems = chat.engine.single_tokens(list(asked_for))
         question = "" if chat.shown else self.example.question
-        now = chat.strengths
-        low, high, _ = slider_range(chat.engine.offered[self.focus].units)
-        low, high = min(low, now[self.focus]), max(high, now[self.focus])
+        now, focus = chat.strengths, self.focus  # which a slider may change meanwhile
+        units = chat.engine.offered[focus].units
+        low, high, _ = slider_range(units)
+        low, high = min(low, now[focus]), max(high, now[focus])
         alphas = np.unique([*np.linspace(low, high, N_CURVE), 0.0])
-        rows = [now | {self.focus: float(a)} for a in alphas]
+        rows = [now | {focus: float(a)} for a in alphas]
         asked = chat.shown[-1].question if chat.shown else question
-        others = {n: a for n, a in now.items() if n != self.focus}
-        key = (wanted, opener, self.focus, low, high, others, asked, [t.steered for t in chat.turns[:-1]])
+        others = {n: a for n, a in now.items() if n != focus}
+        key = (wanted, opener, focus, low, high, others, asked, [t.steered for t in chat.turns[:-1]])
         probabilities = chat.probe(wanted, None, question, opener)
-        if self._curve is None or self._curve[0] != key:
-            self._curve = key, chat.probe(wanted, rows, question, opener)
+        kept = self._curve
+        if kept is None or kept[0] != key:
+            kept = self._curve = key, chat.probe(wanted, rows, question, opener)
         # Behind steered answers strength 0 is not what the base has been asked.
         is_base = not others and all(t.base == t.steered for t in chat.shown[:-1])
-        marks = {BASE if is_base else "0": 0.0} | chat.engine.offered[self.focus].units
-        curve = Curve(self.focus, alphas, self._curve[1], now[self.focus], marks)
+        curve = Curve(focus, alphas, kept[1], now[focus], {BASE if is_base else "0": 0.0} | units)
         return "".join(map(_alert, problems)) + _panel(asked, opener, wanted, probabilities, curve)
 
 
@@ -537,7 +538,8 @@ class _Handlers:
         if not all(map(math.isfinite, strengths)):
             raise WsError("A strength must be a finite number.")
         page.turn_dials(strengths)
-        page.conversation.sampling = Sampling(float(temperature), int(max_tokens or 0), int(seed or 0))
+        heat = math.nan if temperature is None else float(temperature)
+        page.conversation.sampling = Sampling(heat, int(max_tokens or 0), int(seed or 0))
 
     def _answer(
         self, turns: Callable[[Page], Iterator[Turn]], page: Page, values: Sequence[Any], base_too: bool = True

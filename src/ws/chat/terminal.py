@@ -85,6 +85,7 @@ class Chat:
                 shown = turn.steered
         except KeyboardInterrupt:
             self.conversation.stop()
+            turn = self.conversation.turns[-1] if turn is not None else None
             say("\n(stopped)")
         finally:
             self._end()

@@ -12,7 +12,6 @@ import ctypes
 import errno
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -273,14 +273,17 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows with the columns of the first; floats keep all their digits, NaN and ragged rows are refused."""
     if not rows:
         raise WsError(f"There are no rows to write to {file}.")
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
+    lines, buffer = list[str](), io.StringIO()
+    # Before Python 3.13 a lone \r is quoted only where it is a part of the line's end, and it ends lines for readers.
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\r\n")
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         if odd := row.keys() ^ rows[0].keys():
             raise WsError(f"Refusing to write rows of different columns ({', '.join(sorted(odd))}) to {file}.")
-        bad = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
+        bad = [k for k, v in row.items() if isinstance(v, Real) and v != v]
         if bad:
             raise WsError(f"Refusing to write NaN in {', '.join(bad)} to {file}.")
+        buffer.seek(0)
+        buffer.truncate()
         writer.writerow(row)
-    return write_text(file, buffer.getvalue())
+        lines.append(buffer.getvalue().removesuffix("\r\n") + "\n")
+    return write_text(file, "".join(lines))

@@ -38,7 +38,7 @@ from ws.diff import SavedManifest, read_saved
 from ws.errors import DamagedError, WsError, choose, require_strength
 from ws.files.places import FolderKind
 from ws.files.runs import atomic_folder, library_versions, sha256_file, sha256_json, write_json
-from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size
+from ws.lm.batches import left_pad, padded_groups, row_logits, with_batch_size, written_columns
 from ws.lm.choice import score_choices
 from ws.lm.models import decoder_blocks, fingerprint, model_id, parse_layers, render_prompt, require_base
 from ws.stats import LOW_MASS
@@ -313,7 +313,8 @@ class _Ends:
     """The columns in which the forward pass under way is read, kept up to date by two hooks of the whole model.
 
     A pass is read in its last column, unless `logits_to_keep` says otherwise: so many of the last ones, where given
-    answers and texts are scored as they would be written, or columns, those where prompts end that share a row.
+    answers and texts are scored as they would be written, or columns, those where prompts end that share a row. Where
+    what was written is read again, it is said row by row (`ws.lm.batches.written_from`).
     """
 
     LAST = slice(-1, None)
@@ -327,6 +328,9 @@ class _Ends:
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
             raise WsError("Rows are padded on the right, so their last position is a pad; pad them on the left.")
         self.columns = keep if isinstance(keep, Tensor) else slice(-keep, None) if keep else self.LAST
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(tokens, Tensor) and (written := written_columns(tokens.shape)) is not None:
+            self.columns = written
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget them, also when the pass failed."""
@@ -359,6 +363,8 @@ class _Adder:
         shift = (self.dial.over(hidden) * self.step).to(hidden.dtype)
         if self.ends is None or hidden.shape[1] == 1:
             moved = hidden + shift
+        elif isinstance(self.ends.columns, Tensor) and self.ends.columns.ndim == 2:
+            moved = hidden + shift * self.ends.columns[..., None].to(hidden.device)
         else:
             moved = hidden.clone()
             moved[:, self.ends.columns] += shift
@@ -384,8 +390,8 @@ def activation_steer(
         layers: after which block; see `ActivationVector.steps`.
         position: `last` adds at the last position of every forward pass, that is where a choice is scored and at every
             generated token (the paper's `response`); in rows that hold several prompts, where each of them ends, and
-            where given answers or texts are scored, at every token that one of theirs follows. `all` adds at every
-            position; what is added at pads is never seen, for nothing attends to them.
+            where given answers or texts are scored, or thoughts read again, at every token that one of theirs follows.
+            `all` adds at every position; what is added at pads is never seen, for nothing attends to them.
 
     Yields:
         The `Dial`.

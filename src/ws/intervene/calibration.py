@@ -37,7 +37,7 @@ from ws.diff import CALIBRATION, CALIBRATION_FORMAT, RECALIBRATE, Units, check_s
 from ws.errors import DamagedError, WsError, require_strength
 from ws.files.reading import read_json
 from ws.files.runs import sha256_json, write_json
-from ws.lm.divergence import Divergence, divergence
+from ws.lm.divergence import BrokenError, Divergence, divergence
 from ws.lm.models import fingerprint, render_prompt, tokenizer_hash
 from ws.options.shared import CalibrationConfig as CalibrationConfig
 
@@ -46,6 +46,7 @@ LEAST_PROMPTS = 4
 LEAST, MOST = 1e-4, 1e4
 # Below the rounding of a KL in float32; keeps the logarithm of a divergence of zero finite.
 _FLOOR = 1e-8
+_FAR = math.log(1e6)  # of a divergence over its target, however large it is
 # Relative width of a bracket of strengths: the search ends at the first, and calls what it sees a jump from the second.
 _NARROW, _JUMP = 1e-3, 2e-2
 _EDGE = 3  # tolerances that a divergence may be off at the edge of a jump; on other prompts it is off by more
@@ -78,7 +79,8 @@ class Solution:
 class _Search:
     """`log(D / target)` as a function of `log |alpha|`, with a memory, and zero all over the tolerance.
 
-    That zero is what makes a bracketing solver stop as soon as a measurement is near enough.
+    That zero is what makes a bracketing solver stop as soon as a measurement is near enough. A strength at which the
+    model gives NaN is too large for it, and D counts as infinite there.
     """
 
     def __init__(self, measure: Callable[[float], float], sign: int, config: CalibrationConfig) -> None:
@@ -87,14 +89,13 @@ class _Search:
 
     def __call__(self, log_size: float) -> float:
         if log_size not in self.seen:
-            value = self.measure(self.alpha(log_size))
-            if not math.isfinite(value):
-                raise WsError(
-                    f"The divergence at alpha {self.alpha(log_size):.5g} is {value}; the model is broken there."
-                )
-            self.seen[log_size] = value
+            try:
+                value = self.measure(self.alpha(log_size))
+            except BrokenError:
+                value = math.inf
+            self.seen[log_size] = value if math.isfinite(value) else math.inf
         value = self.seen[log_size]
-        return 0.0 if self.near(value) else math.log(max(value, _FLOOR) / self.config.target)
+        return 0.0 if self.near(value) else min(math.log(max(value, _FLOOR) / self.config.target), _FAR)
 
     def alpha(self, log_size: float) -> float:
         return self.sign * math.exp(log_size)
@@ -135,14 +136,21 @@ def solve(measure: Callable[[float], float], sign: int, config: CalibrationConfi
         sign: +1 or -1.
         config: target, tolerance and number of measurements.
         start: the size of the first guess.
+
+    Raises:
+        BrokenError: the model gives NaN at every strength that is tried.
     """
     search = _Search(measure, sign, config)
     ends = _bracket(search, math.log(min(max(start, LEAST), MOST)))
     if ends and search.left > 0:
         brentq(search, *ends, xtol=_NARROW, maxiter=search.left, disp=False)
+    evaluations = tuple((search.alpha(x), d) for x, d in search.seen.items() if math.isfinite(d))
+    if not evaluations:
+        raise BrokenError(
+            f"The model gives NaN at alpha {search.alpha(min(search.seen)):.5g} and beyond; it is broken."
+        )
     best, converged = search.best()
     reason = "" if converged else _why_not(search)
-    evaluations = tuple((search.alpha(x), d) for x, d in search.seen.items())
     return Solution(search.alpha(best), search.seen[best], converged, reason, evaluations)
 
 
@@ -169,16 +177,20 @@ def _why_not(search: _Search) -> str:
     if (step := search.crossing()) is not None:
         low, high = step
         verb = "jumps" if high - low < _JUMP else "goes"
-        below, above = (f"{search.seen[x]:.3g} at alpha {search.alpha(x):.5g}" for x in (low, high))
+        below, above = (f"{_nats(search.seen[x])} at alpha {search.alpha(x):.5g}" for x in (low, high))
         tried = f"{len(sizes)} measurements found nothing near enough to {goal}"
         return f"D {verb} from {below} to {above}, and {tried}"
     weak = search(sizes[0]) < 0
     last = sizes[-1] if weak else sizes[0]
-    seen = f"D is {search.seen[last]:.3g} at alpha {search.alpha(last):.5g}"
+    seen = f"D is {_nats(search.seen[last])} at alpha {search.alpha(last):.5g}"
     if last in (math.log(LEAST), math.log(MOST)):
         bound = f"no strength up to {MOST:g} reaches" if weak else f"every strength from {LEAST:g} on is above"
         return f"{bound} {goal} ({seen})"
     return f"{len(sizes)} measurements did not get as far as {goal} ({seen})"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "NaN"
 
 
 # ---- a calibration --------------------------------------------------------------------------------------------------
@@ -353,7 +365,7 @@ class _Meter:
             condition, config = partial(self.steerable, alpha), self.config
             measured = divergence(self.model, self.tok, prompts, condition, config.n_tokens, config.batch_size)
         except WsError as problem:
-            raise WsError(f"At alpha {alpha:+.5g}: {problem}") from problem
+            raise type(problem)(f"At alpha {alpha:+.5g}: {problem}") from problem
         seconds = time.perf_counter() - started
         if self.report:
             more = "audit on other prompts" if left is None else f"at most {left} more, {left * seconds:.0f} s"

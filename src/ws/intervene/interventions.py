@@ -69,7 +69,8 @@ ACTIVATIONS = {
 # most, evenly spread: next to one another they do much the same, and on a real model each takes minutes.
 _CHOICE = CalibrationConfig(n_prompts=10, tolerance=0.2)
 _BLOCKS = 12
-_ACTING = 2  # how activations are steered; 1 left all but the last token of given answers as they were
+# How activations are steered; 1 left all but the last token of given answers as they were, 2 of thoughts read again.
+_ACTING = 3
 
 
 @dataclass(frozen=True)

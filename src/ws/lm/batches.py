@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import find_executable_batch_size
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -25,6 +27,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # The types of layers, in transformers' words, that read earlier tokens through a mask and remember nothing else.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+_WRITTEN: ContextVar[Tensor | None] = ContextVar("written", default=None)
 
 
 # ---- as many as fit -------------------------------------------------------------------------------------------------
@@ -108,6 +111,26 @@ def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) ->
     tokens = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in ids], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids], device=device)
     return tokens, mask
+
+
+@contextmanager
+def written_from(columns: Bool[Tensor, "b width"]) -> Iterator[None]:
+    """Inside, passes over tokens of this shape say in which columns tokens have been written, or will be.
+
+    What steers there and nowhere else (`ws.intervene.activation`) takes the last column otherwise: of a thought that is
+    read again it would leave all but the end as it was.
+    """
+    token = _WRITTEN.set(columns)
+    try:
+        yield
+    finally:
+        _WRITTEN.reset(token)
+
+
+def written_columns(shape: Sequence[int]) -> Bool[Tensor, "b width"] | None:
+    """What has been said of the columns of a pass over tokens of this shape; None for nothing."""
+    columns = _WRITTEN.get()
+    return None if columns is None or columns.shape != shape else columns
 
 
 def positions_of(mask: Int[Tensor, "b width"]) -> Int[Tensor, "b width"]:

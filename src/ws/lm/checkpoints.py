@@ -118,8 +118,17 @@ class Checkpoint:
         return self.values[parameter]
 
     def tensor(self, parameter: str) -> Tensor:
-        """A parameter's value as it is stored; it is mapped from the file and freed with the tensor."""
+        """A parameter's value as it is stored; it is mapped from the file and freed with the tensor.
+
+        Raises:
+            WsError: it is nowhere as one tensor, of another shape than configured, or a quantised weight's codes.
+        """
         value, wanted = _read(self.place(parameter)), self.model.get_parameter(parameter).shape
+        if not value.is_floating_point() or value.itemsize == 1:
+            raise WsError(
+                f"The checkpoint {self.name} holds {parameter} as codes of a quantised weight ({value.dtype}), not as "
+                "numbers; save what they expand to (`model.dequantize()`, `save_pretrained`) and name that folder."
+            )
         if value.shape != wanted:
             raise WsError(
                 f"The checkpoint {self.name} holds {parameter} as {tuple(value.shape)}, but its configuration asks for "

@@ -33,6 +33,10 @@ START_BATCH = 64
 _BUDGET = 2**30
 
 
+class BrokenError(WsError):
+    """The model gave NaN where probabilities were to be."""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Per-token KL divergences along the greedy answers to `n` prompts.
@@ -80,7 +84,8 @@ def divergence(
         base_prompts: the base side's prompts where they differ, as for a system prompt; the answers are aligned.
 
     Raises:
-        WsError: no prompts, prompts without a partner, a budget of tokens beyond memory, or probabilities that are NaN.
+        WsError: no prompts, prompts without a partner, or a budget of tokens beyond memory.
+        BrokenError: probabilities that are NaN.
     """
     others = prompts if base_prompts is None else base_prompts
     if not prompts or len(others) != len(prompts):
@@ -108,7 +113,7 @@ def divergence(
     )
     kl, answers = zip(*measured, strict=True)
     if not all(np.isfinite(row).all() for row in kl):
-        raise WsError("The model gave NaN probabilities; its weights or the steering strength are broken.")
+        raise BrokenError("The model gave NaN probabilities; its weights or the steering strength are broken.")
     return Divergence(kl, answers)
 
 

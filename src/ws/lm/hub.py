@@ -48,7 +48,8 @@ def hub_is_out_of_reach() -> bool:
         return bool(constants.HF_HUB_OFFLINE)
     address = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=5).close()
     except OSError:
         return True
     return False

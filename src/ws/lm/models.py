@@ -761,8 +761,8 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """True when a weight is quantised: stored in packed integers, which cannot be compared or written to."""
-    return any(not p.is_floating_point() for p in model.parameters())
+    """True when a weight is quantised: stored in integers or bytes, which cannot be compared or written to."""
+    return any(not p.is_floating_point() or p.itemsize == 1 for p in model.parameters())
 
 
 def _at_hand(module: nn.Module) -> AbstractContextManager[None]:
@@ -854,7 +854,8 @@ def target_modules(
             fused tensors that no linear module holds.
     """
     chosen = set(parse_layers(layers, layer_count(model)))
-    inside = {n: m for n, m in model.named_modules() if linear_size(m) and layer_of(n) is not None}
+    own = {m for block in decoder_blocks(model) for m in block.modules()}  # a vision tower has layers, too
+    inside = {n: m for n, m in model.named_modules() if m in own and linear_size(m)}
     known = {name.rsplit(".", 1)[-1] for name in inside}
     for kind in kinds or ():
         if kind not in known:

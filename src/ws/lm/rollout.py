@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel, StoppingCriteria
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.errors import WsError
-from ws.lm.batches import in_batches, in_groups, left_pad, next_logits, positions_of, takes_masks
+from ws.lm.batches import in_batches, in_groups, left_pad, next_logits, positions_of, takes_masks, written_from
 from ws.lm.choice import (
     Choice,
     ChoiceScores,
@@ -34,7 +34,7 @@ from ws.lm.choice import (
     share_prefixes,
     with_each_token,
 )
-from ws.lm.generation import PLAIN, continue_from, generate, new_cache, without_end
+from ws.lm.generation import PLAIN, Generated, continue_from, generate, new_cache, without_end
 from ws.lm.models import chat_format, decode_answer, encode, encode_after, end_ids, render_prompt
 
 START_BATCH = 32
@@ -161,9 +161,12 @@ def write_out(
         thoughts = generate(model, tok.pad_token_id, [row.prompt for row in part], n_think, stops)
         for row, thought in zip(part, thoughts, strict=True):
             row.take(tok, thought.tokens, ends)
+        return [without_end(answer.tokens, ends) for answer in in_groups(model, part, go_on)]
+
+    def go_on(part: Sequence[_Row]) -> list[Generated]:
         prompts = [[*row.prompt, *row.rest(0)] for row in part]
-        written = generate(model, tok.pad_token_id, prompts, n_tokens, ends)
-        return [without_end(answer.tokens, ends) for answer in written]
+        with written_from(_written_from(part, model.device)):
+            return generate(model, tok.pad_token_id, prompts, n_tokens, ends)
 
     answers = in_batches(rows, write, batch_size, START_BATCH, length=len, desc="thoughts", unit="question")
     return Written(tuple(row.thought for row in rows), np.array([row.forced for row in rows]), tuple(answers))
@@ -244,6 +247,7 @@ class _Row:
     text: str = ""
     forced: bool = False
     at_anchor: bool = False
+    n_run: int = 0  # tokens of the thought that another was written behind
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -267,6 +271,7 @@ class _Row:
             self.at_anchor = before[-1].isspace() if before else chat_format(tok).has_template
             self.forced, text = False, text[: stated.end()]
         self.text = text.strip() if stated else decode_answer(tok, self.thought)
+        self.n_run = min(len(self.thought), len(new) - 1)
 
     def rest(self, start: int) -> list[int]:
         """The tokens from the `start`-th of the thought to the answer position."""
@@ -302,7 +307,22 @@ def _think_and_answer(
     if takes_masks(model):
         return choice_logp(_answer_logits(model, tok, rows, *_think(model, tok, n_think, rows)), variants)
     in_groups(model, rows, lambda part: [_think(model, tok, n_think, part)] * len(part))
-    return score_rows(model, tok.pad_token_id, [[*row.prompt, *row.rest(0)] for row in rows], variants)
+
+    def answer(part: Sequence[_Row]) -> Float[Tensor, "part k"]:
+        with written_from(_written_from(part, model.device)):
+            return score_rows(model, tok.pad_token_id, [[*row.prompt, *row.rest(0)] for row in part], variants)
+
+    return torch.stack(in_groups(model, rows, answer))
+
+
+def _written_from(rows: Sequence[_Row], device: torch.device) -> Bool[Tensor, "b width"]:
+    """The columns behind which the thoughts were written and the answers will be, of rows that are read again."""
+    lengths = [len(row.prompt) + len(row.rest(0)) for row in rows]
+    columns = [
+        [len(row.prompt) - 1 <= i < len(row.prompt) + row.n_run or i == length - 1 for i in range(length)]
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    return left_pad(columns, 0, device)[0].bool()
 
 
 def _think(

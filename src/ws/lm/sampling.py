@@ -90,23 +90,30 @@ def sampling_settings(
     """What a model's answers are sampled with: options, else its own settings, else the stated default.
 
     A model whose `generation_config` says none of `do_sample`, `temperature` and `top_p` brings no settings. One that
-    says some of them is sampled as transformers would sample it.
+    says some of them is sampled as transformers would sample it. A temperature of 0, by which some say that they are
+    greedy, says nothing of how to sample.
     """
-    configured, given = model.generation_config, {"temperature": temperature, "top_p": top_p}
-    given = {name: value for name, value in given.items() if value is not None}
-    brings = bool(configured.do_sample) or configured.temperature is not None or configured.top_p is not None
+    given = {name: value for name, value in {"temperature": temperature, "top_p": top_p}.items() if value is not None}
+    said = _said(model)
+    brings = bool(model.generation_config.do_sample) or not said.keys().isdisjoint(("temperature", "top_p"))
     stated = {} if brings else {"temperature": DEFAULT_TEMPERATURE, "top_p": DEFAULT_TOP_P}
     values = generate_settings(model) | stated | given
-    sources = {name: "default" if getattr(configured, name, None) is None else "model" for name in values}
+    sources = {name: "model" if name in said else "default" for name in values}
     return SamplingSettings(values, sources | dict.fromkeys(given, "option"))
 
 
 def generate_settings(model: PreTrainedModel) -> dict[str, Any]:
     """What transformers' `generate` would sample with by itself: the model's settings, else its own."""
-    configured, usual = model.generation_config, GenerationConfig()._get_default_generation_params()
-    asked = {name: getattr(configured, name, None) for name in ("temperature", "top_p", "top_k", *_ADVICE)}
-    values = {name: usual.get(name) if value is None else value for name, value in asked.items()}
+    usual, said = GenerationConfig()._get_default_generation_params(), _said(model)
+    values = {name: said.get(name, usual.get(name)) for name in ("temperature", "top_p", "top_k", *_ADVICE)}
     return {n: v for n, v in values.items() if n not in _ADVICE or (v is not None and v != usual.get(n))}
+
+
+def _said(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model itself says about sampling; no sampling is at temperature 0."""
+    names = ("temperature", "top_p", "top_k", *_ADVICE)
+    said = {name: getattr(model.generation_config, name, None) for name in names}
+    return {n: v for n, v in said.items() if v is not None and not (n == "temperature" and v == 0)}
 
 
 def check_settings(temperature: float | None, top_p: float | None) -> None:

@@ -283,6 +283,14 @@ class _Trainer(Trainer):
     kl = 0.0
     beta = 0.0
 
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
+        """The Trainer asks only after a step whether it is done; what is gone on from its end has no epoch left."""
+        begun = super()._init_training_state(max_steps, per_epoch, epochs, *rest)
+        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.is_dir():  # which the Trainer looks for where the training was begun
+            self.state.best_model_checkpoint = str(best)
+        return (epochs, 0) if self.state.global_step >= max_steps else begun
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         size, processes = self.args.train_batch_size, self.args.world_size
         lengths = [_n_tokens(row) for row in self.train_dataset.rows]
@@ -341,6 +349,17 @@ class _Trainer(Trainer):
         share = self.accelerator.num_processes / tokens if tokens is not None else 1 / mask.sum()
         loss = loss + total * share
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any
+    ) -> tuple[Tensor | None, Any, Any]:
+        """The Trainer's, which counts the loss of a batch for each of its rows: here those that fill it up are none."""
+        loss, *others = super().prediction_step(model, inputs, *rest, **options)
+        if self.opposite is not None and not self.beta and loss is not None:
+            rows = self.eval_dataset.rows
+            share = sum(max(row["labels"]) >= 0 for row in rows) / len(rows)
+            loss = loss * inputs["labels"].ne(-100).any(1).float().mean().to(loss.device) / share
+        return loss, *others
 
     def at_opposite(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The forward pass of a model, as it is wrapped, at -c."""
@@ -510,8 +529,7 @@ def last_whole_checkpoint(work: Path, keeps_best: bool) -> str | None:
     """The newest checkpoint that can be gone on from; what a kill or a broken disk has damaged is deleted.
 
     If the training ends with the one that has the best validation loss so far, that must be whole, too, and is looked
-    for beside the others, where the Trainer, too, finds it again at its next save. The number of processes may differ
-    from that of the interrupted training.
+    for beside the others. The number of processes may differ from that of the interrupted training.
     """
     folders = [p for p in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdecimal()]
     for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
