@@ -129,8 +129,7 @@ def test_a_sum_joins_modules_and_says_of_what_it_is():
     assert total.deltas["layers.1.up"].rank == 5
     assert total.recipe == {"op": "+", "terms": [{"name": "a"}, {"name": "b"}]}
     assert total.info == {"family": "lora", "c": 1}
-    assert (total.base_id, total.base_fingerprint, total.units) == ("one", "f", None)
-    assert (b + a).base_id == "two"
+    assert (total.base_id, total.base_fingerprint, total.units) == ("two", "f", None)
     assert len(a.deltas) == 2, "what is added stays"
 
 
@@ -190,6 +189,27 @@ def test_two_bases_are_named_with_their_fingerprints():
             use()
     with pytest.raises(WsError, match=r"one \(aaaa\) and one \(bbbb\), .*float16\.$"):
         a + replace(b, base_id="one")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "of", "warned"),
+    [
+        (("theirs", None), ("ours", "f"), ("ours", "f"), True),  # a LoRA of somebody else, and a vector of ours
+        (("ours", "f"), ("theirs", None), ("ours", "f"), True),
+        (("copy", "f"), ("ours", "f"), ("copy", "f"), False),  # one base under two names
+        (("theirs", None), ("others", None), ("theirs", None), True),
+        (("unknown", None), ("theirs", None), ("theirs", None), False),
+        (("unknown", None), ("ours", "f"), ("ours", "f"), False),
+        (("ours", None), ("ours", "f"), ("ours", "f"), False),
+    ],
+)
+def test_name_and_fingerprint_of_a_sum_are_of_one_base(first, second, of, warned, capsys):
+    a, b = (vector(base_id=name, base_fingerprint=known) for name, known in (first, second))
+    total = a - b
+    assert (total.base_id, total.base_fingerprint) == of
+    said = capsys.readouterr().err
+    assert ("different bases" in said) == bool(said) == warned
+    assert not warned or {first[0], second[0]} <= set(re.findall(r"\w+", said))
 
 
 # ---- what it is -----------------------------------------------------------------------------------------------------

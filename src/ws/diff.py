@@ -71,6 +71,7 @@ T = TypeVar("T")
 FORMAT_VERSION, CALIBRATION_FORMAT = 1, 1
 RECALIBRATE = "calibrate again, with --fresh"  # what to do about a calibration that cannot be read
 MANIFEST, CALIBRATION, NATIVE_WEIGHTS, _, PEFT_WEIGHTS = VECTOR_FILES
+_UNKNOWN = "unknown"  # the name of a base that is not on record
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class SteeringVector:
         base_fingerprint = None if base is None else Checkpoint.open(str(base)).fingerprint()
         return cls(
             deltas,
-            model_name(str(base or "unknown")),
+            model_name(str(base or _UNKNOWN)),
             base_fingerprint,
             recipe,
             {"family": "full", "depth": difference.depth},
@@ -221,8 +222,8 @@ class SteeringVector:
                 joined[name] = delta
         recipe = {"op": "+", "terms": [self.recipe, other.recipe]}
         shared = {k: v for k, v in self.info.items() if k in other.info and other.info[k] == v}
-        base_fingerprint = self.base_fingerprint or other.base_fingerprint
-        return SteeringVector(joined, self.base_id, base_fingerprint, recipe, shared)
+        known = self._better_known(other)
+        return SteeringVector(joined, known.base_id, known.base_fingerprint, recipe, shared)
 
     def __mul__(self, scalar: object) -> SteeringVector:
         if not isinstance(scalar, Real):
@@ -259,6 +260,17 @@ class SteeringVector:
                 f"The vectors have different bases: {self.base_id} ({self.base_fingerprint}) and "
                 f"{other.base_id} ({other.base_fingerprint}){copies}."
             )
+
+    def _better_known(self, other: SteeringVector) -> SteeringVector:
+        """The operand whose base a sum is of, by name and fingerprint; warns where the other one names another."""
+        known, less = sorted((self, other), key=lambda v: (v.base_fingerprint is None, v.base_id == _UNKNOWN))
+        names = {model_name(v.base_id) for v in (known, less)} - {_UNKNOWN}
+        if less.base_fingerprint is None and len(names) > 1:
+            console.warn(
+                f"two vectors are added that name different bases, {known.base_id} and {less.base_id}; the latter has "
+                f"no fingerprint, so only shapes were compared. The sum is taken for one of {known.base_id}."
+            )
+        return known
 
     # ---- what it is ---------------------------------------------------------------------------------------------
 
@@ -603,7 +615,7 @@ class SteeringVector:
 
         family, deltas = read_adapter(folder, None)
         config = read_json(folder / "adapter_config.json", dict[str, Any], "make or download it again")
-        base = str(config.get("base_model_name_or_path") or "unknown")
+        base = str(config.get("base_model_name_or_path") or _UNKNOWN)
         source = {"adapter": folder.name, "sha256": sha256_file(folder / PEFT_WEIGHTS)}
         return cls(deltas, base, None, source, {"family": family})
 
@@ -913,7 +925,7 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
     require_place(options.to)
     base_fingerprint = None if options.base is None else Checkpoint.open(options.base).fingerprint()
     difference = Difference(options.pos, options.neg, options.kinds)
-    base, info = model_name(options.base or "unknown"), {"family": "full", "depth": difference.depth}
+    base, info = model_name(options.base or _UNKNOWN), {"family": "full", "depth": difference.depth}
     info |= {} if options.behavior is None else {"behavior": options.behavior}
     recipe: dict[str, Any] = {"op": "checkpoints", "pos": slug(options.pos), "neg": slug(options.neg)}
     if options.rank is not None:
