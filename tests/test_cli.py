@@ -396,10 +396,11 @@ def test_inspect_says_what_a_vector_is(tmp_path, monkeypatch, capsys):
     from ws.cli import inspect
 
     factors = LinearDelta(2, 2, u=torch.ones(2, 1), v=torch.ones(1, 2))
-    vector = ws.SteeringVector({"model.layers.0.mlp.up_proj": factors}, "someone/else", "0123", {}, {"behavior": "wit"})
+    modules = dict.fromkeys(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"], factors)
+    vector = ws.SteeringVector(modules, "someone/else", "0123", {}, {"behavior": "wit"})
     inspect(InspectConfig(str(vector.save(tmp_path / "v"))))
     said = " ".join(capsys.readouterr().out.split())
-    assert "base someone/else (0123) behavior wit modules 1" in said
+    assert "base someone/else (0123) behavior wit modules 2 parameters stored 4 largest" in said
     assert "largest rank 1 loads as a PEFT LoRA yes norm 2" in said
 
 

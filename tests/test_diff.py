@@ -655,6 +655,17 @@ def test_a_low_rank_folder_is_a_lora_of_scale_one(tmp_path):
     assert ws.SteeringVector.load(nothing).is_zero
 
 
+def test_modules_that_share_a_linear_change_are_a_lora_too(tmp_path):
+    shared = low()
+    a = vector({"layers.0.up": shared, "layers.1.up": shared}).save(tmp_path / "v")
+    assert load_file(a / "adapter_model.safetensors").keys() == {
+        f"base_model.model.layers.{i}.up.lora_{m}.weight" for i in range(2) for m in "AB"
+    }
+    loaded = ws.SteeringVector.load(a)
+    assert vector_digest(loaded) == vector_digest(vector({"layers.0.up": shared, "layers.1.up": shared}))
+    assert loaded.shared == {"layers.1.up": "layers.0.up"}
+
+
 CALIBRATION = {
     "format": 1, "negative": {"alpha": -0.5, "converged": True}, "positive": {"alpha": 0.75, "converged": True},
     "tokenizer": "t", "model": "m",

@@ -256,6 +256,18 @@ def test_a_module_that_does_not_change_has_a_row_without_shares(qwen3, tmp_path)
     assert module.summary_rows({}, parts)[0]["left_top"] == rows[0]["left_top"]
 
 
+def test_modules_that_share_one_change_are_measured_once(tiny, tmp_path):
+    model, _ = tiny
+    table = model.get_input_embeddings().weight
+    shared = LinearDelta(*table.shape, e=0.01 * torch.randn(table.shape), kind="embedding")
+    query = LinearDelta(64, 64, u=torch.ones(64, 1), v=torch.ones(1, 64))
+    modules = {"model.embed_tokens": shared, "lm_head": shared, "model.layers.0.self_attn.q_proj": query}
+    vector = ws.SteeringVector(modules, "tiny-random", None)
+    parts = measure_subspaces(vector, model, BaseSpectra(model, tmp_path))
+    assert [p.kind for p in parts] == ["embed_tokens", "q_proj"]
+    assert module.summary_rows({}, parts)[0]["norm"] == pytest.approx(vector.norm(), rel=1e-5)
+
+
 # ---- the command ------------------------------------------------------------------------------------------------
 
 

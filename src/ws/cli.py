@@ -147,7 +147,7 @@ def inspect(config: InspectConfig) -> None:
         "base": f"{vector.base_id} ({vector.base_fingerprint or 'fingerprint unknown'})",
         **{k: v for k, v in vector.info.items() if not k.endswith("sha256")},
         "modules": len(vector.deltas),
-        "parameters stored": sum(t.numel() for d in vector.deltas.values() for t in d.coordinates().values()),
+        "parameters stored": vector.numbers,
         "largest rank": vector.max_rank,
         "loads as a PEFT LoRA": "yes" if vector.is_low_rank else "no",
     }

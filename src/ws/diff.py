@@ -290,6 +290,17 @@ class SteeringVector:
         return int(self.info.get("depth") or max(layer_of(n) or 0 for n in self.deltas) + 1)
 
     @property
+    def single(self) -> dict[str, LinearDelta]:
+        """The changes, each once: those that modules share (tied weights) by the first one's name."""
+        shared = self.shared
+        return {name: delta for name, delta in self.deltas.items() if name not in shared}
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers its changes hold."""
+        return sum(t.numel() for d in self.single.values() for t in d.coordinates().values())
+
+    @property
     def max_rank(self) -> int:
         """The largest number of low-rank columns of any module."""
         return max(d.rank for d in self.deltas.values())
@@ -400,9 +411,8 @@ class SteeringVector:
             raise WsError(
                 f"No module of this vector (family: {family}) has a low-rank part; there is nothing to compress."
             )
-        single = {n: self.deltas[n] for n in self.deltas.keys() - self.shared.keys()}
-        errors = {n: parts[n][1] for n in single}
-        sizes = {n: LinearDelta(d.d_out, d.d_in, u=d.u, v=d.v).norm() for n, d in single.items()}
+        errors = {n: parts[n][1] for n in self.single}
+        sizes = {n: LinearDelta(d.d_out, d.d_in, u=d.u, v=d.v).norm() for n, d in self.single.items()}
         asked = {"rank": rank} if energy is None else {"energy": float(energy)}
         recipe = {"op": "compress", **asked, **approximation_errors(errors, sizes), "of": self.recipe}
         return replace(self, deltas={n: d for n, (d, _) in parts.items()}, recipe=recipe)
@@ -628,16 +638,16 @@ class SteeringVector:
         return {n: first[id(d)] for n, d in self.deltas.items() if first[id(d)] != n}
 
     def _native_tensors(self) -> dict[str, Tensor]:
-        shared = self.shared
-        changes = {n: d for n, d in self.deltas.items() if n not in shared}
-        return {f"{n}:{c}": t for n, d in changes.items() for c, t in d.coordinates().items()}
+        return {f"{n}:{c}": t for n, d in self.single.items() for c, t in d.coordinates().items()}
 
     def _peft_tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors, shared = {}, self.shared
         for name, d in self.deltas.items():
             if d.u is not None and d.v is not None:
-                tensors[f"base_model.model.{name}.lora_A.weight"] = d.v
-                tensors[f"base_model.model.{name}.lora_B.weight"] = d.u
+                # PEFT wants the factors of every module, and safetensors no memory twice.
+                u, v = (d.u.clone(), d.v.clone()) if name in shared else (d.u, d.v)
+                tensors[f"base_model.model.{name}.lora_A.weight"] = v
+                tensors[f"base_model.model.{name}.lora_B.weight"] = u
         return tensors
 
     def _peft_config(self) -> Any:

@@ -246,6 +246,8 @@ def measure_subspaces(
 ) -> list[ModuleSubspace]:
     """The measures of every changed module, one module at a time.
 
+    Modules that share one change (tied weights) are measured once, by the first one's name.
+
     Args:
         k: directions per share; None for `part` of the smaller dimension of each module, at least 1.
 
@@ -254,7 +256,8 @@ def measure_subspaces(
     """
     if vector.is_zero:
         raise WsError("The steering vector is zero: it lies nowhere.")
-    matched, weak = vector.matched(model), spectra.readout()
+    single, weak = vector.single, spectra.readout()
+    matched = [m for m in vector.matched(model) if m[0] in single]
     for name, delta, _ in matched:
         _count(name, min(delta.d_out, delta.d_in), k, part)
     measured = []

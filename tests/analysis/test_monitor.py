@@ -111,6 +111,16 @@ def test_what_tied_modules_share_counts_once():
     assert apart.cosine == pytest.approx(low.cosine(library["whole"], model), abs=1e-5), "nor where it stays untouched"
 
 
+def test_a_module_that_the_vector_leaves_as_it_is_is_none_of_its_modules(qwen3):
+    still, moved = (vector_of(qwen3, 1, (name,)) for name in (UP, QUERY))
+    vector = 0 * still + moved
+    monitor, change = Monitor({"v": vector}, qwen3), vector_of(qwen3, 2)
+    with pytest.raises(ws.WsError, match="'v' have no module in common"):
+        monitor.read(still)
+    (found,), (alone,) = monitor.read(change), Monitor({"v": moved}, qwen3).read(change)
+    assert (found.cosine, found.norm, found.p) == (alone.cosine, alone.norm, alone.p)
+
+
 def test_layers_add_up(qwen3):
     change = vector_of(qwen3, 1) + vector_of(qwen3, 2, (UP,))
     v = vector_of(qwen3, 1) + vector_of(qwen3, 4, ("model.layers.0.mlp.down_proj",))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import ws
 from conftest import build_adapter, build_model
-from ws.analysis.trim import losses, main, scale_depth, total_error, trim
+from ws.analysis.trim import losses, main, render, scale_depth, total_error, trim
 from ws.delta import LinearDelta
 from ws.diff import vector_digest
 from ws.lm.models import fingerprint, layer_of, weight_of
@@ -168,6 +168,24 @@ def test_modules_outside_the_layers_stay_and_the_depth_is_the_bases(tiny):
         assert torch.allclose(scaled.deltas["model.layers.1.self_attn.q_proj"].u, factor * ones)
     with pytest.raises(ws.WsError, match="must be finite"):
         scale_depth(vector, 1.0, float("inf"))
+
+
+def test_what_tied_modules_share_is_lost_once(tiny):
+    model, _ = tiny
+    table, query = model.get_input_embeddings().weight, "model.layers.0.self_attn.q_proj"
+    shared = LinearDelta(*table.shape, e=torch.full(table.shape, 0.01), kind="embedding")
+    d_out, d_in = model.get_submodule(query).weight.shape
+    low = LinearDelta(d_out, d_in, u=torch.ones(d_out, 1), v=torch.ones(1, d_in) / 100)
+    vector = ws.SteeringVector({"model.embed_tokens": shared, "lm_head": shared, query: low}, "tiny-random", None)
+    small = vector.select(modules=["q_proj"])
+    lost = losses(vector, small, {})
+    assert [m.module for m in lost] == ["model.embed_tokens", query]
+    assert total_error(lost) == pytest.approx((small - vector).norm() / vector.norm(), rel=1e-6)
+    said = render(lost, vector, small)
+    assert "2 modules are left out" in said
+    assert f"{d_out + d_in:,} numbers instead of {table.numel() + d_out + d_in:,} (" in said
+    apart = losses(vector, vector.select(modules=["lm_head", "q_proj"]), {})
+    assert [m.error for m in apart] == [1.0, 0.0, 0.0], "what only one of them loses is another change"
 
 
 # ---- the command ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`ws monitor`: how far a fine-tune has moved along behaviours that are known as vectors.
 
-With `c` the change of a fine-tune against its base, `v` a vector of the library, and sums over the modules of `v`,
+With `c` the change of a fine-tune against its base, `v` a vector of the library, and sums over the modules that `v`
+changes,
 
     cosine = <c, v> / (|c| |v|)          projection = <c, v> / <v, v>
 
@@ -228,9 +229,11 @@ class Monitor:
         self._sizes: dict[str, dict[str, float]] = {}
         for name, vector in self.library.items():
             matched = vector.matched(base)
-            self._modules |= {n: module for n, _, module in matched}
-            self._sizes[name] = {n: delta.norm(weight_of(module)) ** 2 for n, delta, module in matched}
-            if not any(self._sizes[name].values()):
+            sizes = {n: delta.norm(weight_of(module)) ** 2 for n, delta, module in matched}
+            # A module that the vector leaves as it is gives no direction to move along.
+            self._sizes[name] = {n: size for n, size in sizes.items() if size}
+            self._modules |= {n: module for n, _, module in matched if n in self._sizes[name]}
+            if not self._sizes[name]:
                 raise WsError(f"The vector {name!r} of the library is zero.")
         read = [self.measure(change) for change in controls]
         self.controls = {name: np.array([_cosine(terms[name]) for terms in read]) for name in self.library}
@@ -271,7 +274,7 @@ class Monitor:
             square = delta.norm(weight) ** 2
             read.add(module)
             for name, vector in self.library.items():
-                if module in vector.deltas:
+                if module in self._sizes[name]:
                     inner = delta.inner(vector.deltas[module], weight)
                     term = Term(module, inner, square, self._sizes[name][module], weight.numel())
                     terms[name].setdefault((of, id(vector.deltas[module])), term)

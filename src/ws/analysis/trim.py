@@ -82,9 +82,15 @@ class ModuleLoss:
 
 
 def losses(before: SteeringVector, after: SteeringVector, weights: Mapping[str, Tensor]) -> list[ModuleLoss]:
-    """Every module's loss, the original's order; `weights` are needed for modules that are not purely low-rank."""
-    modules = []
+    """Every module's loss, the original's order; `weights` are needed for modules that are not purely low-rank.
+
+    Modules that share one change (tied weights), before and after, have one loss, by the first one's name.
+    """
+    modules, pairs = [], dict[tuple[int, int], str]()
     for name, delta in before.deltas.items():
+        pairs.setdefault((id(delta), id(after.deltas.get(name))), name)
+    for name in pairs.values():
+        delta = before.deltas[name]
         weight, left = weights.get(name), after.deltas.get(name, delta.holding({}))
         lost = (delta - left).norm(weight)
         modules.append(ModuleLoss(name, delta.rank, left.rank, delta.norm(weight), lost))
@@ -124,11 +130,12 @@ def render(modules: list[ModuleLoss], before: SteeringVector, after: SteeringVec
     cells = [[m.module, m.rank_before, m.rank, f"{m.size:.4g}", f"{m.error:.4f}"] for m in remaining[:_SHOWN]]
     table = tabulate(cells, ["module", "rank", "new rank", "norm", "relative error"], disable_numparse=True)
     more = f"\n... and {len(remaining) - _SHOWN} modules that lose no more" if len(remaining) > _SHOWN else ""
-    dropped = f"\n{len(modules) - len(remaining)} modules are left out" if len(modules) > len(remaining) else ""
-    numbers = [sum(t.numel() for d in v.deltas.values() for t in d.coordinates().values()) for v in (before, after)]
+    n_dropped = len(before.deltas) - len(after.deltas)
+    dropped = f"\n{n_dropped} modules are left out" if n_dropped else ""
+    share = after.numbers / before.numbers
     return (
         f"{table}{more}{dropped}\n\nThe trimmed vector differs from the original by {total_error(modules):.4f} of its "
-        f"Frobenius norm and stores {numbers[1]:,} numbers instead of {numbers[0]:,} ({numbers[1] / numbers[0]:.0%})."
+        f"Frobenius norm and stores {after.numbers:,} numbers instead of {before.numbers:,} ({share:.0%})."
     )
 
 

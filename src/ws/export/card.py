@@ -320,13 +320,12 @@ For research on how behaviours lie in weights, and for steering a model whose an
 
 def _how_it_was_made(about: Subject) -> str:
     vector = about.vector
-    numbers = sum(t.numel() for d in vector.deltas.values() for t in d.coordinates().values())
     facts = {
         "base": f"{_base(vector)}, fingerprint of its weights {vector.base_fingerprint or 'unknown'}",
         "behaviour": vector.info.get("behavior", "not recorded"),
         "family": vector.info.get("family", "several"),
         "vector": _formula(vector.recipe),
-        "changes": f"{len(vector.deltas)} modules, largest rank {vector.max_rank}, {numbers:,} numbers",
+        "changes": f"{len(vector.deltas)} modules, largest rank {vector.max_rank}, {vector.numbers:,} numbers",
         "made with": _versions(about) or "not recorded",
     }
     table = tabulate(facts.items(), ["", ""], tablefmt="github", disable_numparse=True)
