@@ -109,6 +109,9 @@ BROKEN = {
     "no claims": ('items = [{ id = "x", claim = "ice is hot", true = false, split = "report" }]', "", "non-empty list"),
     "missing table": ("[personas]", "[personae]", "Did you mean 'personas'"),
     "name with a slash": ('name = "mine"', 'name = "../mine"', "names a folder"),
+    "opener of several": ('opener = "My answer:"', 'opener = ["Well:", "So:"]', r"opener must be a text.*\['Well:'"),
+    "judge turned off": ("schema = 1", "schema = 1\njudge = false", "judge must be a non-empty string"),
+    "judge without words": ("schema = 1", 'schema = 1\njudge = " "', "judge must be a non-empty string"),
     "empty name": ('name = "mine"', 'name = ""', "name must be a non-empty string"),
 }
 

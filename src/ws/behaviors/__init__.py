@@ -355,6 +355,7 @@ def parse_behavior(content: bytes, file: str, folder: Path, model: str | None = 
     questions = _questions(draft, raw, pairs, preferences)
     test, borrowed = _claim_test(draft, raw, model)
     table = _table(draft, raw, "statements", STATEMENT_KEYS) if "statements" in raw else None
+    generic_judge = f"Does the answer fit this description: {summary} Answer Yes or No."
     draft.behavior = Behavior(
         name=name,
         summary=summary,
@@ -362,7 +363,7 @@ def parse_behavior(content: bytes, file: str, folder: Path, model: str | None = 
         negative=negative,
         questions=questions,
         claims=test,
-        judge=str(raw.get("judge", f"Does the answer fit this description: {summary} Answer Yes or No.")),
+        judge=_text(draft, raw, "judge", "top level") if "judge" in raw else generic_judge,
         digest=hashlib.sha256(_without_rubric(content, raw) + borrowed + read).hexdigest(),
         keep_refusals=raw.get("keep_refusals") is True,
         pairs=pairs,
@@ -475,11 +476,14 @@ def _claim_test(draft: Draft, raw: Mapping[str, Any], model: str | None) -> tupl
             return None, b""
         draft.borrowed, borrowed = source, file.read_bytes()
         table = parse_toml(borrowed.decode("utf-8"))["claims"] | {"effect": table.get("effect")}
-    about = str(table.get("about", "facts"))
+    about, opener = str(table.get("about", "facts")), table.get("opener", "")
+    if not isinstance(opener, str):
+        draft.refuse(where, f"opener must be a text, empty for none, not {opener!r}.")
+        opener = ""
     draft.attempt(where, partial(choose, "subject of claims", about, CLAIMS_ABOUT))
     test = ClaimTest(
         question=_template(draft, table, "question", "claim", where),
-        opener=str(table.get("opener", "")),
+        opener=opener,
         agree=_text(draft, table, "agree", where),
         disagree=_text(draft, table, "disagree", where),
         effect=effect,
