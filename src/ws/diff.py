@@ -602,13 +602,10 @@ class SteeringVector:
         Raises:
             WsError: no vector there, a half-written or altered folder, or a newer format.
         """
-        recover(Path(folder).parent)
-        folder = find(folder, VECTOR_FILES)
+        folder = vector_folder(folder)
         if not (folder / MANIFEST).exists():
             if (folder / "adapter_config.json").is_file():
                 return cls._from_foreign_lora(folder)
-            if (folder / "vector" / MANIFEST).is_file():
-                return cls.load(folder / "vector")
             if below := sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{MANIFEST}")):
                 raise WsError(f"{folder} is not a steering vector; give one that lies below it, such as {below[0]}.")
             raise WsError(f"{folder} is not a steering vector: {MANIFEST} is missing (half-written?); make it again.")
@@ -667,6 +664,14 @@ class SteeringVector:
         )
         config.target_modules = sorted(ranks)  # PEFT makes a set of it, which is written in another order every time
         return config
+
+
+def vector_folder(name: str | Path) -> Path:
+    """The folder with the files of the vector that `SteeringVector.load` reads by this name; errors as of `find`."""
+    recover(Path(name).parent)
+    folder = find(name, VECTOR_FILES)
+    is_one = any((folder / file).is_file() for file in (MANIFEST, "adapter_config.json"))
+    return folder if is_one or not (folder / "vector" / MANIFEST).is_file() else vector_folder(folder / "vector")
 
 
 def require_place(folder: Path) -> None:

@@ -21,6 +21,7 @@ from ws.export.lora import as_lora, vllm_lines
 from ws.export.lora import main as export_peft
 from ws.export.merged import EXPORT_FILE, export_merged
 from ws.export.merged import main as merge
+from ws.export.source import strength_text
 from ws.lm.checkpoints import Checkpoint
 from ws.lm.models import fingerprint, load_tokenizer
 from ws.options.use import LoraOptions, MergedOptions
@@ -132,6 +133,12 @@ def test_the_command_writes_prints_and_stores(tmp_path, capsys, monkeypatch):
     with pytest.raises(ws.WsError, match="alpha 0"):
         export_peft(LoraOptions(vector=str(tmp_path / "vector"), alpha="0", to=tmp_path / "y"))
     assert not (tmp_path / "y").exists()
+
+
+def test_strengths_that_differ_have_names_that_differ():
+    names = {1.0: "+1", -1.0: "-1", 0.5: "+0.5", -2.5: "-2.5", 0.12341: "+0.12341", 0.12342: "+0.12342"}
+    assert {alpha: strength_text(alpha) for alpha in names} == {a: f"-alpha{name}" for a, name in names.items()}
+    assert strength_text(0.1 + 0.2) != strength_text(0.3)
 
 
 def test_vllm_is_told_a_rank_it_knows():

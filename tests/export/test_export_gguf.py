@@ -293,13 +293,17 @@ def test_the_command_writes_beside_the_run_and_says_how_to_serve_it(tiny, tmp_pa
     vector = planted(model, base_id="tiny-random")
     vector.save(tmp_path / "honesty" / "lora" / "vector")
     main(console.parse(GgufOptions, ["--out", str(tmp_path), "--alpha", "-0.5"]))
-    file = tmp_path / "honesty" / "lora" / "exports" / "honesty-lora.gguf"
+    file = tmp_path / "honesty" / "lora" / "exports" / "honesty-lora-alpha-0.5.gguf"
     lines = capsys.readouterr().out.splitlines()
     size = f"{file.stat().st_size / 1e6:.2f} MB"
     assert lines[0] == f"27 modules of a qwen3 model, ranks 1 to 4, {size}, strength -0.5 at scale 1"
     assert lines[-2:] == [f"in {file}", f"Next: llama-server -m base.gguf --lora-scaled {file}:1"]
-    direct = write_gguf_lora(vector, tmp_path / "honesty-lora.gguf", -0.5, model.config)
-    assert direct.file.read_bytes() == file.read_bytes()
+    direct = write_gguf_lora(vector, tmp_path / file.name, -0.5, model.config)
+    before = file.read_bytes()
+    assert direct.file.read_bytes() == before
+    main(console.parse(GgufOptions, ["--out", str(tmp_path)]))
+    assert {f.name for f in file.parent.iterdir()} == {"honesty-lora.gguf", file.name}
+    assert file.read_bytes() == before, "another strength is another file"
 
 
 def test_the_command_takes_a_named_vector_and_base(tmp_path, capsys):

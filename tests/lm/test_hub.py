@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
 
 import ws
 from conftest import build_adapter, build_model, tokens
@@ -464,6 +465,29 @@ def test_what_is_kept_of_a_push_takes_no_place_of_somebody_elses(run, tmp_path):
         with pytest.raises(ws.WsError, match="is not a vector with its card"):
             main(options(run, dry_run=True, to=place))
         assert {f: f.read_bytes() for f in place.iterdir()} == before
+
+
+def test_a_run_that_is_named_by_its_folder_is_sent_with_its_tables(run, tmp_path):
+    claims(run, vector_digest(load(run)))
+    main(options(run, dry_run=True, to=tmp_path / "sent"))
+    main(options(run, vector=str(run), dry_run=True, to=tmp_path / "named"))
+    sent, named = ({f.name: f.read_bytes() for f in (tmp_path / to).iterdir()} for to in ("sent", "named"))
+    assert sent == named
+    assert b"-1.250" in named["README.md"]
+    before = vector_digest(load(run))
+    with pytest.raises(ws.WsError, match="is the vector itself"):
+        export_peft(LoraOptions(str(run), alpha="2", to=run / "vector"))
+    assert vector_digest(load(run)) == before
+
+
+def test_numbers_that_modules_share_are_counted_once(run):
+    vector = load(run)
+    first, *_ = vector.deltas
+    twice = replace(vector, deltas={**vector.deltas, "lm_head": vector.deltas[first]})
+    assert f"{len(twice.deltas)} modules, largest rank {vector.max_rank}, {vector.numbers:,} numbers" in str(
+        vector_card(describe(twice, "ada/honesty"))
+    )
+    assert vector.numbers == sum(t.numel() for t in load_file(run / "vector" / WEIGHTS).values())
 
 
 def test_no_vector_is_written_beside_the_card_of_another(run, tmp_path):

@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig
 from ws import console
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
-from ws.export.source import vector_of
+from ws.export.source import strength_text, vector_of
 from ws.files.gguf import gguf_file, gguf_package, metadata_of
 from ws.files.public import public_name
 from ws.files.runs import atomic_file
@@ -233,10 +233,11 @@ def _write_tensors(writer: Any, factors: Sequence[GgufFactors]) -> None:
 
 def main(options: GgufOptions) -> None:
     """The command `python -m ws.export.gguf_lora`."""
-    file = options.target(f"{options.name}.gguf")
     vector = vector_of(options)
+    alpha = vector.strength(options.alpha)
+    file = options.target(f"{options.name}{'' if alpha == 1 else strength_text(alpha)}.gguf")
     config = None if options.model is None else load_config(options.model)
-    written = write_gguf_lora(vector, file, vector.strength(options.alpha), config)
+    written = write_gguf_lora(vector, file, alpha, config)
     base = gguf_file(options.model or vector.base_id) or "base.gguf"
     serve = shlex.join(["llama-server", "-m", str(base), "--lora-scaled", f"{file}:1"])
     console.show(console.Result(written.describe(), {"lora": written}, [file], serve))

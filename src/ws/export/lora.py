@@ -15,7 +15,7 @@ from tabulate import tabulate
 from ws import console
 from ws.diff import SteeringVector, require_place
 from ws.errors import WsError
-from ws.export.source import strength_text, vector_of
+from ws.export.source import folder_of, strength_text, vector_of
 from ws.files.gguf import gguf_file
 from ws.lm.models import layer_of, load_model, model_folder
 from ws.options.use import LoraOptions as LoraOptions
@@ -90,7 +90,7 @@ def main(options: LoraOptions) -> None:
     alpha = vector.strength(options.alpha)
     name = f"{options.name}{strength_text(alpha)}"
     folder = options.target(f"peft{strength_text(alpha)}")
-    if folder.exists() and folder.resolve() == Path(options.vector or f"{options.run_folder}/vector").resolve():
+    if folder.exists() and folder.resolve() == folder_of(options).resolve():
         raise WsError(f"{folder} is the vector itself; choose another place with --to.")
     require_place(folder)
     low = as_lora(vector, alpha, options.rank, options.max_error, options.model)

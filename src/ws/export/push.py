@@ -17,7 +17,7 @@ from ws import console
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES, read_units
 from ws.errors import WsError
 from ws.export.card import Subject, describe, stale_evaluations, vector_card
-from ws.export.source import vector_of
+from ws.export.source import folder_of, vector_of
 from ws.files.places import FolderKind
 from ws.files.public import is_local, public, public_name
 from ws.files.reading import read_json
@@ -74,7 +74,7 @@ def main(options: PushOptions) -> None:
     """The command `ws export push`."""
     o = options
     hub.check_name(o.repo)
-    source = _source(o)
+    source = folder_of(o)
     behavior = o.behavior if o.behavior.endswith(".toml") else None
     if o.to is not None:
         KIND.require(o.to)
@@ -95,14 +95,6 @@ def main(options: PushOptions) -> None:
         address = hub.send(folder, o.repo, o.message, o.private, replaces=VECTOR_FILES)
     data = {"sent": True, "repo": o.repo, "bytes": sizes, "address": address}
     console.show(console.Result(f"{table}\n\nin {address}", data, (), f'ws.SteeringVector.load("{o.repo}")'))
-
-
-def _source(options: PushOptions) -> Path:
-    """The folder with the files of the vector that the options name."""
-    if options.vector:
-        return hub.find(options.vector, VECTOR_FILES)
-    assert options.run_folder is not None
-    return options.run_folder / "vector"
 
 
 def _run(options: PushOptions, source: Path) -> Path | None:

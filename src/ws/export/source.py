@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ws.diff import SteeringVector
+from pathlib import Path
+
+from ws.diff import SteeringVector, vector_folder
 from ws.options.shared import ExportOptions as ExportOptions
 from ws.options.shared import VectorOptions as VectorOptions
 from ws.run import vector_of_run
@@ -16,6 +18,14 @@ def vector_of(options: VectorOptions) -> SteeringVector:
     return vector_of_run(options.out, options.behavior, options.adapter, options.seed)[1]
 
 
+def folder_of(options: VectorOptions) -> Path:
+    """The folder with the files of the vector that options name; `WsError` when a named one is not there."""
+    if options.vector:
+        return vector_folder(options.vector)
+    assert options.run_folder is not None
+    return options.run_folder / "vector"
+
+
 def strength_text(alpha: float) -> str:
-    """A strength as a part of a file's name: `-alpha+1`, `-alpha-0.5`."""
-    return f"-alpha{alpha:+.4g}"
+    """A strength as a part of a file's name: `-alpha+1`, `-alpha-0.5`; two strengths never have the same."""
+    return f"-alpha{float(alpha):+}".removesuffix(".0")
