@@ -656,14 +656,17 @@ def test_a_low_rank_folder_is_a_lora_of_scale_one(tmp_path):
 
 
 def test_modules_that_share_a_linear_change_are_a_lora_too(tmp_path):
-    shared = low()
-    a = vector({"layers.0.up": shared, "layers.1.up": shared}).save(tmp_path / "v")
-    assert load_file(a / "adapter_model.safetensors").keys() == {
-        f"base_model.model.layers.{i}.up.lora_{m}.weight" for i in range(2) for m in "AB"
+    one = low()
+    a = vector({"layers.0.up": one, "layers.1.up": one, "layers.2.up": 2 * one})
+    a.save(tmp_path / "v")
+    assert load_file(tmp_path / "v" / "adapter_model.safetensors").keys() == {
+        f"base_model.model.layers.{i}.up.lora_{m}.weight" for i in range(3) for m in "AB"
     }
-    loaded = ws.SteeringVector.load(a)
-    assert vector_digest(loaded) == vector_digest(vector({"layers.0.up": shared, "layers.1.up": shared}))
+    loaded = ws.SteeringVector.load(tmp_path / "v")
+    assert vector_digest(loaded) == vector_digest(a)
     assert loaded.shared == {"layers.1.up": "layers.0.up"}
+    scaled = vector({"layers.0.up": low(g=draw(INNER)), "layers.1.up": 2 * one, "layers.2.up": one})
+    assert vector_digest(ws.SteeringVector.load(scaled.save(tmp_path / "w"))) == vector_digest(scaled)
 
 
 CALIBRATION = {

@@ -569,7 +569,7 @@ class SteeringVector:
         stored = replace(self, deltas=self.each(lambda delta: delta.to("cpu", dtype)))
         tensors = stored._peft_tensors() if low_rank else stored._native_tensors()
         with atomic_folder(folder, VECTOR) as part:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, part / weights)
+            save_file(_apart(tensors), part / weights)
             stored._take_along(folder / CALIBRATION, part)
             if low_rank:
                 stored._peft_config().save_pretrained(str(part))
@@ -638,13 +638,11 @@ class SteeringVector:
         return {f"{n}:{c}": t for n, d in self.single.items() for c, t in d.coordinates().items()}
 
     def _peft_tensors(self) -> dict[str, Tensor]:
-        tensors, shared = {}, self.shared
+        tensors = {}
         for name, d in self.deltas.items():
             if d.u is not None and d.v is not None:
-                # PEFT wants the factors of every module, and safetensors no memory twice.
-                u, v = (d.u.clone(), d.v.clone()) if name in shared else (d.u, d.v)
-                tensors[f"base_model.model.{name}.lora_A.weight"] = v
-                tensors[f"base_model.model.{name}.lora_B.weight"] = u
+                tensors[f"base_model.model.{name}.lora_A.weight"] = d.v
+                tensors[f"base_model.model.{name}.lora_B.weight"] = d.u
         return tensors
 
     def _peft_config(self) -> Any:
@@ -664,6 +662,16 @@ class SteeringVector:
         )
         config.target_modules = sorted(ranks)  # PEFT makes a set of it, which is written in another order every time
         return config
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous and no two in one memory, as safetensors asks; multiples of a change share its V."""
+    apart, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.contiguous() if memory not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(memory)
+    return apart
 
 
 def vector_folder(name: str | Path) -> Path:
