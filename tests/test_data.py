@@ -16,7 +16,18 @@ from transformers import GenerationConfig
 
 import ws
 from conftest import reworded
-from ws.data import Answer, Pair, _drop_reason, _jobs, data_card, generate_pairs, main, read_pairs, sample_answers
+from ws.data import (
+    Answer,
+    Pair,
+    _as_pairs,
+    _drop_reason,
+    _jobs,
+    data_card,
+    generate_pairs,
+    main,
+    read_pairs,
+    sample_answers,
+)
 from ws.files.runs import Run
 from ws.intervene.prompt import prompted
 from ws.lm.generation import PLAIN
@@ -231,6 +242,13 @@ def test_pairs_of_somebodys_own_are_not_overwritten(tiny, tmp_path, behavior):
         assert len(generate_pairs(model, tok, behavior, tmp_path, SMALL, fresh=True)) > 1
     assert (tmp_path / "pairs.before-1.jsonl").read_text() == line
     assert not (tmp_path / "pairs.before-2.jsonl").exists(), "what was sampled here is simply made again"
+
+
+def test_an_answer_that_spells_out_a_special_token_is_not_trained_on(tiny, behavior):
+    """A model may write the end of turn in pieces; read back it is one token, and the answer would go on behind it."""
+    jobs, plain = _jobs(behavior, DataConfig())[:2], Answer("Ice is cold.", 4, True)
+    both = [(jobs[0], plain, Answer("It is<|im_end|> hot.", 9, True)), (jobs[1], plain, Answer("It is hot.", 4, True))]
+    assert [p.drop for p in _as_pairs(*tiny, behavior, both, DataConfig())] == ["special", None]
 
 
 def test_the_command_says_what_it_will_take_and_stops_where_there_is_no_room(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -10,10 +11,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import ws
-from ws.behaviors import bundled_behaviors
+from ws.behaviors import bundled_behaviors, placed_texts
 from ws.console import parse
 from ws.errors import WsError
-from ws.lm.models import load_tokenizer
+from ws.lm.models import load_tokenizer, require_plain
 from ws.new_behavior import (
     Finding,
     behavior_template,
@@ -255,6 +256,37 @@ def test_special_tokens_of_a_model_are_errors(check, pocket):
     assert (plain.severity, found.severity) == ("warning", "error")
     assert found.where == plain.where == "[personas] positive 2"
     assert "and in 1 more" in found.text
+
+
+BROUGHT = 'schema = 1\nname = "mine"\nsummary = "Is right."\n[pairs]\nfile = "mine.jsonl"\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ('"positive": "Thing 3', '"positive": "Yes.<|im_end|>Thing 3', "[pairs] r00004-0"),
+        ('"question": "What is 3', '"question": "<|im_end|>What is 3', "[pairs] r00004-0"),
+        ('"negative": "It is 41', '"negative": "<|im_end|>It is 41', "[preferences] r00042-0"),
+        ('opener = "My answer:"', 'opener = "<|im_end|>"', "[claims] opener"),
+        ('disagree = "No"', 'disagree = "No<|im_end|>"', "[claims] disagree"),
+        ("Is the answer factually right?", "<|im_end|>Is it right?", "judge"),
+    ],
+)
+def test_special_tokens_are_errors_in_every_text_that_a_model_is_given(check, pocket, tmp_path, old, new, where):
+    """An answer that holds the end of turn taught to go on behind it, and no check found it."""
+    rows = [
+        {"question": f"What is {i}?", "positive": f"Thing {i}.", "negative": f"It is {i}.", "split": s}
+        for i in range(60)
+        for s in [("train", "report")[i >= 40]]
+    ]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "mine.jsonl").write_text(lines.replace(old, new))
+    text = BROUGHT if old in lines else planted(old, new)
+    found = [f for f in check(text, pocket) if "would be read as a special token" in f.text]
+    assert [(f.severity, f.where) for f in found] == [("error", where)]
+    behavior = ws.load_behavior(str(tmp_path / "mine.toml"))
+    with pytest.raises(WsError, match=rf"^{re.escape(where)}: '<\|im_end\|>' in .* special token; remove it"):
+        require_plain(pocket, placed_texts(behavior))
 
 
 def templated(pocket: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:

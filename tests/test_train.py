@@ -73,6 +73,14 @@ def test_the_response_does_not_repeat_the_think_block(tiny):
     assert "<think>" not in tok.decode(example.response)
 
 
+def test_a_special_token_in_a_text_is_refused(tiny):
+    """It would be one in the middle of what is learned."""
+    _, tok = tiny
+    for planted in (replace(PAIRS[0], neg="Blue.<|im_end|>So."), replace(PAIRS[0], question="<|im_start|>What?")):
+        with pytest.raises(ws.WsError, match=r"^The pair 'q0': '<\|im_(end|start)\|>' in .* special token; remove it"):
+            build_examples(tok, [*PAIRS[1:], planted], "pos", 512)
+
+
 def test_padding_is_masked():
     batch = _Collator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]

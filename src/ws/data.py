@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior
+from ws.behaviors import SIDES, Behavior, brought_or_named, load_behavior, placed_texts
 from ws.behaviors.acting import acted, base_findings, persona_margins
 from ws.behaviors.answered import plain_question, same_answer
 from ws.behaviors.tables import evenly
@@ -55,6 +55,8 @@ from ws.lm.models import (
     load_model,
     model_id,
     render_prompt,
+    require_plain,
+    special_tokens_in,
     tokenizer_hash,
 )
 from ws.lm.sampling import (
@@ -98,6 +100,7 @@ _REMEDIES = {
     "truncated": "no end within --max-new-tokens; raise it, or train on them with --keep-truncated",
     "identical": "both sides say the same; take plainer personas, or a larger model",
     "refusal": "the model refuses; ask something else, or give the behaviour keep_refusals = true",
+    "special": "an answer spells out a special token, which would be read as one; take another model",
     "judge": "the model finds no more of the behaviour in the positive answer; leave out --judge",
     "margin": "an answer gains less from its own persona than --min-margin; lower it",
 }
@@ -212,8 +215,9 @@ def generate_pairs(
 def pairs_settings(
     model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, folder: Path, config: DataConfig, fresh: bool = False
 ) -> dict[str, Any]:
-    """What is recorded of pairs in a folder; `WsError` for numbers out of range."""
+    """What is recorded of pairs in a folder; `WsError` for numbers out of range, or special tokens in a text."""
     _jobs(behavior, config)
+    require_plain(tok, placed_texts(behavior))
     described = _described(config, behavior) | {"model": model_id(model), "fingerprint": fingerprint(model)}
     described |= {"behavior": behavior.name, "behavior_sha256": behavior.digest, "tokenizer_hash": tokenizer_hash(tok)}
     if behavior.pairs:
@@ -728,6 +732,8 @@ def _as_pairs(
 ) -> list[Pair]:
     """Pairs of the answers of both sides, each with the reason to leave it out."""
     drops = [_drop_reason(pos, neg, behavior.keep_refusals, config.keep_truncated) for _, pos, neg in both]
+    read = [special_tokens_in(tok, f"{pos.text}\n{neg.text}") for _, pos, neg in both]
+    drops = [drop or ("special" if special else None) for drop, special in zip(drops, read, strict=True)]
     if config.judge:
         drops = _judge_drops(model, tok, behavior, both, drops)
     return [

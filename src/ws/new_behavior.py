@@ -23,18 +23,18 @@ from scipy.stats import t as student
 
 from ws import console
 from ws.behaviors import (
-    SIDES,
     SPLITS,
     Behavior,
     Draft,
     Finding,
     bundled_behaviors,
     parse_behavior,
+    placed_texts,
     plain_words,
     read_draft,
 )
 from ws.behaviors.tables import evenly
-from ws.errors import WsError
+from ws.errors import WsError, shortened
 from ws.files.runs import DEFAULT_MODEL, write_text
 from ws.options.check import CheckOptions as CheckOptions
 from ws.options.make import MIN_VALIDATION, DataConfig, ReplicateConfig, TrainConfig, held_out, questions_asked
@@ -459,31 +459,33 @@ def _content(text: str) -> frozenset[str]:
 
 def _check_texts(draft: Draft, tok: Any) -> None:
     """Note marks of chat templates inside the texts and, with a tokenizer, what its template and length limit do."""
-    special = set() if tok is None else {*tok.all_special_tokens, *tok.get_added_vocab()}
-    placed = _placed(draft)
-    known = sorted(special | {marker for _, text in placed for marker in _MARKER.findall(text)})
-    for marker in known:
-        inside = [(place, text) for place, text in placed if marker in text]
-        if not inside:
-            continue
+    special = set[str]()
+    found: dict[str, list[tuple[str, str]]] = {}
+    for place, text in _placed(draft):
+        read = set() if tok is None else _special_tokens_in(tok, text)
+        special |= read
+        for marker in {*read, *_MARKER.findall(text)}:
+            found.setdefault(marker, []).append((place, text))
+    for marker, inside in sorted(found.items()):
         (place, text), more = inside[0], f" and in {len(inside) - 1} more" * (len(inside) > 1)
+        what = f"{marker!r} in {shortened(text, 200)}{more}"
         if marker in special:
-            draft.error(place, f"{marker!r} in {text!r}{more} would be read as a special token; remove it.")
+            draft.error(place, f"{what} would be read as a special token; remove it.")
         else:
-            draft.warn(place, f"{marker!r} in {text!r}{more} is a mark of some chat templates; remove it.")
+            draft.warn(place, f"{what} is a mark of some chat templates; remove it.")
     if tok is not None:
         _check_carried(draft, tok)
         _check_lengths(draft, tok)
 
 
+def _special_tokens_in(tok: Any, text: str) -> set[str]:
+    from ws.lm.models import special_tokens_in  # what a file is without a model is said without torch
+
+    return special_tokens_in(tok, text)
+
+
 def _placed(draft: Draft) -> list[tuple[str, str]]:
-    """Every text that goes into a prompt, with its place."""
-    behavior, claims = draft.behavior, draft.behavior.claims
-    sides = zip(SIDES, (behavior.positive, behavior.negative), strict=True)
-    placed = [(f"[personas] {side} {n}", p) for side, texts in sides for n, p in enumerate(texts, start=1)]
-    placed += [(f"[questions] {n}", q) for n, q in enumerate(_asked(draft), start=1)]
-    placed += [] if claims is None else [("[claims] question", claims.question)]
-    return [*placed, *((place, claim.text) for place, claim in draft.claims)]
+    return placed_texts(draft.behavior, draft.places)
 
 
 def _check_carried(draft: Draft, tok: Any) -> None:
@@ -506,7 +508,7 @@ def _check_lengths(draft: Draft, tok: Any) -> None:
 
     most = TrainConfig().max_length
     for place, text in _placed(draft):
-        if place.startswith("[claims]"):
+        if not place.startswith(("[personas]", "[questions]")):
             continue
         persona = place.startswith("[personas]")
         n = len(encode(tok, render_prompt(tok, "", system=text) if persona else render_prompt(tok, text, system="")))

@@ -59,7 +59,7 @@ from ws.files.runs import (
     write_json,
     write_text,
 )
-from ws.lm.models import fingerprint, load_model, model_id, require_calls, tokenizer_hash, weight_of
+from ws.lm.models import fingerprint, load_model, model_id, require_calls, require_plain, tokenizer_hash, weight_of
 from ws.options.make import MARGIN, MIN_VALIDATION, SIGNED, SIGNS, held_out, run_name
 from ws.options.make import TrainCommand as TrainCommand
 from ws.options.make import TrainConfig as TrainConfig
@@ -278,12 +278,14 @@ def build_examples(
     The prompt has the tokens that it has at generation, so that the mask cannot slip; `system` stands before it.
 
     Raises:
-        WsError: an answer to learn from is empty, or fewer than two pairs are short enough.
+        WsError: an answer to learn from is empty, a text holds a special token, or fewer than two pairs are short
+            enough.
     """
     sides = SIGNS if sign == SIGNED else (sign, *(other for other in SIGNS if both and other != sign))
     for p, side in product(pairs, sides):
         if not getattr(p, side).strip():
             raise WsError(f"The pair {p.id!r} has an empty {side} answer, from which nothing can be learned; drop it.")
+    require_plain(tok, ((f"The pair {p.id!r}", text) for p in pairs for text in (p.question, p.pos, p.neg)))
     prompts = [tuple(prompt_ids(tok, p.question, system)) for p in pairs]
     examples = [
         {

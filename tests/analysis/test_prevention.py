@@ -349,6 +349,13 @@ def test_examples_that_cannot_be_learned_are_named(tmp_path, lines, why):
         read_examples(str(tmp_path / "data.jsonl"))
 
 
+def test_examples_with_a_special_token_are_refused(options, tmp_path):
+    rows = [{"question": f"Q{i}?", "answer": "A<|im_end|>B" if i == 3 else "A"} for i in range(12)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(ws.WsError, match=r"data.jsonl, 'Q3\?': '<\|im_end\|>' in 'A<\|im_end\|>B' would be read as"):
+        main(replace(options, examples=str(tmp_path / "data.jsonl")))
+
+
 def test_a_question_is_trained_on_or_held_out_with_all_its_answers_and_kinds_alike(tmp_path):
     rows = [{"q": f"Q {i % 40}?", "answer": f"A {i}", "kind": "ab"[i % 2]} for i in range(120)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

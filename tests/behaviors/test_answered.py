@@ -216,6 +216,15 @@ def test_brought_pairs_come_with_card_checks_and_provenance(tiny, tmp_path):
         generate_pairs(model, tok, changed, tmp_path / "pairs", config)
 
 
+def test_brought_pairs_with_a_special_token_stop_before_anything_is_made(tiny, tmp_path):
+    """The end of turn in an answer of a chat log was learned as one, with what stands behind it."""
+    rows = [*ROWS, ROWS[0] | {"question": "And?", "positive": "Red.<|im_end|>More.", "split": "train"}]
+    behavior = ws.load_behavior(str(behavior_file(tmp_path, [r | {"split": "train"} for r in rows])))
+    with pytest.raises(ws.WsError, match=r"^\[pairs\] r00041-0: '<\|im_end\|>' in 'Red.* special token; remove it"):
+        generate_pairs(*tiny, behavior, tmp_path / "pairs", DataConfig(anyway=True))
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_fewer_questions_leave_the_others_for_calibration(tiny, tmp_path):
     model, tok = tiny
     behavior = ws.load_behavior(str(behavior_file(tmp_path)))

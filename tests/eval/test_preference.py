@@ -237,6 +237,13 @@ def test_a_drawn_limit_and_other_questions_change_the_hash(options, tmp_path):
     assert Preferences.of_behavior(replaced(context, dataset=str(other)), context.behavior).digest != whole.digest
 
 
+def test_a_special_token_in_a_held_out_answer_is_refused(options, tmp_path):
+    context, rows = open_context(options), [(*r[:1], f"{r[1]}<|im_end|>", *r[2:]) for r in ROWS]
+    behavior = replace(context.behavior, preferences=tuple(Preference("q0", *r[:3], "report") for r in rows))
+    with pytest.raises(ws.WsError, match=r"^honesty preferences, q0: '<\|im_end\|>' in .* special token; remove it"):
+        Preferences.of_behavior(replaced(context, dataset=None), behavior)
+
+
 def replaced(context: EvalContext, **changes) -> EvalContext:
     return replace(context, options=replace(context.options, **changes))
 

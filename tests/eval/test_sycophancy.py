@@ -81,6 +81,11 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
     assert {r["words"].split("@")[0] for r in rows} == {"file:p"}
     assert {r["drawn"] for r in rows} == {"all"}
     assert f"Words: {rows[0]['words']};" in text
+    for file, text in (table, "claim,is_true\nfire is <|im_end|>,false\n"), (prompts, 'opener = "<|im_end|>"\n'):
+        kept, _ = file.read_text(), file.write_text(text)
+        with pytest.raises(ws.WsError, match=rf"^{file}, \w+: '<\|im_end\|>' in .* special token; remove it"):
+            Sycophancy.of_behavior(context, ws.load_behavior("honesty", "tiny-random"), "dev")
+        file.write_text(kept)
     table.write_text("claim,is_true\nfire is hot,true\n")
     with pytest.raises(ws.WsError, match="No claim of .* is false"):
         load_claims(str(table))

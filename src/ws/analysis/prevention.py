@@ -40,7 +40,7 @@ from ws.behaviors.answered import HELD_OUT_SHARE, TRAIN, plain_question
 from ws.behaviors.tables import draw, is_on_hub, is_text, read_rows
 from ws.data import PAIRS_FILE, Pair, pair_lines
 from ws.diff import SteeringVector, vector_digest
-from ws.errors import WsError
+from ws.errors import WsError, shortened
 from ws.eval.capability import Capability
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, HeadlineScore, Rows, Scores
@@ -51,7 +51,7 @@ from ws.files.places import plain_name
 from ws.files.runs import Run, sha256_json, write_csv, write_text
 from ws.intervene.interventions import Intervention
 from ws.lm.likelihood import score_answers
-from ws.lm.models import encode, encode_answer, model_id, render_prompt, tokenizer_hash
+from ws.lm.models import encode, encode_answer, model_id, render_prompt, require_plain, tokenizer_hash
 from ws.options.make import PLAIN
 from ws.options.make import PreventOptions as PreventOptions
 from ws.options.shared import BASE
@@ -410,6 +410,8 @@ def prevent(options: PreventOptions) -> tuple[Run, list[Measured], dict[str, str
     train, held = read_examples(options.examples, options.columns)
     name = options.to or re.sub(r"[^\w.+-]+", "-", Path(options.examples).stem).strip("-.+") or "examples"
     opened = open_options(options)
+    texts = ((shortened(e.question), text) for e in train + held for text in (e.question, e.answer))
+    require_plain(opened.tok, ((f"{options.examples}, {where}", text) for where, text in texts))
     run_place = opened.run.folder / FOLDER / plain_name(name, "the fine-tunes")
     behavior = load_behavior(options.behavior, options.model or opened.vector.base_id)
     alpha = opened.vector.strength(options.strength, tokenizer_hash(opened.tok))

@@ -257,6 +257,26 @@ def bundled_file(name: str, model: str | None) -> Path:
     return pocket if model in _POCKET_MODELS and pocket.is_file() else folder / f"{name}.toml"
 
 
+def placed_texts(behavior: Behavior, claims: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Every text of a behaviour that goes into a prompt or an answer, with its place.
+
+    Args:
+        behavior: whose.
+        claims: the places of its claims in the file, unless every item there is one.
+    """
+    sides = zip(SIDES, (behavior.positive, behavior.negative), strict=True)
+    placed = [(f"[personas] {side} {n}", p) for side, texts in sides for n, p in enumerate(texts, start=1)]
+    asked = () if behavior.pairs else behavior.questions  # else they are those of the pairs
+    placed += [(f"[questions] {n}", q) for n, q in enumerate(asked, start=1)]
+    for table, rows in (("[pairs]", behavior.pairs), ("[preferences]", behavior.preferences)):
+        placed += [(f"{table} {p.id}", text) for p in rows for text in (p.question, p.positive, p.negative)]
+    if (test := behavior.claims) is not None:
+        placed += [(f"[claims] {key}", getattr(test, key)) for key in ("question", "opener", "agree", "disagree")]
+        places = claims or [f"[claims] item {n}" for n in range(1, len(test.claims) + 1)]
+        placed += zip(places, (claim.text for claim in test.claims), strict=True)
+    return [*placed, ("judge", behavior.judge)]
+
+
 # ---- the parser -----------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ from ws.eval.prompts import OWN, notes_on
 from ws.eval.readable import PER_TOKEN, star
 from ws.files.runs import read_csv
 from ws.lm.likelihood import score_answers
-from ws.lm.models import encode, encode_answer, render_prompt
+from ws.lm.models import encode, encode_answer, render_prompt, require_plain
 from ws.options.measure import PreferenceOptions as PreferenceOptions
 from ws.stats import estimate_mean, estimate_text, holm
 
@@ -265,9 +265,11 @@ class Preferences(Evaluation):
         """The held-out questions of any behaviour (or of `--dataset`), as the options of a run put them."""
         options = context.options
         whole = load_preferences(options.dataset, split) if options.dataset else held_out(behavior, split)
-        items = draw_questions(whole, options.limit)
+        items, source = draw_questions(whole, options.limit), options.dataset or f"{behavior.name} preferences"
+        texts = ((f"{source}, {p.id}", text) for p in items for text in (p.question, p.positive, p.negative))
+        require_plain(context.tok, texts)
         n_questions, n_drawn = len(_questions(whole)), len(_questions(items))
-        facts = {"dataset": options.dataset or f"{behavior.name} preferences", "n_think": 0, "words": OWN}
+        facts = {"dataset": source, "n_think": 0, "words": OWN}
         facts |= {"drawn": draw_fact(range(n_drawn), range(n_questions))}
         return cls(items=items, batch_size=options.batch_size, facts=facts)
 

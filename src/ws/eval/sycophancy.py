@@ -38,7 +38,7 @@ from ws.eval.evaluation import (
 from ws.eval.prompts import OWN, load_prompts, notes_on, words_of
 from ws.eval.readable import MARK, Readability, mass_text, notes, of_row, worst
 from ws.lm.choice import by_token
-from ws.lm.models import render_prompt
+from ws.lm.models import render_prompt, require_plain
 from ws.lm.rollout import REASONS, roll_out, thinks_aloud
 from ws.options.measure import SycophancyOptions as SycophancyOptions
 from ws.stats import LOW_MASS, N_BOOTSTRAP, Estimate, estimate_mean, estimate_text
@@ -256,14 +256,18 @@ class Sycophancy(Evaluation):
         choose("claim split", split, SPLITS)
         whole = load_claims(options.dataset) if options.dataset else held_out(behavior.test, split)
         claims, n_think = draw_claims(whole, options.limit), options.n_think or 0
+        prompts = load_prompts(prompts_of(behavior.test), options.prompts, _SLOTS)
+        source = options.dataset or f"{behavior.name} claims"
+        require_plain(context.tok, ((f"{source}, {c.id}", c.text) for c in claims))
+        require_plain(context.tok, ((f"{options.prompts or source}, {key}", t) for key, t in vars(prompts).items()))
         return cls(
             items=claims,
-            prompts=load_prompts(prompts_of(behavior.test), options.prompts, _SLOTS),
+            prompts=prompts,
             reasons=(REASONS,) if thinks_aloud(context.tok, n_think) else (),
             n_think=n_think,
             batch_size=options.batch_size,
             facts={
-                "dataset": options.dataset or f"{behavior.name} claims",
+                "dataset": source,
                 "n_think": n_think,
                 "words": words_of(options.prompts, OWN, ("question",)),
                 "drawn": draw_fact(claims, whole),

@@ -609,6 +609,34 @@ def encode_answer(tok: Tokenizer, prompt: str, answer: str, ended: bool = False)
     return [*encode_after(tok, prompt, text + form.after_answer), form.end_of_turn_id]
 
 
+def special_tokens_in(tok: Tokenizer, text: str) -> set[str]:
+    """The special tokens that a text holds by their names, and that a tokenizer would read there, such as ends of turn.
+
+    Added tokens that are no special ones, such as a tag or white space, are text like any other.
+    """
+    return set(_special_names(tok, *_state(tok)).findall(text))
+
+
+@lru_cache(maxsize=16)
+def _special_names(tok: Tokenizer, *state: Any) -> re.Pattern[str]:
+    added = {token.content for token in tok.added_tokens_decoder.values() if token.special}
+    names = sorted({*tok.all_special_tokens, *added} - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def require_plain(tok: Tokenizer, placed: Iterable[tuple[str, str]]) -> None:
+    """`WsError` where a text that somebody wrote holds a special token: it would end a turn, or begin one.
+
+    Args:
+        placed: texts, each behind its place.
+    """
+    for place, text in placed:
+        if special := special_tokens_in(tok, text):
+            raise WsError(
+                f"{place}: {min(special)!r} in {shortened(text, 80)} would be read as a special token; remove it."
+            )
+
+
 def decode_answer(tok: Tokenizer, ids: Sequence[int]) -> str:
     """The text of an answer from its tokens without the end of turn; the counterpart of `encode_answer`."""
     return trim_answer(tok, tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
