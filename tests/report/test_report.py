@@ -397,6 +397,65 @@ def test_nulls_are_no_results(whole):
     assert untrained == {f"{shuffled}, for delora seed 0.", f"{same_side}, for lora seed 0, delora seed 0."}
 
 
+@pytest.mark.parametrize("stage", ["compose", "trim"])
+def test_what_was_computed_from_other_vectors_is_no_further_evidence(whole, stage):
+    """`honesty*-1` was a second adapter of the verdict, and a null's part, whose name no longer ends like it, too."""
+    before, corrected = verdict_of(whole), forest(whole)
+    for name in ("neg", "lora-shuffled_rank-4", "lora-same-side"):
+        for seed in (0, 1):
+            folder = write_run(whole, name, seed, effect=2.0)
+            Run(folder).restart(stage, {"adapter": "lora"}).done([])
+    contents = read_contents(whole, "honesty")
+    assert contents.adapters == ["lora", "delora"]
+    assert contents.nulls == (), "what was computed is no trained null either"
+    assert (verdict_of(whole), forest(whole)) == (before, corrected)
+    (note,) = (n for n in notes(contents) if n.text.startswith("Computed vectors"))
+    assert "no further evidence, and are not counted here, for lora-same-side seed 0, " in note.text
+    assert (note.commands, note.is_left_out) == ((), True)
+    page = render(contents)
+    assert note.text.replace("'", "&#39;") in page
+    assert page.count("lora-shuffled_rank-4") == note.text.count("lora-shuffled_rank-4")
+
+
+def forest(out):
+    """Every shift of the page with its corrected p."""
+    contents = read_contents(out, "honesty")
+    return [(c.adapter, p.alpha, p.shift, p.p_holm) for c in curves_of(contents).values() for p in c.pooled]
+
+
+def test_rows_of_computed_vectors_in_shared_tables_are_left_out(tmp_path):
+    """One of them in `compare.csv` took the whole comparison off the page, as made at other strengths."""
+    folder = write_run(tmp_path)
+    write_calibration(folder)
+    write_compare(tmp_path)
+    Run(write_run(tmp_path, "neg")).restart("compose", {}).done([])
+    profile_tables(tmp_path, vector_digest(SteeringVector.load(folder / "vector")))
+    known = read_contents(tmp_path, "honesty")
+    for name in ("compare.csv", "profile.csv", "profile_summary.csv"):
+        rows = read_csv(tmp_path / "honesty" / name)
+        more = [r | {"adapter": "neg", "alpha": 3.5, "vectors": "0" * 12} for r in rows if r["adapter"] == "lora"]
+        write_csv(tmp_path / "honesty" / name, [*rows, *({k: r[k] for k in rows[0]} for r in more)])
+    contents = read_contents(tmp_path, "honesty")
+    assert (contents.compare, contents.profile, contents.profiles) == (known.compare, known.profile, known.profiles)
+    assert contents.gaps == known.gaps
+
+
+def test_a_page_of_computed_vectors_alone_is_refused(tmp_path):
+    Run(write_run(tmp_path, "neg")).restart("compose", {}).done([])
+    with pytest.raises(
+        ws.WsError, match=r"are computed from others \(neg\); make one with `ws replicate --behavior hon"
+    ):
+        read_contents(tmp_path, "honesty")
+
+
+def test_a_note_is_for_every_run_only_where_it_is(whole):
+    """As many runs as the page has, and none of them, were "every run"."""
+    for seed in range(4):
+        Run(write_run(whole, "neg", seed)).restart("compose", {}).done([])
+    (text,) = (n.text for n in notes(read_contents(whole, "honesty")) if n.text.startswith("Computed vectors"))
+    assert text.endswith("for neg seed 0, neg seed 1, neg seed 2, neg seed 3.")
+
+
 def test_a_comparison_at_other_strengths_is_not_used(tmp_path):
     folder = write_run(tmp_path)
     write_calibration(folder)

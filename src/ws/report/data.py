@@ -16,6 +16,7 @@ import msgspec
 from torch import Tensor
 
 from ws.analysis.compare_tables import NULLS
+from ws.analysis.compose import STAGES
 from ws.analysis.sweep_tables import POOLED
 from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavior
 from ws.console import command_line
@@ -56,6 +57,7 @@ _SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreem
 _FURTHER = (AGREEMENT, "frame_agreement_other", "mass_other_violate", "frames_agree_other_violate")
 _LABELLED = frozenset({"value_class", "protocol"})
 OTHER_TEXT = "made with another tokenizer or chat template"
+DERIVED = "made from other runs' by ws compose or ws trim, so they are no further evidence, and are not counted here"
 UNCERTAIN = "shown, but it is not on record which vector gave them"
 RELATIVE, PER_WEIGHT = "percent of W", "root mean square change of a weight"
 
@@ -66,10 +68,10 @@ class Gap:
 
     Attributes:
         what: a table's stage, `calibration`, `norms`, `samples`, `controls`, `compare`, `card`, `pooled`, `dilemmas`
-            (further tables of them) or `vector`.
+            (further tables of them), `vector` or `derived` (a run whose vector was computed from others).
         why: `missing`, or what is wrong with what is there.
         adapter, seed: of which run; None when it is of none.
-        command: what makes it.
+        command: what makes it; empty where nothing need be made.
     """
 
     what: str
@@ -86,7 +88,7 @@ class Gap:
     @property
     def is_left_out(self) -> bool:
         """Whether there is something that is not shown."""
-        return self.what in ("vector", "dilemmas") or self.why.startswith(("made ", "of another", "damaged"))
+        return self.what in ("vector", "dilemmas", "derived") or self.why.startswith(("made ", "of another", "damaged"))
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Contents:
         called: how commands call it: by its name or, unless it is bundled, by its file.
         behavior: as it was when the vectors were trained, None when that is not to be had.
         effect: the sign that a positive strength should give to agreement with false claims; None when unknown.
-        results: the runs of the behaviour's vectors.
+        results: the runs of the behaviour's vectors, without those computed from others (gaps called `derived`).
         nulls: the names of the runs that are nulls (label-shuffled, same-side).
         pooled: rows of `sweep_pooled.csv`.
         compare: rows of `compare.csv`, of the strengths that the vectors are calibrated to now.
@@ -210,15 +212,20 @@ def table_files() -> dict[str, tuple[str, dict[str, str]]]:
 
 
 def read_contents(out: Path, name: str) -> Contents:
-    """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector.
+    """Read what is in `out/<behavior>/`; `WsError` when no run there has a vector of its own.
 
     Args:
         out: where runs are.
         name: a behaviour's name or its TOML file; with the file the page can say what the behaviour is.
     """
     behavior = behavior_name(name)
-    folders = _runs(out, behavior)
-    gaps: list[Gap] = []
+    runs = _runs(out, behavior)
+    folders = [run for run in runs if not _is_derived(run[2])]
+    gaps = [Gap("derived", DERIVED, "", adapter, seed) for adapter, seed, folder in runs if _is_derived(folder)]
+    if not folders:
+        names = ", ".join(dict.fromkeys(adapter for adapter, _, _ in runs))
+        made = command_line("ws replicate", RunOptions(behavior=name, out=out), always=("behavior",))
+        raise WsError(f"All vectors below {out / behavior} are computed from others ({names}); make one with `{made}`.")
     results, tokenizer = [], cache(tokenizer_hash_on_disk)
     for adapter, seed, folder in folders:
         if not _is_null(adapter):
@@ -271,6 +278,14 @@ def _runs(out: Path, behavior: str) -> list[tuple[str, int, Path]]:
         raise WsError(f"No run below {out / behavior} has a vector; make one with `{made}`.{hint}")
     order = list(dict.fromkeys(row.get("adapter") for row in read_rows(out / behavior / POOLED) or ()))
     return sorted(runs, key=lambda r: (order.index(r[0]) if r[0] in order else len(order), r[0], r[1]))
+
+
+def _is_derived(folder: Path) -> bool:
+    """Whether a run's vector was computed from those of others, so that it says nothing that they do not."""
+    try:
+        return not Run(folder).manifest["stages"].keys().isdisjoint(STAGES)
+    except WsError:  # who reads the run says what is wrong with it
+        return False
 
 
 def _is_null(adapter: str) -> bool:
@@ -533,6 +548,7 @@ def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[d
     the runs were asked in other words or on other items; those of before items were on record stay."""
     file = folder / "compare.csv"
     rows = typed(_optional_table(file, "compare", "ws compare", gaps, texts=_COMPARE, sparse=_COMPARE_NUMBERS))
+    rows = _not_derived(rows, gaps)
     ours = [r for r in rows if r.get("intervention") == WEIGHT and r.get("part") in ("-1u", "+1u")]
     if not all(_same_strength(row, results) for row in ours):
         gaps.append(Gap("compare", "made at other strengths than the vectors are calibrated to now", "ws compare"))
@@ -563,6 +579,7 @@ def _profile(
         ("profile_summary.csv", _PROFILE | {"targets"}, _SELECTIVITY),
     ):
         rows = typed(_optional_table(folder / name, "profile", "ws profile", gaps, False, texts, ("alpha",), sparse))
+        rows = _not_derived(rows, gaps)
         same = [
             r
             for r in rows
@@ -573,6 +590,12 @@ def _profile(
             gaps.append(Gap("profile", "made with another vector", "ws profile"))
         tables.append(same)
     return tables[0], tables[1]
+
+
+def _not_derived(rows: Sequence[dict[str, Any]], gaps: Sequence[Gap]) -> list[dict[str, Any]]:
+    """The rows that are not of vectors computed from others."""
+    derived = {gap.adapter for gap in gaps if gap.what == "derived"}
+    return [row for row in rows if row["adapter"] not in derived]
 
 
 def _same_strength(row: Mapping[str, Any], results: Sequence[Result]) -> bool:

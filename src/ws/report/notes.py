@@ -27,6 +27,7 @@ _LABELS = {
     "card": "Data card",
     "pooled": "Pooled table of a sweep (sweep_pooled.csv)",
     "vector": "Vector",
+    "derived": "Computed vectors",
     "dilemmas": "Further dilemmas",
 }
 # Commands that begin from a model rather than from a run, and so must be told which.
@@ -39,7 +40,7 @@ class Note:
 
     Attributes:
         text: what, and why.
-        commands: what makes it, as they are typed.
+        commands: what makes it, as they are typed; none where nothing need be made.
         is_left_out: there is something, and it is not shown.
     """
 
@@ -58,7 +59,7 @@ def notes(contents: Contents) -> list[Note]:
         groups.pop(("controls", "missing"), None)
     made = []
     for (what, why), gaps in groups.items():
-        commands = dict.fromkeys(_complete(g.command, contents) for g in gaps)
+        commands = dict.fromkeys(_complete(g.command, contents) for g in gaps if g.command)
         text = f"{_label(what)}: {why}{_whose(gaps, contents)}."
         made.append(Note(text, tuple(commands), gaps[0].is_left_out))
     return sorted(made, key=lambda note: not note.is_left_out)
@@ -113,7 +114,7 @@ def _whose(gaps: Sequence[Gap], contents: Contents) -> str:
     named = [f"{g.adapter} seed {g.seed}" for g in gaps if g.adapter is not None]
     if not named:
         return ""
-    if len(named) == len(contents.results) > 1:
+    if {*named} == {r.name for r in contents.results} and len(named) > 1:
         return ", for every run"
     more = f" and {len(named) - 4} more" if len(named) > 4 else ""
     return f", for {', '.join(named[:4])}{more}"
