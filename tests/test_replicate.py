@@ -152,6 +152,8 @@ def test_nulls_of_signed_vectors_stand_beside_them(config, control):
     reading = replicate(replace(config, contrast="signed", control=control))
     assert reading.folder.name == f"lora-signed-{control}"
     assert reading.vector.info["contrast"] == "signed"
+    assert reading.vector.info["control"] == control
+    assert f"it is a null ({control})" in vector_card(describe(reading.vector, "a/b")).text
 
 
 def test_a_full_disk_is_said_first(config, monkeypatch):

@@ -754,6 +754,8 @@ class _StoredRecipe(msgspec.Struct):
     of: _StoredRecipe | None = None
     terms: list[dict[str, Any]] | None = None
     scalar: float | None = None
+    first: float | None = None
+    last: float | None = None
     expression: str | None = None
     config: dict[str, Any] | None = None
 

@@ -405,6 +405,7 @@ def _vector(model: PreTrainedModel, run: Run, behavior: Behavior, config: Replic
             sides = {"pos": sides[SIGNED], "neg": SteeringVector.from_adapter(arms[SIGNED], model, mirrored=True)}
         vector = sides["pos"] - sides["neg"]
         info = dict(vector.info) | {"behavior": behavior.name, "behavior_sha256": behavior.digest, "seed": config.seed}
+        info |= {"control": config.control} if config.control != "none" else {}
         info |= {"contrast": SIGNED} if config.contrast == SIGNED else {}
         info |= {"tuned": "on dev", "tuned_sha256": sha256_file(tuned_file(config))} if config.tuned else {}
         vector = SteeringVector(vector.deltas, config.model, vector.base_fingerprint, vector.recipe, info)

@@ -23,6 +23,8 @@ from conftest import build_adapter, build_model, tokens
 from support.stand_in_hub import GATED, READ_ONLY, TOKEN, Repository, StandInHub
 from support.statements import rows as statement_rows
 from ws import console
+from ws.analysis.compose import Operand, Term, compose
+from ws.analysis.trim import scale_depth
 from ws.diff import CALIBRATION, MANIFEST, VECTOR_FILES, Units, vector_digest
 from ws.eval.statements import load_statements, trait_files
 from ws.export.card import describe, is_local, merged_card, public, public_command, public_name, vector_card
@@ -555,6 +557,64 @@ def test_the_card_says_what_the_vector_is(run):
     assert "Not evaluated" in text
     assert "subtracted makes a model dishonest" in text
     assert "not a safety measure" in text
+
+
+MORE = "a positive `alpha` gives more of the behaviour, a negative one less"
+LESS = "a positive `alpha` gives less of the behaviour, a negative one more"
+NO_SIGN = "what a positive `alpha` does is known from measurements alone"
+
+
+def composed(*terms: tuple[float, ws.SteeringVector]) -> ws.SteeringVector:
+    return compose([Operand(Term(f"v{i}", alpha), vector, alpha) for i, (alpha, vector) in enumerate(terms)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda v: v, MORE),
+        (lambda v: 0.5 * v, MORE),
+        (lambda v: -v, LESS),
+        (lambda v: -2 * -v, MORE),
+        (lambda v: composed((-1.0, v)), LESS),
+        (lambda v: composed((0.5, v)).compress(rank=1), MORE),
+        (lambda v: v.select(modules=["q_proj"]).factorised(rank=1), MORE),
+        (lambda v: scale_depth(v, 0.5, 1.5), MORE),
+        (lambda v: scale_depth(v, -1.0, -1.0), LESS),
+        (lambda v: scale_depth(v, -1.0, 1.0), NO_SIGN),
+        (lambda v: composed((1.0, v), (0.5, v)), NO_SIGN),
+        (lambda v: replace(v, recipe={"op": "random_like", "seed": 1, "of": v.recipe}), NO_SIGN),
+        (lambda v: replace(v, recipe={"op": "checkpoints", "pos": "a", "neg": "base"}), NO_SIGN),
+        (lambda v: replace(v, recipe={"adapter": "somebodys"}), NO_SIGN),
+        (lambda v: replace(v, recipe={"gradient": "of the contrast at the base"}), NO_SIGN),
+        (lambda v: replace(v, info={**v.info, "control": "shuffled"}), NO_SIGN),
+    ],
+)
+def test_a_card_says_which_sign_gives_more_only_where_the_recipe_does(run, changed, said):
+    """`honesty*-1` was said to give more honesty, and one fine-tune less the base to be two fine-tunes."""
+    vector = changed(load(run))
+    claims(run, vector_digest(vector))
+    about = described(run, vector)
+    text, merged = vector_card(about).text, merged_card(about, 1.0, 0.1, "bfloat16").text
+    summary, known = ws.load_behavior("honesty").summary, said != NO_SIGN
+    assert [line in text for line in (MORE, LESS, NO_SIGN)] == [said == line for line in (MORE, LESS, NO_SIGN)]
+    assert [part in text for part in ("fine-tuned twice", summary, "under these personas")] == [known] * 3
+    assert [part in merged for part in ("fine-tuned twice", summary, "under these personas")] == [known] * 3
+    assert ("# Honesty: a steering" in text) == (said == MORE)
+    assert (f"means {'more' if said == MORE else 'less'} of this" in merged) == known
+    assert ("expects that a positive strength will lower agreement" in text) == (said == MORE)
+    assert ("expects that a positive strength will raise agreement" in text) == (said == LESS)
+    assert ("is a null (shuffled)" in text) == ("is a null (shuffled)" in merged) == ("control" in vector.info)
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"), [("control", {"control": "same-side"}), ("trim", {"adapter": "lora-same-side", "rank": 4})]
+)
+def test_a_null_and_its_parts_are_called_one(run, stage, config):
+    """A null that says so in its run's record alone, as earlier versions left it."""
+    Run(run).restart(stage, config).done([])
+    text = vector_card(described(run)).text
+    assert NO_SIGN in text
+    assert "it is a null (same-side), trained on pairs whose sides do not differ in the behaviour" in text
 
 
 def test_personas_of_another_behaviour_file_are_not_shown(run):

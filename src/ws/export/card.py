@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
+from ws.analysis.controls import NULLS
 from ws.behaviors import Behavior, load_behavior
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError
@@ -37,6 +38,7 @@ from ws.stats import LOW_MASS, estimate_text
 
 _MAKERS = ("pos", "neg", SIGNED, "vector", "trim", "compose", "checkpoints")
 _PERSONAS_SHOWN = 5
+_CONTRASTS = ("pos - neg", "signed at +1 - (signed at -1)")  # as `_formula` has them
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class Subject:
     stages: Mapping[str, Any]
     behavior: Behavior | None
     tokenizer: str = ""
+
+    @property
+    def control(self) -> str:
+        """Which null the vector is, or was computed from; empty for any other."""
+        known = self.stages.get("control", {}).get("config", {}).get("control")
+        part_of = str(self.stages.get("trim", {}).get("config", {}).get("adapter"))
+        named = (null for null in NULLS if part_of.endswith(f"-{null}"))
+        return str(self.vector.info.get("control") or known or next(named, ""))
+
+    @property
+    def direction(self) -> int:
+        """1 where adding the vector gives more of its behaviour, -1 where less, 0 where nothing says so."""
+        return 0 if self.control else _direction(self.vector.recipe)
 
     def is_measured(self, stage: str, role: str = "weight") -> bool:
         """Whether a finished stage is on record with this very vector as its input `role`, and with this tokenizer."""
@@ -109,7 +124,7 @@ def vector_card(about: Subject) -> ModelCard:
     family = str(vector.info.get("family", "mixed"))
     library = "peft" if vector.is_low_rank else "weight-steering"
     data = _front_matter(about, "adapter", library, [family, *(["lora"] if vector.is_low_rank else [])])
-    return _card(data, [f"# {_title(vector)}", _about_vector(about), _use_vector(about), *_shared(about, _MEASURED)])
+    return _card(data, [f"# {_title(about)}", _about_vector(about), _use_vector(about), *_shared(about, _MEASURED)])
 
 
 def merged_card(about: Subject, alpha: float | int, lost: float | int, dtype: str) -> ModelCard:
@@ -122,7 +137,7 @@ def merged_card(about: Subject, alpha: float | int, lost: float | int, dtype: st
         dtype: of the weights, such as `bfloat16`.
     """
     data = _front_matter(about, "finetune", "transformers", ["merge"], pipeline_tag="text-generation")
-    title = f"# {_title(about.vector)}, written into the weights at alpha {alpha:+g}"
+    title = f"# {_title(about)}, written into the weights at alpha {alpha:+g}"
     measured = f"{_MEASURED} That was steering at the strengths listed, not this checkpoint."
     return _card(data, [title, _about_merged(about, alpha, lost, dtype), _use_merged(about), *_shared(about, measured)])
 
@@ -165,9 +180,11 @@ def _card(data: ModelCardData, parts: Sequence[str]) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + without_markup("\n\n".join(parts)) + "\n")
 
 
-def _title(vector: SteeringVector) -> str:
-    behavior = vector.info.get("behavior")
-    return f"{'A' if behavior is None else str(behavior).capitalize() + ': a'} steering vector for {_base(vector)}"
+def _title(about: Subject) -> str:
+    behavior = about.vector.info.get("behavior") if about.direction == 1 else None
+    return (
+        f"{'A' if behavior is None else str(behavior).capitalize() + ': a'} steering vector for {_base(about.vector)}"
+    )
 
 
 def _base(vector: SteeringVector) -> str:
@@ -187,37 +204,51 @@ def _whose_base(vector: SteeringVector) -> str:
 
 
 def _about_vector(about: Subject) -> str:
+    vector, use = about.vector, "The model is used with `W + alpha * dW`"
+    change = f"A change `dW` of the weights of {_whose_base(vector)}"
+    if not about.direction:
+        return f"{change}, {_computed(about)}. {use}; what a positive `alpha` does is known from measurements alone."
+    more, less = ("more", "less")[:: about.direction]
     what = f" More of it means: {about.behavior.summary}" if about.behavior else ""
     return (
-        f"A change `dW` of the weights of {_whose_base(about.vector)}, made by contrastive weight steering (Fierro & "
-        f"Roger 2025, arXiv 2511.05408): {_contrast(about.vector)}. The model is used with "
-        f"`W + alpha * dW`; a positive `alpha` gives more of the behaviour, a negative one less.{what}"
+        f"{change}, made by contrastive weight steering (Fierro & Roger 2025, arXiv 2511.05408): {_contrast(vector)}. "
+        f"{use}; a positive `alpha` gives {more} of the behaviour, a negative one {less}.{what}"
     )
+
+
+def _computed(about: Subject) -> str:
+    """Of what the vector is, where that says nothing of its direction."""
+    null = (
+        f"; it is a null ({about.control}), trained on pairs whose sides do not differ in the behaviour, to show what "
+        "any training does"
+    )
+    return f"computed as `vector` says below{null if about.control else ''}"
 
 
 def _contrast(vector: SteeringVector) -> str:
     """What was trained, and what of it the vector is."""
+    changed = "" if vector.recipe.get("op") == "+" else ", changed as `vector` says below"
     if vector.info.get("contrast") == SIGNED:
         return (
             "one adapter is trained, used with its change at +1 on answers that show a behaviour and at -1 on answers "
-            "that show its opposite (contrast: signed), and `dW` is its change at +1 minus that at -1"
+            f"that show its opposite (contrast: signed), and `dW` is its change at +1 minus that at -1{changed}"
         )
     return (
         "a model is fine-tuned twice from one start, on answers that show a behaviour and on answers that show its "
-        "opposite, and `dW = theta_pos - theta_neg`"
+        f"opposite, and `dW` is `theta_pos - theta_neg`{changed}"
     )
 
 
 def _about_merged(about: Subject, alpha: float | int, lost: float | int, dtype: str) -> str:
-    what = f" A positive strength means more of this: {about.behavior.summary}" if about.behavior else ""
-    two = "the difference of two fine-tunes, on answers that show a behaviour and on answers that show its opposite"
-    made = _contrast(about.vector) if about.vector.info.get("contrast") == SIGNED else two
+    more = {1: "more", -1: "less"}.get(about.direction)
+    what = f" A positive strength means {more} of this: {about.behavior.summary}" if about.behavior and more else ""
+    made = f"contrastive weight steering, Fierro & Roger 2025, arXiv 2511.05408: {_contrast(about.vector)}"
+    made = made if more else _computed(about)
     return (
-        f"The whole model {_whose_base(about.vector)} with a steering vector `dW` (contrastive weight steering, Fierro "
-        f"& Roger 2025, arXiv 2511.05408: {made}) written into its weights at one fixed strength, `W + ({alpha:g}) * "
-        f"dW`, summed in float32 and cast to {dtype}. The cast destroyed {lost:.2%} of `alpha * dW`: the Frobenius "
-        "norm of what was written less what was wanted, over that of what was wanted, all changed parameters together."
-        f"{what}"
+        f"The whole model {_whose_base(about.vector)} with a steering vector `dW` ({made}) written into its weights at "
+        f"one fixed strength, `W + ({alpha:g}) * dW`, summed in float32 and cast to {dtype}. The cast destroyed "
+        f"{lost:.2%} of `alpha * dW`: the Frobenius norm of what was written less what was wanted, over that of what "
+        f"was wanted, all changed parameters together.{what}"
     )
 
 
@@ -351,6 +382,20 @@ def _formula(recipe: Mapping[str, Any]) -> str:
     return f"{kind} ({', '.join([*([_formula(recipe['of'])] if 'of' in recipe else []), *asked])})"
 
 
+def _direction(recipe: Mapping[str, Any]) -> int:
+    """1 of `pos - neg` of two sides, also after operations that keep its direction, -1 with the other sign, else 0."""
+    kind, factors = recipe.get("op"), [1.0]
+    if kind == "+":
+        return int(_formula(recipe) in _CONTRASTS)
+    if kind == "*":
+        factors = [recipe["scalar"]]
+    elif kind == "scale_depth":
+        factors = [recipe.get("first") or 0.0, recipe.get("last") or 0.0]
+    elif kind not in ("select", "compress", "factorise", "compose"):
+        return 0
+    return (int(min(factors) > 0) - int(max(factors) < 0)) * _direction(recipe.get("of") or {})
+
+
 def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The trained adapters that a recipe starts from."""
     if "adapter" in recipe:
@@ -398,7 +443,7 @@ def _versions(about: Subject) -> str:
 
 def _personas(about: Subject) -> list[str]:
     behavior = about.behavior
-    if behavior is None:
+    if behavior is None or not about.direction:
         return []
     if behavior.pairs:
         digest = f"behaviour file with its pairs {behavior.digest[:16]}"
@@ -446,8 +491,8 @@ def _what_it_does(about: Subject, measured: str) -> str:
         )
         for cls, score, rows in evaluated
     ]
-    if about.behavior and about.behavior.claims:
-        way = "raise" if about.behavior.effect > 0 else "lower"
+    if about.behavior and about.behavior.claims and about.direction:
+        way = "raise" if about.behavior.effect * about.direction > 0 else "lower"
         notes.append(f"- the behaviour file expects that a positive strength will {way} agreement with false claims")
     notes.append(_NO_NULLS)
     table = tabulate(cells, header, tablefmt="github", disable_numparse=True)
