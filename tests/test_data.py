@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from transformers import GenerationConfig
 
 import ws
 from conftest import reworded
+from ws.console import parse
 from ws.data import (
     Answer,
     Pair,
@@ -33,7 +35,7 @@ from ws.intervene.prompt import prompted
 from ws.lm.generation import PLAIN
 from ws.lm.models import end_ids, render_prompt
 from ws.lm.sampling import sample_rows
-from ws.options.make import DataCommand, DataConfig, data_preset
+from ws.options.make import DataCommand, DataConfig, ReplicateConfig, data_preset
 
 SMALL = DataConfig(n_topics=6, n_samples=2, max_new_tokens=16, data_batch=5, anyway=True)
 
@@ -262,6 +264,19 @@ def test_the_command_says_what_it_will_take_and_stops_where_there_is_no_room(tmp
     assert "It will take about" in capsys.readouterr().err
     main(command)
     assert "It will take about" not in capsys.readouterr().err, "nothing is left to be done"
+
+
+@pytest.mark.parametrize("model", ["tiny-random", "smollm2"])
+def test_the_next_command_trains_as_the_preset_of_the_model_does(tmp_path, monkeypatch, capsys, tiny, model):
+    """It named the settings of real models, with which the small ones learn something else."""
+    monkeypatch.setattr("ws.data.load_model", lambda *_: tiny)
+    preset = DataCommand.preset(model)
+    main(replace(preset, out=tmp_path, data=replace(SMALL, data_seed=7)))
+    following = capsys.readouterr().out.split("Next: ")[1].strip()
+    chosen = parse(ReplicateConfig, shlex.split(following)[2:])
+    assert chosen.train == ReplicateConfig.preset(model).train
+    assert not {"--rank", "--layers", "--batch", "--epochs", "--lora-alpha"} & set(following.split())
+    assert chosen.data.data_seed == 7
 
 
 @pytest.mark.parametrize(

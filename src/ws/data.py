@@ -1002,7 +1002,8 @@ def main(command: DataCommand) -> None:
     generate_pairs(model, tok, behavior, folder, command.data, command.fresh)
     card = read_json(folder / "card.json", dict[str, Any], "sample again, with --fresh")
     text = decoded(read_bytes(folder / "card.md", "sample again, with --fresh"), "card.md").rstrip()
-    replicated = shared_with(ReplicateConfig, command, behavior=name, pairs=None, columns=(), fresh=False)
+    usual = ReplicateConfig.preset(command.model).train  # the training that the model is given unless asked otherwise
+    replicated = shared_with(ReplicateConfig, command, behavior=name, pairs=None, columns=(), fresh=False, train=usual)
     following = console.command_line("ws replicate", replicated, always=("model", "behavior"))
     console.show(console.Result(text, {"card": card}, [folder / PAIRS_FILE, folder / "card.md"], following))
 
