@@ -39,6 +39,7 @@ from ws.diff import (
 )
 from ws.errors import DamagedError, WsError
 from ws.lm.models import fingerprint
+from ws.new_behavior import behavior_template
 from ws.options.make import DiffOptions
 
 WIDTH, INNER, WORDS = 4, 5, 7
@@ -938,6 +939,19 @@ def test_the_vector_between_two_checkpoints(pair):
     assert {n.rsplit(".", 1)[-1] for n in unknown.deltas} == {"q_proj", "k_proj"}
 
 
+def test_the_behaviour_of_a_difference_is_one_by_its_name(pair, tmp_path):
+    """The file's name was stored as it was typed, and what was filed under it could not be found again."""
+    file = tmp_path / "some file.toml"
+    file.write_text(behavior_template("mine"), encoding="utf-8")
+    options = DiffOptions(str(pair[0] / "pos"), str(pair[0] / "neg"), tmp_path / "v", behavior=str(file))
+    diff_checkpoints(options)
+    info, mine = ws.SteeringVector.load(tmp_path / "v").info, ws.load_behavior(str(file))
+    assert (info["behavior"], info["behavior_sha256"]) == ("mine", mine.digest)
+    with pytest.raises(WsError, match="Did you mean 'honesty'"):
+        diff_checkpoints(replace(options, to=tmp_path / "w", behavior="honsty"))
+    assert not (tmp_path / "w").exists()
+
+
 def test_the_command_writes_the_vector_between_two_checkpoints(pair, tmp_path, capsys):
     folder, base, _, _ = pair
     places = {name: str(folder / name) for name in ("pos", "neg")}
@@ -956,7 +970,8 @@ def test_the_command_writes_the_vector_between_two_checkpoints(pair, tmp_path, c
     named = replace(options, base=str(folder / "base"), behavior="honesty", kinds=("q_proj", "down_proj"))
     diff_checkpoints(named)
     part = ws.SteeringVector.load(tmp_path / "v")
-    assert part.info == {"family": "full", "depth": 3, "behavior": "honesty"}
+    known = {"behavior": "honesty", "behavior_sha256": ws.load_behavior("honesty").digest}
+    assert part.info == {"family": "full", "depth": 3, **known}
     assert (part.base_id, part.base_fingerprint) == (str(folder / "base"), fingerprint(base))
     assert len(part.deltas) == 5
     main(replace(named, rank=2))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ws import console
+from ws.behaviors import load_behavior
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
 from ws.errors import DamagedError, WsError, require_strength, shortened
@@ -945,13 +946,14 @@ def diff_checkpoints(options: DiffOptions) -> dict[str, Any]:
     """Write the vector; returns its recipe.
 
     Raises:
-        WsError: see `SteeringVector.from_checkpoints`, or a folder that holds something else.
+        WsError: see `SteeringVector.from_checkpoints`, a folder that holds something else, or no such behaviour.
     """
     require_place(options.to)
+    behavior = None if options.behavior is None else load_behavior(options.behavior, options.base)
     base_fingerprint = None if options.base is None else Checkpoint.open(options.base).fingerprint()
     difference = Difference(options.pos, options.neg, options.kinds)
     base, info = model_name(options.base or _UNKNOWN), {"family": "full", "depth": difference.depth}
-    info |= {} if options.behavior is None else {"behavior": options.behavior}
+    info |= {} if behavior is None else {"behavior": behavior.name, "behavior_sha256": behavior.digest}
     recipe: dict[str, Any] = {"op": "checkpoints", "pos": slug(options.pos), "neg": slug(options.neg)}
     if options.rank is not None:
         deltas, facts = difference.collect(options.rank)

@@ -706,7 +706,8 @@ class DiffOptions:
         base: what both were fine-tuned from, so that the vector refuses other models.
         rank: keep so many singular directions of every matrix, and store the errors; whole matrices unless given.
         kinds: only modules with these last names, such as `q_proj`; all unless given.
-        behavior: what the vector is about, for tables and cards.
+        behavior: what the vector is about, for tables and cards: a bundled behaviour by its name, or the path of a TOML
+            file.
     """
 
     former: ClassVar[Mapping[str, str]] = {"--kinds": "--modules"}
