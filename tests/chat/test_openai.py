@@ -363,7 +363,7 @@ def test_steering_lists_vectors_with_units_card_and_base(address, engine):
     assert honesty["base"] == "pocket"
     assert honesty["base_fingerprint"] == engine.vectors["honesty"].base_fingerprint
     assert honesty["card"].startswith("---\n")
-    assert "# Honesty: a steering vector for pocket" in honesty["card"]
+    assert "# A steering vector for pocket" in honesty["card"], "its recipe does not say of what"
 
 
 def test_what_changes_nothing_may_be_said(client):
