@@ -23,6 +23,13 @@ def test_results_come_in_the_order_of_the_items_which_go_by_length(batch_size):
     assert max(map(len, parts)) == (batch_size or 3)
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_at_which_nothing_would_be_run_is_refused(size):
+    """Nothing asked would read as scores of 0 and certain answers, and be kept as the base's."""
+    with pytest.raises(WsError, match="`batch_size` must be at least 1"):
+        in_batches(["a"], list, size, 3, len, "items", "item")
+
+
 def test_a_size_that_does_not_fit_falls_and_one_that_was_asked_for_does_not():
     tried = []
 

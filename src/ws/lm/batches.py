@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ws.console import progress
-from ws.errors import WsError
+from ws.errors import WsError, require_count
 from ws.lm.trunk import forward
 
 Row = TypeVar("Row", bound=Sized)
@@ -37,11 +37,11 @@ def with_batch_size(run: Callable[[int], Result], batch_size: int | None, start:
     """`run` with this batch size; None starts at `start` and takes a tenth fewer while memory does not suffice.
 
     Raises:
-        WsError: it does not suffice for one.
+        WsError: it does not suffice for one, or a size below 1, at which nothing would be run.
     """
-    if batch_size:
+    require_count("--batch-size", batch_size, 1)
+    if batch_size is not None:
         return run(batch_size)
-
     try:
         return find_executable_batch_size(run, starting_batch_size=start)()
     except RuntimeError as problem:
