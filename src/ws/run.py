@@ -45,7 +45,7 @@ class FinishedRun:
         """
         known = {digest: question_keys(pairs) for digest, pairs in self._pairs(behavior).items()}
         seen = set().union(*known.values())
-        for source in _sources(self.vector.recipe):
+        for source in sources(self.vector.recipe):
             if "questions" in source:
                 seen |= set(str(source["questions"]).split())
             elif source.get("pairs_sha256") not in known:
@@ -58,7 +58,7 @@ class FinishedRun:
         Raises:
             WsError: another origin than one training on pairs, or pairs that are gone or have changed since.
         """
-        recipes = list(_sources(self.vector.recipe))
+        recipes = list(sources(self.vector.recipe))
         made_by = {sha256_json([r.get(key) for key in ("config", "seed", "contrast", "pairs_sha256")]) for r in recipes}
         if len(made_by) != 1 or not isinstance(recipes[0].get("config"), Mapping):
             raise WsError(
@@ -81,13 +81,13 @@ class FinishedRun:
         return {sha256_json([p.as_row() for p in pairs]): pairs for pairs in map(read_pairs, files)}
 
 
-def _sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def sources(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a vector was computed from: the recipes inside a recipe that are of no operation on others."""
     parts = [recipe["of"]] if "of" in recipe else recipe["terms"] if recipe.get("op") == "+" else None
     if parts is None:
         yield recipe
     for part in parts or ():
-        yield from _sources(part)
+        yield from sources(part)
 
 
 def measure_with(options: RunOptions) -> str:

@@ -16,6 +16,7 @@ from support.statements import folder
 from support.statements import rows as rows_of
 from ws.analysis.compare import _Bench, compare, main, plot
 from ws.analysis.compare_tables import Cell, Group, comparison_rows, group_rows, reality, render
+from ws.analysis.side_by_side import OpenedRun
 from ws.behaviors import behavior_file
 from ws.behaviors.tables import draw
 from ws.data import PAIRS_FILE, Pair, pair_lines
@@ -437,6 +438,50 @@ def test_a_board_has_the_behaviours_targets_and_loses_what_the_steered_model_doe
     assert all(set(found[trait]) == {-1, 0, 1} for trait in others)
 
 
+def test_a_vector_without_strengths_does_not_take_the_others_along(out, monkeypatch, capsys):
+    """Neither side of it converged; its random vectors were once asked at no strength, at the very end."""
+    usable = OpenedRun.usable
+    monkeypatch.setattr(
+        OpenedRun, "usable", lambda run, chosen, c: {} if chosen.name == "weight" else usable(run, chosen, c)
+    )
+    main(replace(quick_options(out), limit=2, n_prompts=2))
+    assert {r["intervention"] for r in read_csv(out / "honesty" / "compare.csv")} == {"prompt"}
+    assert capsys.readouterr().out
+
+
+def test_a_null_that_was_trained_otherwise_is_the_null_of_another_vector(out, capsys):
+    """In its settings, or on what was made of other pairs; where neither is on record it is taken as it is."""
+    options, model, tok = quick_options(out), *ws.load_model("pocket", device="cpu")
+    plain = ws.SteeringVector.load(out / "honesty" / "lora" / "vector")
+
+    def nulls(rank: int | None, null_rank: int | None, pairs: str = "", null_pairs: str = "") -> dict:
+        for name, stage, r, digest in (
+            ("lora", "pos", rank, pairs),
+            ("lora-shuffled", "control", null_rank, null_pairs),
+        ):
+            run = Run(out / "honesty" / name)
+            run.drop(stage)
+            if digest:
+                run.restart(stage, {}, {"pairs": digest})
+            arms = [{"adapter": s, "config": TrainConfig(rank=r).recorded()} for s in ("pos", "neg")] if r else []
+            recipe = {"op": "+", "terms": arms} if arms else {}
+            replace(plain, recipe=recipe).save(run.folder / "vector")
+        vector = ws.SteeringVector.load(out / "honesty" / "lora" / "vector")
+        context = EvalContext(options.eval_options("lora", 0), model, tok, vector, Run(out / "honesty" / "lora"))
+        return OpenedRun(options, context, ("weight",)).trained_nulls()
+
+    capsys.readouterr()
+    for fine in ((None, None), (8, 8, "a" * 64, "a" * 64), (8, None, "a" * 64), (None, 8, "", "b" * 64)):
+        assert set(nulls(*fine)) == {"shuffled"}
+    assert not capsys.readouterr().err
+    for other, words in (
+        ((32, 8), r"lora-shuffled was trained otherwise .*\(`?rank`?: 32 -> 8\).*left out"),
+        ((8, 8, "a" * 64, "b" * 64), r"\(pairs: 'a{12}' -> 'b{12}'\)"),
+    ):
+        assert not nulls(*other)
+        assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
 @pytest.mark.slow
 def test_a_gradient_stands_beside_the_vector_of_its_run_at_the_same_divergence(out, capsys):
     questions = ws.load_behavior("honesty", "pocket").questions[:6]
@@ -496,6 +541,8 @@ def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path):
         ({"interventions": ("wheight",)}, "[Dd]id you mean 'weight'"),
         ({"evals": ("airrisk",)}, "[Dd]id you mean 'airisk'"),
         ({"evals": ()}, "at least one"),
+        ({"limit": -1}, "`limit` must be at least 1"),
+        ({"split": "reprot"}, "[Dd]id you mean 'report'"),
         ({"seeds": (0, 1, 0)}, "`seeds` names 0 twice"),
         ({"adapters": ("lora", "lora")}, "`adapters` names 'lora' twice"),
         ({"interventions": ("weight", "weight")}, "`interventions` names 'weight' twice"),

@@ -152,12 +152,12 @@ class _Bench:
         """Mean shifts of every headline score under random vectors of the same size, `[draws]` by score and sign.
 
         Args:
-            alphas: the strengths by sign.
+            alphas: the strengths by sign; without any there are no draws.
             scored: the scores that there are on these items; those of them that need a thought have no draws.
         """
         o, key = self.options, self.context.key
         asked = tuple(s for s in _scores(o) if s in scored and not _thinks(s))
-        if not asked:
+        if not (asked and alphas):
             return {}
         options = shared_with(
             ControlOptions,

@@ -19,9 +19,10 @@ from ws.intervene.calibrate import calibration_for
 from ws.intervene.calibration import Calibration
 from ws.intervene.interventions import ARMS, OF_A_RUN, Intervention
 from ws.options.make import CONTRASTS, SIGNED, run_name
+from ws.options.make import SIGNS as ARM_SIGNS
 from ws.options.measure import SideBySideOptions
-from ws.options.shared import RunOptions, shared_with
-from ws.run import open_run
+from ws.options.shared import RunOptions, folder_with_vector, shared_with
+from ws.run import open_run, sources
 
 SIGNS = (-1, 1)
 
@@ -59,15 +60,46 @@ class OpenedRun:
 
     def trained_nulls(self) -> dict[str, tuple[EvalContext, float]]:
         """The label-shuffled and the same-side vector of this run, where they were trained, each with the factor that
-        gives a strength of it the norm of the run's own vector."""
+        gives a strength of it the norm of the run's own vector; with a warning without those that were trained
+        otherwise than it, and so are the nulls of another vector."""
         nulls, key = dict[str, tuple[EvalContext, float]](), self.context.key
         for null in NULLS:
             folder = run_folder(self.options.out, str(key["behavior"]), f"{key['adapter']}-{null}", int(key["seed"]))
-            if (folder / "vector").is_dir():
-                vector = SteeringVector.load(folder / "vector")
-                ratio = self.context.vector.norm(self.context.model) / vector.norm(self.context.model)
-                nulls[null] = (replace(self.context, vector=vector, run=Run(folder)), ratio)
+            if not (folder / "vector").is_dir():
+                continue
+            null_context = replace(self.context, vector=SteeringVector.load(folder / "vector"), run=Run(folder))
+            if changed := _trained_otherwise(self.context, null_context):
+                console.warn(
+                    f"The vector in {folder} was trained otherwise than that in {self.context.run.folder} "
+                    f"({'; '.join(changed)}), so it is no null of it and is left out. Train it again as that one was, "
+                    f"with `ws replicate --control {null} --fresh --no-fresh-data` and its settings."
+                )
+                continue
+            ratio = self.context.vector.norm(self.context.model) / null_context.vector.norm(self.context.model)
+            nulls[null] = (null_context, ratio)
         return nulls
+
+
+def _trained_otherwise(of: EvalContext, null: EvalContext) -> list[str]:
+    """In what the training of a null differs from that of the vector it is to be held against, as far as both are on
+    record: in the settings, and in the pairs that the null's own were made of."""
+    changed = list[str]()
+    for facts in (_settings, _pairs):
+        was, now = facts(of), facts(null)
+        names = sorted(was | now) if was and now else []
+        changed += [f"{k}: {was.get(k)!r} -> {now.get(k)!r}" for k in names if was.get(k) != now.get(k)]
+    return changed
+
+
+def _settings(context: EvalContext) -> dict[str, Any]:
+    return next(sources(context.vector.recipe), {}).get("config") or {}
+
+
+def _pairs(context: EvalContext) -> dict[str, str]:
+    """The hash of the pairs file; of a null that of the behaviour's own, which its `control` stage took."""
+    stages = context.run.manifest["stages"]
+    inputs = [stages.get(name, {}).get("inputs", {}) for name in ("control", *ARM_SIGNS, SIGNED)]
+    return next(({"pairs": i["pairs"][:12]} for i in inputs if "pairs" in i), {})
 
 
 def opened_runs(options: SideBySideOptions) -> Iterator[OpenedRun]:
@@ -95,7 +127,7 @@ def opened_runs(options: SideBySideOptions) -> Iterator[OpenedRun]:
 
 
 def _runs(options: SideBySideOptions) -> list[tuple[str, int]]:
-    """The runs to open; `WsError` when there are none."""
+    """The runs to open; `WsError` when there are none, or one of them has no vector."""
     behavior = behavior_name(options.behavior)
     names = [run_name(a, contrast) for a in FAMILIES for contrast in CONTRASTS]
     folders = {a: run_folder(options.out, behavior, a, options.seeds[0]) for a in names}
@@ -108,4 +140,7 @@ def _runs(options: SideBySideOptions) -> list[tuple[str, int]]:
         raise WsError(
             f"No run below {options.folder} has a vector; make one with `{made}`, or several with `ws sweep`."
         )
-    return [(adapter, seed) for adapter in adapters for seed in options.seeds]
+    runs = [(adapter, seed) for adapter in adapters for seed in options.seeds]
+    for adapter, seed in runs:  # one that is missing is not found after hours of the others
+        folder_with_vector(options.out, options.behavior, adapter, seed, model=options.model)
+    return runs
