@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, ttest_ind
+from scipy.stats import binom, norm, t, ttest_ind
 
 import ws
 from support.statements import folder, rows
@@ -39,6 +39,7 @@ from ws.files.plots import save_svg
 from ws.lm.models import fingerprint
 from ws.options.measure import ProfileOptions
 from ws.options.shared import EvalOptions
+from ws.stats import widened
 
 N_TRAITS, N_ITEMS, N_BOOT = 15, 20, 200
 YES = np.tile([1.0, 0.0], N_ITEMS // 2)
@@ -60,6 +61,15 @@ def board(targets: tuple[str, ...] = ("t0",), floor: float = 0.2) -> Board:
         Stub({"eval": "statements"}), HeadlineScore("statements", "statements", floor=floor), labels, texts, yes
     )
     return Board("made", (part,), {name: "first" if i < 3 else "second" for i, name in enumerate(names)}, targets)
+
+
+def board_of(sizes: dict[str, tuple[int, int]]) -> Board:
+    """Of every trait so many statements that Yes matches, then so many that No does."""
+    labels = tuple(name for name, (yes, no) in sizes.items() for _ in range(yes + no))
+    sides = tuple(side for yes, no in sizes.values() for side in (True,) * yes + (False,) * no)
+    score = HeadlineScore("statements", "statements", floor=0.2)
+    part = Part(Stub({"eval": "statements"}), score, labels, labels, sides)
+    return Board("made", (part,), dict.fromkeys(sizes, ""), tuple(sizes)[:1])
 
 
 def answered(mass: float, **other: float) -> dict[str, Readability]:
@@ -100,7 +110,7 @@ def read(shots, of=None, base=None, mass=0.99, seed=0):
 def test_a_liking_for_yes_is_in_neither_the_shift_nor_its_spread():
     rng = np.random.default_rng(0)
     values, liking = rng.normal(size=(2, N_ITEMS)), np.where(YES == 1, 3.0, -3.0)
-    plain, moved = balanced(values, YES), balanced(values + liking, YES)
+    plain, moved = balanced(values, YES, is_alone=False), balanced(values + liking, YES, is_alone=False)
     assert np.allclose(plain, moved)
     halves = [values[:, side == YES] for side in (1, 0)]
     assert np.allclose(moved.mean(axis=1), (halves[0].mean(axis=1) + halves[1].mean(axis=1)) / 2)
@@ -121,12 +131,43 @@ def test_uneven_halves_weigh_alike():
 def test_a_small_half_is_as_uncertain_as_it_is(sizes):
     yes = np.repeat([1.0, 0.0], sizes)
     values = np.random.default_rng(13).normal(size=(1, sum(sizes))) + np.where(yes == 1, 3.0, -2.5)
-    (moved,) = balanced(values, yes)
+    (moved,) = balanced(values, yes, is_alone=False)
     plain = ttest_ind(values[0, yes == 1], -values[0, yes == 0])  # is the sum of both means zero?
     assert moved.mean() / np.sqrt(moved.var(ddof=1) / len(moved)) == pytest.approx(plain.statistic)
     assert spread(values[0], yes) == pytest.approx(spread(values[0] + 5 * yes, yes)), "and the sizes are not its spread"
     squares = sum(((h - h.mean()) ** 2).sum() for h in (values[0, yes == 1], values[0, yes == 0]))
     assert spread(values[0], yes) == pytest.approx(np.sqrt(squares / (sum(sizes) - 2)))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (6, 2), (20, 20)])
+def test_two_means_are_fitted_and_two_degrees_of_freedom_lost(sizes):
+    """The p-value is that of the t test of both means, and the ends of the interval lie as far apart as it says."""
+    n, yes = sum(sizes), np.repeat([1.0, 0.0], sizes)
+    values = np.random.default_rng(16).normal(size=n) + np.where(yes == 1, 3.0, -2.5)
+    of = board_of({"t": sizes})
+    one = Shot("lora", (0,), "weight", "+1u", 1.0, values[None], [{"t": Readability(0.99)}])
+    (row,), _ = profile_rows({}, of, np.random.default_rng(0).normal(size=n), {"t": Readability(0.99)}, [one], 2)
+    assert row["p_items"] == pytest.approx(ttest_ind(values[yes == 1], -values[yes == 0]).pvalue)
+    error = np.sqrt(sum(((h - h.mean()) ** 2).sum() for h in (values[yes == 1], values[yes == 0])) / (n - 2))
+    error *= np.sqrt(sum(1 / size for size in sizes)) / 2
+    (moved,) = widened(balanced(values[None], yes))
+    assert norm.ppf(0.975) * moved.std() / np.sqrt(n) == pytest.approx(t.ppf(0.975, n - 2) * error)
+    alone = balanced(values[None], np.full(n, np.nan))
+    assert np.array_equal(alone, values[None]), "without halves one mean is fitted, as ever"
+
+
+def test_four_statements_that_nothing_moves_are_as_rarely_significant_as_they_say():
+    """2,000 traits with a liking for Yes and no shift; with one degree of freedom too many it were 8.7 and 2.1 %."""
+    rng, yes, n = np.random.default_rng(17), np.tile([1.0, 0.0], 2), 2000
+    of = board_of(dict.fromkeys((f"t{i}" for i in range(n)), (2, 2)))
+    fine = dict.fromkeys(of.traits, Readability(0.99))
+    shift = rng.normal(size=(1, 4 * n)) + np.tile(np.where(np.sort(yes)[::-1] == 1, 1.0, -1.0), n)
+    table, _ = profile_rows(
+        {}, of, rng.normal(size=4 * n), fine, [Shot("lora", (0,), "weight", "+1u", 1.0, shift, [fine])], 2
+    )
+    for level in (0.05, 0.01):
+        found = sum(r["p_items"] < level for r in table)
+        assert binom.ppf(0.001, n, level) <= found <= binom.ppf(0.999, n, level)
 
 
 def test_the_spread_is_that_within_the_halves():
@@ -189,6 +230,37 @@ def test_a_yes_vector_moves_no_trait_and_is_exposed():
     assert is_agreement(summary)
     assert any("The answer Yes itself moves by +2.0" in line for line in headlines(summary))
     assert all(r["shift_yes"] > 1 > -1 > r["shift_no"] for r in table)
+
+
+@pytest.mark.parametrize("sizes", [(36, 4), (4, 36), (40, 0), (20, 20)])
+def test_a_shift_of_a_trait_is_no_agreement_whatever_its_halves(sizes):
+    """Every other trait has even halves and moves by a liking for Yes alone; one moves, on both of its sides alike."""
+    rng, of = np.random.default_rng(18), board_of({"a": sizes, "b": (20, 20), "c": (20, 20)})
+    sign = np.where(of.yes == 1, 1.0, -1.0)
+    shift = (4.0 * (np.arange(120) < 40) + 0.5 * sign + rng.normal(scale=0.1, size=120))[None]
+    fine = dict.fromkeys("abc", Readability(0.99))
+    fine |= {} if all(sizes) else {"a": Readability(0.99, flag="40 of 40 statements are matched by Yes")}
+    base = rng.normal(size=120)
+    _, (row,) = profile_rows({}, of, base, fine, [Shot("lora", (0,), "weight", "+1u", 1.0, shift, [fine])], N_BOOT)
+    assert row["agreement"] == pytest.approx(0.5, abs=0.05)
+    assert row["agreement_ci_lo"] < 0.5 < row["agreement_ci_hi"]
+    assert is_agreement(row) is not all(sizes), "0.5 nats are further than the traits where the one cannot be read"
+    if sizes == (20, 20):
+        assert row["agreement"] == pytest.approx((shift[0, of.yes == 1].mean() - shift[0, of.yes == 0].mean()) / 2)
+    unread = dict.fromkeys("abc", Readability(0.5))
+    _, (row,) = profile_rows({}, of, base, unread, [Shot("lora", (0,), "weight", "+1u", 1.0, shift, [unread])], 2)
+    assert row["agreement"] is None
+
+
+def test_agreement_of_unequal_halves_is_as_uncertain_as_they_are():
+    """Of halves of 18 and 2 the small ones decide; nothing but noise moves, and 95 % of intervals hold zero."""
+    rng, of, holds = np.random.default_rng(19), board_of({"a": (18, 2), "b": (2, 18)}), 0
+    fine = dict.fromkeys("ab", Readability(0.99))
+    for _ in range(200):
+        one = Shot("lora", (0,), "weight", "+1u", 1.0, rng.normal(size=(1, 40)), [fine])
+        _, (row,) = profile_rows({}, of, rng.normal(size=40), fine, [one], N_BOOT)
+        holds += row["agreement_ci_lo"] <= 0 <= row["agreement_ci_hi"]
+    assert binom.ppf(0.001, 200, 0.95) <= holds
 
 
 @pytest.mark.parametrize("draws", [3, 5, 20])
@@ -362,6 +434,11 @@ def test_a_behaviours_own_questions_are_its_target_where_no_trait_is(context, po
     assert own.readable(own.evaluation.ask(*pocket)) == {"tone": Readability(None)}, "given answers have no mass"
 
 
+def test_the_moral_board_is_read_at_the_revision_that_is_asked_for(context):
+    with pytest.raises(ws.WsError, match="`revision` is of a data set on the hub, and pocket is none"):
+        opened(context, board="moral", revision="main")
+
+
 def test_the_moral_board_is_one_of_foundations(context):
     known = opened(context, board="moral")
     assert {"Care", "Fairness"} <= set(known.traits)
@@ -459,6 +536,18 @@ def test_the_command_writes_its_tables_and_asks_nothing_twice(options, tmp_path,
     ]
 
 
+def test_a_board_whose_items_the_base_scores_alike_has_tables_and_no_picture(options, tmp_path, capsys):
+    """Two statements a trait leave no degree of freedom, so nothing has a z; it once ended in a traceback."""
+    mine = folder(tmp_path / "mine", tea=rows("tea")[:2], rain=rows("rain")[:2])
+    main(replace(options, board=str(mine), traits=("tea",), alphas=(1.0,)))
+    text = capsys.readouterr().out
+    assert "the base scores all items alike" in text
+    assert "No random vectors" not in text, "they were asked for"
+    table = list(csv.DictReader((tmp_path / "honesty" / "profile.csv").open()))
+    assert {(r["z"], r["moved"]) for r in table} == {("", "")}
+    assert not list((tmp_path / "honesty").glob("*.svg"))
+
+
 def test_random_vectors_are_read_at_the_largest_strength(options):
     known = profile(replace(options, n_draws=1))
     names = sorted(p.name for p in (options.out / "honesty" / "lora" / "scores").iterdir())
@@ -474,6 +563,7 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(options):
         ({"n_items": 2}, "n_items"),
         ({"n_draws": -1}, "n_draws|--n-draws"),
         ({"adapters": ("lroa",)}, "Did you mean 'lora'"),
+        ({"adapters": ("lora", "oft")}, "There is no vector in .*oft"),
         ({"interventions": ("prompts",)}, "Did you mean 'prompt'"),
     ):
         with pytest.raises(ws.WsError, match=words):

@@ -211,7 +211,7 @@ def main(options: ProfileOptions) -> None:
     rows, summary = profile_rows(key, found.board, found.base, found.base_readable, found.shots, options.n_bootstrap)
     with lock(options.folder / "profile"):  # the files are of one profile
         files = [_with_others(options, name, part) for name, part in ((TABLE, rows), (SUMMARY, summary))]
-        drawn = dict.fromkeys((r["adapter"], r["intervention"]) for r in rows)
+        drawn = dict.fromkeys((r["adapter"], r["intervention"]) for r in rows if r["z"] is not None)
         for adapter, intervention in drawn:
             name = "_".join(dict.fromkeys(("profile", found.board.name, adapter, intervention)))
             files.append(save_svg(plot(rows, adapter, intervention), options.folder / f"{name}.svg"))

@@ -6,12 +6,13 @@ halves,
 
     shift = (m_yes + m_no) / 2          agreement = (m_yes - m_no) / 2          z = shift / s
 
-so a liking for Yes is in the agreement and not in the shift, also where the halves differ in size. A trait counts as
-moved when four things hold: the shift is not chance over its items, it is beyond what random vectors of the same size
-do, it is as large as the floor of its score, and it is beyond every null that was trained and can be read there. The
-first two are p-values,
+so a liking for Yes is in the agreement and not in the shift, and a trait's own shift not in the agreement, also where
+the halves differ in size. A trait counts as moved when four things hold: the shift is not chance over its items, it is
+beyond what random vectors of the same size do, it is as large as the floor of its score, and it is beyond every null
+that was trained and can be read there. The first two are p-values,
 
-    p_items     of the mean over items (Student's t); of several seeds of their mean, and 1 where they differ in sign
+    p_items     of the mean over items (Student's t, one degree of freedom less for each of the means of the halves); of
+                several seeds of their mean, and 1 where they differ in sign
     p_random    2 P(T > |z| / r), Student's t, with r the standard deviation of z under random vectors (`moderated`)
 
 The larger of the two is corrected over the board (Holm), and 0.05 is the limit.
@@ -31,7 +32,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
-from scipy.special import digamma, polygamma, stdtr
+from scipy.special import digamma, polygamma, stdtr, stdtrit
 from tabulate import tabulate
 
 from ws.analysis.controls import NULLS
@@ -45,8 +46,8 @@ from ws.stats import (
     estimate_mean,
     estimate_over_seeds,
     estimate_text,
-    group_difference,
     holm,
+    p_value,
     resampled_means,
     widened,
 )
@@ -90,7 +91,7 @@ class Shot:
 # ---- one trait ------------------------------------------------------------------------------------------------------
 
 
-def balanced(values: Items, yes: Float[np.ndarray, "items"]) -> Items:
+def balanced(values: Items, yes: Float[np.ndarray, "items"], is_alone: bool = True) -> Items:
     """The values moved so that their mean is that of the two halves' means, and has its uncertainty.
 
     With `s` the standard deviation within the halves, the same of both, the variance of the mean becomes
@@ -99,18 +100,35 @@ def balanced(values: Items, yes: Float[np.ndarray, "items"]) -> Items:
 
     so nothing of what moves both halves apart (a liking for Yes) is taken for uncertainty, and a half of few items is
     as uncertain as it is. Unchanged where there are no halves, or two items.
+
+    Args:
+        values: of the items of one trait.
+        yes: of every item, whether Yes shows the trait.
+        is_alone: whether a 95 % interval is made of these items alone. `s` then has one degree of freedom less than
+            the `n - 1` that `ws.stats` counts, and they are moved apart further, by the quotient of Student's t.
     """
     first, n = yes == 1, values.shape[1]
     n_yes = int(first.sum())
-    if np.isnan(yes).any() or not 0 < n_yes < n or n < 3:
+    if _fitted(yes) == 1:
         return values
     by_half = np.where(
         first, values[:, first].mean(axis=1, keepdims=True), values[:, ~first].mean(axis=1, keepdims=True)
     )
     middle = (values[:, first].mean(axis=1) + values[:, ~first].mean(axis=1)) / 2
     wider = n / (2 * np.sqrt(n_yes * (n - n_yes))) * np.sqrt((n - 1) / (n - 2))
+    if is_alone:
+        wider *= stdtrit(n - 2, 0.975) / stdtrit(n - 1, 0.975)
     moved: Items = middle[:, None] + (values - by_half) * wider
     return moved
+
+
+def _fitted(yes: Float[np.ndarray, "items"]) -> int:
+    """How many means `balanced` takes out of the items of a trait: those of two halves, or one."""
+    return 2 if len(yes) > 2 and _has_halves(yes) else 1
+
+
+def _has_halves(yes: Float[np.ndarray, "items"]) -> bool:
+    return not np.isnan(yes).any() and 0 < int((yes == 1).sum()) < len(yes)
 
 
 def spread(base: Float[np.ndarray, "items"], yes: Float[np.ndarray, "items"]) -> float:
@@ -205,9 +223,7 @@ def _inverse_trigamma(value: float) -> float:
 def _trait(shot: Shot, board: Board, base: np.ndarray, name: str, scale: RandomScale | None, n_boot: int) -> _Trait:
     items, yes = board.items_of[name], board.yes[board.items_of[name]]
     sd, values = spread(base[items], yes), balanced(shot.shift[:, items], yes)
-    first = yes == 1
-    has_halves = not np.isnan(yes).any() and 0 < first.sum() < len(first)
-    raw = shot.shift[:, items].mean(axis=0)
+    first, raw = yes == 1, shot.shift[:, items].mean(axis=0)
     nulls = {
         null: balanced(changes[:, items], yes)
         for null, changes in shot.nulls.items()
@@ -217,19 +233,27 @@ def _trait(shot: Shot, board: Board, base: np.ndarray, name: str, scale: RandomS
     margins = {
         null: estimate_mean(_outward(whole) - _outward(other.mean(axis=0)), n_boot) for null, other in nulls.items()
     }
-    by_seed = np.sign(values.mean(axis=1))
     return _Trait(
         name,
         estimate_over_seeds(values, n_boot),
-        estimate_mean(whole, n_boot).p if (by_seed == by_seed[0]).all() else 1.0,
+        _p_items(shot.shift[:, items], yes),
         sd,
         values / sd,
-        (float(raw[first].mean()), float(raw[~first].mean())) if has_halves else None,
+        (float(raw[first].mean()), float(raw[~first].mean())) if _has_halves(yes) else None,
         scale.p(name, float(values.mean() / sd)) if scale else None,
-        {null: float(other.mean() / sd) for null, other in nulls.items()},
+        {null: float(other.mean() / sd) for null, other in nulls.items()} if np.isfinite(sd) else {},
         margins,
         worst(seed[name] for seed in shot.readable),
     )
+
+
+def _p_items(shift: Items, yes: Float[np.ndarray, "items"]) -> float:
+    """Two-sided p-value of a trait's shift; see the module. Of a single item it is 1."""
+    values, n = balanced(shift, yes, is_alone=False), shift.shape[1]
+    by_seed, whole = np.sign(values.mean(axis=1)), values.mean(axis=0)
+    if n < 2 or (by_seed != by_seed[0]).any():
+        return 1.0
+    return p_value(float(whole.mean()), [(float(whole.var(ddof=1) / n), n - _fitted(yes))])
 
 
 def _outward(values: np.ndarray) -> np.ndarray:
@@ -402,8 +426,10 @@ def _summary(
     row |= {"z_others": rms([r["z"] for r in known if r["role"] != "target"])}
     row |= {"z_random": scale.overall if scale else None}
     row |= {"n_traits": len(rows), "n_others": len(others), "n_moved": sum(r["role"] != "target" for r in moved)}
-    row |= {"target_moved": any(r["role"] == "target" for r in moved), **_agreement(shot, board, n_boot)}
-    row |= {"rms_shift": rms([r["shift"] for r in readable if r["shift_yes"] is not None])}
+    halved = [r for r in readable if r["agreement"] is not None]
+    row |= {"target_moved": any(r["role"] == "target" for r in moved)}
+    row |= _agreement(shot, board, [r["trait"] for r in halved], n_boot)
+    row |= {"rms_shift": rms([r["shift"] for r in halved])}
     largest = [r for r in moved if r["role"] != "target"] or [r for r in known if r["role"] != "target"]
     largest = sorted(largest, key=lambda r: -abs(r["z"]))[:LISTED]
     masses = [r["mass"] for r in rows if r["mass"] is not None]
@@ -418,12 +444,17 @@ def rms(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.sqrt(np.mean(np.square(values)))) if len(values) else None
 
 
-def _agreement(shot: Shot, board: Board, n_boot: int) -> dict[str, Any]:
-    """How far the answer Yes itself moves, over all statements of the board."""
-    raw, yes = shot.shift.mean(axis=0), board.yes
-    halves = [raw[yes == side] / 2 for side in (1, 0)]
-    moved = None if min(map(len, halves)) < 2 else group_difference(halves[0], halves[1], n_boot)
-    return columns_of(moved, "agreement", "ci_lo", "ci_hi")
+def _agreement(shot: Shot, board: Board, traits: Sequence[str], n_boot: int) -> dict[str, Any]:
+    """How far the answer Yes itself moves, over all statements of some traits that have both halves.
+
+    With the other sign for what No matches the halves' means are `m_yes` and `-m_no`, so the trait's own shift drops
+    out, trait by trait: of unequal halves it would be left over.
+    """
+    raw, parts = shot.shift.mean(axis=0, keepdims=True), list[np.ndarray]()
+    for items in (board.items_of[t] for t in traits):
+        yes = board.yes[items]
+        parts.append(balanced(np.where(yes == 1, 1.0, -1.0) * raw[:, items], yes, is_alone=len(traits) == 1)[0])
+    return columns_of(estimate_mean(np.concatenate(parts), n_boot) if parts else None, "agreement", "ci_lo", "ci_hi")
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------
@@ -461,14 +492,14 @@ def headlines(row: Mapping[str, Any]) -> list[str]:
             f"Selectivity {estimate_text(row, 'selectivity', '.2f')}: {targets} moves by {row['z_target']:.2f} "
             f"standard deviations, the others by {row['z_others']:.2f} (root mean square)."
         )
-    if row["n_draws"]:
+    if row["z_random"] is not None:
         unread = f" ({row['n_unreadable']} traits cannot be read and are left out)" if row["n_unreadable"] else ""
         nulls = ", ".join(["random vectors", *(f"the {n} null" for n in row["nulls"].split())])
         lines.append(
             f"{row['n_moved']} of {row['n_others']} others moved beyond {nulls}{unread}; random vectors move "
             f"a trait by {row['z_random']:.2f}."
         )
-    elif row["intervention"] == "weight":
+    elif row["intervention"] == "weight" and not row["n_draws"]:
         lines.append("No random vectors were asked for (--n-draws 0), so no trait counts as moved.")
     if is_agreement(row):
         lines.append(

@@ -35,7 +35,8 @@ from ws.eval.vignettes import Vignette
 from ws.files.reading import convert, parse_toml, read_bytes
 from ws.lm import hub
 from ws.lm.models import BUNDLED
-from ws.options.measure import ProfileOptions
+from ws.options.measure import ProfileOptions, TinymfvOptions
+from ws.options.shared import shared_with
 
 ANTHROPIC, POCKET, MORAL = "anthropic", "pocket", "moral"
 BOARDS = (ANTHROPIC, POCKET, MORAL)
@@ -172,7 +173,7 @@ def open_plain(context: EvalContext, options: ProfileOptions) -> Board:
     name = options.board or (POCKET if is_bundled else ANTHROPIC)
     if name not in BOARDS and not Path(name).expanduser().is_dir():
         choose("board", name, BOARDS)
-    part, groups = (_moral(context), {}) if name == MORAL else _statements(context, options, name)
+    part, groups = (_moral(context, options.revision), {}) if name == MORAL else _statements(context, options, name)
     return Board(Path(name).name, (part,), {trait: groups.get(trait, "") for trait in part.traits}, ())
 
 
@@ -221,9 +222,10 @@ def _groups(file: Path) -> dict[str, str]:
     return {trait: group for group, traits in groups.items() for trait in traits}
 
 
-def _moral(context: EvalContext) -> Part:
+def _moral(context: EvalContext, revision: str | None) -> Part:
     """tiny-mfv: how wrong acts are, by moral foundation."""
-    evaluation = TinymfvAirisk.of_run(context)
+    options = shared_with(TinymfvOptions, context.options, revision=revision)
+    evaluation = TinymfvAirisk.of_run(replace(context, options=options))
     items: Sequence[Vignette] = evaluation.items
     traits, texts = tuple(v.foundation_coarse for v in items), tuple(v.other for v in items)
     return Part(evaluation, evaluation.scores[0], traits, texts)
