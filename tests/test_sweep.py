@@ -18,7 +18,7 @@ from ws.diff import vector_digest
 from ws.eval import sycophancy
 from ws.eval.sycophancy import ClaimScores
 from ws.files.runs import data_folder, read_csv, run_folder, write_csv
-from ws.options.make import ReplicateConfig, SweepConfig
+from ws.options.make import QueueConfig, ReplicateConfig, SweepConfig
 from ws.run_sweep import Cell, failures, main, run_sweep
 from ws.stats import holm
 
@@ -307,4 +307,18 @@ def test_mistakes_are_found_before_anything_runs(config):
     ):
         with pytest.raises(ws.WsError, match=f"Did you mean '{match}'"):
             run_sweep(replace(config, **change))
+    for change, match in (
+        ({"adapters": ()}, "`adapters` and `seeds` must each name at least one"),
+        ({"seeds": ()}, "`adapters` and `seeds` must each name at least one"),
+        ({"n_bootstrap": 3}, "`n_bootstrap` must be at least 100"),
+        ({"limit": 0}, "`limit` must be at least 1"),
+        ({"batch_size": -1}, "`batch_size` must be at least 1"),
+        ({"n_think": -1}, "`n_think` must be at least 0"),
+        ({"split": "reprot"}, "Did you mean 'report'"),
+    ):
+        with pytest.raises(ws.WsError, match=match):
+            run_sweep(replace(config, **change))
+    for change in ({"adapters": ()}, {"seeds": ()}):
+        with pytest.raises(ws.WsError, match="at least one"):
+            QueueConfig(**change).check()
     assert not list(config.out.iterdir())

@@ -538,6 +538,7 @@ def test_vectors_of_one_behaviour_go_by_their_folders(options):
         ({"changes": ()}, "nothing to monitor"),
         ({"library": ()}, "library is empty"),
         ({"fpr": 0.0}, "between 0 and 1"),
+        ({"n_items": -1}, "`n_items` must be at least 4"),
         ({"changes": ("tiny-random",)}, "tiny-random: The change leaves every module"),
         ({"changes": ("no/such/folder",)}, "no folder no/such/folder"),
     ],

@@ -325,7 +325,9 @@ def test_every_way_is_an_adapter_and_is_measured_by_the_same_items(options, tiny
         ({"columns": ("ask:prompt",)}, "no role of a column named 'ask'"),
         ({"to": "../else"}, "cannot name the fine-tunes"),
         ({"lr": -1.0}, "`lr` must be positive"),
-        ({"split": "test"}, "test"),
+        ({"split": "test"}, "no split named 'test'"),
+        ({"batch_size": -1}, "`batch_size` must be at least 1"),
+        ({"limit": 0}, "`limit` must be at least 1"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_in_a_sentence(options, change, why):

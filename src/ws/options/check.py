@@ -127,6 +127,7 @@ class MonitorOptions(NamesModel):
         """`WsError` for what cannot be read."""
         if not self.changes:
             raise WsError("There is nothing to monitor; give an adapter folder, a saved vector or a checkpoint.")
+        require_count("--n-items", self.n_items, 4)
         require_distinct("--benign", [_place(c) for c in self.controls])
         both = {_place(c) for c in self.changes} & {_place(c) for c in self.controls}
         if both:

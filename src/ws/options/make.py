@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from ws.behaviors import behavior_file
+from ws.behaviors import SPLITS, behavior_file
 from ws.errors import (
     MOST,
     WsError,
@@ -492,6 +492,8 @@ def run_name(adapter: str, contrast: str) -> str:
 
 
 def _check_grid(adapters: Sequence[str], seeds: Sequence[int], alphas: Sequence[float]) -> None:
+    if not (adapters and seeds):
+        raise WsError("--adapters and --seeds must each name at least one.")
     require_distinct("--adapters", adapters)
     require_distinct("--seeds", seeds)
     for seed in seeds:
@@ -564,8 +566,10 @@ class SweepConfig(_OfBehavior):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> None:
-        """`WsError` for seeds and strengths that make no sense, or an unknown contrast."""
+        """`WsError` for names and numbers that make no sense, before the pairs are sampled."""
         _check_grid(self.adapters, self.seeds, self.alphas)
+        shared_with(EvalOptions, self).check()
+        choose("split", self.split, SPLITS)
         choose("contrast", self.contrast, CONTRASTS)
         self.train.check()
 
@@ -877,7 +881,8 @@ class PreventOptions(RunOptions):
         """`WsError` for ways that do not exist, and numbers that make no sense."""
         for way in self.ways:
             choose("way", way, (PLAIN, *WAYS))
-        require_resamples(self.n_bootstrap)
+        choose("split", self.split, SPLITS)
+        self.eval_options.check()
         self.training(self.model or DEFAULT_MODEL).check()
 
     @property

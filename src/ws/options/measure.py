@@ -382,6 +382,8 @@ class CompareOptions(SideBySideOptions):
     def check(self) -> None:
         """`WsError` for names and numbers that make no sense."""
         super().check()
+        require_count("--limit", self.limit, 1)
+        choose("split", self.split, SPLITS)
         if not self.evals:
             raise WsError("--evals must name at least one.")
 
