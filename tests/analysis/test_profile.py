@@ -157,7 +157,7 @@ def test_two_means_are_fitted_and_two_degrees_of_freedom_lost(sizes):
 
 
 def test_four_statements_that_nothing_moves_are_as_rarely_significant_as_they_say():
-    """2,000 traits with a liking for Yes and no shift; with one degree of freedom too many it were 8.7 and 2.1 %."""
+    """2,000 traits with a liking for Yes and no shift; with one degree of freedom too many 8.6 and 2.8 % would be."""
     rng, yes, n = np.random.default_rng(17), np.tile([1.0, 0.0], 2), 2000
     of = board_of(dict.fromkeys((f"t{i}" for i in range(n)), (2, 2)))
     fine = dict.fromkeys(of.traits, Readability(0.99))
