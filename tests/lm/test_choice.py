@@ -55,6 +55,15 @@ def test_scores_equal_the_plain_computation(tiny):
         assert scores.mass[i] == pytest.approx(yes + no, rel=1e-4)
 
 
+def test_a_prompt_of_one_token_has_a_score_of_its_own(tiny):
+    prompts = ["A", "A b"]
+    assert len(encode(tiny[1], prompts[0])) == 1
+    both = score_choices(*tiny, prompts, ("Yes", "No")).logratio
+    alone = [score_choices(*tiny, [p], ("Yes", "No")).logratio[0] for p in prompts]
+    assert both == pytest.approx(alone, abs=1e-5)
+    assert abs(both[0] - both[1]) > 1e-3
+
+
 def test_batch_size_and_row_order_do_not_matter(tiny):
     model, tok = tiny
     prompts = [render_prompt(tok, p) for p in PROMPTS]
@@ -138,6 +147,7 @@ def test_families_hold_every_prompt_whole(prompts):
     found = {row: [*f.prefix, *s] for f in families for s, row in zip(f.suffixes, f.rows, strict=True)}
     assert [found[i] for i in range(len(prompts))] == prompts
     assert all(s for f in families for s in f.suffixes)
+    assert all(f.prefix or len(f.rows) == 1 for f in families)
     pieces = [p for f in families for p in f.pieces(2)]
     assert sorted(i for p in pieces for i in p.rows) == list(range(len(prompts)))
 
@@ -265,7 +275,8 @@ def test_prompts_that_share_half_of_themselves_are_a_family():
     families_of([[1, 2, 3, 4, 5], [1, 2]], ([], (1,)), ([], (0,)))
     families_of([[1, 2], [1, 2]], ([1], (0, 1)))
     families_of([[1, 2, 3], [1, 2]], ([1], (1, 0)))
-    families_of([[1], [1], [2]], ([], (0, 1)), ([], (2,)))
+    families_of([[1], [1], [2]], ([], (0,)), ([], (1,)), ([], (2,)))
+    families_of([[5, 6], [5], [5, 7]], ([], (1,)), ([5], (0, 2)))
     families_of([[5, 5, 1], [1, 2, 3], [5, 5, 2], [1, 2, 4], [9]], ([1, 2], (1, 3)), ([5, 5], (0, 2)), ([], (4,)))
     # What the third shares with the first is less than what the first two share.
     families_of([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 9]], ([1, 2, 3], (0, 1, 2)))

@@ -172,13 +172,17 @@ def _families(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[
 
 
 def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Family]:
-    """Put prompts that share at least their first half into families, such as one text that is asked twice."""
+    """Put prompts that share at least their first half into families, such as one text that is asked twice.
+
+    The last token of a prompt is never shared, so one of a single token stands alone.
+    """
     order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
     families, members, shared = list[Family](), [order[0]], len(prompts[order[0]])
     for i in order[1:]:
         both = list(zip(prompts[members[0]], prompts[i], strict=False))
         common = min(shared, next((n for n, (a, b) in enumerate(both) if a != b), len(both)))
-        if 2 * common >= len(prompts[i]) and 2 * common >= len(prompts[members[0]]):
+        shorter, longer = sorted((len(prompts[i]), len(prompts[members[0]])))
+        if shorter > 1 and 2 * common >= longer:
             members, shared = [*members, i], common
             continue
         families.append(_family(prompts, members, shared))
