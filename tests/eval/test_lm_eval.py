@@ -20,7 +20,17 @@ from ws.behaviors.tables import draw
 from ws.delta import LinearDelta
 from ws.eval import lm_eval
 from ws.eval.context import EvalContext
-from ws.eval.lm_eval import load_tasks, main, plain_model, require_harness, run_harness, scores_of, summary_rows
+from ws.eval.lm_eval import (
+    Harness,
+    _document_hashes,
+    load_tasks,
+    main,
+    plain_model,
+    require_harness,
+    run_harness,
+    scores_of,
+    summary_rows,
+)
 from ws.intervene.activation import ActivationVector, activation_steer
 from ws.intervene.prompt import prompted, prompting
 from ws.lm.likelihood import score_answers
@@ -189,6 +199,44 @@ def test_the_command_writes_paired_shifts(options, pocket, capsys, monkeypatch):
 
 
 @harness
+def test_other_documents_are_another_evaluation_wherever_they_lie(options, tmp_path, capsys):
+    """A task's data may lie outside of its folder, and be another set at the same place tomorrow."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_task(options.include_path / "far.yaml", "pocket_far", write_documents(data / "d.jsonl"))
+    options = replace(options, tasks=("pocket_far",), alphas=(1.0,))
+
+    def shown(**change) -> tuple[str, list[dict[str, str]]]:
+        main(replace(options, **change))
+        return capsys.readouterr().out, read(options.out / "honesty" / "lora" / "lm_eval_summary.csv")
+
+    before = shown()
+    assert shown() == before
+    other = [d | {"question": d["question"].replace("brusk", "owl")} for d in DOCUMENTS]
+    (data / "d.jsonl").write_text("".join(json.dumps(d) + "\n" for d in other))
+    printed, rows = shown(alphas=(1.0, 2.0))
+    assert "What does the owl eat?" in printed
+    for name in ("hash", "eval_hash"):
+        assert len({r[name] for r in rows}) == 1
+        assert rows[0][name] != before[1][0][name]
+
+
+@harness
+def test_what_examples_come_from_is_hashed_where_there_are_examples(folder, tmp_path):
+    shown = [write_documents(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    shown[1].write_text(shown[1].read_text().replace("brusk", "owl"))
+    found = []
+    for file in shown:
+        task = folder / "closed.yaml"
+        write_task(task, "pocket_closed", folder / "items.jsonl")
+        text = task.read_text().replace("fewshot_split: test", "fewshot_split: train")
+        task.write_text(text.replace("{test:", f"{{train: {file}, test:"))
+        found.append([_document_hashes(load_tasks(["pocket_closed"], folder, n), None) for n in (0, 2)])
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+@harness
 def test_examples_in_the_prompt_are_the_same_every_time(pocket, folder):
     model, tok = pocket
     tasks = load_tasks(["pocket_closed"], folder, num_fewshot=2)
@@ -293,6 +341,28 @@ def test_a_persona_stands_in_front_of_the_system_text_of_a_task(pocket, folder):
     prompted_scores = scores_of(results)
     assert base["hash"][0] == prompted_scores["hash"][0], "the task asks the same"
     assert "shift" in summary_rows({}, 1.0, prompted_scores, base, 100)[0]
+
+
+@harness
+def test_a_task_that_rates_plain_texts_has_no_place_for_a_persona(pocket, folder, options):
+    model, tok = pocket
+    write_task(folder / "texts.yaml", "pocket_texts", folder / "items.jsonl")
+    text = (folder / "texts.yaml").read_text()
+    for old, new in (
+        ("multiple_choice", "loglikelihood_rolling"),
+        ("{{gold}}", "{{question}}"),
+        ("metric: acc", "metric: word_perplexity"),
+        ("aggregation: mean", "aggregation: weighted_perplexity"),
+    ):
+        text = text.replace(old, new)
+    (folder / "texts.yaml").write_text(text)
+    tasks = load_tasks(["pocket_texts"], folder)
+    assert scores_of(run_harness(model, tok, tasks, chat=True))["value"][0] > 1
+    with prompting(tok, "You like to lie."), pytest.raises(ws.WsError, match="pocket_texts rates plain texts"):
+        run_harness(model, tok, tasks, chat=True)
+    asked = replace(options, tasks=("pocket_texts",), chat=True, interventions=("weight", "prompt"))
+    with pytest.raises(ws.WsError, match="leave it or `interventions` prompt out"):
+        Harness.of_run(EvalContext.of_base(asked, model, tok))
 
 
 @harness

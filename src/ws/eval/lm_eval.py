@@ -139,14 +139,14 @@ def run_harness(
             which the harness tokenises as it always does.
 
     Raises:
-        WsError: log-likelihoods that are NaN, or a tokenizer with a persona (`ws.intervene.prompt`) without `chat`.
+        WsError: log-likelihoods that are NaN, or a tokenizer with a persona (`ws.intervene.prompt`) where a task has no
+            place for it: without `chat`, and where the task rates plain texts.
     """
     from lm_eval import evaluate
     from lm_eval.utils import hash_string
 
-    if default_system(tok) and not chat:
-        raise WsError(NO_PERSONA)
-
+    if default_system(tok):
+        _require_place(tasks, chat)
     size = (batch_size or BATCH_SIZE) if takes_padding(model) else 1
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -173,6 +173,29 @@ def run_harness(
 def _drawn(tasks: Any, limit: int | None) -> dict[str, list[int]]:
     """The places of the documents that are asked, by task."""
     return {name: list(draw(range(len(task.eval_docs)), limit)) for name, task in tasks["tasks"].items()}
+
+
+def _require_place(tasks: Any, chat: bool) -> None:
+    """`WsError` where a task has no place for a persona."""
+    if not chat:
+        raise WsError(NO_PERSONA)
+    for name, task in tasks["tasks"].items():
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # which the harness puts into no template
+            raise WsError(
+                f"The task {name} rates plain texts, with --chat as without, and those have no place for a persona; "
+                "leave it or --interventions prompt out."
+            )
+
+
+def _document_hashes(tasks: Any, limit: int | None) -> dict[str, list[str]]:
+    """Of every task the hash of the documents that are asked, and of those that examples in the prompt come from."""
+    hashes = dict[str, list[str]]()
+    for name, places in _drawn(tasks, limit).items():
+        task = tasks["tasks"][name]
+        documents = task.eval_docs
+        asked, shown = [documents[i] for i in places], task.fewshot_docs() if task.get_config("num_fewshot") else ()
+        hashes[name] = [sha256_json([str(document) for document in part]) for part in (asked, shown)]
+    return hashes
 
 
 class _Continuations:
@@ -449,6 +472,8 @@ class Harness(Evaluation):
             raise WsError("A harness evaluation needs LmEvalOptions, which name the tasks.")
         harness = require_harness()
         tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot)
+        if "prompt" in options.interventions:
+            _require_place(tasks, options.chat)
         parts = (_drawn(tasks, limit) for limit in (options.limit, None))
         drawn = draw_fact(*([i for places in part.values() for i in places] for part in parts))
         facts = {"harness": harness, "chat_template": options.chat, "drawn": drawn}
@@ -456,10 +481,11 @@ class Harness(Evaluation):
 
     @property
     def content(self) -> Any:
-        """The harness, the tasks and their settings, and the hashes of the files of one's own."""
+        """The harness, the tasks and their settings, and the hashes of their documents and of one's own files."""
         o = self.options_given
         shown: list[Any] = [self.harness, *o.tasks, o.num_fewshot, o.limit, "chat" if o.chat else False]
-        return [[*shown, *([_drawn(self.items, o.limit)] if o.limit else [])], folder_hashes(o.include_path)]
+        places = [_drawn(self.items, o.limit)] if o.limit else []
+        return [[*shown, *places], _document_hashes(self.items, o.limit), folder_hashes(o.include_path)]
 
     def ask(self, model: PreTrainedModel, tok: Tokenizer) -> Scores:
         """See `scores_of`."""
