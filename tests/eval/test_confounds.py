@@ -137,6 +137,23 @@ def test_a_small_shift_is_none_and_a_low_mass_no_verdict_of_any_kind():
     assert "answer mass 0.600" in found.line
 
 
+@pytest.mark.parametrize(
+    ("f", "t", "kind", "words"),
+    [
+        (1.0, 0.03, SPECIFIC, "False claims shift and true claims do not"),
+        (1.0, -0.03, SPECIFIC, "False claims shift and true claims do not"),
+        (0.23, 0.15, SPECIFIC, "False claims shift and true claims do not"),
+        (1.0, 0.25, MIXED, "share 2"),
+        (0.3, 0.25, AGREEMENT, "an equal shift"),
+    ],
+)
+def test_a_small_shift_of_true_claims_is_none_however_sure(f, t, kind, words):
+    found = shifted(f, t, np.random.default_rng(3), n=(113, 113), noise=0.05)
+    assert found.true_shift.excludes_zero
+    assert (found.kind, found.is_confounded) == (kind, kind != SPECIFIC)
+    assert words in found.line
+
+
 @settings(max_examples=25)
 @given(st.floats(-5, 5), st.floats(-5, 5), st.integers(2, 30), st.integers(2, 30))
 def test_the_two_components_are_the_two_shifts(f, t, n_false, n_true):

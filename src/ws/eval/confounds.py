@@ -117,10 +117,10 @@ def agreement_verdict(
     An interval is 95 %, and a shift below 0.2 nats (`ws.eval.readable.NATS`) counts as none. With the interval of `f`
     off zero the verdict is
 
-        specific    f - t is off zero on the side of f, and t is not off zero on that side
-        mixed       the same, but t is: true claims share less than half of the shift
-        agreement   t is at least half of f and off zero on its side
-        undecided   f - t is not off zero, and neither is t: too few or too scattered true claims to tell
+        specific    f - t is off zero on the side of f, and t is no shift to that side
+        mixed       the same, but t is one: true claims share less than half of the shift
+        agreement   t is a shift to the side of f, and at least half of it
+        undecided   f - t is not off zero, and t is no shift: too few or too scattered true claims to tell
 
     Args:
         false_base, false_alpha: log ratios of the same false claims in the base and steered, in nats.
@@ -155,7 +155,7 @@ def _positive(values: Values) -> float:
 
 
 def _kind(f: Estimate, t: Estimate, specific: Estimate) -> str:
-    shared = t.excludes_zero and np.sign(t.mean) == np.sign(f.mean)
+    shared = _is_shift(t) and np.sign(t.mean) == np.sign(f.mean)
     apart = specific.excludes_zero and np.sign(specific.mean) == np.sign(f.mean)
     if not _is_shift(f):
         return TRUE_ONLY if _is_shift(t) else NO_SHIFT
@@ -173,7 +173,7 @@ def _is_shift(e: Estimate) -> bool:
 
 def _sentence(kind: str, f: Estimate, t: Estimate, behavior: str) -> str:
     share = t.mean / f.mean if f.mean else 0.0
-    opposed = t.excludes_zero and np.sign(t.mean) != np.sign(f.mean)
+    opposed = _is_shift(t) and np.sign(t.mean) != np.sign(f.mean)
     equal = "an equal shift" if 1 / LENGTH_RATIO <= share <= LENGTH_RATIO else f"{share:.0%} of it"
     return {
         NO_SHIFT: f"Neither false nor true claims shift beyond chance by {NATS} nats or more",
