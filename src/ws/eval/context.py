@@ -32,7 +32,7 @@ from ws.options.shared import BASE, WEIGHT, shared_with
 from ws.options.shared import EvalOptions as EvalOptions
 from ws.run import FinishedRun, open_options
 
-TABLES_VERSION = 4  # raised when the same scores make other tables, which are then written anew, and nothing is asked
+TABLES_VERSION = 5  # raised when the same scores make other tables, which are then written anew, and nothing is asked
 
 
 Options = TypeVar("Options", bound=EvalOptions)
