@@ -307,6 +307,21 @@ def test_a_liking_for_a_place_that_exceeds_the_choice_supports_no_conclusion():
     assert "!" not in render_summary("Truthfulness", table({0.0: chooses}))
 
 
+@pytest.mark.parametrize("spoilt", [-1.0, 0.0, 1.0])
+def test_si_is_empty_where_one_of_its_three_strengths_cannot_be_read(spoilt):
+    rng = np.random.default_rng(4)
+    choices = {a: rng.normal(size=240) for a in (-1.0, 0.0, 1.0)}
+    ratios = {a: np.stack([c, -c], axis=1) for a, c in choices.items()}
+    known = table({a: r.tolist() for a, r in ratios.items()})
+    assert known[2]["si"]
+    assert "No SI" not in render_summary("Truthfulness", known)
+    ratios[spoilt] = ratios[spoilt] + 5
+    rows = table({a: r.tolist() for a, r in ratios.items()})
+    assert [bool(r["unreadable"]) for r in rows] == [float(r["alpha"]) == spoilt for r in rows]
+    assert {rows[2][name] for name in ("si", "si_ci_lo", "si_forward", "n_wrong")} == {""}
+    assert "No SI where an answer it rests on" in render_summary("Truthfulness", rows)
+
+
 def test_tables_of_earlier_releases_are_still_shown():
     rows = table({0.0: [[3.0, -1.0]] * 4})
     new = ("n_stated", "n_stated_agree", "mean_abs_position_bias", "mean_abs_logratio", "unreadable")
@@ -588,6 +603,22 @@ def test_the_table_has_36_columns_and_a_row_per_adapter_and_base(evaluated):
     assert by_name["lora"]["airisk_unreadable"].startswith("answer mass"), "random weights choose nothing"
     only = build_table(replace(evaluated, adapters=("lora",), seeds=(1,)))[1]
     assert only["airisk_delta"] == pytest.approx(float(summaries[1]["shift"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": (0, 0)}, "`seeds` names 0 twice"),
+        ({"adapters": ("lora", "lora")}, "`adapters` names 'lora' twice"),
+        ({"adapters": ("lora",), "seeds": (0, 7)}, "lora seed 7 has not been evaluated on both sets"),
+        ({"seeds": (0, 1)}, "oft seed 1 has not been evaluated .*each adapter must have all of `seeds`"),
+        ({"adapters": ("lora",), "seeds": (7,)}, "No seed of lora has been evaluated"),
+    ],
+)
+def test_the_table_pools_the_seeds_that_were_asked_for_each_once_or_none(evaluated, change, said):
+    with pytest.raises(ws.WsError, match=said):
+        build_table(replace(evaluated, **change))
+    assert [r["adapter"] for r in build_table(replace(evaluated, seeds=(1,)))] == ["base", "lora"]
 
 
 def test_a_family_of_ones_own_has_a_row_and_a_control_has_none(evaluated):

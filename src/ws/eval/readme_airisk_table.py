@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from ws import console
 from ws.behaviors import behavior_name
-from ws.errors import DamagedError, WsError, choose, decoded, require_resamples
+from ws.errors import DamagedError, WsError, choose, decoded, require_distinct, require_resamples
 from ws.eval import dilemmas, vignettes
 from ws.eval.readable import AGREEMENT, FLAG, MARK, Readability, notes, of_row, select, worst
 from ws.eval.vignettes import AGREEMENTS, MASSES
@@ -77,8 +77,8 @@ def build_table(config: TableConfig) -> list[dict[str, Any]]:
     """The rows of the table: the base first, then the adapters in the order of `ADAPTERS`, then others by name.
 
     Raises:
-        WsError: an unknown or unfinished adapter, or runs of different bases, or that were evaluated on different
-            items, in different words or through different templates.
+        WsError: an adapter or seed that is named twice, is unknown or was not evaluated, or runs of different bases, or
+            that were evaluated on different items, in different words or through different templates.
     """
     require_resamples(config.n_bootstrap)
     runs, left_out = _runs(config)
@@ -101,6 +101,8 @@ def _runs(config: TableConfig) -> tuple[dict[str, list[_Run]], list[str]]:
 
     Those with a damaged file are left out; the second list has a sentence for each.
     """
+    for option, names in (("--adapters", config.adapters), ("--seeds", config.seeds)):
+        require_distinct(option, names or ())
     behavior = behavior_name(config.behavior)
     left_out = list[str]()
     known = [*ADAPTERS, *_other_families(config.out / behavior, left_out)]
@@ -151,10 +153,16 @@ def _seeds(config: TableConfig, behavior: str, adapter: str, left_out: list[str]
         seeds = (0, *sorted(int(x) for x in others if x.isdigit()))
     folders = [run_folder(config.out, behavior, adapter, seed) for seed in seeds]
     files = [[f / f"{dilemmas.table_name()}_per_row.csv", f / "tinymfv_airisk_per_vignette.csv"] for f in folders]
+    there = [all(table.exists() for table in tables) for tables in files]
+    if config.seeds is not None and any(there) and not all(there):
+        raise WsError(
+            f"{adapter} seed {seeds[there.index(False)]} has not been evaluated on both sets, and each adapter must "
+            "have all of --seeds; evaluate it, or choose with --adapters and --seeds."
+        )
     runs = list[_Run]()
-    for seed, tables in zip(seeds, files, strict=True):
+    for seed, tables, is_there in zip(seeds, files, there, strict=True):
         name = f"{adapter} seed {seed}"
-        if all(table.exists() for table in tables):
+        if is_there:
             try:
                 runs.append(_read(name, *tables))
             except DamagedError as problem:

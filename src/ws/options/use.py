@@ -240,7 +240,7 @@ class TableConfig:
         behavior: whose runs.
         out: the folder of all runs and results.
         adapters: families; every one that has been evaluated on both sets unless given.
-        seeds: every one that has been evaluated unless given.
+        seeds: every one that has been evaluated unless given; then each adapter in the table must have them all.
         n_bootstrap: resamples per interval.
         check: a page whose table must be the rendering of the CSV; nothing is written then.
         csv: with `--check`, the table to compare with, if it is not the one in `<out>/<behavior>/`.
