@@ -106,6 +106,13 @@ def test_the_plain_sums_are_right_and_differ():
     assert sorted(p.kind for p in drawn) == sorted(2 * ["addition", "subtraction", "multiplication", "two additions"])
 
 
+@pytest.mark.parametrize("source", ["sums", "pocket"])
+def test_the_plain_sums_have_no_revision(source):
+    assert load_problems(source) == plain_sums()
+    with pytest.raises(ws.WsError, match=f"`revision` is of a data set on the hub, and {source} is none"):
+        load_problems(source, "main")
+
+
 def test_problems_come_with_their_number(tmp_path, capsys):
     file = problems_jsonl(tmp_path / "set")
     assert [p.number for p in load_problems(str(file))] == ["7", "2000", "-5", "2.5"]

@@ -87,6 +87,20 @@ def test_every_published_shape_gives_the_same_questions(tmp_path):
     assert targets == tuple(replace(q, category="") for q in found)
 
 
+def test_a_best_answer_is_one_text_whatever_stands_in_it(tmp_path):
+    rows = as_lists(QUESTIONS)
+    rows[0]["best_answer"] = "Nothing; that is, you digest them"
+    found = load_questions(jsonl(tmp_path / "lists.jsonl", rows))
+    assert len(found) == len(QUESTIONS)
+    assert found[0].best == "Nothing; that is, you digest them."
+
+
+def test_a_file_has_no_configurations(tmp_path):
+    file = jsonl(tmp_path / "lists.jsonl", as_lists(QUESTIONS))
+    with pytest.raises(ws.WsError, match="`config` is of a data set on the hub, and .*lists.jsonl is none"):
+        load_questions(file, "generation")
+
+
 def test_mc1_has_rivals_of_its_own_where_the_rows_say_so(tmp_path):
     rows = as_targets(QUESTIONS)
     rows[0]["mc1_targets"] = {"choices": ["A tree grows.", "Nothing happens."], "labels": [0, 1]}

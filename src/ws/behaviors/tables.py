@@ -54,8 +54,7 @@ def read_rows(
             columns, an empty table, or a hub that cannot be read.
     """
     path, types = Path(source).expanduser(), types or {}
-    if revision is not None and not is_on_hub(source):
-        raise WsError(f"--revision is of a data set on the hub, and {source} is none.")
+    require_hub(source, "--revision", revision)
     if source == "pocket":
         rows = _read_file(_file_in(Path(str(files("ws") / "pocket" / "data")), name, prefer), types)
     elif path.is_dir():
@@ -91,6 +90,12 @@ def is_on_hub(source: str) -> bool:
     from ws.lm import hub  # its client takes most of a second, and only what the hub holds needs it
 
     return source != "pocket" and not Path(source).expanduser().exists() and hub.parse_id(source) is not None
+
+
+def require_hub(source: str, option: str, value: object) -> None:
+    """`WsError` where an option that only a data set on the hub has is given for another source; None is not given."""
+    if value is not None and not is_on_hub(source):
+        raise WsError(f"{option} is of a data set on the hub, and {source} is none.")
 
 
 def revision_of(source: str, revision: str | None = None) -> str:

@@ -38,6 +38,7 @@ from ws.behaviors.tables import (
     is_on_hub,
     is_text,
     read_rows,
+    require_hub,
     revision_of,
     single_table,
     tolerate,
@@ -135,6 +136,7 @@ def load_problems(source: str, revision: str | None = None) -> tuple[Problem, ..
         WsError: no such source, other columns, or too many bad rows.
     """
     if source in BUNDLED_SETS:
+        require_hub(source, "--revision", revision)
         return plain_sums()
     rows = read_rows(single_table(source), "test", ("question", "answer"), PLACE, revision=revision)
     made, bad = list[Problem](), list[str]()

@@ -29,7 +29,18 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws import console
-from ws.behaviors.tables import Row, draw, draw_fact, is_on_hub, is_text, read_rows, revision_of, single_table, tolerate
+from ws.behaviors.tables import (
+    Row,
+    draw,
+    draw_fact,
+    is_on_hub,
+    is_text,
+    read_rows,
+    require_hub,
+    revision_of,
+    single_table,
+    tolerate,
+)
 from ws.errors import WsError
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, Rows, Scores
@@ -42,7 +53,7 @@ from ws.options.measure import TruthfulqaOptions as TruthfulqaOptions
 from ws.stats import estimate_mean, estimate_text, holm
 
 NAME, VERSION = "truthfulqa", 1
-HUB_ID, SPLIT = "truthfulqa/truthful_qa", "validation"
+HUB_ID, SPLIT, CONFIG = "truthfulqa/truthful_qa", "validation", "multiple_choice"
 SCORES = ("mc2", "mc1")
 # Columns of the published CSV, by the names that the hub's configuration `generation` has for them, and those of the
 # configuration `multiple_choice`.
@@ -94,7 +105,7 @@ class Question:
 # ---- items ----------------------------------------------------------------------------------------------------------
 
 
-def load_questions(source: str, config: str = "multiple_choice", revision: str | None = None) -> tuple[Question, ...]:
+def load_questions(source: str, config: str = CONFIG, revision: str | None = None) -> tuple[Question, ...]:
     """The questions of a set, in the order of its rows.
 
     Rows that break the schema are named and left out; more than 5 % stop the run.
@@ -109,6 +120,7 @@ def load_questions(source: str, config: str = "multiple_choice", revision: str |
     """
     if source == "pocket":
         raise WsError("The bundled models come with no TruthfulQA; pass --dataset its CSV, a folder or a hub id.")
+    require_hub(source, "--config", None if config == CONFIG else config)
     rows = [_named(row) for row in read_rows(single_table(source), NAME, (), (config, SPLIT), revision=revision)]
     there = set(rows[0])
     parse = _of_targets if set(TARGETS) <= there else _of_lists
@@ -139,8 +151,11 @@ def _named(row: Row) -> dict[str, Any]:
 
 
 def _of_lists(row: Row) -> Parts | None:
-    """Best, rivals, true and false answers of a row as the CSV has it; its lists are split at `;`."""
-    best, true, false = (_listed(row[name]) for name in LISTED[1:])
+    """Best, rivals, true and false answers of a row as the CSV has it; its lists are split at `;`, its best answer is
+    one text."""
+    given = row["best_answer"]
+    best = _listed(given if isinstance(given, list) else [given])
+    true, false = (_listed(row[name]) for name in LISTED[2:])
     return (best[0], false, true, false) if len(best) == 1 else None
 
 
