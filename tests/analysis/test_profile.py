@@ -476,6 +476,10 @@ def test_a_board_of_ones_own_has_the_groups_of_its_file(context, tmp_path):
     assert (known.name, known.traits) == ("mine", ["rain", "snow", "tea"])
     assert [known.role(t) for t in known.traits] == ["target", "neighbour", ""]
     assert len(known.items_of["tea"]) == 6
+    whole = sum(len((place / f"{trait}.jsonl").read_text().splitlines()) for trait in known.traits)
+    assert {b["drawn"] for b in known.briefs.values()} == {f"18 of {whole}, seed 0"}
+    every = opened(context, board=str(place), traits=("rain",), n_items=whole)
+    assert {b["drawn"] for b in every.briefs.values()} == {"all"}
     (place / "groups.toml").write_text('weather = ["rain", "hail"]\n')
     with pytest.raises(ws.WsError, match="no file of the trait 'hail'"):
         opened(context, board=str(place))

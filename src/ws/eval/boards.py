@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ws.behaviors.answered import plain_question
+from ws.behaviors.tables import draw_fact
 from ws.errors import WsError, choose, decoded
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, HeadlineScore, Scores
@@ -197,7 +198,7 @@ def _statements(context: EvalContext, options: ProfileOptions, name: str) -> tup
     items = tuple(s for part in drawn for s in part)
     words, commit = _WORDS[POCKET if name == POCKET else ANTHROPIC], hub.commit_of(next(iter(found.values())))
     facts = {"dataset": source, "n_think": 0, "words": words_of(options.prompts, own_words(source), ("question",))}
-    facts |= {"drawn": f"{options.n_items} a trait, at most"} | ({"revision": commit} if commit else {})
+    facts |= {"drawn": draw_fact(items, whole)} | ({"revision": commit} if commit else {})
     evaluation = Statements(
         items=items,
         prompts=load_prompts(words, options.prompts, SLOTS),
