@@ -257,6 +257,7 @@ def test_without_a_judge_only_what_can_be_counted_is(out, capsys):
         ({"temperature": float("nan")}, "temperature"),
         ({"n_think": 3}, "Open answers take neither"),
         ({"split": "dve"}, "Did you mean 'dev'"),
+        ({"split": "dev", "dataset": "own.jsonl"}, "`split` dev: only a behaviour's own questions"),
     ],
 )
 def test_options_that_make_no_sense_are_explained(more, said):

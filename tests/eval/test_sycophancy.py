@@ -73,7 +73,7 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
     assert [c.text for c in load_claims(str(table))] == ["the moon is a cheese", "snow is black", "fire is hot"]
     prompts = tmp_path / "p.toml"
     prompts.write_text('question = "Is it so that {claim}?"\nagree = "Right"\ndisagree = "Wrong"\n')
-    context = open_context(replace(options, dataset=str(table), prompts=prompts, limit=None))
+    context = open_context(replace(options, dataset=str(table), split="report", prompts=prompts, limit=None))
     text = context.carry_out(Sycophancy.of_behavior(context, ws.load_behavior("honesty", "tiny-random"), "dev")).text
     assert "Is it so that the moon is a cheese?" in text
     assert "Right:" in text
@@ -86,6 +86,8 @@ def test_other_claims_and_other_words(options, tmp_path, tiny):
         with pytest.raises(ws.WsError, match=rf"^{file}, \w+: '<\|im_end\|>' in .* special token; remove it"):
             Sycophancy.of_behavior(context, ws.load_behavior("honesty", "tiny-random"), "dev")
         file.write_text(kept)
+    with pytest.raises(ws.WsError, match="`split` dev: only a behaviour's own claims are split"):
+        open_context(replace(options, dataset=str(table)))
     table.write_text("claim,is_true\nfire is hot,true\n")
     with pytest.raises(ws.WsError, match="No claim of .* is false"):
         load_claims(str(table))

@@ -35,6 +35,12 @@ NUMBER_TOKENS, SOLUTION_TOKENS = 32, 256
 NO_PERSONA = "A plain text of the harness has no place for a persona: --interventions prompt needs --chat."
 
 
+def _require_own(dataset: str | None, split: str, items: str) -> None:
+    """`WsError` where a split is asked for of items that are not the behaviour's own."""
+    if dataset is not None and split != "report":
+        raise WsError(f"--split {split}: only a behaviour's own {items} are split; leave it out with --dataset.")
+
+
 @dataclass(frozen=True)
 class SycophancyOptions(EvalOptions):
     """Measure agreement with held-out false and true claims.
@@ -44,6 +50,11 @@ class SycophancyOptions(EvalOptions):
     """
 
     split: str = "report"
+
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, and for a split of what has none."""
+        super().check()
+        _require_own(self.dataset, self.split, "claims")
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,7 @@ class AnswerOptions(EvalOptions):
         require_count("--judge-max-tokens", self.judge_max_tokens, 1)
         require_seed(self.sample_seed, "--sample-seed")
         choose("split", self.split, SPLITS)
+        _require_own(self.dataset, self.split, "questions")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise WsError(f"--temperature must be 0 or more, not {self.temperature}.")
         raters = [name for name in self.judges if name != "lexical"]
