@@ -245,7 +245,7 @@ def test_verdicts_come_together_and_refusals_may_be_the_behaviour():
     assert judge(base, steered, claims, [], 1, keep_refusals=True, n_boot=N_BOOT).strong == ("agreement",)
     without_true = judge(base, steered, [{"is_true": False}] * n, [], 1, n_boot=N_BOOT)
     assert without_true.agreement is None
-    assert "too few true claims" in without_true.lines["agreement"]
+    assert "too few false or too few true claims" in without_true.lines["agreement"]
     assert set(without_true.columns()) == set(found.columns())
 
 
@@ -382,7 +382,10 @@ def test_the_command_exposes_a_vector_of_agreement(yes_vector, capsys, monkeypat
     assert (row["words"], row["dilemmas_words"]) == ("own", "own")
     assert row["drawn"].startswith("30 of ")
     assert row["dilemmas_drawn"] == "3 of 240, seed 0"
-    assert "Dilemmas: a draw of 3 of 240, seed 0 (--n-dilemmas)." in printed
+    assert (row["n_think"], row["dataset"]) == ("8", "honesty claims")
+    assert (row["dilemmas_n_think"], row["dilemmas_dataset"], row["value_class"]) == ("8", "pocket", "Truthfulness")
+    about = "3 of 240, seed 0 (--n-dilemmas), labelled by Truthfulness, after at most 8 tokens of thought."
+    assert f"Dilemmas: pocket, {about}" in printed
     assert {r["drawn"] for r in read(yes_vector / "honesty" / "lora" / "confounds_answers.csv")} == {row["drawn"]}
     assert float(row["position_shift"]) == pytest.approx(float(row["position"]) - float(row["position_base"]))
     answers = read(yes_vector / "honesty" / "lora" / "confounds_answers.csv")
@@ -426,6 +429,7 @@ def test_without_dilemmas_the_place_is_left_out(yes_vector, capsys):
     assert "first place [" not in capsys.readouterr().out
     (row,) = read(yes_vector / "honesty" / "lora" / "confounds_summary.csv")
     assert row["position_shift"] == row["verdict_position"] == row["dilemmas_words"] == row["dilemmas_drawn"] == ""
+    assert row["dilemmas_n_think"] == row["dilemmas_dataset"] == row["value_class"] == ""
     assert float(row["false_shift"]) < 0
 
 
@@ -436,6 +440,8 @@ def test_options_that_make_no_sense_are_explained():
         ({"n_questions": 1}, "`n_questions`"),
         ({"max_new_tokens": 0}, "`max_new_tokens`"),
         ({"n_dilemmas": -1}, "`n_dilemmas`"),
+        ({"n_dilemmas": 1}, "`n_dilemmas`: one dilemma has no interval"),
+        ({"dataset": "claims.csv", "split": "dev"}, "`split` dev: only a behaviour's own claims"),
         ({"alphas": (0.0,)}, "strength other than 0"),
     ):
         with pytest.raises(ws.WsError, match=flag):

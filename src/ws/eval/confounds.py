@@ -297,7 +297,7 @@ class Confounds:
     """The verdicts on one strength of one intervention; None for what was not asked.
 
     Attributes:
-        agreement: None when there are fewer than two true claims.
+        agreement: None when there are fewer than two false claims, or two true ones.
         position: None when no dilemmas were asked.
         length, refusals, repetition: of free answers.
     """
@@ -312,7 +312,7 @@ class Confounds:
     def lines(self) -> dict[str, str]:
         """A sentence per confound."""
         parts = {name: getattr(self, name) for name in VERDICTS}
-        too_few = "There are too few true claims to tell a shift from agreement"
+        too_few = "There are too few false or too few true claims to tell a shift from agreement"
         return {"agreement": too_few} | {name: part.line for name, part in parts.items() if part is not None}
 
     @property
@@ -459,8 +459,8 @@ class ConfoundChecks(Evaluation):
         options, behavior = context.options_as(ConfoundOptions), context.behavior
         claims = Sycophancy.of_behavior(context, behavior, options.split)
         questions = questions_of(context, options.n_questions)
-        dilemmas, about_dilemmas = _dilemmas(context, options)
         n_think = N_THINK if options.n_think is None else options.n_think
+        dilemmas, about_dilemmas = _dilemmas(context, options, n_think)
         return cls(
             items=(claims.items, questions, dilemmas),
             claims=claims,
@@ -560,8 +560,11 @@ class ConfoundChecks(Evaluation):
             ]
         last = summary[-1]
         more = [*notes_on(last), words_note(last.get("dilemmas_words"), "the dilemmas")]
-        if last.get("dilemmas_drawn") not in (None, "", "all"):
-            more.append(f"Dilemmas: a draw of {last['dilemmas_drawn']} (--n-dilemmas).")
+        if last.get("value_class"):
+            more.append(
+                "Dilemmas: {dilemmas_dataset}, {dilemmas_drawn} (--n-dilemmas), labelled by {value_class}, after at "
+                "most {dilemmas_n_think} tokens of thought.".format_map(last)
+            )
         legend = "! before a sentence marks a confound that is strong by the thresholds of docs/confounds.md."
         return "\n".join([*lines, "", legend, *filter(None, more)])
 
@@ -583,14 +586,18 @@ def questions_of(context: EvalContext, n: int) -> list[str]:
     return evenly(others, count)
 
 
-def _dilemmas(context: EvalContext, options: ConfoundOptions) -> tuple[tuple[Dilemma, ...], dict[str, str | None]]:
-    """The dilemmas, and what rows say of their words and of how they were drawn."""
+def _dilemmas(
+    context: EvalContext, options: ConfoundOptions, n_think: int
+) -> tuple[tuple[Dilemma, ...], dict[str, Any]]:
+    """The dilemmas, and what rows say of them: the set, the labels, the words, the thought and the draw."""
+    names = (*(f"dilemmas_{of}" for of in ("dataset", "n_think", "words", "drawn")), "value_class")
     if options.n_dilemmas == 0:
-        return (), {"dilemmas_words": None, "dilemmas_drawn": None}
+        return (), dict.fromkeys(names)
     source = replace(context, options=replace(options, dataset=None)).source(HUB_ID)  # --dataset are the claims
     whole = load_dilemmas(source, options.value_class)
     drawn = draw_dilemmas(whole, options.n_dilemmas)
-    return drawn, {"dilemmas_words": own_words(source), "dilemmas_drawn": draw_fact(drawn, whole)}
+    values = (source, n_think, own_words(source), draw_fact(drawn, whole), options.value_class)
+    return drawn, dict(zip(names, values, strict=True))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ class ConfoundOptions(SycophancyOptions):
         require_count("--n-questions", self.n_questions, 2)
         require_count("--max-new-tokens", self.max_new_tokens, 1)
         require_count("--n-dilemmas", self.n_dilemmas, 0)
+        if self.n_dilemmas == 1:
+            raise WsError("--n-dilemmas: one dilemma has no interval; give at least 2, or 0 for none.")
         require_steered(self.alphas)
 
 
