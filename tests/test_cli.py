@@ -569,7 +569,8 @@ def names_of(options: type) -> set[str]:
     """The options of a command, those of nested classes among them, as they are typed."""
     kinds = get_type_hints(options)
     nested = [kinds[f.name] for f in fields(options) if is_dataclass(kinds[f.name])]
-    return {f"--{f.name.replace('_', '-')}" for f in fields(options)}.union(*map(names_of, nested))
+    names = {f"--{f.name.replace('_', '-')}" for f in fields(options)}.union(*map(names_of, nested))
+    return names | {f"--no-{f.name.replace('_', '-')}" for f in fields(options) if kinds[f.name] is bool}
 
 
 def test_every_hint_in_the_source_names_a_command_and_options_that_it_has():
