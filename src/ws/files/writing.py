@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import ctypes
 import errno
-import io
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -273,17 +273,15 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows with the columns of the first; floats keep all their digits, NaN and ragged rows are refused."""
     if not rows:
         raise WsError(f"There are no rows to write to {file}.")
-    lines, buffer = list[str](), io.StringIO()
+    lines = list[str]()
     # Before Python 3.13 a lone \r is quoted only where it is a part of the line's end, and it ends lines for readers.
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\r\n")
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+    writer = csv.DictWriter(SimpleNamespace(write=lines.append), fieldnames=list(rows[0]), lineterminator="\r\n")
+    writer.writeheader()
+    for row in rows:
         if odd := row.keys() ^ rows[0].keys():
             raise WsError(f"Refusing to write rows of different columns ({', '.join(sorted(odd))}) to {file}.")
         bad = [k for k, v in row.items() if isinstance(v, Real) and v != v]
         if bad:
             raise WsError(f"Refusing to write NaN in {', '.join(bad)} to {file}.")
-        buffer.seek(0)
-        buffer.truncate()
         writer.writerow(row)
-        lines.append(buffer.getvalue().removesuffix("\r\n") + "\n")
-    return write_text(file, "".join(lines))
+    return write_text(file, "".join(line.removesuffix("\r\n") + "\n" for line in lines))

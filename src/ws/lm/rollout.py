@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -165,7 +166,7 @@ def write_out(
 
     def go_on(part: Sequence[_Row]) -> list[Generated]:
         prompts = [[*row.prompt, *row.rest(0)] for row in part]
-        with written_from(_written_from(part, model.device)):
+        with _as_written(part, model.device):
             return generate(model, tok.pad_token_id, prompts, n_tokens, ends)
 
     answers = in_batches(rows, write, batch_size, START_BATCH, length=len, desc="thoughts", unit="question")
@@ -309,20 +310,20 @@ def _think_and_answer(
     in_groups(model, rows, lambda part: [_think(model, tok, n_think, part)] * len(part))
 
     def answer(part: Sequence[_Row]) -> Float[Tensor, "part k"]:
-        with written_from(_written_from(part, model.device)):
+        with _as_written(part, model.device):
             return score_rows(model, tok.pad_token_id, [[*row.prompt, *row.rest(0)] for row in part], variants)
 
     return torch.stack(in_groups(model, rows, answer))
 
 
-def _written_from(rows: Sequence[_Row], device: torch.device) -> Bool[Tensor, "b width"]:
-    """The columns behind which the thoughts were written and the answers will be, of rows that are read again."""
+def _as_written(rows: Sequence[_Row], device: torch.device) -> AbstractContextManager[None]:
+    """For rows that are read again: behind which columns their thoughts were written, and their answers will be."""
     lengths = [len(row.prompt) + len(row.rest(0)) for row in rows]
     columns = [
         [len(row.prompt) - 1 <= i < len(row.prompt) + row.n_run or i == length - 1 for i in range(length)]
         for row, length in zip(rows, lengths, strict=True)
     ]
-    return left_pad(columns, 0, device)[0].bool()
+    return written_from(left_pad(columns, 0, device)[0].bool())
 
 
 def _think(

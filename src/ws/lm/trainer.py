@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -356,10 +356,14 @@ class _Trainer(Trainer):
         """The Trainer's, which counts the loss of a batch for each of its rows: here those that fill it up are none."""
         loss, *others = super().prediction_step(model, inputs, *rest, **options)
         if self.opposite is not None and not self.beta and loss is not None:
-            rows = self.eval_dataset.rows
-            share = sum(max(row["labels"]) >= 0 for row in rows) / len(rows)
-            loss = loss * inputs["labels"].ne(-100).any(1).float().mean().to(loss.device) / share
+            loss = loss * inputs["labels"].ne(-100).any(1).float().mean().to(loss.device) / self.held_out_share
         return loss, *others
+
+    @cached_property
+    def held_out_share(self) -> float:
+        """Of the validation rows those that fill up no batch."""
+        rows = self.eval_dataset.rows
+        return sum(max(row["labels"]) >= 0 for row in rows) / len(rows)
 
     def at_opposite(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The forward pass of a model, as it is wrapped, at -c."""
