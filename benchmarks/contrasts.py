@@ -4,7 +4,8 @@
 every number of pairs (`SIZES`), each for as many steps as all pairs take, and the other families in both contrasts,
 three seeds. Each is read at -1u and +1u, one nat per token from the base, on the held-out items of `report`; beside the
 two arms of LoRA stand either of them alone, the gradient of the contrast and added activations, and vectors of shuffled
-labels. `--model smollm2` does it with `truthfulness`, read by the preference on held-out questions.
+labels. `--model smollm2` does it with `truthfulness`, read by the preference on held-out questions, and, with the real
+data at hand (WS_REAL_DATA), by how selective it is among every third trait of model-written evals.
 
 What a run gave is kept, item by item, in `benchmarks/results/contrasts/`, and is part of the repository; the tables,
 `docs/results/contrasts_<model>.csv` and `..._beyond_arms.csv`, are made of all there is. `--ways` and `--seeds` do a
@@ -14,6 +15,8 @@ part, `--tables` none.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -35,6 +38,7 @@ from ws.analysis.controls import exchange_half
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.acting import persona_margins
 from ws.data import PAIRS_FILE, Pair, generate_pairs, pair_lines, read_pairs
+from ws.eval.statements import COLUMNS, draw_statements, load_statements
 from ws.files.runs import Run, data_folder, write_csv, write_text
 from ws.lm.models import load_model
 from ws.options.make import CONTRASTS as SIDES
@@ -46,8 +50,11 @@ from ws.stats import estimate_over_seeds, estimate_text, holm
 
 BEHAVIORS = {"pocket": "honesty", "smollm2": "truthfulness"}
 SIZES = (8, 16, 32, 64, 128, 256, 512)
-BESIDE = ("positive-only", "negative-only", "gradient", "gradient-low-rank", "activation")  # the two arms
+ONE_SIDED = ("positive-only", "negative-only")  # of the two arms
+# No seed has a part in them, so that one is enough where they cost hours; `benchmarks.smollm2` has added activations.
+UNTRAINED = {"pocket": ("gradient", "gradient-low-rank", "activation"), "smollm2": ("gradient", "gradient-low-rank")}
 PROMPTS = {"pocket": 100, "smollm2": 16}  # that strengths are solved for on, at most; as many others check them
+EVERY, STATEMENTS = 3, 8  # trait of model-written evals, and statements of each: all of them would take half an hour
 KEPT = Path(__file__).parent / "results" / "contrasts"
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -81,11 +88,24 @@ WAYS = {
 }
 
 
+def board(model: str, out: Path) -> str | None:
+    """The folder of statements that selectivity is measured on; None where claims tell, or without the real data."""
+    source = os.environ.get("WS_REAL_DATA")
+    if model == "pocket" or not source:
+        return None
+    for file in sorted((Path(source) / "anthropic-evals" / "persona").iterdir())[::EVERY]:
+        drawn = draw_statements(load_statements({file.stem: file}), STATEMENTS)
+        rows = [(s.question, s.text, s.matching, "No" if s.matching == "Yes" else "Yes") for s in drawn]
+        lines = [json.dumps(dict(zip(COLUMNS, row, strict=True))) for row in rows]
+        write_text(out / "board" / file.name, "".join(f"{line}\n" for line in lines))
+    return str(out / "board")
+
+
 class Bench:
     """A model with the pairs of a behaviour."""
 
     def __init__(self, name: str, out: Path) -> None:
-        self.name, self.out = name, out
+        self.name, self.out, self.board = name, out, board(name, out)
         self.model, self.tok = load_model(name, "cpu")
         self.behavior: Behavior = load_behavior(BEHAVIORS[name], name)
         self.data = data_folder(out, name, self.behavior.name)
@@ -126,6 +146,10 @@ class Bench:
         few = isinstance(way.pairs, int) and way.pairs > len(self.pairs)
         return not few and (way.pairs != "acted" or bool(self.behavior.positive))
 
+    def beside(self, seed: int) -> tuple[str, ...]:
+        """What stands beside two arms of LoRA."""
+        return (*ONE_SIDED, *(UNTRAINED[self.name] if self.name == "pocket" or seed == 0 else ()))
+
     def run(self, name: str, seed: int) -> list[Cell]:
         """The vector of a way and a seed, and what stands beside it, at -1u and +1u."""
         way, o = WAYS[name], self.start(WAYS[name].adapter)
@@ -139,11 +163,11 @@ class Bench:
         write_text(file, pair_lines(self.chosen(way, seed)))
         stages = console.Stages(1 + len(SIDES[way.contrast]))
         train_vector(self.model, self.tok, self.behavior, config, file, run, stages)
-        beside = BESIDE if name == "arms" else ()
+        beside = self.beside(seed) if name == "arms" else ()
         evals = ("preference",) if self.behavior.held_out("report") else ("sycophancy",)
         options = CompareOptions(
             model=o.model, behavior=o.behavior, adapters=(config.run_name,), seeds=(seed,), out=out, device="cpu",
-            interventions=(WEIGHT, *beside), evals=evals, n_prompts=PROMPTS[self.name], n_draws=0,
+            interventions=(WEIGHT, *beside), evals=evals, board=self.board, n_prompts=PROMPTS[self.name], n_draws=0,
         )  # fmt: skip
         return compare(options)
 
@@ -207,12 +231,15 @@ def render(rows: Sequence[Row], beyond: Sequence[Row]) -> str:
     parts = [[n for n in names if n not in sizes + families], sizes, families]
     scores = [s for s in ("false_claims", "preference", "true_claims") if any(r["score"] == s for r in rows)]
     titles = [s.replace("_", " ") for s in scores]
-    header = ["vector", "seeds", *titles, f"{titles[0]}, beyond two arms", "neutral text", "nats at -1u, +1u"]
-    lines = [[_line(name, rows, beyond, scores) for name in part] for part in parts if part]
+    board = ["selectivity"] if any(r.get("selectivity") for r in rows) else []
+    header = ["vector", "seeds", *titles, f"{titles[0]}, beyond two arms", *board, "neutral text", "nats at -1u, +1u"]
+    lines = [[_line(name, rows, beyond, scores, bool(board)) for name in part] for part in parts if part]
     return "\n\n".join(tabulate(part, header, tablefmt="github", disable_numparse=True) for part in lines)
 
 
-def _line(name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], scores: Sequence[str]) -> list[str]:
+def _line(
+    name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], scores: Sequence[str], has_board: bool
+) -> list[str]:
     mine = [r for r in rows if (r["adapter"], r["intervention"]) == name]
     spans = {str(r["score"]): r for r in mine if r["part"] == "span"}
     more = [r for r in beyond if (r["way"], r["intervention"], r["score"]) == (*name, scores[0])]
@@ -222,6 +249,7 @@ def _line(name: tuple[str, str], rows: Sequence[Row], beyond: Sequence[Row], sco
         str(mine[0]["n_seeds"]),
         *(estimate_text(spans[s], "shift") if s in spans else "" for s in scores),
         "".join(estimate_text(r, "beyond_arms") + ("*" if float(r["p_holm"]) < 0.05 else "") for r in more),
+        *([estimate_text(spans[scores[0]], "selectivity", ".1f") if scores[0] in spans else ""] if has_board else []),
         f"{max(costs):+.3f}" if costs else "",
         nats_text(mine[0]),
     ]

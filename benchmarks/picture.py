@@ -19,7 +19,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
@@ -174,7 +173,7 @@ def _label_ends(axes: Axes, panel: Panel, rows: Rows) -> None:
         axes.text(-1.3, y, family, color=colour, ha="right", va="center_baseline")
 
 
-def spread(values: Float[np.ndarray, "n"], gap: float) -> Float[np.ndarray, "n"]:
+def spread(values: np.ndarray, gap: float) -> np.ndarray:
     """The places nearest to ascending values, in squares, that lie at least `gap` apart.
 
     With `q_i = p_i - i gap` the condition is that q does not fall: an isotonic regression.
