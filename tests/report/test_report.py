@@ -39,7 +39,7 @@ from ws.diff import SteeringVector, vector_digest
 from ws.eval import sycophancy
 from ws.eval.readable import OF_BASE, OF_STRENGTH
 from ws.eval.sycophancy import ClaimScores
-from ws.files.runs import Run, data_folder, read_csv, run_folder, write_csv, write_json
+from ws.files.runs import Run, data_folder, read_csv, run_folder, write_csv, write_json, write_text
 from ws.intervene.calibration import (
     load_calibration,
     store_calibration,
@@ -55,7 +55,15 @@ from ws.report.figures import Scale, dose_figures, forest_figure, foundation_fig
 from ws.report.notes import notes
 from ws.report.page import render
 from ws.report.sections import dose_panels, example, samples, shift_rows
-from ws.report.tables import commands, controls_table, foundations_table, other_dilemmas_table, points_table
+from ws.report.tables import (
+    commands,
+    controls_table,
+    foundations_table,
+    other_dilemmas_table,
+    points_table,
+    profile_table,
+    settings_table,
+)
 from ws.report.verdict import judge, select, warnings_of
 from ws.report.words import clean, differences, odds, p_text, shown, side_by_side
 from ws.stats import Estimate, estimate_over_seeds, holm
@@ -387,6 +395,54 @@ def test_a_damaged_vector_is_left_out_and_named(whole):
     assert str(whole) not in render(contents)
 
 
+def test_a_damaged_vector_is_made_again_without_touching_other_runs(whole):
+    """The command named no run and began with `--fresh`: that of lora seed 0, and the pairs that all runs share."""
+    folder = run_folder(whole, "honesty", "delora", 1)
+    Run(folder).restart("vector", {}).done([])
+    (folder / "vector" / "ws.json").write_text("{")
+
+    def typed_for_it():
+        (note,) = (n for n in notes(read_contents(whole, "honesty")) if n.text.startswith("Vector"))
+        return note.commands
+
+    rest = "--adapter delora --seed 1 --model acme/model --behavior honesty"
+    assert typed_for_it() == (f"ws replicate {rest}",)
+    (folder / "manifest.json").write_text("{")
+    assert typed_for_it() == (f"ws replicate --fresh --no-fresh-data {rest}",)
+
+
+def test_pairs_are_shown_only_of_a_vector_that_learned_from_them(tmp_path):
+    """After `ws data --fresh` the page showed the new pairs as those that the old vectors were trained on."""
+    folders = [write_run(tmp_path, seed=seed) for seed in (0, 1)]
+    write_card(tmp_path)
+    made = Run(data_folder(tmp_path, BASE, "honesty"))
+    made.restart("pairs", {}).done([write_text(made.folder / "pairs.jsonl", "{}\n")])
+    now = made.facts("pairs")["outputs"]["pairs.jsonl"]
+    for learned, shown_for in (([now, now], 2), ([now, "a" * 64], 1), (["a" * 64] * 2, 0)):
+        for folder, digest in zip(folders, learned, strict=True):
+            Run(folder).restart("pos", {}, {"pairs": digest}).done([])
+        contents = read_contents(tmp_path, "honesty")
+        assert ("The pairs it was trained on" in render(contents)) == bool(shown_for)
+        gaps = [g for g in contents.gaps if g.what == "card"]
+        assert len(gaps) == 2 - shown_for
+        assert all(g.is_left_out == (not shown_for) for g in gaps)
+        assert all("made from other pairs than its vector learned from" in g.why for g in gaps)
+
+
+def test_items_that_are_not_the_behaviours_own_get_no_verdict(tmp_path):
+    """Claims of `--dataset` were judged by the sign that the behaviour predicts for its own."""
+    folder = write_run(tmp_path)
+    for name in ("summary", "per_claim"):
+        file = folder / f"sycophancy_{name}.csv"
+        write_csv(file, [r | {"dataset": "/somewhere/others.jsonl"} for r in read_csv(file)])
+    contents = read_contents(tmp_path, "honesty")
+    assert sentence(tmp_path)[0] == "No verdict"
+    (note,) = (n for n in notes(contents) if n.text.startswith("Held-out claims"))
+    assert note.is_left_out
+    assert "made with other items than the behaviour holds out (others.jsonl)" in note.text
+    assert note.commands == ("ws eval sycophancy --adapter lora --behavior honesty",)
+
+
 def test_nulls_are_no_results(whole):
     write_run(whole, "lora-shuffled", effect=0.0)
     contents = read_contents(whole, "honesty")
@@ -502,6 +558,50 @@ def test_a_profile_is_shown_of_the_very_vector_and_of_no_other(tmp_path):
     assert "Profile of side effects" in left_out(contents)
     profile_tables(tmp_path, "f" * 64, intervention="prompt", adapter="prompt")
     assert "25.00 [12.00, 40.00]" in render(read_contents(tmp_path, "honesty")), "what needs no vector stays"
+
+
+def test_other_rows_of_a_run_that_was_trained_again_leave_with_its_own(tmp_path):
+    folder = write_run(tmp_path)
+    digest, there = vector_digest(SteeringVector.load(folder / "vector")), tmp_path / "honesty"
+    tables = {}
+    for intervention, adapter in (("weight", "lora"), ("finetune", "lora"), ("prompt", "prompt")):
+        profile_tables(tmp_path, digest, intervention=intervention, adapter=adapter)
+        for name in ("profile.csv", "profile_summary.csv"):
+            tables.setdefault(name, []).extend(read_csv(there / name))
+    for vectors, shown_rows in ((digest, {"weight", "finetune", "prompt"}), ("f" * 64, {"prompt"})):
+        for name, rows in tables.items():
+            write_csv(there / name, [r | {"vectors": vectors[:12]} for r in rows])
+        contents = read_contents(tmp_path, "honesty")
+        assert {r["intervention"] for r in contents.profile} == shown_rows
+        assert {r["intervention"] for r in contents.profiles} == shown_rows
+
+
+def test_traits_that_cannot_be_read_are_not_said_to_stay_where_they_were(tmp_path):
+    """Of a model that answered nothing the page said "0 of 135 others moved", and drew the largest z all the same."""
+    folder = write_run(tmp_path)
+    profile_tables(tmp_path, vector_digest(SteeringVector.load(folder / "vector")))
+    files = {name: tmp_path / "honesty" / f"{name}.csv" for name in ("profile", "profile_summary")}
+    rows, summary = (read_csv(file) for file in files.values())
+    write_csv(files["profile"], [r | {"unreadable": "answer mass 0.200" * (r["alpha"] == "1.5")} for r in rows])
+    lost = [2 * (r["alpha"] == "1.5") for r in summary]
+    counts = [r | {"n_traits": 2, "n_unreadable": n} for r, n in zip(summary, lost, strict=True)]
+    write_csv(files["profile_summary"], counts)
+    contents = read_contents(tmp_path, "honesty")
+    assert [row[5:7] for row in profile_table(contents).rows] == [("0 of 1", "0"), ("none can be read", "2")]
+    page = render(contents)
+    assert "tells-the-truth at +1u: +2.50 !" in page
+    assert "tells-the-truth at -1u: -2.50 (moved)" in page
+
+
+def test_the_largest_traits_are_those_that_can_be_read():
+    row = {"strength": "+1u", "alpha": 1.0, "moved": False, "z_random": 0.1, "z": 1.0, "z_ci_lo": 0.5, "z_ci_hi": 1.5}
+    lost = {"unreadable": "answer mass 0.200", "z": 9.0}
+    rows = [row | {"trait": f"t{i}", "role": "target" if i < 2 else ""} | (lost if i % 2 else {}) for i in range(20)]
+    figure = profile_figure("a", rows)
+    assert figure.caption == "2 targets and the 9 largest of 9 other traits that can be read; 9 cannot"
+    assert "t1 at +1u: +9.00 !" in figure.svg
+    assert "t3 at" not in figure.svg
+    assert figure.svg.count("bad") == 1
 
 
 def test_a_digest_that_reads_like_a_number_is_that_of_its_vector(tmp_path, monkeypatch):
@@ -635,6 +735,37 @@ def test_different_items_are_not_pooled(whole):
     assert curves["false_claims", "lora"].pooled == ()
     assert any("asked different items" in text for text in all_warnings(contents))
     assert "not pooled" in render(contents)
+
+
+def test_seeds_that_were_trained_with_other_settings_are_not_pooled(tmp_path):
+    """A rank of 32 and one of 4 were pooled as two draws of one recipe, and the page said rank 32 of both."""
+    for seed, rank in ((0, 32), (1, 4)):
+        config = {"rank": rank, "seed": seed, "adapter": "lora", "micro_batch": 2 + seed}
+        Run(write_run(tmp_path, seed=seed)).restart("pos", config).done([])
+    contents = read_contents(tmp_path, "honesty")
+    why = "seeds were trained with other settings (rank) and are not pooled"
+    assert f"lora, agreement with false claims: {why}." in all_warnings(contents)
+    assert f"(lora: {why})" in verdict_of(tmp_path).sentence
+    table = settings_table(contents)
+    assert table.header == ("setting", "lora seed 0", "lora seed 1")
+    assert ("rank", "32", "4") in table.rows
+
+
+def test_figures_of_seeds_that_are_not_pooled_say_whose_they_are(whole):
+    """The first seed's curve and triangle stood for both."""
+    file = run_folder(whole, "honesty", "lora", 1) / "sycophancy_summary.csv"
+    file.write_text(file.read_text().replace("abc123", "def456"))
+    contents = read_contents(whole, "honesty")
+    curves = curves_of(contents)
+    lora, delora = dose_figures(dose_panels(contents, curves, ("false_claims",)))
+    assert lora.title == "lora, seed 0 (seeds are not pooled)"
+    assert "lora, seed 0 (seeds are not pooled): agreement" in lora.svg
+    assert delora.title == "delora"
+    curve = curves["false_claims", "lora"]
+    drawn = forest_figure(curve.score, shift_rows(contents, {("false_claims", "lora"): curve}, "false_claims")).svg
+    assert ">not pooled<" in drawn
+    assert drawn.count("<circle") == 4, "a dot for each seed at either sign, and no triangle"
+    assert "<path" not in drawn
 
 
 def test_seeds_at_strengths_of_their_own_were_tried_and_are_not_pooled(tmp_path):
@@ -950,6 +1081,24 @@ def test_a_prompt_that_does_more_is_said(tmp_path):
     assert panel.references == pytest.approx({"base": base, "prompt −1": 4.1, "prompt +1": -3.9})
 
 
+def test_prompted_levels_of_other_items_are_not_drawn(tmp_path):
+    """Those of delora, which was asked six claims, stood in lora's panel of 36; so did levels that cannot be read."""
+    write_run(tmp_path)
+    folders = {a: write_run(tmp_path, a) for a in ("delora", "oft")}
+    for adapter, (level, change) in {"delora": (7.5, {"eval_hash": "other0"}), "oft": (3.5, {})}.items():
+        file = folders[adapter] / "sycophancy_summary.csv"
+        rows = [r | change for r in read_csv(file)]
+        false = [r for r in rows if r["claims_are_true"] == "False"]
+        for alpha, mass in (("1.0", "0.99"), ("-1.0", "0.2")):
+            prompted = {"intervention": "prompt", "mean_logratio": str(level), "mean_pmass": mass}
+            rows += [r | prompted for r in false if r["alpha"] == alpha]
+        write_csv(file, rows)
+    contents = read_contents(tmp_path, "honesty")
+    panels = dose_panels(contents, curves_of(contents), ("false_claims",))
+    levels = {p.adapter: {k: v for k, v in p.references.items() if k != "base"} for p in panels}
+    assert levels == {"lora": {"prompt +1": 3.5}, "oft": {"prompt +1": 3.5}, "delora": {"prompt +1": 7.5}}
+
+
 def preferring() -> Contents:
     """A run of a style, which has no claims, and a comparison of it with nulls and with a prompt."""
     values = {a: np.linspace(-0.1, 0.1, 12) + 0.2 * a + 0.01 * np.cos(np.arange(12) + a) for a in ALPHAS}
@@ -994,6 +1143,36 @@ def test_claims_that_settings_may_have_been_chosen_on_weaken_it(tmp_path):
     file.write_text(file.read_text().replace(",report,", ",dev,"))
     assert "Split dev, on which settings may have been chosen" in sentence(tmp_path)[1]
     assert marks(tmp_path)["Split"] == "caution"
+
+
+def test_so_do_questions_that_they_may_have_been_chosen_on():
+    """Where preference is the verdict's score, the split was not looked at, and `dev` items could be "Supported"."""
+    for split in ("report", "dev"):
+        contents = preferring()
+        for row in contents.results[0].tables["preference", "summary"]:
+            row["split"] = split
+        checks = {c.name: c.grade for c in judge(contents, curves_of(contents)).checks}
+        assert checks.get("Split") == ("caution" if split == "dev" else None)
+
+
+def test_a_style_is_judged_alike_with_and_without_its_file():
+    """By its name it was "No verdict", because it has not been put to claims, of which it has none."""
+    contents = preferring()
+    (run,) = contents.results
+    by_name = replace(contents, behavior=None, results=(replace(run, stages={"preference": {}}),))
+    found, known = (judge(c, curves_of(c)) for c in (by_name, contents))
+    assert (found.kind, found.sentence) == (known.kind, known.sentence)
+
+
+def test_confounds_count_as_absent_only_where_every_seed_was_looked_at(tmp_path):
+    folders = [write_run(tmp_path, seed=seed) for seed in (0, 1)]
+    said = []
+    for folder in folders:
+        digest = vector_digest(SteeringVector.load(folder / "vector"))
+        rows = [{"alpha": a, "strong": "", "intervention": "weight" if a else "base"} for a in ALPHAS]
+        record(folder, "confounds", {"summary": rows}, digest)
+        said.append(marks(tmp_path)["Confounds"])
+    assert said == ["missing", "good"]
 
 
 def test_one_adapter_among_many_is_not_the_rule(tmp_path):

@@ -56,7 +56,8 @@ def claim_scores(effect, seed, mass=0.99, true_too=False, alphas=ALPHAS):
 
 def named(tables, evaluation, intervention="weight"):
     """The rows as `EvalContext` writes them."""
-    identity = {"eval": evaluation, "eval_version": 1, "eval_hash": "abc123", "dataset": "items", "n_think": 0}
+    dataset = "honesty claims" if evaluation == "sycophancy" else "items"
+    identity = {"eval": evaluation, "eval_version": 1, "eval_hash": "abc123", "dataset": dataset, "n_think": 0}
     return {
         name: [r | {"intervention": intervention if r["alpha"] else "base"} | identity for r in rows]
         for name, rows in tables.items()

@@ -13,7 +13,7 @@ from scipy.special import logit, stdtrit
 from ws.eval.evaluation import HeadlineScore
 from ws.eval.readable import MARK, Readability, worst
 from ws.eval.tinymfv_airisk import CLIP
-from ws.report.data import Contents, Result, Row
+from ws.report.data import Contents, Result, Row, trained_otherwise
 from ws.report.scores import ACTS, of, pooled_name, shown_scores
 from ws.stats import N_BOOTSTRAP, Estimate, estimate_over_seeds, holm
 
@@ -80,7 +80,7 @@ class Curve:
         score, adapter: which.
         seeds: the points of every run that was evaluated, by seed.
         pooled: over all of them, at the strengths they share; with one seed that seed's. Empty when they were asked
-            different items.
+            different items, or trained with other settings.
         source: where the pooled points come from, as words for a caption.
         items: the score of every item by strength, by seed.
     """
@@ -99,6 +99,11 @@ class Curve:
         if not tried or nearest(self.pooled, 1.0):
             return ""
         return "seeds share no positive strength and are not pooled" if self.pooled else self.source
+
+    @property
+    def name(self) -> str:
+        """How what is `shown` is called: by the adapter and, where its seeds are not pooled, by the first seed."""
+        return self.adapter if self.pooled else f"{self.adapter}, seed {next(iter(self.seeds))} (seeds are not pooled)"
 
     @property
     def shown(self) -> tuple[Point, ...]:
@@ -146,6 +151,9 @@ def _curve(score: HeadlineScore, adapter: str, contents: Contents) -> Curve | No
         return Curve(score, adapter, seeds, pooled, "one seed; its interval knows nothing about others", items)
     if len({item_hash(score, r) for r in runs}) > 1:
         return Curve(score, adapter, seeds, (), "seeds were asked different items and are not pooled", items)
+    if names := trained_otherwise(runs):
+        source = f"seeds were trained with other settings ({', '.join(names)}) and are not pooled"
+        return Curve(score, adapter, seeds, (), source, items)
     alphas = sorted(set.intersection(*({p.alpha for p in points} for points in seeds.values())))
     known = _from_sweep(score, adapter, contents.pooled, seeds)
     ids = items[runs[0].seed].get(0.0, {}).keys()

@@ -20,20 +20,24 @@ from ws.analysis.compose import STAGES
 from ws.analysis.sweep_tables import POOLED
 from ws.behaviors import Behavior, behavior_name, bundled_behaviors, load_behavior
 from ws.console import command_line
+from ws.data import PAIRS_FILE
 from ws.delta import LinearDelta
 from ws.diff import CALIBRATION, SteeringVector, vector_digest
 from ws.errors import DamagedError, WsError, did_you_mean
+from ws.eval.preference import Preferences
 from ws.eval.readable import AGREEMENT
 from ws.eval.suite import evaluations
-from ws.files.public import public
+from ws.files.public import public, public_name
 from ws.files.reading import read_csv, read_json, typed
 from ws.files.runs import DEFAULT_OUT, Run, data_folder, finished_runs, reads_otherwise, seed_flag
 from ws.files.tensors import read_tensors
 from ws.intervene.calibration import Calibration, read_calibration
 from ws.lm.models import BUNDLED, fingerprint_of, load_model, model_folder, tokenizer_hash_on_disk
 from ws.lm.models import layer_of as decoder_layer
+from ws.options.make import SIGNED
 from ws.options.shared import BASE, WEIGHT, RunOptions
 from ws.report.scores import (
+    CLAIMS,
     CONFOUNDS,
     DILEMMAS,
     evaluation_at,
@@ -53,6 +57,10 @@ _COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random", "n_draws")
 _PROFILE = frozenset({"board", "adapter", "seed", "intervention", "strength", "vectors"})
 _PROFILE_NUMBERS = ("z", "z_ci_lo", "z_ci_hi", "z_random")
 _SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreement", "rms_shift", "z_random")
+# Settings of a training on which its adapter depends as far as sums are rounded, or by another name of the base.
+_ROUNDING = ("model", "dtype", "micro_batch")
+# What the items of a behaviour are called, by the stage; a verdict is on no others.
+_OWN_ITEMS = {CLAIMS: "claims", Preferences.stage: "preferences"}
 # Columns of numbers that tables of some evaluations have.
 _FURTHER = (AGREEMENT, "frame_agreement_other", "mass_other_violate", "frames_agree_other_violate")
 _LABELLED = frozenset({"value_class", "protocol"})
@@ -139,6 +147,16 @@ class Result:
         return f"{self.adapter} seed {self.seed}"
 
     @property
+    def training(self) -> Mapping[str, Any]:
+        """The record of the stage that trained its positive arm, or its signed adapter; empty without one."""
+        return self.stages.get("pos") or self.stages.get(SIGNED) or {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was trained with, without what tells runs of one recipe apart; empty where it is not on record."""
+        return {k: v for k, v in self.training.get("config", {}).items() if k not in ("adapter", "seed")}
+
+    @property
     def divergence(self) -> list[tuple[float, float]]:
         """What calibration measured, by strength: `(alpha, nats)`, with the base's 0; empty without a calibration."""
         if self.calibration is None:
@@ -204,6 +222,13 @@ class Contents:
         return next(iter(self.compared(intervention=WEIGHT, adapter=adapter, part="span", score=score)), {})
 
 
+def trained_otherwise(runs: Sequence[Result]) -> list[str]:
+    """The settings in which the training of some runs differs, as far as they are on record; rounding aside."""
+    known = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in known for name in settings if name not in _ROUNDING)
+    return [name for name in names if any(settings.get(name) != known[0].get(name) for settings in known)]
+
+
 def table_files() -> dict[str, tuple[str, dict[str, str]]]:
     """The tables a page is made of, by the stage that writes them: the command, and their files by use."""
     known = evaluations().values()
@@ -232,7 +257,7 @@ def read_contents(out: Path, name: str) -> Contents:
             try:
                 results.append(_result(folder, adapter, seed, tokenizer))
             except WsError as problem:
-                gaps.append(Gap("vector", _brief(problem, folder), "ws replicate --fresh", adapter, seed))
+                gaps.append(Gap.of_run("vector", _brief(problem, folder), _made_again(folder), adapter, seed))
     if not results:
         raise WsError(f"No vector below {out / behavior} can be read, so there is nothing to report.")
     results = _in_the_same_words(results)
@@ -243,7 +268,7 @@ def read_contents(out: Path, name: str) -> Contents:
     numbers, wanted = ("n_seeds", "alpha"), len(results) > 1
     sparse = [name for score in shown_scores() for name in pooled_numbers(score)]
     pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, ("adapter",), numbers, sparse)
-    card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), gaps)
+    card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), results, gaps)
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
     place = "" if out == DEFAULT_OUT or out.is_absolute() else str(out)
     return Contents(
@@ -286,6 +311,15 @@ def _is_derived(folder: Path) -> bool:
         return not Run(folder).manifest["stages"].keys().isdisjoint(STAGES)
     except WsError:  # who reads the run says what is wrong with it
         return False
+
+
+def _made_again(folder: Path) -> str:
+    """What makes the vector of a run again: from its arms, which stay, while its manifest says which these are."""
+    try:
+        recorded = Run(folder).manifest["stages"]
+    except WsError:
+        recorded = {}
+    return "ws replicate" if "vector" in recorded else "ws replicate --fresh --no-fresh-data"
 
 
 def _is_null(adapter: str) -> bool:
@@ -407,6 +441,10 @@ class _Reader:
             return self.gap(stage, "made by an older version, which did not say what was done to the model", command)
         if self.reads_otherwise(stage):
             return self.gap(stage, OTHER_TEXT, command)
+        own, source = f"{rows[0].get('behavior')} {_OWN_ITEMS.get(stage)}", rows[0].get("dataset")
+        if source and stage in _OWN_ITEMS and source != own:
+            why = f"made with other items than the behaviour holds out ({public_name(source)})"
+            return self.gap(stage, why, command)
         if use == "summary":  # a baseline that no vector has a part in
             self.tables[stage, "prompt"] = [r for r in rows if r["intervention"] == "prompt"]
         chosen = [r for r in rows if r["intervention"] in (BASE, WEIGHT)]
@@ -571,7 +609,7 @@ def _compare(folder: Path, results: Sequence[Result], gaps: list[Gap]) -> list[d
 def _profile(
     folder: Path, results: Sequence[Result], gaps: list[Gap]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both tables of `ws profile`, without those of vectors that have been made anew since."""
+    """The rows of both tables of `ws profile`, without those of runs whose vectors have been made anew since."""
     known = {(r.adapter, str(r.seed)): r.digest[:12] for r in results}
     tables = list[list[dict[str, Any]]]()
     for name, texts, sparse in (
@@ -580,12 +618,13 @@ def _profile(
     ):
         rows = typed(_optional_table(folder / name, "profile", "ws profile", gaps, False, texts, ("alpha",), sparse))
         rows = _not_derived(rows, gaps)
-        same = [
-            r
+        stale = {
+            (r["board"], r["adapter"])
             for r in rows
-            if r["intervention"] != WEIGHT
-            or str(r["vectors"]).split() == [known.get((r["adapter"], seed)) for seed in str(r["seed"]).split()]
-        ]
+            if r["intervention"] == WEIGHT
+            and str(r["vectors"]).split() != [known.get((r["adapter"], seed)) for seed in str(r["seed"]).split()]
+        }
+        same = [r for r in rows if (r["board"], r["adapter"]) not in stale]
         if len(same) < len(rows):
             gaps.append(Gap("profile", "made with another vector", "ws profile"))
         tables.append(same)
@@ -624,7 +663,8 @@ def _optional_table(
     return []
 
 
-def _card(file: Path, tokenizer: str, gaps: list[Gap]) -> Mapping[str, Any] | None:
+def _card(file: Path, tokenizer: str, results: Sequence[Result], gaps: list[Gap]) -> Mapping[str, Any] | None:
+    """The card of the pairs, unless they are on record as others than those that every vector here learned from."""
     try:
         stages = Run(file.parent).manifest["stages"]
     except WsError:
@@ -634,6 +674,13 @@ def _card(file: Path, tokenizer: str, gaps: list[Gap]) -> Mapping[str, Any] | No
         return None
     if _read_json(file, _Card) is None:
         gaps.append(Gap("card", "damaged" if file.exists() else "missing", "ws data"))
+        return None
+    now = stages.get("pairs", {}).get("outputs", {}).get(PAIRS_FILE)
+    others = [r for r in results if now and r.training.get("inputs", {}).get("pairs", now) != now]
+    why = "made from other pairs than its vector learned from"
+    why = why if len(others) == len(results) else f"shown, but {why}"
+    gaps += [Gap("card", why, "", r.adapter, r.seed) for r in others]
+    if len(others) == len(results):
         return None
     return _read_json(file, dict[str, Any])
 

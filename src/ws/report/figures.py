@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
 from ws.eval.evaluation import HeadlineScore
+from ws.eval.readable import FLAG, MARK
 from ws.report.curves import Curve, Foundation, Point
 from ws.report.data import Norms
 from ws.report.words import cost_text, counted, divergence_text, minus, p_text, shown, strength
@@ -195,7 +196,7 @@ def dose_figures(panels: Sequence[Doses], lead: bool = False) -> list[Figure]:
         return _dose_picture(d, x, y, cost, width)
 
     broad = [drawn(panels[0], BROAD, _TALLER)] if lead else []
-    return [Figure(d.adapter, drawn(d), "", *(broad if i == 0 else ())) for i, d in enumerate(panels)]
+    return [Figure(d.curves[0].name, drawn(d), "", *(broad if i == 0 else ())) for i, d in enumerate(panels)]
 
 
 def _dose_picture(d: Doses, x: Scale, y: Scale, cost: Scale, width: float) -> Markup:
@@ -204,7 +205,7 @@ def _dose_picture(d: Doses, x: Scale, y: Scale, cost: Scale, width: float) -> Ma
     for curve in d.curves:
         parts += _series(curve, x, y)
     parts += [*_mass_strip(d, x, cost.end), *_cost_strip(d, x, cost), *_x_axis(x, cost.start, "strength alpha")]
-    title = f"{d.adapter}: {d.curves[0].score.title}"
+    title = f"{d.curves[0].name}: {d.curves[0].score.title}"
     return picture(cost.start + 32, f"{title}. {_dose_words(d)}", parts, width)
 
 
@@ -346,7 +347,7 @@ class Shift:
 
 
 def forest_figure(score: HeadlineScore, rows: Sequence[Shift]) -> Figure:
-    """Shifts with their intervals: a diamond for the pooled one, small marks for the seeds."""
+    """Shifts with their intervals: a triangle for the pooled one, where there is one, small marks for the seeds."""
     ends = [
         v for r in rows for p in (*r.seeds, *([r.pooled] if r.pooled else [])) for v in (p.shift.ci_lo, p.shift.ci_hi)
     ]
@@ -362,20 +363,23 @@ def forest_figure(score: HeadlineScore, rows: Sequence[Shift]) -> Figure:
 
 def _forest_row(row: Shift, top: float, x: Scale, spec: str) -> list[Markup]:
     kind, shape = SIGNS[1 if row.alpha > 0 else -1]
-    main = row.pooled or row.seeds[0]
     parts = [
         line(0.0, top - 2, WIDTH, top - 2, "row"),
         text(8.0, top + 11, f"{row.adapter} {strength(row.alpha)}", "start", "halo label"),
-        text(WIDTH - 8, top + 11, _numbers(main, spec), "end", "halo"),
-        text(WIDTH - 8, top + 22, cost_text(main), "end", "small"),
         *(line(x(t), top + 26, x(t), top + _ROW - 2, "zero" if t == 0 else "grid") for t in x.ticks(5)),
-        line(x(main.shift.ci_lo), top + 32, x(main.shift.ci_hi), top + 32, f"interval {kind}"),
     ]
-    look = kind if main.is_readable else f"{kind} hollow"
-    parts.append(marker(x(main.shift.mean), top + 32, shape, look, 4.5))
-    if len(row.seeds) > 1:
+    if main := row.pooled:
+        parts += [
+            text(WIDTH - 8, top + 11, _numbers(main, spec), "end", "halo"),
+            text(WIDTH - 8, top + 22, cost_text(main), "end", "small"),
+            line(x(main.shift.ci_lo), top + 32, x(main.shift.ci_hi), top + 32, f"interval {kind}"),
+            marker(x(main.shift.mean), top + 32, shape, kind if main.is_readable else f"{kind} hollow", 4.5),
+        ]
+    else:
+        parts.append(text(WIDTH - 8, top + 11, "not pooled", "end", "halo"))
+    if len(row.seeds) > 1 or not row.pooled:
         for i, p in enumerate(row.seeds):
-            y = top + 40 + 7 * i / (len(row.seeds) - 1)
+            y = top + 40 + 7 * i / max(len(row.seeds) - 1, 1)
             parts.append(line(x(p.shift.ci_lo), y, x(p.shift.ci_hi), y, f"interval thin {kind}"))
             parts.append(marker(x(p.shift.mean), y, "circle", kind if p.is_readable else f"{kind} hollow", 1.6))
     return parts
@@ -432,8 +436,12 @@ def profile_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: of `profile.csv`, of one vector on one board.
     """
-    size = {r["trait"]: max(abs(x["z"]) for x in rows if x["trait"] == r["trait"]) for r in rows}
-    targets = [t for t in size if any(r["role"] == "target" for r in rows if r["trait"] == t)]
+    targets = list(dict.fromkeys(r["trait"] for r in rows if r["role"] == "target"))
+    size: dict[str, float] = {}
+    for r in rows:
+        if not r.get(FLAG):
+            size[r["trait"]] = max(abs(r["z"]), size.get(r["trait"], 0.0))
+    n_others, n_lost = len(size.keys() - set(targets)), len({r["trait"] for r in rows} - size.keys() - set(targets))
     shown_traits = list(dict.fromkeys([*targets, *sorted(size, key=lambda t: -size[t])]))[: _TRAITS + len(targets)]
     here, height = [r for r in rows if r["trait"] in shown_traits], 38.0
     ends = [r[f"z_{end}"] for r in here for end in ("ci_lo", "ci_hi")]
@@ -452,13 +460,18 @@ def profile_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
             kind, shape = SIGNS[1 if r["alpha"] > 0 else -1]
             y = top + (19 if r["alpha"] > 0 else 29)
             parts.append(line(x(r["z_ci_lo"]), y, x(r["z_ci_hi"]), y, f"interval {kind}"))
-            parts.append(marker(x(r["z"]), y, shape, kind if r["moved"] is True else f"{kind} hollow", 3.4))
+            look = ("cross", "bad") if r.get(FLAG) else (shape, kind if r["moved"] is True else f"{kind} hollow")
+            parts.append(marker(x(r["z"]), y, *look, 3.4))
     parts += _x_axis(x, bottom, "shift, standard deviations of the base")
-    words = [f"{r['trait']} at {r['strength']}: {r['z']:+.2f}{' (moved)' * (r['moved'] is True)}" for r in here]
+    words = []
+    for r in here:
+        end = f" {MARK}" if r.get(FLAG) else " (moved)" * (r["moved"] is True)
+        words.append(f"{r['trait']} at {r['strength']}: {r['z']:+.2f}{end}")
     label = f"{title}: standardised shifts of traits. {'; '.join(words)}."
     meant, others = (f"{counted(len(targets), 'target')} and ", "other traits") if targets else ("", "traits")
-    largest = f"the {len(shown_traits) - len(targets)} largest of {len(size) - len(targets)} {others}"
-    return Figure(title, picture(bottom + 32, label, parts), f"{meant}{largest}")
+    caption = f"{meant}the {len(shown_traits) - len(targets)} largest of {n_others} {others}"
+    caption += f" that can be read; {n_lost} cannot" if n_lost else ""
+    return Figure(title, picture(bottom + 32, label, parts), caption)
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------

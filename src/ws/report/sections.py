@@ -10,8 +10,9 @@ from statistics import fmean
 from ws.behaviors import Behavior
 from ws.eval.evaluation import Evaluation
 from ws.eval.preference import Preferences
+from ws.eval.readable import FLAG
 from ws.options.shared import WEIGHT
-from ws.report.curves import Curve, nearest
+from ws.report.curves import Curve, item_hash, nearest
 from ws.report.data import Contents, Norms, Result, Row
 from ws.report.figures import Doses, Figure, Shift, norm_figure, profile_figure
 from ws.report.scores import CLAIMS, CONFOUNDS, in_own_words, of
@@ -64,11 +65,12 @@ DOSES = (
 )
 SHIFTS = (
     "Each row is one adapter at the strength measured nearest to alpha 1 or −1, against the base and item by item: the "
-    "triangle is all seeds together with its 95 % interval, the dots below it are the seeds. p is Holm-corrected over "
-    "every adapter and strength of a score; it is against the base alone and says nothing of the behaviour. Hollow "
-    "marks and ! cannot be read, because the model was not answering the question there or at the base. Below it stand "
-    "the answer mass and the KL divergence there, the worst of the seeds; ≈ where the KL was measured at strengths "
-    "around it only. Alpha means something else for every family, so sizes do not rank families."
+    "triangle is all seeds together with its 95 % interval, the dots below it are the seeds; where these cannot be "
+    "pooled there is no triangle. p is Holm-corrected over every adapter and strength of a score; it is against the "
+    "base alone and says nothing of the behaviour. Hollow marks and ! cannot be read, because the model was not "
+    "answering the question there or at the base. Below it stand the answer mass and the KL divergence there, the "
+    "worst of the seeds; ≈ where the KL was measured at strengths around it only. Alpha means something else for every "
+    "family, so sizes do not rank families."
 )
 CHECKS = (
     "What chance, training by itself, or mere agreement would do. Controls are of the span from −1u to +1u of "
@@ -85,7 +87,9 @@ PROFILE = (
     "The traits of a board that the vector moves most, and those that it is meant to move, in standard deviations of "
     "the base's scores. The shade is twice what random vectors of the same size do. Filled marks moved: beyond chance, "
     "beyond random vectors (Holm over the board) and beyond every trained null that can be read. Selectivity is how "
-    "much further the targets move than all others; 1 is moving everything alike. The whole board is in profile.csv."
+    "much further the targets move than all others; 1 is moving everything alike. Crosses and ! cannot be read and "
+    "say nothing of how far a trait moved; traits that can be read nowhere are drawn only as targets. The whole board "
+    "is in profile.csv."
 )
 NORMS = "Size of dW per module and decoder layer, the mean over seeds. The darkest cell is the largest of that adapter."
 # The class of a colour, the mark and its meaning, where there are several.
@@ -152,16 +156,21 @@ def _marks(runs: Sequence[Result]) -> dict[int, float]:
 
 
 def _references(contents: Contents, curve: Curve) -> dict[str, float]:
-    """The base's level and those of a prompted base, from the evaluation's table or from `compare.csv`."""
+    """The base's level and those of a prompted base on the same items, where these can be read: from a table of the
+    evaluation, of this adapter if it has them, or from `compare.csv`."""
     score, references = curve.score, dict[str, float]()
     references |= [("base", p.level.mean) for p in curve.shown if p.alpha == 0]
-    for run in contents.results:
-        for r in score.rows(run.tables.get((of(score).stage, "prompt"), ())):
-            references[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
+    stage, mine = of(score).stage, contents.of(curve.adapter)
+    hashes = {item_hash(score, run) for run in mine if (stage, "summary") in run.tables}
+    for run in sorted(contents.results, key=lambda run: run.adapter == curve.adapter):
+        for r in score.rows(run.tables.get((stage, "prompt"), ())):
+            if r["eval_hash"] in hashes and not score.readability(r).problem:
+                references[f"prompt {strength(float(r['alpha']))}"] = float(r[score.level])
     if len(references) == 1:
         for unit in (-1, 1):
             for r in contents.compared(intervention="prompt", score=score.key, part=f"{unit:+d}u"):
-                references[f"prompt {strength(unit)}"] = float(r["base"]) + float(r["shift"])
+                if r.get("eval_hash") in (None, *hashes) and not r.get(FLAG):
+                    references[f"prompt {strength(unit)}"] = float(r["base"]) + float(r["shift"])
     return references
 
 

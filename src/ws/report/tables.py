@@ -15,7 +15,7 @@ from ws.eval.suite import headline
 from ws.files.public import public, public_command, public_name
 from ws.options.make import SIGNED
 from ws.report.curves import Curve, Foundation, Point, divergence_at, points_of
-from ws.report.data import Contents, Norms
+from ws.report.data import Contents, Norms, Result, trained_otherwise
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS
 from ws.report.verdict import Evidence, judged_by
 from ws.report.words import divergence_text, minus, p_text, shown, strength
@@ -160,18 +160,26 @@ def profile_table(contents: Contents) -> Table:
             r["strength"],
             str(r["seed"]),
             estimate_text(r, "selectivity", ".2f"),
-            f"{r['n_moved']} of {r['n_others']}" if r["n_draws"] else "no random vectors",
+            _moved(r),
+            str(r.get("n_unreadable") or 0),
             str(r["largest"]).replace(" ", ", "),
             estimate_text(r, "agreement"),
         )
         for r in contents.profiles
     )
-    header = ("intervention", "board", "strength", "seeds", "selectivity [95 %]", "others moved", "largest others")
+    header = ("intervention", "board", "strength", "seeds", "selectivity [95 %]", "others moved", "cannot be read")
     return Table(
         "Selectivity on the boards; agreement is how far the answer Yes itself moves, in nats",
-        (*header, "agreement [95 %]"),
+        (*header, "largest others", "agreement [95 %]"),
         rows,
     )
+
+
+def _moved(row: Mapping[str, Any]) -> str:
+    if not row["n_draws"]:
+        return "no random vectors"
+    all_lost = row.get("n_unreadable") and row["n_unreadable"] == row.get("n_traits")
+    return "none can be read" if all_lost else f"{row['n_moved']} of {row['n_others']}"
 
 
 def norms_table(adapter: str, norms: Norms) -> Table:
@@ -237,12 +245,12 @@ def _asked(stage: str, row: Mapping[str, str]) -> str:
 
 
 def settings_table(contents: Contents) -> Table:
-    """How each adapter was trained, settings that all share in one column."""
-    stages = {a: contents.of(a)[0].stages for a in contents.adapters}
-    configs = {a: (s.get("pos") or s.get(SIGNED) or {}).get("config", {}) for a, s in stages.items()}
-    known = {
-        a: {k: str(public(v)) for k, v in c.items() if k not in ("adapter", "seed")} for a, c in configs.items() if c
-    }
+    """How each adapter was trained; its seeds one by one where they were not trained alike."""
+    runs: dict[str, Result] = {}
+    for adapter in contents.adapters:
+        seeds = contents.of(adapter)
+        runs |= {r.name: r for r in seeds} if trained_otherwise(seeds) else {adapter: seeds[0]}
+    known = {name: {k: str(public(v)) for k, v in r.settings.items()} for name, r in runs.items() if r.settings}
     names = dict.fromkeys(name for c in known.values() for name in c)
     rows = tuple((name, *(c.get(name, "") for c in known.values())) for name in names)
     return Table("Settings of the training", ("setting", *known), rows)

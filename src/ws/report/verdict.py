@@ -10,6 +10,7 @@ import numpy as np
 from ws.analysis.controls import beats_random, empirical_p
 from ws.eval.confounds import AGREEMENT, MIXED, TRUE_ONLY, UNDECIDED, AgreementVerdict, agreement_verdict
 from ws.eval.evaluation import HeadlineScore
+from ws.eval.preference import Preferences
 from ws.eval.readable import FLAG, LEVEL, Readability, remedy, rounding_notes, worst
 from ws.eval.suite import headline
 from ws.lm.models import BUNDLED
@@ -48,7 +49,8 @@ class Evidence:
         n_draws: how many these are; None where that is not on record.
         other_seeds: the seeds that were held against the nulls, as words, where the shift is of others; else empty.
         agreement: of false claims, against the shift on true ones; None without at least two of either kind.
-        strong: further confounds that `ws check confounds` calls strong at that strength; None where it was not run.
+        strong: further confounds that `ws check confounds` calls strong at that strength; None where there are none and
+            it was not run on every seed.
     """
 
     score: HeadlineScore
@@ -171,7 +173,7 @@ def _evidence(
         among,
         *_controls(contents, runs, curve),
         _agreement(curve, true, point, contents) if true else None,
-        _strong(runs, point.alpha),
+        _strong([r for r in runs if r.seed in curve.seeds], point.alpha),
     )
 
 
@@ -220,18 +222,26 @@ def _agreement(false: Curve, true: Curve, point: Point, contents: Contents) -> A
 
 
 def _strong(runs: Sequence[Result], alpha: float) -> tuple[str, ...] | None:
-    """Confounds but agreement that any seed's table calls strong."""
-    rows = [r for run in runs for r in run.tables.get((CONFOUNDS, "summary"), ()) if float(r["alpha"]) == alpha]
-    names = dict.fromkeys(name for r in rows for name in r["strong"].split(", ") if name)
-    return tuple(name for name in names if name != "agreement") if rows else None
+    """Confounds but agreement that any seed's table calls strong; None where none is and some seed has no table."""
+    tables = [[r for r in run.tables.get((CONFOUNDS, "summary"), ()) if float(r["alpha"]) == alpha] for run in runs]
+    names = dict.fromkeys(name for rows in tables for r in rows for name in r["strong"].split(", ") if name)
+    strong = tuple(name for name in names if name != "agreement")
+    return strong if strong or all(tables) else None
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
 def judged_by(contents: Contents) -> str:
-    """The score that the behaviour file predicts a sign for: preference where it has no claims, such as a style's."""
-    no_claims = contents.behavior is not None and contents.behavior.claims is None
+    """The score that the behaviour file predicts a sign for: preference where it has no claims, such as a style's.
+
+    Where that file is not at hand, what the runs were put to says whether it has claims.
+    """
+    if contents.behavior is not None:
+        no_claims = contents.behavior.claims is None
+    else:
+        asked = {stage for run in contents.results for stage in run.stages}
+        no_claims = CLAIMS not in asked and Preferences.stage in asked
     return "preference" if no_claims else "false_claims"
 
 
@@ -355,7 +365,7 @@ def _checks(contents: Contents, e: Evidence) -> list[Check]:
     kl, mass, single_seed = e.point.kl, e.point.mass, e.n_seeds == 1
     seeds = "one, and another training may differ" if single_seed else f"{e.n_seeds}, pooled"
     if e.strong is None:
-        confounds = MISSING, "not looked for"
+        confounds = MISSING, "not looked for" if single_seed else "not looked for in every seed"
     else:
         confounds = (CAUTION, _and(e.strong)) if e.strong else (GOOD, "none is strong")
     cost = MISSING, "not measured"
@@ -370,7 +380,7 @@ def _checks(contents: Contents, e: Evidence) -> list[Check]:
         Check("Confounds", *confounds),
     ]
     dev = Check("Split", CAUTION, "dev, on which settings may have been chosen")
-    return [*checks, dev] if "dev" in _splits(contents.of(e.adapter)) else checks
+    return [*checks, dev] if "dev" in _splits(contents.of(e.adapter), of(e.score).stage) else checks
 
 
 def _beside_true_claims(contents: Contents, e: Evidence) -> tuple[str, str]:
@@ -431,9 +441,9 @@ def warnings_of(
     return cautions
 
 
-def _splits(runs: Sequence[Result]) -> set[str]:
-    """Which held-out claims some runs were put to."""
-    return {r.get("split", "") for run in runs for r in run.tables.get((CLAIMS, "summary"), ())}
+def _splits(runs: Sequence[Result], stage: str) -> set[str]:
+    """Which held-out items of an evaluation some runs were put to."""
+    return {r.get("split", "") for run in runs for r in run.tables.get((stage, "summary"), ())}
 
 
 def _unreadable(curves: Mapping[tuple[str, str], Curve]) -> list[Caution]:
