@@ -130,7 +130,7 @@ def test_estimates_are_ordered_and_reproducible(values, seed):
 
 def test_a_single_item_says_nothing():
     e = estimate_mean(np.array([3.0]))
-    assert (e.mean, e.p, e.excludes_zero) == (3.0, 1.0, False)
+    assert (e.mean, e.std, e.p, e.excludes_zero) == (3.0, 0.0, 1.0, False)
     pair = estimate_over_seeds(np.array([[3.0], [3.1]]))
     assert (pair.p, pair.excludes_zero) == (1.0, False)
 
@@ -147,6 +147,8 @@ def test_a_batch_of_quantities_is_resampled_together():
     draws = resampled_means(np.stack([a, b, a - b])[:, None], 500, seed=3)
     assert np.allclose(draws[0] - draws[1], draws[2])
     assert np.array_equal(draws, resampled_means(np.stack([a, b, a - b])[:, None], 500, seed=3))
+    drawn = np.random.default_rng(3).integers(0, 50, (500, 50))
+    assert np.allclose(draws[0], a[drawn].mean(axis=1)), "of one seed, which is not drawn, the ordinary bootstrap"
 
 
 def test_the_hierarchical_bootstrap_equals_a_plain_loop():
@@ -356,6 +358,8 @@ def test_where_nothing_varies_there_is_no_t():
     assert p_value(3e-12, [(4e-24, 5)]) == pytest.approx(2 * t.sf(1.5, 5))
     assert p_value(0.5, [(0.25, 2), (0.25, 2)]) == pytest.approx(2 * t.sf(0.5 / np.sqrt(0.5), 2)), "one freedom, one t"
     assert p_value(1e5, [(0.2, 400), (0.1, 500)]) == 0
+    beyond = p_value(100.0, [(1.0, 5000), (0.5, 4)])
+    assert beyond == pytest.approx(2 * t.sf(100 / np.sqrt(1.5), 4)), "where one of them is 0 in floats, the larger one"
 
 
 def test_a_difference_of_two_groups_in_numbers():
@@ -383,6 +387,8 @@ def test_values_that_are_no_sample_are_named():
     with pytest.raises(ws.WsError, match="NaN or infinity"):
         estimate_mean(np.array([1.0, np.inf]))
     assert estimate_mean([1, 2, 4]).mean == pytest.approx(7 / 3), "whole numbers in a list are a sample"
+    half = estimate_mean(np.array([1.0, 1.001, 1.002, 1.5], dtype=np.float16))
+    assert half.mean == pytest.approx(np.array([1.0, 1.001, 1.002, 1.5]).astype(np.float16).astype(float).mean(), 1e-9)
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
