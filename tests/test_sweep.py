@@ -115,6 +115,23 @@ def test_nulls_are_trained_beside_their_vectors_and_stay_out_of_the_tables(confi
     assert {vector_digest(ws.SteeringVector.load(c.folder / "vector")) for c in again} == digests, "made anew, the same"
 
 
+def test_a_sweep_of_which_only_nulls_went_well_shows_no_table_of_another(config, monkeypatch, capsys):
+    def cell(made):
+        if made.control == "none":
+            raise ws.WsError("It is full.")
+
+    monkeypatch.setattr("ws.run_sweep._before_cells", lambda *given: None)
+    monkeypatch.setattr("ws.run_sweep.replicate", cell)
+    monkeypatch.setattr("ws.run_sweep.verdict", lambda reading: "")
+    for name in ("sweep_summary.csv", "sweep_pooled.csv"):
+        write_csv(config.out / "honesty" / name, [{"adapter": "earlier"}])
+    with pytest.raises(
+        ws.WsError, match=r"1 of 2 cells failed: lora .*It is full.*again without `fresh` to retry only"
+    ):
+        main(replace(config, adapters=("lora",), evals=(), controls=("shuffled",), fresh=True))
+    assert "earlier" not in capsys.readouterr().out
+
+
 def test_fresh_pairs_are_sampled_once_whichever_cell_fails(config, monkeypatch, capsys):
     """They were once left to the first cell, which may fail before it comes to them, and to that of `same-side`."""
     few = replace(config.data, n_topics=8, max_new_tokens=8, keep_truncated=True)
@@ -314,6 +331,7 @@ def test_mistakes_are_found_before_anything_runs(config):
         ({"limit": 0}, "`limit` must be at least 1"),
         ({"batch_size": -1}, "`batch_size` must be at least 1"),
         ({"n_think": -1}, "`n_think` must be at least 0"),
+        ({"n_think": 0, "evals": ("arithmetic",)}, "`n_think` 0: .*give a thought some tokens"),
         ({"split": "reprot"}, "Did you mean 'report'"),
     ):
         with pytest.raises(ws.WsError, match=match):

@@ -103,9 +103,9 @@ class DiskError(WsError):
 
 
 _REFUSALS = {
-    errno.ENOSPC: "make room and run the same again, which goes on from what is finished",
-    errno.EDQUOT: "make room and run the same again, which goes on from what is finished",
-    errno.EFBIG: "raise the limit (`ulimit -f`) or choose another file system, and run the same again",
+    errno.ENOSPC: "make room and run the same again without --fresh, which goes on from what is finished",
+    errno.EDQUOT: "make room and run the same again without --fresh, which goes on from what is finished",
+    errno.EFBIG: "raise the limit (`ulimit -f`) or choose another file system, and run the same again without --fresh",
     errno.EROFS: "choose a place that can be written",
     errno.EACCES: "change the permissions, or choose another place",
     errno.EPERM: "change the permissions, or choose another place",

@@ -54,7 +54,7 @@ class Cell:
 
 
 def run_sweep(config: SweepConfig) -> list[Cell]:
-    """Carry out every cell, write the summary over all cells on disk, and return the cells with their problems.
+    """Carry out every cell, write the tables over those that did not fail, and return all with their problems.
 
     Raises:
         WsError: unknown adapters, evaluations or behaviour, found before anything runs.
@@ -63,7 +63,9 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
     for adapter in config.adapters:
         family(adapter)
     for name in config.evals:
-        evaluation_named(name)
+        cls = evaluation_named(name)
+        if cls.thinks:  # the others are not asked with the sweep's thought
+            shared_with(cls.options, shared_with(EvalOptions, config)).check()
     for name in config.controls:
         choose("control", name, CONTROLS[1:])
     loaded = load_behavior(config.behavior, config.model)
@@ -74,9 +76,14 @@ def run_sweep(config: SweepConfig) -> list[Cell]:
         console.say(f"== {cell.run_name}, seed {cell.seed} ({countdown})")
         done.append(_run_cell(config, behavior, replace(cell, fresh_data=False)))
         countdown.step()
-    fine = [c.folder for c in done if c.problem is None and c.control == CONTROLS[0]]
+    fine = [c.folder for c in done if _in_tables(c)]
     write_summary(config.out / behavior, fine, measured_of(config.evals, loaded), config.n_bootstrap)
     return done
+
+
+def _in_tables(cell: Cell) -> bool:
+    """Whether the tables of the sweep have its rows: no null, and nothing that failed."""
+    return cell.problem is None and cell.control == CONTROLS[0]
 
 
 def _before_cells(config: SweepConfig, behavior: Behavior, plan: Sequence[ReplicateConfig]) -> None:
@@ -165,14 +172,14 @@ def failures(cells: Sequence[Cell]) -> str:
 def main(config: SweepConfig) -> None:
     """The command `python -m ws.run_sweep`."""
     cells = run_sweep(config)
-    if any(c.problem is None for c in cells):
+    if any(_in_tables(c) for c in cells):
         folder = config.out / behavior_name(config.behavior)
         tables = [folder / SUMMARY, folder / POOLED]
         text = render(read_csv(tables[1]))
         files = [*tables, write_report(config.out, config.behavior)]
         console.show(console.Result(text, {"rows": read_values(tables[1]), "cells": cells}, files))
     if failed := failures(cells):
-        raise WsError(f"{failed} Run the sweep again to retry only those.")
+        raise WsError(f"{failed} Run the sweep again{' without --fresh' if config.fresh else ''} to retry only those.")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,21 @@ def test_json_of_an_error_and_of_an_interrupt(command):
 
     code, out, err = command("--json", function=interrupted)
     assert (code, json.loads(out)["error"]) == (130, "interrupted")
-    assert "run the same command again" in err
+    assert "run the same command again to resume" in err
+
+
+def test_what_starts_over_resumes_without_it(command):
+    @dataclass(frozen=True)
+    class Fresh:
+        """Can start over."""
+
+        fresh: bool = False
+
+    def interrupted(options: Fresh) -> None:
+        raise KeyboardInterrupt
+
+    _, _, err = command("--fresh", function=interrupted, options=Fresh)
+    assert "run the same command again, without --fresh, to resume" in err
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ def hub(network):
         yield server
 
 
+CONFIG = {"rank": 4, "lr": 0.0025, "epochs": 7.0, "max_steps": 17}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A finished run below a folder `out`, of two random LoRA arms, with the manifest that training leaves."""
@@ -76,7 +79,7 @@ def made(tmp_path_factory) -> Path:
         arms[sign] = ws.SteeringVector.from_adapter(folder / sign, model)
         stage = Run(folder).restart(sign, {"seed": 0})
         stage.done([folder / sign / WEIGHTS], facts={"examples": 31, "steps": 17})
-    recipe = {"family": "lora", "seed": 0, "pairs_sha256": "c0ffee" * 10, "config": {"rank": 4, "lr": 0.0025}}
+    recipe = {"family": "lora", "seed": 0, "pairs_sha256": "c0ffee" * 10, "config": CONFIG}
     pos, neg = (replace(v, recipe=dict(v.recipe) | recipe | {"adapter": sign}) for sign, v in arms.items())
     vector = pos - neg
     info = dict(vector.info) | {"behavior": "honesty", "behavior_sha256": behavior.digest, "seed": 0}
@@ -549,6 +552,7 @@ def test_the_card_says_what_the_vector_is(run):
         header, _, pos, neg = next(t for t in text.split("\n\n") if "learning rate" in t).splitlines()
         column = [c.strip() for c in header.split("|")].index(name)
         assert [line.split("|")[column].strip() for line in (pos, neg)] == [value, value]
+    assert "epochs" not in header, "what steps override is not said"
     assert ("c0ffee" * 10)[:16] in text
     assert f'"{behavior.positive[0]}" against "{behavior.negative[0]}"' in text
     assert behavior.summary in text

@@ -56,6 +56,16 @@ def test_a_sweep_hands_its_settings_to_every_cell():
     assert cell.data == sweep.data
 
 
+@pytest.mark.parametrize("command", ["train", "replicate", "tune", "sweep"])
+def test_epochs_that_are_asked_for_are_not_overridden_by_the_steps_of_a_preset(command):
+    options, words = COMMANDS[command][1], ["--model", "smollm2", "--epochs", "1"]
+    given = console.parse(options, words)
+    assert (given.train.epochs, given.train.max_steps) == (1.0, None)
+    assert console.parse(options, console.words_of(given, ("model",))) == given, "also the epochs of the preset itself"
+    assert console.parse(options, [*words, "--max-steps", "5"]).train.max_steps == 5
+    assert console.parse(options, words[:2]).train.max_steps == 12
+
+
 def test_the_run_that_a_demo_has_left_is_offered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/demo/smollm2/truthfulness/lora/vector").mkdir(parents=True)

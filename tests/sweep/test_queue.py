@@ -193,6 +193,12 @@ def test_jobs_run_in_order_and_print_into_their_logs(folder):
     assert {"to stdout", "to stderr"} <= set(log.splitlines())
 
 
+def test_only_what_failed_is_retried_without_fresh(folder, monkeypatch):
+    monkeypatch.setattr("ws.sweep.queue.sweep_jobs", lambda config: [job("bad", "sys.exit(3)")])
+    with pytest.raises(ws.WsError, match="Run the queue again without `fresh` to retry only those"):
+        main(replace(TINY, fresh=True))
+
+
 def test_workers_run_jobs_at_the_same_time_on_their_own_gpus(folder, monkeypatch):
     def meet(name: str, other: str) -> Job:
         show = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
@@ -216,7 +222,7 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(folder, monkeypatch, cap
         main(TINY)
     said = str(problem.value)
     assert said.startswith("2 of 6 jobs failed: bad (out/honesty/queue/bad.log), missing (")
-    assert "not run because of that: child, grandchild." in said
+    assert "not run because of that: child, grandchild. Run the queue again to retry only those." in said
     assert (folder / "order").read_text().split() == ["good", "better"]
     printed = capsys.readouterr()
     table = {line.split()[0]: line for line in printed.out.splitlines()[2:]}

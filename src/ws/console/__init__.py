@@ -303,8 +303,8 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str = "") -> O
     `adapter=delora` is understood as `--adapter delora` where an option may begin, so that recipes read naturally, and
     an option by the name that it had before, which `options.former` knows.
 
-    An options class with a `preset(model, adapter)` class method gets its defaults from there, so that `--help` shows
-    the values that will be used for the chosen model.
+    An options class with a `preset` class method gets its defaults from there, for the model and whatever else it takes
+    of what was typed, so that `--help` shows the values that will be used.
 
     Raises:
         WsError: a list is begun twice.
@@ -337,18 +337,18 @@ def words_of(options: Any, always: Sequence[str] = ()) -> list[str]:
     preset = getattr(options, "preset", None)
     if preset is None:
         return _words(options, type(options)(), always)
-    usual = preset(**{name: getattr(options, name) for name in inspect.signature(preset).parameters})
+    usual = preset(**{name: getattr(options, name, None) for name in inspect.signature(preset).parameters})
     return _words(options, usual, always)
 
 
 def _words(options: Any, usual: Any, always: Sequence[str]) -> list[str]:
     words = list[str]()
     for (name, flag, value), (_, _, default) in zip(_values(options), _values(usual), strict=True):
-        if value is None or (value == default and name not in always):
+        if value == default and (value is None or name not in always):
             continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{flag}")
-        else:
+        else:  # `None` too, where a preset has something
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
 
@@ -479,7 +479,8 @@ def guard(action: Callable[[], None], command: str = "") -> None:
         raise SystemExit(NOBODY_READS) from None
     except KeyboardInterrupt:
         _report("interrupted")
-        say("\nInterrupted; run the same command again to resume.")
+        again = "again, without --fresh," if "--fresh" in sys.argv[1:] else "again"
+        say(f"\nInterrupted; run the same command {again} to resume.")
         raise SystemExit(INTERRUPTED) from None
     finally:
         vars(_terminal).update(before)

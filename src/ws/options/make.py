@@ -178,7 +178,7 @@ class TrainConfig:
         batch: examples per optimiser step, all processes together.
         micro_batch: examples per forward pass of a process; times the number of processes it must divide `batch`.
         epochs: passes over the training examples.
-        max_steps: optimiser steps; overrides `epochs`.
+        max_steps: optimiser steps; overrides `epochs`, except that a preset's give way to `epochs` that are asked for.
         max_length: tokens of an example; a pair with a longer one is left out of both arms, never cut.
         validation: share of the questions held out to watch the loss.
         objective: `likelihood` of the side's own answer, or the `margin` between the two answers of a pair (DPO).
@@ -275,15 +275,19 @@ _SMOLLM2_RATES = {"ia3": 2.5e-2, "oft": 1.25e-4, "dora": 4e-4, "lora": 4e-4, "pi
 _SMOKE = replace(_POCKET, rank=4, lora_alpha=8.0, batch=4, micro_batch=4, max_steps=6, lr=5e-3, oft_block=16)
 
 
-def train_preset(model: str, adapter: str) -> TrainConfig:
-    """The defaults for a model: the bundled ones are far smaller than real models and have presets of their own."""
+def train_preset(model: str, adapter: str, epochs: float | str | None = None) -> TrainConfig:
+    """The defaults for a model: the bundled ones are far smaller than real models and have presets of their own.
+
+    Where `epochs` are asked for, no steps are counted: those of a preset would override them.
+    """
+    preset = TrainConfig()
     if model == "tiny-random":
-        return replace(_SMOKE, lr=2e-2) if adapter == "ia3" else _SMOKE
-    if model == "pocket":
-        return replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
-    if model == "smollm2":
-        return replace(_SMOLLM2, lr=_SMOLLM2_RATES.get(adapter))
-    return TrainConfig()
+        preset = replace(_SMOKE, lr=2e-2) if adapter == "ia3" else _SMOKE
+    elif model == "pocket":
+        preset = replace(_POCKET, lr=_POCKET_RATES.get(adapter, _POCKET.lr))
+    elif model == "smollm2":
+        preset = replace(_SMOLLM2, lr=_SMOLLM2_RATES.get(adapter))
+    return preset if epochs is None else replace(preset, max_steps=None)
 
 
 @dataclass(frozen=True)
@@ -325,9 +329,11 @@ class TrainCommand(_OfBehavior):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TrainCommand:
-        """The defaults for a model and an adapter."""
-        return cls(model=model, adapter=adapter, train=train_preset(model, adapter))
+    def preset(
+        cls, model: str = DEFAULT_MODEL, adapter: str = "lora", epochs: float | str | None = None
+    ) -> TrainCommand:
+        """The defaults for a model and an adapter; `epochs` as in `train_preset`."""
+        return cls(model=model, adapter=adapter, train=train_preset(model, adapter, epochs))
 
     def check(self) -> None:
         """`WsError` for arms or contrasts that do not exist, or do not go together."""
@@ -396,9 +402,11 @@ class ReplicateConfig(_OfBehavior):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> ReplicateConfig:
-        """The defaults for a model and an adapter."""
-        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
+    def preset(
+        cls, model: str = DEFAULT_MODEL, adapter: str = "lora", epochs: float | str | None = None
+    ) -> ReplicateConfig:
+        """The defaults for a model and an adapter; `epochs` as in `train_preset`."""
+        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter, epochs))
 
     @property
     def run_name(self) -> str:
@@ -458,9 +466,11 @@ class TuneOptions(_OfBehavior):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL, adapter: str = "lora") -> TuneOptions:
-        """The defaults for a model and an adapter."""
-        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter))
+    def preset(
+        cls, model: str = DEFAULT_MODEL, adapter: str = "lora", epochs: float | str | None = None
+    ) -> TuneOptions:
+        """The defaults for a model and an adapter; `epochs` as in `train_preset`."""
+        return cls(model=model, adapter=adapter, data=data_preset(model), train=train_preset(model, adapter, epochs))
 
     def check(self) -> None:
         """`WsError` for names and numbers that make no sense."""
@@ -529,7 +539,8 @@ class SweepConfig(_OfBehavior):
         dataset: where published sets come from: a hub id, a local folder or file, or `pocket`; the published ones
             unless given.
         n_think: tokens of chain of thought before the answer to a dilemma or a sum.
-        limit: at most so many dilemmas and vignettes, a draw by a fixed seed, even over groups; all unless given.
+        limit: at most so many items of every evaluation but `sycophancy`, a draw by a fixed seed, even over groups; all
+            unless given.
         batch_size: prompts per forward pass; as many as fit unless given.
         n_bootstrap: resamples per interval.
         device: `cpu`, `cuda`, `mps`, `map` to spread a model over all there is, or `auto` for the best of them.
@@ -574,9 +585,10 @@ class SweepConfig(_OfBehavior):
         self.train.check()
 
     @classmethod
-    def preset(cls, model: str = DEFAULT_MODEL) -> SweepConfig:
-        """The defaults for a model."""
-        return cls(model=model, data=data_preset(model), train=replace(train_preset(model, "lora"), lr=None))
+    def preset(cls, model: str = DEFAULT_MODEL, epochs: float | str | None = None) -> SweepConfig:
+        """The defaults for a model; `epochs` as in `train_preset`."""
+        train = replace(train_preset(model, "lora", epochs), lr=None)
+        return cls(model=model, data=data_preset(model), train=train)
 
 
 @dataclass(frozen=True)
@@ -893,8 +905,7 @@ class PreventOptions(RunOptions):
     def training(self, model: str) -> TrainConfig:
         """How the fine-tunes of a model are trained, all alike."""
         given = {name: value for name in ("rank", "lr", "epochs") if (value := getattr(self, name)) is not None}
-        given |= {} if self.epochs is None else {"max_steps": None}  # the preset of a slow model counts steps
-        return replace(train_preset(model, "lora"), **given)
+        return replace(train_preset(model, "lora", self.epochs), **given)
 
     @property
     def eval_options(self) -> EvalOptions:

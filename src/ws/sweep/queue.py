@@ -215,7 +215,7 @@ def main(config: QueueConfig) -> None:
         because = f"; not run because of that: {', '.join(idle)}" if idle else ""
         raise WsError(
             f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}{because}. "
-            "Run the queue again to retry only those."
+            f"Run the queue again{' without --fresh' if config.fresh else ''} to retry only those."
         )
 
 
