@@ -355,6 +355,14 @@ def quick_options(out) -> CompareOptions:
     )
 
 
+def test_a_behaviour_without_claims_is_compared_by_preference(monkeypatch):
+    asked = list[tuple[str, ...]]()
+    monkeypatch.setattr("ws.analysis.compare.opened_runs", lambda options: asked.append(options.evals) or [])
+    compare(CompareOptions(behavior="tone"))
+    compare(CompareOptions())
+    assert asked == [("preference", "tinymfv_airisk"), ("sycophancy", "tinymfv_airisk")]
+
+
 def test_the_command_measures_tabulates_and_resumes(out, capsys, monkeypatch):
     options = quick_options(out)
     main(options)

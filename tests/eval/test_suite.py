@@ -161,6 +161,15 @@ def test_controls_read_both(out, capsys):
     assert "preference" in capsys.readouterr().out
 
 
+def test_controls_and_slopes_of_a_behaviour_without_claims_are_of_its_preference(out, capsys):
+    (out / "mine").rename(out / "tone")
+    options = shared(out) | {"behavior": "tone", "limit": 4}
+    controls(ControlOptions(**options, n_draws=2))
+    slope(SlopeOptions(**options, scores=("false_claims", "true_claims")))
+    for name in ("controls", "slope"):
+        assert {r["score"] for r in read_csv(out / "tone" / "lora" / f"{name}.csv")} == {"preference"}
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_their_slopes_are_finite_differences_of_the_evaluations(out, tiny, monkeypatch, packed):
     if not packed:

@@ -33,6 +33,7 @@ from support.finished_runs import (
     write_compare,
     write_run,
 )
+from ws import console
 from ws.behaviors import Claim
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
@@ -45,12 +46,13 @@ from ws.intervene.calibration import (
     store_calibration,
 )
 from ws.new_behavior import behavior_template
+from ws.options.make import ReplicateConfig, train_preset
 from ws.options.use import ReportOptions
 from ws.replicate import Reading, Sample, _record
 from ws.report import data as report_data
 from ws.report import main, write_report
 from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
-from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Result, read_contents
+from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Gap, Result, read_contents
 from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, profile_figure, tag
 from ws.report.notes import notes
 from ws.report.page import render
@@ -171,6 +173,38 @@ def test_every_missing_piece_has_a_note_with_its_command(tmp_path):
     assert page.count("missing, for") == page[page.index('id="next"') :].count("missing, for"), "all in one place"
 
 
+def test_nulls_are_to_be_trained_as_their_vector_was(tmp_path):
+    """Otherwise `ws compare` leaves them out; and a signed run has no adapter of its name."""
+    folder = write_run(tmp_path, "lora-signed")
+    settings = replace(train_preset("smollm2", "lora"), rank=4, kinds=("q_proj", "v_proj"), max_steps=None).recorded()
+    Run(folder).restart("signed", settings | {"adapter": "lora", "seed": 0}).done([])
+    contents = read_contents(tmp_path, "honesty")
+    signed = replace(contents.results[0], base="smollm2")
+    found = notes(replace(contents, results=(signed,)))
+    (line,) = [c for note in found for c in note.commands if "--control shuffled" in c]
+    wanted = "--control shuffled --rank 4 --modules q_proj v_proj --max-steps None --adapter lora --contrast signed"
+    assert line == f"ws replicate {wanted} --model smollm2 --behavior honesty"
+    options = console.parse(ReplicateConfig, shlex.split(line)[2:])
+    assert (options.run_name, options.train.recorded()) == ("lora-signed-shuffled", settings)
+    for note in found:
+        assert not any("--adapter lora-signed" in c for c in note.commands if c.startswith("ws replicate"))
+
+
+def test_a_behaviour_without_claims_lacks_none():
+    gaps = tuple(Gap.of_run(what, "missing", "ws x", "lora", 0) for what in ("sycophancy", "confounds", "norms"))
+    contents = preferring()
+    contents = replace(contents, results=(replace(contents.results[0], gaps=gaps),))
+    assert [n.text for n in notes(contents) if "missing" in n.text] == ["Norms: missing, for lora seed 0."]
+
+
+def test_no_step_is_for_a_table_that_the_page_does_without(whole):
+    file = whole / "honesty" / "sweep_pooled.csv"
+    for text, expected in ((None, []), ("damaged", [()])):
+        file.unlink() if text is None else file.write_text(text)
+        found = notes(read_contents(whole, "honesty"))
+        assert [n.commands for n in found if n.text.startswith("Pooled table")] == expected
+
+
 def test_samples_of_another_vector_are_left_out(tmp_path):
     folder = write_run(tmp_path)
     assert read_contents(tmp_path, "honesty").results[0].samples
@@ -244,6 +278,7 @@ def test_what_was_made_with_another_tokenizer_than_the_base_has_now_is_left_out(
     assert gaps == {*stages[:3], "samples", "controls", "calibration", "dilemmas"}
     assert not contents.card
     assert left_out(contents).count("another tokenizer") == len(gaps) + 1
+    assert [g.command for g in old.gaps if g.what == "calibration"] == ["ws calibrate --fresh --adapter lora"]
     assert asked == [BASE] * 2, "once per page"
     monkeypatch.setattr(report_data, "tokenizer_hash_on_disk", lambda name: "")
     (unknown,) = read_contents(tmp_path, "honesty").results

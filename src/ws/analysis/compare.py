@@ -40,7 +40,7 @@ from ws.eval.capability import Capability
 from ws.eval.context import EvalContext
 from ws.eval.evaluation import Evaluation, Scores
 from ws.eval.readable import FLAG, Readability
-from ws.eval.suite import asked_of, evaluation_named, headline, set_notes
+from ws.eval.suite import asked_of, evaluation_named, headline, measured_of, set_notes
 from ws.files.plots import save_svg
 from ws.files.runs import lock, write_csv
 from ws.intervene.interventions import OF_A_RUN, Intervention
@@ -202,7 +202,8 @@ def compare(options: CompareOptions) -> list[Cell]:
     options.check()
     for name in options.evals:
         evaluation_named(name)
-    cells = list[Cell]()
+    evals = measured_of(options.evals, load_behavior(options.behavior, options.model))
+    options, cells = replace(options, evals=evals), list[Cell]()
     for run in opened_runs(options):
         bench = _Bench(options, run.context, run)
         cells += [bench.cell(name) for name in run.interventions]

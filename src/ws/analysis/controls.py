@@ -37,7 +37,7 @@ from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import Evaluation, Rows, Scores
 from ws.eval.prompts import notes_by_score
 from ws.eval.readable import AGREEMENT, FLAG, LEVEL, MARK, Readability, notes, rounding_notes, worst
-from ws.eval.suite import asked_of, evaluations_of, headlines, set_notes
+from ws.eval.suite import asked_of, evaluations_of, headlines, scores_of, set_notes
 from ws.files.reading import kept
 from ws.files.runs import read_csv, write_csv
 from ws.lm.models import weight_of
@@ -370,6 +370,7 @@ def main(options: ControlOptions) -> None:
     """The command `ws check controls`."""
     options.check()
     context = open_context(options.eval_options(options.alphas))
+    options = replace(options, scores=scores_of(options.scores, context.behavior))
     summary = summarize_controls(measure_controls(context, options))
     text = "\n\n".join([render_controls(summary), *rounding_notes([str(context.model.dtype)[6:]])])
     console.show(console.Result(text, {"rows": summary}, [context.run.folder / TABLE]))

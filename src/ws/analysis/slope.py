@@ -36,7 +36,7 @@ says that the vector is not noise, not that it does what it is named after; for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, sqrt
 from typing import Any
 
@@ -58,7 +58,7 @@ from ws.errors import WsError
 from ws.eval.context import EvalContext, open_context
 from ws.eval.evaluation import MeanOfAnswers, MeanOfChoices, Rows
 from ws.eval.prompts import notes_by_score
-from ws.eval.suite import set_notes
+from ws.eval.suite import scores_of, set_notes
 from ws.files.runs import read_csv, read_values, write_csv
 from ws.intervene.gradient import MeanScore, WeightGradient, groups_of, score_gradients
 from ws.lm.choice import _batches, _families, _score_batch, choice_variants
@@ -298,6 +298,7 @@ def _ratio_variance(a: Float[Tensor, "n"], weights: Float[Tensor, "n"]) -> float
 
 def carry_out(context: EvalContext, options: SlopeOptions) -> console.Result:
     """Test every score unless exactly that is on disk, write both tables, and return what to show."""
+    options = replace(options, scores=scores_of(options.scores, context.behavior))
     evaluations = headline_evaluations(context, options)
     settings = {"scores": list(options.scores), "evaluations": [e.identity for e in evaluations]}
     settings |= context.reading

@@ -114,6 +114,13 @@ def measured_of(names: Sequence[str], behavior: Behavior) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
+def scores_of(names: Sequence[str], behavior: Behavior) -> tuple[str, ...]:
+    """The headline scores that those of these names are for a behaviour, as its evaluations are (`measured_of`)."""
+    claims, (preference,) = {score.key for score in Sycophancy.scores}, Preferences.scores
+    wanted = [preference.key if name in claims and behavior.claims is None else name for name in names]
+    return tuple(dict.fromkeys(wanted))
+
+
 def asked_of(
     cls: type[Evaluation],
     context: EvalContext,

@@ -91,7 +91,10 @@ class Gap:
     @classmethod
     def of_run(cls, what: str, why: str, command: str, adapter: str, seed: int) -> Gap:
         """A gap of one run, with the command for this very run."""
-        return cls(what, why, f"{command} --adapter {shlex.quote(adapter)}{seed_flag(seed)}", adapter, seed)
+        named = shlex.quote(adapter)
+        if command.startswith("ws replicate") and adapter.endswith(f"-{SIGNED}"):  # which makes the name of the two
+            named = f"{shlex.quote(adapter.removesuffix(f'-{SIGNED}'))} --contrast {SIGNED}"
+        return cls(what, why, f"{command} --adapter {named}{seed_flag(seed)}", adapter, seed)
 
     @property
     def is_left_out(self) -> bool:
@@ -265,9 +268,9 @@ def read_contents(out: Path, name: str) -> Contents:
     nulls = tuple(dict.fromkeys(adapter for adapter, _, _ in folders if _is_null(adapter)))
     compare = _compare(out / behavior, results, gaps)
     profile, profiles = _profile(out / behavior, results, gaps)
-    numbers, wanted = ("n_seeds", "alpha"), len(results) > 1
     sparse = [name for score in shown_scores() for name in pooled_numbers(score)]
-    pooled = _optional_table(out / behavior / POOLED, "pooled", "ws sweep", gaps, wanted, ("adapter",), numbers, sparse)
+    columns = (("adapter",), ("n_seeds", "alpha"), sparse)
+    pooled = _optional_table(out / behavior / POOLED, "pooled", "", gaps, False, *columns)  # without it the page pools
     card = _card(data_folder(out, results[0].base, behavior) / "card.json", tokenizer(results[0].base), results, gaps)
     called = Path(name).name if name != behavior or behavior in bundled_behaviors() else f"{behavior}.toml"
     place = "" if out == DEFAULT_OUT or out.is_absolute() else str(out)
@@ -466,7 +469,9 @@ class _Reader:
         if calibration is None:
             self.gap("calibration", "missing", "ws calibrate")
         elif other:
-            self.gap("calibration", "of another vector" if other[0] == "vector" else OTHER_TEXT, "ws calibrate")
+            is_void = other[0] == "vector"  # and is replaced without a word
+            why, fresh = ("of another vector", "") if is_void else (OTHER_TEXT, " --fresh")
+            self.gap("calibration", why, f"ws calibrate{fresh}")
         return None if other else calibration
 
     def controls(self) -> list[Row]:

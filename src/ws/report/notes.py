@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ws.analysis.compare_tables import NULLS
+from ws.console import words_of
 from ws.eval.suite import evaluations
 from ws.files.public import public_name
-from ws.report.data import Contents, Gap
+from ws.options.make import SIGNED, SIGNS, ReplicateConfig, TrainConfig
+from ws.report.data import Contents, Gap, Result
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, evaluation_at
 
 _LABELS = {
@@ -31,7 +34,7 @@ _LABELS = {
     "dilemmas": "Further dilemmas",
 }
 # Commands that begin from a model rather than from a run, and so must be told which.
-_FROM_A_MODEL = ("ws replicate", "ws data", "ws sweep")
+_FROM_A_MODEL = ("ws replicate", "ws data")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class Note:
 def notes(contents: Contents) -> list[Note]:
     """What is missing, first what is there and left out; runs that miss the same share a note."""
     groups: dict[tuple[str, str], list[Gap]] = {}
-    of_runs = [g for r in contents.results for g in r.gaps]
+    has_no_claims = contents.behavior is not None and contents.behavior.claims is None
+    needless = (CLAIMS, CONFOUNDS) if has_no_claims else ()
+    of_runs = [g for r in contents.results for g in r.gaps if g.what not in needless]
     for gap in [*contents.gaps, *of_runs, *_untrained(contents), *_unprompted(contents)]:
         groups.setdefault((gap.what, gap.why), []).append(gap)
     if contents.compare:  # it holds random vectors against every vector already
@@ -80,11 +85,23 @@ def _untrained(contents: Contents) -> list[Gap]:
     """Adapters that have no trained null to be held against; the first seed says how it is made."""
     firsts = [contents.of(adapter)[0] for adapter in contents.adapters]
     return [
-        Gap.of_run("nulls", f"no {null} vector was trained", f"ws replicate --control {null}", run.adapter, run.seed)
+        Gap.of_run("nulls", f"no {null} vector was trained", command, run.adapter, run.seed)
         for null in NULLS
         for run in firsts
         if f"{run.adapter}-{null}" not in contents.nulls
+        for command in [shlex.join(["ws", "replicate", "--control", null, *_settings(run)])]
     ]
+
+
+def _settings(run: Result) -> list[str]:
+    """The words that a vector is trained with as this run's was: a null of other settings is none of it."""
+    recorded: dict[str, Any] = next(
+        (run.stages[name].get("config", {}) for name in (*SIGNS, SIGNED) if name in run.stages), {}
+    )
+    usual = ReplicateConfig.preset(run.base, run.adapter.removesuffix(f"-{SIGNED}"))
+    names = {field.name for field in fields(TrainConfig)} & recorded.keys()
+    settings: Any = {name: tuple(v) if isinstance(v := recorded[name], list) else v for name in names}
+    return words_of(replace(usual, train=replace(usual.train, **settings)))
 
 
 def _unprompted(contents: Contents) -> list[Gap]:
