@@ -304,7 +304,7 @@ class SideBySideOptions(NamesModel):
     Attributes:
         model: the model to steer; by default the base that the vector was made for.
         behavior: a bundled behaviour by its name, or the path of a TOML file.
-        adapters: adapter families or other runs; all that have a finished run unless given.
+        adapters: adapter families, signed runs as `<adapter>-signed`; all that have a finished run unless given.
         seeds: of the runs; each adapter must have them all.
         out: the folder of all runs and results.
         interventions: what stands side by side: `weight` (the vector), `finetune`, `positive-only`, `negative-only`,
