@@ -5,6 +5,7 @@ Each case runs in a process of its own, which ends itself, as SIGKILL would, jus
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 import ws
 from ws.data import Pair
-from ws.errors import DiskError, WsError
+from ws.errors import DiskError, WsError, disk_errors
 from ws.files import writing
 from ws.files.runs import Run, atomic_file, atomic_folder, write_json, write_text
 from ws.lm.trainer import last_whole_checkpoint
@@ -183,6 +184,12 @@ def test_a_place_that_cannot_be_used_is_one_sentence(kind, tmp_path):
         with pytest.raises(DiskError), atomic_folder(place):
             pass
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_is_finished_on_a_full_disk_is_not_to_be_started_over(code):
+    with pytest.raises(DiskError, match="run the same again without `fresh`"), disk_errors():
+        raise OSError(code, "Full", "x")
 
 
 def test_a_folder_cannot_take_a_files_place(tmp_path):
