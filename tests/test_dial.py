@@ -39,13 +39,24 @@ class Rms(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
 
 
+class Biased(Rms):
+    """A norm with a bias that it adds by itself."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
 def parts() -> nn.ModuleDict:
     """One module of every kind, with random weights."""
     made = nn.ModuleDict(
         {
             "linear": nn.Linear(D_IN, D_OUT), "plain": nn.Linear(D_IN, D_OUT, bias=False), "conv": Conv1D(D_OUT, D_IN),
             "embedding": nn.Embedding(WORDS, D_IN), "scaled": Scaled(WORDS, D_IN), "norm": nn.LayerNorm(D_IN),
-            "rms": Rms(D_IN),
+            "rms": Rms(D_IN), "biased": Biased(D_IN), "bare": nn.LayerNorm(D_IN, bias=False),
         }
     )  # fmt: skip
     with torch.no_grad():
@@ -74,10 +85,10 @@ OTHERS = {
 }
 OTHERS["norm"].append(OTHERS["norm"][0] | OTHERS["norm"][1])
 OTHERS["scaled"], OTHERS["rms"] = OTHERS["embedding"], OTHERS["norm"][:1]
-SIZES = {
-    "embedding": (WORDS, D_IN), "scaled": (WORDS, D_IN), "norm": (D_IN, 1), "rms": (D_IN, 1),
-}  # fmt: skip
-KINDS = {"embedding": "embedding", "scaled": "embedding", "norm": "scale", "rms": "scale"}
+OTHERS["biased"], OTHERS["bare"] = OTHERS["norm"], OTHERS["norm"][:1]
+TABLES, NORMS = ("embedding", "scaled"), ("norm", "rms", "biased", "bare")
+SIZES = dict.fromkeys(TABLES, (WORDS, D_IN)) | dict.fromkeys(NORMS, (D_IN, 1))
+KINDS = dict.fromkeys(TABLES, "embedding") | dict.fromkeys(NORMS, "scale")
 CASES = [(m, LinearDelta(D_OUT, D_IN, **CHANGES[c])) for m, c in LINEAR]
 CASES += [(m, LinearDelta(*SIZES[m], **c, kind=KINDS[m])) for m, changes in OTHERS.items() for c in changes]
 
@@ -147,6 +158,16 @@ def test_in_bfloat16_a_change_keeps_the_dtype_and_nearly_its_size(module, delta)
             made, wanted = layer(x), moved(layer, delta, 0.5)(double)
             assert made.dtype == torch.bfloat16
             assert float((made.double() - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("module", ["embedding", "norm", "biased"])
+def test_two_changes_of_a_table_or_a_norm_add_up(module):
+    model, x = parts(), given(module)
+    first, second = (LinearDelta(*SIZES[module], e=draw(*SIZES[module], seed=s), kind=KINDS[module]) for s in (30, 31))
+    with steer(model, of(module, first) + 0.5 * of(module, second)):
+        wanted = model[module](x)
+    with steer(model, of(module, first)), steer(model, of(module, second), 0.5):
+        torch.testing.assert_close(model[module](x), wanted)
 
 
 def test_two_vectors_on_one_module_see_its_own_input_and_output():

@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -755,7 +756,7 @@ def test_a_folder_of_something_else_is_not_written_over(tmp_path):
         ({"recipe": {"op": "compose", "expression": "a"}}, "recipe of 'compose' lacks 'of'"),
         ({"info": {"depth": "2"}}, "is damaged"),
     ],
-    ids=str,
+    ids=count(),
 )
 def test_a_manifest_that_does_not_fit_is_told(change, said, tmp_path):
     file = vector().save(tmp_path / "v") / "ws.json"

@@ -142,6 +142,73 @@ def test_in_bfloat16_a_strength_per_row_is_that_strength(setting, family):
         assert float((a * b).sum() / (b * b).sum()) == pytest.approx(alpha, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["lora", "oft", "ia3", "dora"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
+def test_a_steering_that_compilers_can_follow_is_the_other_one(setting, family, dtype, most):
+    """As it is written; what compilers make of it is tested with the other tools."""
+    model, vector = setting[0].to(dtype), setting[1][family]
+    turns = (0.3, torch.tensor([1.0, -0.5, 0.0]), -1, torch.tensor([0.3] * 3, requires_grad=True))
+    asked = (tokens(), tokens()[:, :1])
+    wanted, bare = [], [logits(model, ids) for ids in asked]
+    for alpha in turns:
+        with ws.steer(model, vector, alpha):
+            wanted.append([logits(model, ids) for ids in asked])
+    with ws.steer(model, vector, 1.0, compilable=True) as dial:
+        for alpha, expected in zip(turns, wanted, strict=True):
+            dial.alpha = alpha
+            assert dial.rows == (3 if isinstance(alpha, torch.Tensor) else 1)
+            for ids, right in zip(asked, expected, strict=True):
+                assert (logits(model, ids) - right).norm() / right.norm() < most
+        dial.alpha = 0.0
+        assert all(torch.equal(logits(model, ids), base) for ids, base in zip(asked, bare, strict=True))
+        dial.alpha = torch.ones(2)
+        with pytest.raises(ws.WsError, match="2 entries but the layer sees 3 rows"):
+            logits(model)
+    assert all(torch.equal(logits(model, ids), base) for ids, base in zip(asked, bare, strict=True))
+    assert not _STEERED
+
+
+def test_a_turn_of_a_compilable_dial_is_written_where_the_strength_lies(setting):
+    model, v = setting
+    with ws.steer_many(model, {"a": v["lora"], "b": v["oft"]}, 0.5, compilable=True) as dials:
+        lora = next(c for m in _STEERED for c in _STEERED[m].changes if c.dial is dials["a"])
+        held = [weakref.ref(u_t) for u_t in lora.factors.u_t]
+        dial, before = dials["a"], dials["a"].over(torch.zeros(3, 1, 1))
+        dial.alpha = -2
+        assert before.tolist() == [[[-2.0]]]
+        assert not dial.is_off
+        dial.alpha = torch.tensor([1.0, 2.0, 3.0])
+        assert dial.over(torch.zeros(3, 1, 1)).flatten().tolist() == [1, 2, 3]
+        assert before.tolist() == [[[-2.0]]], "of another number of rows it is another tensor"
+        with pytest.raises(ws.WsError, match="finite"):
+            dial.alpha = float("inf")
+        del lora
+    assert not any(ref() is not None for ref in held)
+    with pytest.raises(ws.WsError, match="has ended"):
+        dial.alpha = 1.0
+
+
+def test_a_compilable_dial_is_refused_before_anything_is_steered(setting):
+    """A norm, a layer whose weight is used without it, and a strength that the model cannot compute with."""
+    model, v = setting
+    width = model.config.hidden_size
+    norm = ws.LinearDelta(width, 1, e=torch.ones(width, 1), kind="scale")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * nn.functional.linear(x, mlp.up_proj.weight))
+    up = ws.LinearDelta(*mlp.up_proj.weight.shape, e=torch.ones_like(mlp.up_proj.weight))
+    passed_by = ws.SteeringVector({"model.layers.0.mlp.up_proj": up}, "up", None)
+    for vector, alpha, said in (
+        (ws.SteeringVector({"model.norm": norm}, "norm", None), 1.0, r"model\.norm is a norm, which torch\.compile"),
+        (passed_by, 1.0, r"weights of up_proj .* without calling"),
+        (v["lora"], 1e39, "within float32"),
+    ):
+        with pytest.raises(ws.WsError, match=said), ws.steer(model, vector, alpha, compilable=True):
+            pass
+        assert not _STEERED
+    with pytest.raises(ws.WsError, match="beyond float16"), ws.steer(model.half(), v["lora"], 1e5, compilable=True):
+        pass
+
+
 def test_the_model_is_restored_after_an_exception(setting, weights_hash):
     model, v = setting
     before, hashed, attributes = logits(model), weights_hash(model), copy.copy(vars(model))
