@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.pytorch_utils import Conv1D
 
 import ws
-from conftest import build_adapter, build_model
+from conftest import SHAPE, build_adapter, build_model
 from ws.delta import LinearDelta
 from ws.diff import (
     StoredSide,
@@ -233,6 +234,8 @@ def test_what_a_vector_is():
     assert (vector() * 0).is_zero
     assert (small.depth, whole.depth, vector({"head": every_kind()["head"]}).depth) == (2, 1, 1)
     assert replace(small, info={"depth": 12}).depth == 12
+    assert small.numbers == 5 * (INNER + WIDTH), "of rank 2 and 3"
+    assert vector({"a": small.deltas["layers.0.up"], "b": small.deltas["layers.0.up"]}).numbers == 2 * (INNER + WIDTH)
     assert repr(small) == "SteeringVector(net, mixed, 2 modules, rank 3)"
     assert repr(replace(whole, info={"family": "full"})) == "SteeringVector(net, full, 5 modules, rank 2)"
 
@@ -288,7 +291,7 @@ def test_strengths_in_calibrated_units_are_of_this_vector_and_this_tokenizer():
     a = vector()
     known = replace(a, units=Units(vector_digest(a), -0.8, 1.2, "t", "m"))
     assert (known.strength("+1u", "t"), known.strength("-0.5u", "t"), known.strength("2u", "t")) == (1.2, -0.4, 2.4)
-    assert known.strength("0u", "t") == 0
+    assert (known.strength("+0.5u", "t"), known.strength("0u", "t")) == (0.6, 0)
     assert known.strength("0.25", "other") == known.strength(" 0.25 ") == 0.25
     with pytest.raises(WsError, match=r"\+1u .*another tokenizer"):
         known.strength("+1u", "u")
@@ -466,6 +469,9 @@ def test_every_change_finds_its_module_or_is_named():
         vector({"layers.0.up": changes["layers.0.down"]}).matched(model)
     with pytest.raises(WsError, match=r"embed \(7, 4\) .*Embedding of \(7, 4\)"):
         vector({"embed": replace(changes["embed"], kind="linear")}).matched(model)
+    column = LinearDelta(3, 1, e=torch.ones(3, 1), kind="scale")
+    with pytest.raises(WsError, match=r"one \(3, 1\) .*Linear of \(3, 1\)"):
+        vector({"one": column}).matched(nn.ModuleDict({"one": nn.Linear(1, 3)}))
     with pytest.raises(WsError, match=r"layers \(5, 4\) .*ModuleList of None"):
         vector({"layers": low()}).matched(model)
     model.layers[0].norm.bias = None
@@ -938,6 +944,29 @@ def test_the_vector_between_two_checkpoints(pair):
     assert (unknown.base_id, unknown.base_fingerprint, unknown.max_rank) == ("unknown", None, 2)
     assert unknown.recipe["rank"] == 2
     assert {n.rsplit(".", 1)[-1] for n in unknown.deltas} == {"q_proj", "k_proj"}
+
+
+def test_checkpoints_whose_head_is_the_embedding_have_one_change_of_both(tmp_path):
+    base = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE | {"tie_word_embeddings": True}))
+    draws = torch.Generator().manual_seed(1)
+    for name in ("pos", "neg"):
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=draws))
+        model.save_pretrained(tmp_path / name)
+    whole = ws.SteeringVector.from_checkpoints(tmp_path / "pos", tmp_path / "neg")
+    diff_checkpoints(DiffOptions(str(tmp_path / "pos"), str(tmp_path / "neg"), tmp_path / "v"))
+    streamed = ws.SteeringVector.load(tmp_path / "v")
+    for made in (whole, streamed):  # whichever comes first
+        ((one, other),) = made.shared.items()
+        assert {one, other} == {"lm_head", "model.embed_tokens"}
+    assert vector_digest(streamed) == vector_digest(whole)
+    kinds = {name: delta.kind for name, delta in streamed.deltas.items()}
+    assert kinds == {name: delta.kind for name, delta in whole.deltas.items()}
+    assert set(kinds.values()) == {"embedding", "scale", "linear"}
+    on_record = json.loads((tmp_path / "v" / "ws.json").read_text())
+    assert set(on_record["kinds"].values()) == {"embedding", "scale"}, "what is not said is linear"
 
 
 def test_the_behaviour_of_a_difference_is_one_by_its_name(pair, tmp_path):
