@@ -173,6 +173,8 @@ def test_broken_models_and_empty_input_stop(tiny):
     model, tok = tiny
     with pytest.raises(ws.WsError, match="no prompts"):
         score_choices(model, tok, [], ("Yes", "No"))
+    with pytest.raises(ws.WsError, match="'Yes' and 'yes' are read as the same tokens"):
+        score_choices(model, tok, PROMPTS, ("Yes", "yes"))
     handle = model.lm_head.register_forward_hook(lambda m, a, out: out * float("nan"))
     try:
         with pytest.raises(ws.WsError, match="NaN"):
@@ -233,6 +235,16 @@ def test_a_word_is_every_ordinary_token_that_reads_as_it():
     assert [v.tolist() for v in with_each_token(variants)] == [
         [0, 1, 2], [5, 6, 12, 9], [0], [1], [2], [5], [6], [12], [9],
     ]  # fmt: skip
+
+
+def test_a_token_counts_once_and_for_one_choice():
+    choices, device = (("yes", "YES"), "no"), torch.device("cpu")
+    assert [v.tolist() for v in choice_variants(WORDS, choices, device)] == [[0, 1, 2], [5, 6, 12]]
+    p = np.array([0.1, 0.2, 0.05, 0.3, 0.01, 0.02])
+    assert by_token(WORDS, choices, {"variants": p}, 2) == " (by token: 'No' 0.300, ' yes' 0.200)"
+    for shared in (("no", "No"), (("yes", "1"), "no", ("maybe", "1"))):
+        with pytest.raises(ws.WsError, match="are read as the same tokens"):
+            choice_variants(WORDS, shared, device)
 
 
 def test_scores_have_the_choices_first_and_their_tokens_behind():

@@ -34,7 +34,7 @@ from ws.diff import SteeringVector
 from ws.errors import WsError, choose, require_characters, require_strength
 from ws.files.runs import run_folder
 from ws.lm.batches import in_groups, left_pad, next_logits
-from ws.lm.choice import choice_tokens, choice_variants
+from ws.lm.choice import choice_tokens
 from ws.lm.hub import parse_id
 from ws.lm.models import encode, load_model, model_id, render_prompt, tokenizer_hash
 from ws.options.shared import EngineOptions as EngineOptions
@@ -257,7 +257,7 @@ class Engine:
         Raises:
             WsError: a word that is no single token of this tokenizer.
         """
-        variants = choice_variants(self.tok, words, self.model.device)
+        variants = [torch.tensor(choice_tokens(self.tok, w), device=self.model.device) for w in words]
         encoded = {prompt: encode(self.tok, prompt) for prompt in set(prompts)}
         self._left(max(map(len, encoded.values())))
         ids = [encoded[prompt] for prompt in prompts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -70,8 +71,18 @@ def choice_tokens(tok: Tokenizer, choice: str) -> tuple[int, ...]:
 
 
 def choice_variants(tok: Tokenizer, choices: Sequence[Choice], device: torch.device) -> list[Int[Tensor, "_"]]:
-    """The tokens of every choice, over all its words."""
-    return [torch.tensor([i for w in _words(c) for i in choice_tokens(tok, w)], device=device) for c in choices]
+    """The tokens of every choice, each once over all its words; `WsError` where two choices share one."""
+    return [torch.tensor(ids, device=device) for ids in _ids(tok, choices)]
+
+
+def _ids(tok: Tokenizer, choices: Sequence[Choice]) -> list[list[int]]:
+    ids = [list(dict.fromkeys(i for w in _words(c) for i in choice_tokens(tok, w))) for c in choices]
+    for (a, ids_a), (b, ids_b) in combinations(zip(choices, ids, strict=True), 2):
+        if not set(ids_a).isdisjoint(ids_b):
+            raise WsError(
+                f"The answers {a!r} and {b!r} are read as the same tokens, in any case; give two that differ in more."
+            )
+    return ids
 
 
 def with_each_token(variants: Sequence[Int[Tensor, "_"]]) -> list[Int[Tensor, "_"]]:
@@ -87,7 +98,7 @@ def by_token(tok: Tokenizer, choices: Sequence[Choice], scores: Mapping[str, np.
     """
     if not len(scores.get("variants", ())):  # scores that an earlier version kept
         return ""
-    ids, p = [i for c in choices for w in _words(c) for i in choice_tokens(tok, w)], scores["variants"]
+    ids, p = [i for of_choice in _ids(tok, choices) for i in of_choice], scores["variants"]
     order = np.argsort(-p, kind="stable")[:most]
     return f" (by token: {', '.join(f'{tok.decode([ids[i]])!r} {p[i]:.3f}' for i in order)})"
 
