@@ -25,6 +25,8 @@ def test_they_are_the_products_side_by_side_rounded_once(shapes, n, seed):
     size = torch.cat([part.abs() @ m.double().abs() for part, m in zip(parts, matrices, strict=True)], dim=1)
     with torch.no_grad():
         given_sums = sums(a)
+        assert torch.equal(sums(a.T.contiguous().T), given_sums), "as a layer of Mamba is handed its tokens"
+        assert torch.equal(sums(torch.cat([a, a], dim=1)[:, : a.shape[1]]), given_sums)
     assert given_sums.dtype == torch.bfloat16
     assert ((given_sums.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5 * size).all()
 

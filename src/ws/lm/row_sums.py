@@ -55,7 +55,7 @@ class RowSums:
             sums = [(part * m.float()).sum(dim=1) for part, m in zip(columns, self.matrices, strict=True)]
             return torch.cat(sums, dim=1).to(a.dtype)
         rows, weights, starts = self._plans[n]
-        a = a.view(-1) if weights is None else a.view(-1).index_select(0, weights)
+        a = a.reshape(-1) if weights is None else a.reshape(-1).index_select(0, weights)
         return torch.embedding_bag(self._table, rows, starts, False, 0, False, a, False)[0].view(n, -1)
 
 
