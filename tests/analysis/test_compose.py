@@ -35,6 +35,7 @@ from ws.analysis.compose import (
     verdict,
     write_expression,
 )
+from ws.behaviors import bundled_file
 from ws.behaviors.tables import draw
 from ws.console import parse
 from ws.delta import LinearDelta
@@ -219,7 +220,8 @@ def runs(tiny, tmp_path):
 
 
 def options(out: Path, expression: str = "honesty*1.0 + sycophancy*-0.5", **more) -> ComposeOptions:
-    quick = {"limit": 3, "n_prompts": 1, "n_tokens": 3, "n_bootstrap": 200, "device": "cpu"}
+    quick = {"limit": 3, "n_bootstrap": 200, "device": "cpu"}
+    quick |= {"n_prompts": 1, "n_tokens": 3} if "report" in more else {}
     return ComposeOptions(expression, out=out, **(quick | more))
 
 
@@ -283,6 +285,8 @@ def test_calibrated_units_are_those_of_each_vector(runs):
         assert done.operands[0].alpha == alpha
         other = ws.SteeringVector.load(runs / "sycophancy" / "lora" / "vector")
         assert vector_digest(done.vector) == vector_digest(alpha * vector + 1.0 * other)
+    store_calibration(folder, replace(found, model="the same base in another precision"))
+    assert ws.analysis.compose.carry_out(options(runs, "honesty*2u", to="other-copy")).operands[0].alpha == 6.0
     (2 * vector).save(runs / "honesty" / "oft" / "vector")
     store_calibration(runs / "honesty" / "oft" / "vector", found)
     with pytest.raises(ws.WsError, match="another vector"):
@@ -426,7 +430,7 @@ def test_noise_is_rarely_called_interference():
             if r["condition"] == "interference"
         ]
         missed += row["shift_ci_lo"] > 0 or row["shift_ci_hi"] < 0
-    assert missed / 200 == pytest.approx(0.05, abs=0.05)
+    assert 0.01 <= missed / 200 <= 0.1
 
 
 def test_a_share_of_nothing_is_not_given():
@@ -475,8 +479,27 @@ def test_a_table_of_no_interference_keeps_its_level():
 def test_a_report_needs_behaviours_that_have_a_term(runs):
     with pytest.raises(ws.WsError, match="No term is of the behaviour 'refusal'"):
         main(options(runs, report=True, behaviors=("refusal",)))
+    with pytest.raises(ws.WsError, match="`behaviors` names 'sycophancy' twice"):  # whose effect would count as two
+        main(options(runs, report=True, behaviors=("sycophancy", str(bundled_file("sycophancy", None)))))
     main(options(runs, to="one", report=True, behaviors=("sycophancy",)))
     assert {r["behavior"] for r in table(runs / "honesty" / "one")} == {"sycophancy"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"report": True, "n_tokens": 0}, "`n_tokens` must be at least 1, not 0"),
+        ({"report": True, "n_prompts": 0}, "`n_prompts` must be at least 1, not 0"),
+        ({"report": True, "limit": 0}, "`limit` must be at least 1, not 0"),
+        ({"report": True, "split": "repot"}, "Did you mean 'report'"),
+        ({"behaviors": ("honesty",)}, "`behaviors` is for a report; add `report`"),
+        ({"n_tokens": 7}, "`n_tokens` is for a report"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_written(runs, wrong, why):
+    with pytest.raises(ws.WsError, match=why):
+        main(options(runs, to="mix", **wrong))
+    assert not (runs / "honesty" / "mix").exists()
 
 
 def test_the_documented_numbers_are_those_of_the_benchmark():

@@ -444,6 +444,22 @@ def test_the_audit_must_be_disjoint(pocket):
         calibrate(model, tok, lambda alpha: nullcontext(), QUESTIONS, QUESTIONS[:1], SMALL)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"n_tokens": 0}, {"target": 0.0}, {"target": -1.0}, {"max_evaluations": 0}, {"quantile": 2.0}]
+)
+def test_numbers_that_make_no_sense_are_refused(pocket, wrong):
+    model, tok = pocket
+    with pytest.raises(ws.WsError, match=rf"{next(iter(wrong))}\b.* must"):
+        calibrate(model, tok, lambda alpha: nullcontext(), QUESTIONS[:1], (), CalibrationConfig(**wrong))
+
+
+@pytest.mark.parametrize("n_tokens", [0, -2])
+def test_a_divergence_over_no_tokens_is_refused(pocket, n_tokens):
+    model, tok = pocket
+    with pytest.raises(ws.WsError, match=f"`n_tokens` must be at least 1, not {n_tokens}"):
+        divergence(model, tok, QUESTIONS[:1], nullcontext, n_tokens)
+
+
 @given(total=st.integers(1, 300), n=st.integers(1, 120), data=st.data())
 def test_questions_are_split_evenly_and_without_overlap(total, n, data):
     pool = [f"q{i}" for i in range(total)]

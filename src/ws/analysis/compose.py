@@ -37,7 +37,7 @@ from ws import console
 from ws.behaviors import Behavior, load_behavior
 from ws.behaviors.tables import DRAW_SEED
 from ws.diff import MANIFEST, SteeringVector, vector_digest
-from ws.errors import FLOAT32_MAX, WsError, did_you_mean
+from ws.errors import FLOAT32_MAX, WsError, did_you_mean, require_distinct
 from ws.eval.context import TABLES_VERSION, EvalContext
 from ws.eval.evaluation import Rows, Scores
 from ws.eval.prompts import notes_on
@@ -233,7 +233,8 @@ def open_term(term: Term, out: Path, adapter: str, seed: int) -> Operand:
     if not term.in_units:
         return Operand(term, vector, term.number)
     tokenizer = tokenizer_hash_on_disk(vector.base_id) or None
-    calibration = load_calibration(folder, vector_digest(vector), vector.base_fingerprint, tokenizer=tokenizer)
+    # Of which copy of the base, in what precision, does not matter: a vector fits them all.
+    calibration = load_calibration(folder, vector_digest(vector), tokenizer=tokenizer)
     if calibration is None:
         raise WsError(f"{term} is in calibrated units and {folder} has no calibration; run `ws calibrate` for it.")
     return Operand(term, vector, calibration.alpha(term.number))
@@ -567,7 +568,6 @@ def report(made: Composition, options: ComposeOptions) -> Path:
     """Measure the interference unless exactly that is on disk, and write `interference.csv`."""
     o, folder = options, made.run.folder
     eval_options = o.eval_options(made.behavior, made.name)
-    eval_options.check()
     base = o.model or made.vector.base_id
     behaviors = [load_behavior(b, base) for b in _measured(made, o)]
     settings = {k: getattr(o, k) for k in ("split", "n_prompts", "n_tokens", "limit", "n_bootstrap", "dtype")}
@@ -589,8 +589,9 @@ def report(made: Composition, options: ComposeOptions) -> Path:
 def _measured(made: Composition, options: ComposeOptions) -> list[str]:
     """The behaviours to measure: those asked for, else those of the terms."""
     of_terms = [o.behavior for o in made.operands if o.behavior]
-    for wanted in options.behaviors:
-        name = load_behavior(wanted).name
+    names = [load_behavior(wanted).name for wanted in options.behaviors]
+    require_distinct("--behaviors", names)
+    for name in names:
         if name not in of_terms:
             hint = did_you_mean(name, of_terms)
             raise WsError(f"No term is of the behaviour {name!r}, so there is no effect to keep.{hint}")
@@ -599,6 +600,7 @@ def _measured(made: Composition, options: ComposeOptions) -> list[str]:
 
 def main(options: ComposeOptions) -> None:
     """The command `ws compose`."""
+    options.check()
     made = carry_out(options)
     strengths = ", ".join(f"{o.term.name} at {o.alpha:+.4g}" for o in made.operands)
     text, files = f"{made.vector.recipe['expression']} ({strengths}): {made.vector}", [made.run.folder / "vector"]

@@ -331,9 +331,11 @@ def calibrate(
         held_out: whether the vector was trained on none of them, for the record.
 
     Raises:
-        WsError: no questions, questions that are also in the audit, or a model that gives NaN.
+        WsError: no questions, questions that are also in the audit, numbers that make no sense, or a model that gives
+            NaN.
     """
     settings = config or CalibrationConfig()
+    settings.check()
     if set(questions) & set(audit):
         raise WsError("The audit must not repeat questions that the calibration uses.")
     prompts, others = ([render_prompt(tok, q) for q in part] for part in (questions, audit))

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ws.errors import WsError
+from ws.errors import WsError, require_count
 from ws.lm.batches import in_batches, in_groups, row_logits
 from ws.lm.generation import generate, without_end
 from ws.lm.models import decode_answer, encode, end_ids, render_prompt
@@ -84,7 +84,7 @@ def divergence(
         base_prompts: the base side's prompts where they differ, as for a system prompt; the answers are aligned.
 
     Raises:
-        WsError: no prompts, prompts without a partner, or a budget of tokens beyond memory.
+        WsError: no prompts, prompts without a partner, or a budget of tokens below 1 or beyond memory.
         BrokenError: probabilities that are NaN.
     """
     others = prompts if base_prompts is None else base_prompts
@@ -143,6 +143,7 @@ def prompt_divergence(
 
 def _rows_in_budget(model: PreTrainedModel, n_tokens: int) -> int:
     """How many answers' logits fit the budget of memory at once."""
+    require_count("--n-tokens", n_tokens, 1)
     vocabulary = int(model.config.get_text_config().vocab_size)
     most = _BUDGET // (4 * vocabulary)
     if n_tokens > most:

@@ -786,6 +786,16 @@ class ComposeOptions(NamesModel):
     dtype: str = "auto"
     fresh: bool = False
 
+    def check(self) -> None:
+        """`WsError` for numbers that make no sense, and for what is only for a report where none is asked for."""
+        require_count("--n-prompts", self.n_prompts, 1)
+        require_count("--n-tokens", self.n_tokens, 1)
+        shared_with(EvalOptions, self).check()
+        choose("split", self.split, SPLITS)
+        for name in ("behaviors", "model", "split", "n_prompts", "n_tokens"):
+            if not self.report and getattr(self, name) != getattr(ComposeOptions, name):
+                raise WsError(f"--{name.replace('_', '-')} is for a report; add --report, or leave it out.")
+
     def eval_options(self, behavior: str, name: str) -> EvalOptions:
         """The new run for an evaluation at strength 1."""
         return shared_with(EvalOptions, self, behavior=behavior, adapter=name, alphas=(1.0,))
