@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import ws
 from ws.delta import LinearDelta
 from ws.errors import WsError
-from ws.steer import _STEERED, _UNCOMPILED, Dial, DialBoard, steer, steer_many, uncompiled
+from ws.steer import _STEERED, _UNCOMPILED, Dial, DialBoard, _LiveDial, steer, steer_many, uncompiled
 
 D_OUT, D_IN, WORDS = 6, 4, 9
 
@@ -245,6 +245,28 @@ def test_gradients_reach_strengths_and_inputs():
     (twin @ w.T + b + column * (twin @ change.T + delta.bias.double())).square().sum().backward()
     assert alpha.grad.double().numpy() == pytest.approx(2 * strength.grad.numpy(), rel=1e-4)
     assert torch.allclose(x.grad.double(), 2 * twin.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.5, torch.full((3,), 0.5)])
+@pytest.mark.parametrize(("module", "delta"), [case for case in CASES if KINDS.get(case[0]) != "embedding"], ids=str)
+def test_what_was_used_in_inference_mode_gives_gradients_afterwards(module, delta, alpha):
+    """Copies that were made there would be of no use to a backward pass, and they are kept."""
+    model, x = parts().double(), given(module).double().requires_grad_()
+    twin, exact = moved(model[module], delta, 0.5), x.detach().requires_grad_()
+    with steer(model, of(module, delta), alpha):
+        with torch.inference_mode():
+            model[module](x)
+        model[module](x).square().sum().backward()
+    twin(exact).square().sum().backward()
+    torch.testing.assert_close(x.grad, exact.grad)
+
+
+def test_a_dial_for_the_compiler_can_be_turned_outside_of_the_mode_it_was_set_in():
+    with torch.inference_mode():
+        dial = _LiveDial(1.0, float, torch.empty(0))
+        dial.alpha = torch.tensor([1.0, 2.0])
+    dial.alpha = torch.tensor([3.0, 4.0])
+    assert dial.over(torch.zeros(2, 1, 1)).flatten().tolist() == [3.0, 4.0]
 
 
 # ---- what cannot be steered -----------------------------------------------------------------------------------------

@@ -248,13 +248,27 @@ def test_what_another_hook_has_kept_is_left_as_it_was(setting):
     assert (steered - plain).abs().max() > 0.01
 
 
-def test_steering_does_not_disturb_gradients(setting):
+@pytest.mark.parametrize("family", ["lora", "oft", "ia3", "dora"])
+def test_gradients_are_those_of_the_merged_weights(setting, family):
     model, v = setting
-    alpha = torch.tensor([0.3, 0.3, 0.3], requires_grad=True)
-    with ws.steer(model, v["lora"], alpha):
-        model(tokens()).logits.square().mean().backward()
-    assert alpha.grad is not None
-    assert torch.isfinite(alpha.grad).all()
+    merged = copy.deepcopy(model)
+    v[family].merge_into(merged, 0.3)
+
+    def loss(of) -> torch.Tensor:
+        return of(inputs_embeds=inputs).logits.square().mean()
+
+    inputs = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(merged), inputs)
+    alpha = torch.full((len(inputs),), 0.3, requires_grad=True)
+    with ws.steer(model, v[family], alpha) as dial:
+        given, slope = torch.autograd.grad(loss(model), (inputs, alpha))
+        with torch.no_grad():
+            dial.alpha = 0.35
+            above = loss(model)
+            dial.alpha = 0.25
+            below = loss(model)
+    torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    assert float(slope.sum()) == pytest.approx(float(above - below) / 0.1, rel=2e-2)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), torch.tensor([1.0, float("nan")]), torch.ones(2, 2)])

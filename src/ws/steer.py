@@ -43,7 +43,8 @@ class Dial:
 
     `alpha` is a finite float, or a tensor with one entry per row of the batch; setting it takes effect at the next
     forward pass. Text such as `+1u` is in the calibrated units of the vector, where it has any. When a call repeats
-    rows (beam search, `num_return_sequences`), repeat the entries accordingly with `repeat_interleave`.
+    rows (beam search, `num_return_sequences`), repeat the entries accordingly with `repeat_interleave`. What chooses
+    its own batches, as every `ws.evaluate_*` does, orders rows by length and takes one number.
     """
 
     def __init__(self, alpha: Alpha, strength: Callable[[str], float] = parse_number) -> None:
@@ -148,6 +149,7 @@ class _LiveDial(Dial):
         self.device, self.dtype, self._live = reference.device, reference.dtype, torch.empty(0)
         super().__init__(alpha, strength)
 
+    @torch.inference_mode(False)
     def _set(self, value: Alpha) -> None:
         super()._set(value)
         self.is_off = False  # which would be a reason to compile again
@@ -200,6 +202,7 @@ class _Working(NamedTuple):
     u_t: Tensor | None
 
     @classmethod
+    @torch.inference_mode(False)  # a copy that is made while a model is only read serves gradients later
     def of(cls, delta: LinearDelta, reference: Tensor, linear: bool) -> _Working:
         """The change on the device and in the dtype of `reference`, of a linear layer or of another module."""
         moved = delta.to(reference.device, reference.dtype)
@@ -271,6 +274,7 @@ class _Product(NamedTuple):
 class _Factors:
     """The factors of several changes beside activations: `V` below each other, and what belongs to its parts."""
 
+    @torch.inference_mode(False)
     def __init__(self, workings: Mapping[_Change, _Working]) -> None:
         self.changes = list(workings)
         v = [w.v for w in workings.values() if w.v is not None]
