@@ -148,7 +148,7 @@ def test_the_command_streams_the_same_vector(tmp_path):
     assert small.max_rank == 4
     assert 0 < low["errors"]["model.layers.0.mlp.up_proj"] < 1
     error = (vector - small).norm() / (vector.norm() ** 2 - norms_of_scales(vector)) ** 0.5
-    assert low["total_error"] == pytest.approx(error, rel=1e-3)
+    assert low["total_error"] == pytest.approx(error, rel=1e-5), "of the matrices, without the biases that stay"
 
 
 def norms_of_scales(vector) -> float:

@@ -276,7 +276,7 @@ class Difference:
 
         Args:
             rank: the best approximation of every matrix with this many singular directions; norms and biases stay. The
-                facts are `errors` of each module, `error` of the worst, and `total_error` of all of them as one vector.
+                facts are `errors` of each matrix, `error` of the worst, and `total_error` of all of them as one vector.
         """
         deltas, errors, sizes = dict[str, LinearDelta](), dict[str, float](), dict[str, float]()
         for name, change in self:
@@ -285,7 +285,7 @@ class Difference:
                 continue
             deltas[name] = change
             if rank is not None and change.kind != "scale" and change.e is not None:
-                sizes[name] = change.norm()
+                sizes[name] = float(change.e.float().norm())
                 low, errors[name] = change.factorised(change.e, rank)
                 deltas[name] = change.holding({"u": low.u, "v": low.v, "bias": change.bias})
         facts: dict[str, Any] = {"modules": len(deltas), "equal": len(self.modules) - len(deltas)}
