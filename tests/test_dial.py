@@ -294,6 +294,13 @@ class Shifted(nn.Embedding):
         return super().forward(ids) + ids[:, None] if not self.fails else ids.nothing(1)
 
 
+class Uneven(nn.Embedding):
+    """Gives every other column a little more than its row has."""
+
+    def forward(self, ids):
+        return super().forward(ids) * torch.tensor([1.0, 1.06] * (D_IN // 2))
+
+
 def test_what_is_no_norm_and_no_table_is_named():
     for odd in (Odd(), Odd(fails=True)):
         model = nn.ModuleDict({"odd": odd})
@@ -301,17 +308,16 @@ def test_what_is_no_norm_and_no_table_is_named():
         with pytest.raises(WsError, match=r"^odd is a Odd; "), steer(model, of("odd", delta)):
             pass
         assert not odd._forward_hooks
-    table = Shifted(WORDS, D_IN)
-    with (
-        pytest.raises(WsError, match=r"^The embedding odd \(Shifted\) "),
-        steer(
-            nn.ModuleDict({"odd": table}),
-            of("odd", LinearDelta(WORDS, D_IN, e=torch.ones(WORDS, D_IN), kind="embedding")),
-        ),
-    ):
-        pass
-    assert not table._forward_hooks
-    assert not _STEERED
+    delta = LinearDelta(WORDS, D_IN, e=torch.ones(WORDS, D_IN), kind="embedding")
+    for table in (Shifted(WORDS, D_IN), Uneven(WORDS, D_IN)):
+        name = type(table).__name__
+        with (
+            pytest.raises(WsError, match=rf"^The embedding odd \({name}\) "),
+            steer(nn.ModuleDict({"odd": table}), of("odd", delta)),
+        ):
+            pass
+        assert not table._forward_hooks
+        assert not _STEERED
 
 
 class Ids(nn.Embedding):

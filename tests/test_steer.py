@@ -176,10 +176,12 @@ def test_a_turn_of_a_compilable_dial_is_written_where_the_strength_lies(setting)
         dial, before = dials["a"], dials["a"].over(torch.zeros(3, 1, 1))
         dial.alpha = -2
         assert before.tolist() == [[[-2.0]]]
-        assert not dial.is_off
+        dial.alpha = "0.25"
+        assert before.tolist() == [[[0.25]]]
+        assert dial.is_off is False
         dial.alpha = torch.tensor([1.0, 2.0, 3.0])
         assert dial.over(torch.zeros(3, 1, 1)).flatten().tolist() == [1, 2, 3]
-        assert before.tolist() == [[[-2.0]]], "of another number of rows it is another tensor"
+        assert before.tolist() == [[[0.25]]], "of another number of rows it is another tensor"
         with pytest.raises(ws.WsError, match="finite"):
             dial.alpha = float("inf")
         del lora
