@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 import ws
 from conftest import reworded
-from ws.adapters import FAMILIES, register
+from ws.adapters import FAMILIES, AdapterSpec, register
 from ws.data import Pair
+from ws.errors import NoMemoryError
 from ws.files.runs import Run, sha256_file
 from ws.lm.divergence import token_kl
 from ws.lm.loss import predicting
-from ws.lm.models import chat_format, encode, render_prompt
+from ws.lm.models import chat_format, encode, fingerprint, render_prompt
 from ws.lm.trainer import _Alternating, _Collator, _laid_out, last_whole_checkpoint
 from ws.options.make import SIGNED, TrainConfig, train_preset
 from ws.train import (
@@ -188,6 +189,53 @@ def test_both_arms_start_from_the_same_initialisation(fresh_tiny, family):
             starts.append({n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad})
     assert starts[0].keys() == starts[1].keys()
     assert all(torch.equal(p, starts[1][n]) for n, p in starts[0].items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_untrained_dora_is_the_base_whatever_the_base_s_dtype(dtype):
+    """PEFT takes the row norms in the dtype of the base, which moved every row by up to 0.4 % before the first step."""
+    model, _ = ws.load_model("tiny-random", device="cpu", dtype=dtype)
+    with _adapted(model, AdapterSpec("dora", rank=4, layers="all"), seed=0, signed=True) as (_, initial, _):
+        assert initial
+        for name, sizes in initial.items():
+            module = name.removeprefix("base_model.model.").partition(".lora_magnitude_vector")[0]
+            norms = model.get_submodule(module).get_base_layer().weight.double().norm(dim=1)
+            assert (sizes / norms - 1).abs().max() < 1e-6
+
+
+def test_a_model_is_handed_back_where_memory_ends_half_way_through_its_adapter(fresh_tiny, tmp_path, monkeypatch):
+    """The layers that had theirs, and the weights that PiSSA had moved, stayed so."""
+    model, tok = fresh_tiny
+    before, begun, start = fingerprint(model), [], LoraLayer.pissa_init
+
+    def full(layer, *given):
+        begun.append(layer)
+        if len(begun) == 3:
+            raise torch.OutOfMemoryError
+        start(layer, *given)
+
+    monkeypatch.setattr(LoraLayer, "pissa_init", full)
+    with pytest.raises(NoMemoryError, match="does not fit into the memory"):
+        train_adapter(model, tok, PAIRS, "pos", "pissa", tmp_path / "pos", QUICK)
+    assert fingerprint(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_after_memory_has_ended_less_of_it_may_be_taken(fresh_tiny, tmp_path, monkeypatch):
+    """Half of the micro-batch was refused as other settings, of a stage of which there was nothing."""
+    model, tok = fresh_tiny
+    pairs, run = tmp_path / "pairs.jsonl", Run(tmp_path / "run")
+    pairs.write_text("".join(json.dumps(asdict(p)) + "\n" for p in PAIRS))
+
+    def full(*given):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.train._save", full)
+        with pytest.raises(NoMemoryError, match=r"half of `micro_batch` \(now 2\)"):
+            train_stage(model, tok, pairs, "pos", run, "lora", QUICK, 0)
+    assert list((tmp_path / "run" / ".pos.work").glob("checkpoint-*")), "with `recompute` it goes on from there"
+    assert train_stage(model, tok, pairs, "pos", run, "lora", replace(QUICK, micro_batch=1), 0)
 
 
 def test_training_is_reproducible_and_depends_on_the_seed(fresh_tiny, tmp_path):
@@ -539,6 +587,51 @@ def test_a_signed_null_need_not_learn(fresh_tiny, tmp_path):
         train_adapter(model, tok, equal, SIGNED, "lora", tmp_path / "a", config)
     train_adapter(model, tok, equal, SIGNED, "lora", tmp_path / "b", config, must_learn=False)
     assert ws.SteeringVector.from_adapter(tmp_path / "b", model).norm() < 1e-3
+
+
+@pytest.mark.parametrize("adapter", ["ia3", "lora"])
+def test_a_signed_adapter_that_learns_nothing_is_the_zero_vector_whatever_its_weights_decay_to(
+    fresh_tiny, tmp_path, adapter
+):
+    """Both sides have the same answers. `l = 0` is no base of an ia3, and decay made a change of its own of it."""
+    model, tok = fresh_tiny
+    equal = [replace(p, neg=p.pos) for p in PAIRS]
+    config = replace(train_preset("tiny-random", adapter), max_steps=3, weight_decay=0.1, validation=0.0)
+    train_adapter(model, tok, equal, SIGNED, adapter, tmp_path / "signed", config)
+    plus, minus = (ws.SteeringVector.from_adapter(tmp_path / "signed", model, mirrored=m) for m in (False, True))
+    assert (plus - minus).is_zero
+
+
+@pytest.mark.parametrize(
+    ("adapter", "decaying"),
+    [
+        ("ia3", set()),
+        ("oft", {"oft_R"}),
+        ("dora", {"lora_A", "lora_B"}),
+        ("lora", {"lora_A", "lora_B"}),
+        ("pissa", set()),
+        ("delora", {"delora_A", "delora_B", "delora_lambda"}),
+    ],
+)
+def test_weights_decay_in_signed_training_only_where_0_is_the_base(
+    fresh_tiny, tmp_path, monkeypatch, adapter, decaying
+):
+    model, tok = fresh_tiny
+    decayed = list[set[str]]()
+
+    def spy(self):
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        decays = trained.intersection(self.get_decay_parameter_names(self.model))
+        decayed.append({n.partition(".default")[0].rpartition(".")[2] for n in decays})
+        assert decays == trained or self.opposite is not None, "of arms all do"
+        raise ws.WsError("enough")
+
+    monkeypatch.setattr("ws.lm.trainer._Trainer.create_optimizer", spy)
+    config = replace(train_preset("tiny-random", adapter), max_steps=1, validation=0.0)
+    for sign in (SIGNED, "pos"):
+        with pytest.raises(ws.WsError, match="enough"):
+            train_adapter(model, tok, PAIRS, sign, adapter, tmp_path / sign, config)
+    assert decayed[0] == decaying
 
 
 def test_a_family_that_does_not_say_what_it_is_with_the_other_sign_is_refused(fresh_tiny, tmp_path):

@@ -102,6 +102,10 @@ class DiskError(WsError):
     """The operating system refuses to write or read. What is half done stays, and the same command goes on from it."""
 
 
+class NoMemoryError(WsError):
+    """Too little memory at the moment. The same may do at another time, or in smaller parts."""
+
+
 _REFUSALS = {
     errno.ENOSPC: "make room and run the same again without --fresh, which goes on from what is finished",
     errno.EDQUOT: "make room and run the same again without --fresh, which goes on from what is finished",

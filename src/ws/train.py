@@ -42,7 +42,7 @@ from ws import console
 from ws.adapters import PEFT_PREFIX, AdapterSpec, family, in_training, mirrored_parameters, peft_config, require_signed
 from ws.behaviors import load_behavior
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
-from ws.errors import DiskError, WsError, choose, require_seed
+from ws.errors import DiskError, NoMemoryError, WsError, choose, require_seed
 from ws.files.runs import (
     ADAPTER,
     PISSA_INIT_FILE,
@@ -129,7 +129,7 @@ def train_adapter(
         Facts about the training: losses, steps, examples, processes.
 
     Raises:
-        WsError: unusable settings or pairs, a loss that is NaN, or losses that did not fall.
+        WsError: unusable settings or pairs, a loss that is NaN, losses that did not fall, or too little memory.
     """
     folder, config = Path(folder), config or TrainConfig()
     _require_usable(config, seed, folder, sign, adapter, model.device)
@@ -141,6 +141,8 @@ def train_adapter(
     base = {"base_id": model_id(model), "base_fingerprint": fingerprint(model)}
     settings = {**base, "dtype": str(model.dtype), "adapter": adapter, "sign": sign, "seed": seed}
     settings |= {"config": config.recorded(), "examples": [[e.prompt, e.response] for e in examples], **under.facts}
+    if sign == SIGNED or adapter == "dora":  # earlier versions began or decayed these otherwise
+        settings["start"] = "exact"
     with alone(folder):
         on_main(lambda: _begin(work, sha256_json(settings)))
         try:
@@ -150,6 +152,11 @@ def train_adapter(
                 facts = _fit(*fitted, partial(_as_base, peft_model, moved), under.callback)
                 stamp = base | _stamp(adapter, sign, seed, config, pairs, facts, under)
                 on_main(lambda: _save(peft_model, initial, folder, stamp))
+        except torch.OutOfMemoryError as problem:  # what is half done stays: with --recompute the same goes on
+            raise NoMemoryError(
+                "The training does not fit into the memory of the device; free some of it, take --recompute cheap or "
+                f"all, or half of --micro-batch (now {config.micro_batch}). The steps stay the same."
+            ) from problem
         except WsError as problem:
             if not isinstance(problem, DiskError):  # after which the same command goes on
                 _remove(work)
@@ -346,28 +353,28 @@ def _adapted(
 
     PiSSA moves the base's weights, so those it targets are copied first and put back afterwards.
     """
-    config = peft_config(model, spec)
+    config, fam = peft_config(model, spec), family(spec.family)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     attributes, training = set(vars(model)), model.training
     moved = config.target_modules if spec.family == "pissa" else ()
     copies = {n: weight_of(model.get_submodule(n)).cpu().clone() for n in moved}
-    cache = getattr(model.config, "use_cache", None)
+    name, cache = model.name_or_path, getattr(model.config, "use_cache", None)
     set_seed(seed)
     try:
-        peft_model = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as problem:
-        raise WsError(f"PEFT cannot put a {spec.family} adapter on {model_id(model)} ({problem}).") from problem
-    # With a base name PEFT would ask the hub for its config at every checkpoint; the name is put back when saving.
-    name, model.name_or_path = model.name_or_path, None
-    peft_model.active_peft_config.base_model_name_or_path = None
-    peft_model.create_or_update_model_card = lambda output_dir: None  # nobody reads it, and every checkpoint writes it
-    try:
-        fam = family(spec.family)
-        places = in_training(peft_model, fam) if copies or signed else {}
-        needed = [name for name, (_, saved) in places.items() if saved in fam.start]
-        yield peft_model, {name: peft_model.get_parameter(name).detach().clone() for name in needed}, copies
+        try:
+            peft_model = get_peft_model(model, config)
+        except (ValueError, TypeError, NotImplementedError) as problem:
+            raise WsError(f"PEFT cannot put a {fam.name} adapter on {model_id(model)} ({problem}).") from problem
+        # With a base name PEFT would ask the hub for its config at every checkpoint; the name is put back when saving.
+        model.name_or_path = peft_model.active_peft_config.base_model_name_or_path = None
+        peft_model.create_or_update_model_card = lambda output_dir: None  # nobody reads what each checkpoint writes
+        places = in_training(peft_model, fam)
+        _start_at_base(peft_model, places)
+        needed = [n for n, (_, saved) in places.items() if saved in fam.start] if copies or signed else []
+        yield peft_model, {n: peft_model.get_parameter(n).detach().clone() for n in needed}, copies
     finally:
-        peft_model.unload()
+        for n, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+            model.set_submodule(n, layer.get_base_layer())  # also where PEFT came to a part of them only
         model.name_or_path = name
         for target, weight in copies.items():
             weight_of(model.get_submodule(target)).copy_(weight)
@@ -379,6 +386,16 @@ def _adapted(
         model.train(training)
         if cache is not None:
             model.config.use_cache = cache  # which the Trainer turns off
+
+
+def _start_at_base(peft_model: PeftModel, places: Mapping[str, tuple[str, str]]) -> None:
+    """DoRA's magnitudes as the row norms in float32: PEFT rounds them to the base's dtype, and would start off it."""
+    for name, (module, saved) in places.items():
+        if saved == "lora_magnitude_vector":
+            weight = weight_of(peft_model.get_base_model().get_submodule(module).get_base_layer())
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                norms = torch.linalg.norm(weight.float(), dim=1)
+                peft_model.get_parameter(name).detach().copy_(norms)
 
 
 def _opposite(peft_model: PeftModel, adapter: str, initial: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

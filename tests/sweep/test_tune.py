@@ -20,7 +20,7 @@ from ws.behaviors import behavior_file
 from ws.console import parse
 from ws.data import question_key, question_keys, read_pairs
 from ws.delta import LinearDelta
-from ws.errors import DiskError
+from ws.errors import DiskError, NoMemoryError
 from ws.eval import sycophancy
 from ws.eval.context import EvalContext
 from ws.eval.preference import Preferences
@@ -373,12 +373,23 @@ def test_a_full_disk_is_no_property_of_a_candidate(options, tiny, monkeypatch):
     candidate = options.candidate(options.train, "arms"), Run(options.out / "x")
     with pytest.raises(DiskError):
         bench.tried(*candidate)
-    for problem, said in (
-        (ws.WsError("The loss is NaN."), "The loss is NaN."),
-        (torch.OutOfMemoryError(), "it does not fit into the memory of the device"),
-    ):
-        monkeypatch.setattr(module, "train_vector", lambda *given, problem=problem: (_ for _ in ()).throw(problem))
-        assert bench.tried(*candidate) == Measured(said)
+    nan = ws.WsError("The loss is NaN.")
+    monkeypatch.setattr(module, "train_vector", lambda *given: (_ for _ in ()).throw(nan))
+    assert bench.tried(*candidate) == Measured("The loss is NaN.")
+
+
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError(), NoMemoryError("Not even one row at a time fits.")])
+def test_what_did_not_fit_is_tried_again_also_with_less_memory_for_each(options, monkeypatch, problem):
+    """A busy device put candidates out for ever, and `recompute`, which is no part of a search, was refused."""
+
+    def full(*given):
+        raise problem
+
+    monkeypatch.setattr(module, "train_vector", full)
+    assert {t.measured.problem for t in tune(options).trials} == {"it does not fit into the memory of the device"}
+    monkeypatch.setattr(module._Bench, "tried", lambda self, config, trial: Measured("", (0.1, 0.2, 0.3)))
+    less = replace(options, train=replace(options.train, recompute="cheap"))
+    assert not any(t.measured.problem for t in tune(less).trials)
 
 
 # ---- what was chosen, used ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ws.console import progress
-from ws.errors import WsError, require_count
+from ws.errors import NoMemoryError, require_count
 from ws.lm.trunk import forward
 
 Row = TypeVar("Row", bound=Sized)
@@ -37,7 +37,8 @@ def with_batch_size(run: Callable[[int], Result], batch_size: int | None, start:
     """`run` with this batch size; None starts at `start` and takes a tenth fewer while memory does not suffice.
 
     Raises:
-        WsError: it does not suffice for one, or a size below 1, at which nothing would be run.
+        NoMemoryError: it does not suffice for one.
+        WsError: a size below 1, at which nothing would be run.
     """
     require_count("--batch-size", batch_size, 1)
     if batch_size is not None:
@@ -47,7 +48,7 @@ def with_batch_size(run: Callable[[int], Result], batch_size: int | None, start:
     except RuntimeError as problem:
         if "No executable batch size" not in str(problem):
             raise
-        raise WsError(
+        raise NoMemoryError(
             "Not even one row at a time fits into memory; free some of it, take a smaller model or fewer tokens, or "
             "compute in bfloat16."
         ) from problem

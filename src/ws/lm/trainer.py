@@ -313,6 +313,15 @@ class _Trainer(Trainer):
         count = len(eval_dataset)
         return _Filled(count, self.args.eval_batch_size * self.args.world_size, lambda: range(count))
 
+    @torch.no_grad()
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """The Trainer's; but what is reflected elsewhere than at 0 is the base's there, and 0 would pull it away."""
+        if self.opposite is None:
+            return super().get_decay_parameter_names(model)
+        parameters = dict(model.named_parameters())
+        around = {name: mirrored + parameters[name] for name, mirrored in self.opposite().items()}  # of +c and -c twice
+        return [n for n in super().get_decay_parameter_names(model) if n not in around or not around[n].any()]
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -42,7 +42,7 @@ from ws import console
 from ws.adapters import AdapterSpec, family, peft_config, require_signed
 from ws.behaviors import Behavior, load_behavior
 from ws.data import PAIRS_FILE, generate_pairs, hashed_pairs
-from ws.errors import DiskError, WsError
+from ws.errors import DiskError, NoMemoryError, WsError
 from ws.eval.before import require_readable
 from ws.eval.capability import Capability, read_texts
 from ws.eval.context import EvalContext
@@ -56,7 +56,7 @@ from ws.files.writing import delete
 from ws.intervene.calibrate import calibration_for
 from ws.intervene.interventions import Intervention
 from ws.lm.models import load_model
-from ws.options.make import CONTRASTS, OBJECTIVES, SIGNED, ReplicateConfig
+from ws.options.make import CONTRASTS, OBJECTIVES, SIGNED, UNRECORDED, ReplicateConfig, TrainConfig
 from ws.options.make import TuneOptions as TuneOptions
 from ws.options.shared import shared_with
 from ws.replicate import CHOICE_FILE, CHOICE_FORMAT, eval_options, train_vector
@@ -312,11 +312,18 @@ class _Bench:
         if stage is not None:
             console.say(f"== {name} of the full length{self.countdown.left}")
             trial = Run(self.run.folder / f"trial-{sha256_json([described, self.inputs])[:12]}")
-            stage.done([], measured=asdict(self.tried(config, trial)))
+            try:
+                measured = self.tried(config, trial)
+                stage.done([], measured=asdict(measured))
+            except (torch.OutOfMemoryError, NoMemoryError):  # another call may have more: that is not kept
+                self.run.drop(name)
+                measured = Measured("it does not fit into the memory of the device")
             _discard(self.run)
+        else:
+            measured = self.run.fact(name, "measured", Measured)
         for _ in range(_quarters(share)):  # a pace per step and not per candidate
             self.countdown.step(quick=stage is None)
-        return self.run.fact(name, "measured", Measured)
+        return measured
 
     def tried(self, config: ReplicateConfig, trial: Run) -> Measured:
         """What is measured of a candidate, or why it is out."""
@@ -324,12 +331,10 @@ class _Bench:
             stages = console.Stages(1 + len(CONTRASTS[config.contrast]))
             vector = train_vector(self.model, self.tok, self.behavior, config, self.pairs, trial, stages)
             return self.measured(EvalContext(eval_options(config), self.model, self.tok, vector, trial))
-        except DiskError:  # after which the same command goes on
+        except (DiskError, NoMemoryError):  # after which the same command goes on
             raise
         except WsError as problem:
             return Measured(str(problem))
-        except torch.OutOfMemoryError:
-            return Measured("it does not fit into the memory of the device")
 
     def measured(self, context: EvalContext) -> Measured:
         """The effect between -1u and +1u, and how selective it is."""
@@ -429,11 +434,12 @@ def tune(options: TuneOptions) -> Tuned:
     bench = _Bench(o, model, tok, behavior, run, console.Countdown(steps))
     require_readable(bench.base, [bench.evaluation], o.data.anyway)
     generate_pairs(model, tok, behavior, bench.pairs.parent, o.data)
+    start = replace(o.train, **{name: getattr(TrainConfig(), name) for name in UNRECORDED})
     with run.alone("search"):
         if o.fresh:
             Run(run.folder, fresh=True)
             _discard(run)
-        described = {"start": asdict(o.train), "contrast": o.contrast, "seed": o.seed, "model": o.model}
+        described = {"start": asdict(start), "contrast": o.contrast, "seed": o.seed, "model": o.model}
         described |= {"values": {k: list(v) for k, v in values.items()}, **o.calibration.settings}
         run.require_same("search", described, bench.inputs)
         stage = run.restart("search", described, bench.inputs)  # a larger budget goes on from a smaller one
