@@ -403,14 +403,15 @@ def _by_margin(
 ) -> tuple[list[Pair], dict[str, Any] | None]:
     """The pairs, those below the least margin dropped, and how far the sides are acted; None without personas.
 
-    Without a filter the margins are those of `N_READ` pairs.
+    Without a filter the margins are those of `N_READ` pairs. Pairs of a single question say nothing of the sides.
     """
     if not behavior.positive:
         if least is not None:
             raise WsError(f"--min-margin compares personas, and {behavior.name} brings pairs without; leave it out.")
         return list(pairs), None
     read = _some_kept(pairs, N_READ if least is None else len(pairs))
-    if len({p.question for p in read}) < 2:
+    several, played = len({p.question for p in read}) > 1, None
+    if not read or not (several or least is not None):
         return list(pairs), None
     sides = list(zip(behavior.positive, behavior.negative, strict=True))
     personas = [sides[_persona(p)] for p in read]
@@ -422,11 +423,12 @@ def _by_margin(
         [(p.pos, p.neg) for p in read],
         [(p.pos_cut, p.neg_cut) for p in read],
     )
-    played = acted([p.question for p in read], margins)
-    if played.problem:
-        console.say(f"warning: {played.problem}")
+    if several:
+        played = acted([p.question for p in read], margins).as_data()
+        if played["problem"]:
+            console.say(f"warning: {played['problem']}")
     low = {p.id for p, m in zip(read, margins.min(axis=1), strict=True) if least is not None and m < least}
-    return [replace(p, drop="margin") if p.id in low else p for p in pairs], played.as_data()
+    return [replace(p, drop="margin") if p.id in low else p for p in pairs], played
 
 
 def _persona(pair: Pair) -> int:

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from conftest import build_model, tokens
 from ws.adapters import AdapterSpec, peft_config
 from ws.analysis import prevention
 from ws.analysis.prevention import main, read_examples, steer_training
+from ws.behaviors import Preference
 from ws.console import parse
 from ws.data import Pair
 from ws.delta import LinearDelta
@@ -253,6 +255,46 @@ def options(tiny, tmp_path) -> PreventOptions:
     return PreventOptions(
         examples=str(tmp_path / "sums.jsonl"), strength="-0.5", out=tmp_path / "out", limit=4, n_bootstrap=200
     )
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[Any, str]]:
+    """What would be measured, in place of training and measuring."""
+    measured = list[tuple[Any, str]]()
+
+    def trained(opened, options, train, alpha, persona, run):
+        run.restart("plain", {}).done([], facts={"examples": 14})
+        return {}
+
+    monkeypatch.setattr(prevention, "fine_tunes", trained)
+    monkeypatch.setattr(prevention, "measure", lambda context, asked, changes: measured.extend(asked))
+    return measured
+
+
+def test_what_is_said_to_be_learned_is_what_the_training_saw(options, asked):
+    """The questions that watch the loss were counted among it."""
+    done = prevention.prevent(options)[2]
+    assert done["plain"] == "trained on 14 examples (4 held out, 2 to watch the loss or too long)"
+
+
+def test_a_limit_holds_for_the_examples_too(options, asked):
+    prevention.prevent(replace(options, limit=1))
+    tasks = {kind: evaluation for evaluation, kind in asked if kind}
+    assert {kind: (len(e.items), e.facts["drawn"][:6]) for kind, e in tasks.items()} == dict.fromkeys(
+        "ab", (1, "1 of 2")
+    )
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_examples_that_teach_what_the_trait_is_seen_by_are_noticed(options, asked, monkeypatch, capsys, part):
+    """Those that are held out of the examples are not learned: no harm in them."""
+    same = read_examples(options.examples)[part][0]
+    known = (Preference("a", same.question.upper(), "Two.", "Three.", "report"),)
+    behavior = replace(ws.load_behavior("honesty", "tiny-random"), preferences=known)
+    monkeypatch.setattr(prevention, "load_behavior", lambda *given: behavior)
+    prevention.prevent(options)
+    said = "1 of the 1 held-out questions by which the trait is seen are among the examples that are trained on"
+    assert (said in " ".join(capsys.readouterr().err.split())) == (part == 0)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from support.tables import write_table
 from ws.behaviors import brought_or_named
 from ws.behaviors.acting import MARGIN_FLOOR, acted, base_problems, persona_margins
 from ws.behaviors.answered import read_preferences
-from ws.data import Pair, _named_personas, data_card, generate_pairs, main, read_pairs
+from ws.data import Pair, _by_margin, _named_personas, data_card, generate_pairs, main, read_pairs
 from ws.delta import LinearDelta
 from ws.eval.sycophancy import ClaimScores
 from ws.lm.models import encode, encode_answer, render_prompt
@@ -294,6 +294,10 @@ def test_either_claims_or_answers_must_be_told_apart_and_the_sides_must_be_the_r
     behavior = ws.load_behavior("honesty", "pocket")
     swapped = replace(behavior, positive=behavior.negative, negative=behavior.positive)
     assert ["as the positive side" in p for p in base_problems(*pocket, swapped)] == [True]
+    report = tuple(replace(c, split="report") for c in behavior.test.claims if c.split == "dev")
+    for known in (behavior, swapped):  # where there are none of `dev`, those of `report` are asked
+        alone = replace(known, claims=replace(behavior.test, claims=report), preferences=())
+        assert base_problems(*pocket, alone) == base_problems(*pocket, known)
     flipped = tuple(replace(c, is_true=not c.is_true) for c in behavior.test.claims)
     wrong = replace(behavior, positive=(), negative=(), claims=replace(behavior.test, claims=flipped))
     assert ["tell true from false" in p for p in base_problems(*pocket, wrong)] == [True]
@@ -351,6 +355,19 @@ def test_personas_that_are_acted_are_told_from_those_that_are_not():
     assert "negative" in one_side.problem
     assert "positive" not in one_side.problem
     assert acted(questions, np.zeros((40, 2))).problem
+    few = acted(["a", "b", "c"], np.stack([np.full(3, 0.3), np.array([-0.1, 0.5, 1.1])], axis=1)).problem
+    assert "may gain less than 0.05" in few, "the mean does not"
+    assert "negative +0.5" in few
+    assert "does not act" not in few
+
+
+def test_a_margin_filter_drops_pairs_of_a_single_question_too(monkeypatch):
+    behavior = ws.load_behavior("honesty", "pocket")
+    pairs = [Pair(f"q0000-p0-s{i}", "Is it so?", f"Yes, {i}.", f"No, {i}.", 5, 5) for i in range(3)]
+    monkeypatch.setattr("ws.data.persona_margins", lambda *given: np.array([[0.3, 0.3], [0.3, 0.1], [0.3, 0.2]]))
+    kept, played = _by_margin(None, None, pairs, behavior, 0.2)
+    assert [p.drop for p in kept] == [None, "margin", None]
+    assert played is None, "one question says nothing of the sides"
 
 
 def test_a_margin_filter_drops_what_leaks_its_persona(pocket, tmp_path):

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.behaviors import Behavior, load_behavior, named_columns
 from ws.behaviors.answered import HELD_OUT_SHARE, TRAIN, plain_question
-from ws.behaviors.tables import draw, is_on_hub, is_text, read_rows
+from ws.behaviors.tables import draw, draw_fact, is_on_hub, is_text, read_rows
 from ws.data import PAIRS_FILE, Pair, pair_lines
 from ws.diff import SteeringVector, vector_digest
 from ws.errors import WsError, shortened
@@ -282,7 +282,7 @@ def _subtracted(opened: FinishedRun, plain: SteeringVector, alpha: float, run: R
 
 
 def evaluations(
-    context: EvalContext, behavior: Behavior, held: Sequence[TaskExample], split: str
+    context: EvalContext, behavior: Behavior, train: Sequence[TaskExample], held: Sequence[TaskExample], split: str
 ) -> list[tuple[Evaluation, str]]:
     """What is asked, each with the kind of examples that it is of: the trait, the examples, and neutral text."""
     asked: list[Evaluation] = [Sycophancy.of_behavior(context, behavior, split)] if behavior.claims else []
@@ -290,11 +290,17 @@ def evaluations(
     if not asked:
         raise WsError(f"The behaviour {behavior.name} has nothing held out in the split {split!r} to see the trait by.")
     known = {plain_question(p.question) for p in behavior.held_out(split)}
-    if both := known & {plain_question(e.question) for e in held}:
-        console.warn(f"{len(both)} held-out examples ask what the behaviour's held-out questions ask.")
-    kinds = sorted({e.kind for e in held})
-    of_kind = {kind: [e for e in held if e.kind == kind] for kind in kinds}
-    tasks = [(TaskLoss(items=items, batch_size=context.options.batch_size), k) for k, items in of_kind.items()]
+    if both := known & {plain_question(e.question) for e in train}:
+        console.warn(
+            f"{len(both)} of the {len(known)} held-out questions by which the trait is seen are among the examples "
+            "that are trained on: their answers are learned, and say little of the trait."
+        )
+    tasks = list[tuple[Evaluation, str]]()
+    for kind in sorted({e.kind for e in held}):
+        whole = [e for e in held if e.kind == kind]
+        items = draw(whole, context.options.limit)
+        facts = {"drawn": draw_fact(items, whole)}
+        tasks.append((TaskLoss(items=items, facts=facts, batch_size=context.options.batch_size), kind))
     return [*((e, "") for e in asked), *tasks, (Capability.of_run(context), "")]
 
 
@@ -422,11 +428,13 @@ def prevent(options: PreventOptions) -> tuple[Run, list[Measured], dict[str, str
         raise WsError(f"The behaviour {behavior.name} has no personas to prompt with; leave prompt out of --ways.")
     persona = personas[0] if personas else ""
     context = EvalContext(options.eval_options, opened.model, opened.tok, opened.vector, Run(run_place))
-    asked = evaluations(context, behavior, held, options.split)
+    asked = evaluations(context, behavior, train, held, options.split)
     run = Run(run_place, options.fresh)
     changes = fine_tunes(opened, options, train, alpha, persona, run)
+    learned = run.facts(PLAIN)["facts"]["examples"]
+    others = f", {len(train) - learned} to watch the loss or too long" if learned < len(train) else ""
     done = {
-        PLAIN: f"trained on {len(train)} examples ({len(held)} held out)",
+        PLAIN: f"trained on {learned} examples ({len(held)} held out{others})",
         "vector": f"the same while {alpha:+.3g} of the vector was active",
         "subtract": f"plain, less {alpha:+.3g} of the vector",
         "prompt": f'the same behind the system prompt "{persona}"',

@@ -42,8 +42,8 @@ def base_findings(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior) ->
     On the items of the split `dev`, or of `report` where there are none of `dev`: the base must tell true claims from
     false ones at an answer mass of `LOW_MASS`, or the positive answers from the negative ones of held-out questions. It
     is doubtful where only one of them fails. Under the positive personas it must do better than under the negative
-    ones, in the `dev` items that the behaviour is measured by. A behaviour without items of a sort is not asked for it,
-    and claims about values have no false side to be told apart.
+    ones, in those of the items that the behaviour is measured by. A behaviour without items of a sort is not asked for
+    it, and claims about values have no false side to be told apart.
     """
     asked = [_claims_problem(model, tok, behavior), _answers_problem(model, tok, behavior)]
     stated, known = [problem for problem in asked if problem], [problem for problem in asked if problem is not None]
@@ -134,7 +134,8 @@ def _persona_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
     """
     if behavior.pairs:
         return []
-    false = [c for c in _claims(behavior, "dev") if not c.is_true]
+    split = "dev" if _claims(behavior, "dev") or behavior.held_out("dev") else "report"
+    false = [c for c in _claims(behavior, split) if not c.is_true]
     differences = list[np.ndarray]()
     pairs = list(zip(behavior.positive, behavior.negative, strict=True))
     for positive, negative in pairs[:_PERSONAS]:
@@ -142,7 +143,7 @@ def _persona_problem(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior)
             pair = [_ask(model, tok, behavior, false, system).logratio for system in (positive, negative)]
             differences.append(behavior.effect * (pair[0] - pair[1]))
         else:
-            pair = [preference_margins(model, tok, behavior, system) for system in (positive, negative)]
+            pair = [preference_margins(model, tok, behavior, system, split) for system in (positive, negative)]
             differences.append(pair[0] - pair[1])
     if not differences or len(differences[0]) < 2:
         return []
@@ -199,15 +200,21 @@ class Acted:
 
     @property
     def problem(self) -> str:
-        """A sentence where the sides cannot be told apart, empty where they can."""
-        flat = {name: e for name, e in self.sides().items() if e.ci_lo < MARGIN_FLOOR}
-        if not flat:
-            return ""
-        values = ", ".join(f"{name} {e}" for name, e in flat.items())
-        return (
-            f"The answers gain less than {MARGIN_FLOOR} nats per token from their own persona ({values}): this model "
-            "does not act these personas, and pairs that are sampled under them promise nothing."
-        )
+        """A sentence where the sides are not acted, or may not be; empty where they are."""
+        unsure = {name: e for name, e in self.sides().items() if e.ci_lo < MARGIN_FLOOR}
+        flat = {name: e for name, e in unsure.items() if e.mean < MARGIN_FLOOR}
+        values = ", ".join(f"{name} {e}" for name, e in (flat or unsure).items())
+        if flat:
+            return (
+                f"The answers gain less than {MARGIN_FLOOR} nats per token from their own persona ({values}): this "
+                "model does not act these personas, and pairs that are sampled under them promise nothing."
+            )
+        if unsure:
+            return (
+                f"The answers may gain less than {MARGIN_FLOOR} nats per token from their own persona ({values}): "
+                "whether this model acts these personas cannot be told from so few questions."
+            )
+        return ""
 
     def as_data(self) -> dict[str, Any]:
         """For the data card."""
