@@ -143,25 +143,17 @@ def train_adapter(
     settings |= {"config": config.recorded(), "examples": [[e.prompt, e.response] for e in examples], **under.facts}
     if sign == SIGNED or adapter == "dora":  # earlier versions began or decayed these otherwise
         settings["start"] = "exact"
-    with alone(folder):
-        on_main(lambda: _begin(work, sha256_json(settings)))
-        try:
-            with _isolated_rng(), _adapted(model, spec, seed, sign == SIGNED) as (peft_model, initial, moved):
-                opposite = _opposite(peft_model, adapter, initial) if sign == SIGNED else None
-                fitted = (peft_model, tok, train, validation, work, config, seed, opposite, must_learn)
-                facts = _fit(*fitted, partial(_as_base, peft_model, moved), under.callback)
-                stamp = base | _stamp(adapter, sign, seed, config, pairs, facts, under)
-                on_main(lambda: _save(peft_model, initial, folder, stamp))
-        except torch.OutOfMemoryError as problem:  # what is half done stays: with --recompute the same goes on
-            raise NoMemoryError(
-                "The training does not fit into the memory of the device; free some of it, take --recompute cheap or "
-                f"all, or half of --micro-batch (now {config.micro_batch}). The steps stay the same."
-            ) from problem
-        except WsError as problem:
-            if not isinstance(problem, DiskError):  # after which the same command goes on
-                _remove(work)
-            raise
-        _remove(work)
+    with (
+        alone(folder),
+        _checkpoints(work, sha256_json(settings), config.micro_batch),
+        _isolated_rng(),
+        _adapted(model, spec, seed, sign == SIGNED) as (peft_model, initial, moved),
+    ):
+        opposite = _opposite(peft_model, adapter, initial) if sign == SIGNED else None
+        fitted = (peft_model, tok, train, validation, work, config, seed, opposite, must_learn)
+        facts = _fit(*fitted, partial(_as_base, peft_model, moved), under.callback)
+        stamp = base | _stamp(adapter, sign, seed, config, pairs, facts, under)
+        on_main(lambda: _save(peft_model, initial, folder, stamp))
     if fingerprint(model) != base["base_fingerprint"]:
         raise WsError("Training left the base model changed; this is a bug, please report it.")
     return facts
@@ -183,6 +175,25 @@ def _require_usable(
             f"The Trainer takes the first GPU that it sees and the model is on {device}; take --device cuda with "
             f"CUDA_VISIBLE_DEVICES={device.index} in front of the command."
         )
+
+
+@contextmanager
+def _checkpoints(work: Path, settings: str, micro_batch: int) -> Iterator[None]:
+    """Inside, the folder `work` is for a training with these settings; it stays where the same can go on from it."""
+    on_main(lambda: _begin(work, settings))
+    try:
+        yield
+    except DiskError:
+        raise
+    except torch.OutOfMemoryError as problem:  # with --recompute it is the same training
+        raise NoMemoryError(
+            "The training does not fit into the memory of the device; free some of it, take --recompute cheap or all, "
+            f"or half of --micro-batch (now {micro_batch}). The steps stay the same."
+        ) from problem
+    except WsError:
+        _remove(work)
+        raise
+    _remove(work)
 
 
 def _begin(work: Path, settings: str) -> None:
