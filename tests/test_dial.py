@@ -217,6 +217,13 @@ def test_only_a_fresh_output_of_its_own_is_added_to_in_place():
         assert (kept[0] - layer.forward(x)).abs().max() == 0, "what another hook has seen stays"
         handle.remove()
         assert (layer(x) - wanted).abs().max() < 1e-5
+    with steer(model, of("plain", delta)):
+        forward, made = layer.forward, list[torch.Tensor]()
+        layer.forward = lambda x: made.append(forward(x)) or made[-1]
+        assert layer(x) is not made[0], "a gradient needs it"
+        with torch.no_grad():
+            assert layer(x) is made[1]
+        del layer.forward
     odd = nn.ModuleDict({"plain": Turned(D_IN, D_OUT, bias=False)})
     with torch.no_grad():
         odd["plain"].weight.copy_(layer.weight)
@@ -357,8 +364,9 @@ def test_what_is_exchanged_or_zero_is_refused():
     model, vector = parts(), of("linear", LinearDelta(D_OUT, D_IN, **CHANGES["e"]))
     for a, b, those in ((vector, model, "a SteeringVector and a ModuleDict"), (model, 1, "a ModuleDict and a int")):
         said = rf"^Steering takes a model and then a SteeringVector, not {those}\.$"
-        with pytest.raises(WsError, match=said), steer(a, b):
-            pass
+        for compilable in (False, True):
+            with pytest.raises(WsError, match=said), steer(a, b, compilable=compilable):
+                pass
     with pytest.raises(WsError, match=r"^The steering vector is zero"), steer(model, 0 * vector):
         pass
     with pytest.raises(WsError, match="no such module"), steer(model, of("gone", vector.deltas["linear"])):

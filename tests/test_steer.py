@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, JambaConfig, LongcatFlashConfig, 
 import ws
 from conftest import SHAPE, build_adapter, build_model, tokens
 from ws.analysis.controls import random_like
+from ws.lm.row_sums import FEW, RowSums
 from ws.steer import _STEERED
 
 
@@ -748,6 +749,19 @@ def test_a_few_tokens_in_bfloat16_are_steered_as_exactly_as_many(n_tokens, by_ro
     assert few.dtype == torch.bfloat16
     for given in (few, product):
         assert (given.double() - wanted).norm() / wanted.norm() < 6e-3
+
+
+def test_sums_of_rows_are_taken_of_few_tokens_without_gradients_alone(monkeypatch):
+    module, taken, original = Attention().bfloat16(), list[int](), RowSums.__call__
+    vector = low_rank(module, {"q_proj", "k_proj", "v_proj"})
+    monkeypatch.setattr(RowSums, "__call__", lambda sums, a: (taken.append(len(a)), original(sums, a))[1])
+    with ws.steer(module, vector):
+        with torch.no_grad():
+            for n in range(FEW + 2):
+                module(torch.ones(1, n, 6).bfloat16())
+        assert taken == [n for n in range(1, FEW + 1) for _ in "VU"]
+        module(torch.ones(1, 1, 6).bfloat16())
+        assert len(taken) == 2 * FEW
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
