@@ -474,7 +474,7 @@ def _steered_scale(module: nn.Module, x: Tensor, output: Tensor, active: Sequenc
 def _with_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """What a norm would give with another weight and without bias; the module is not touched."""
     twin = copy.copy(module)
-    others = {name: None if p is None else torch.zeros_like(weight) for name, p in module._parameters.items()}
+    others = dict.fromkeys(module._parameters, torch.zeros_like(weight))  # no bias and none are the same
     twin.__dict__["_parameters"] = others | {"weight": weight}
     return type(module).forward(twin, x)
 
