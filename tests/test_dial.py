@@ -544,6 +544,8 @@ def test_compiled_code_rests_while_anything_is_steered():
     with torch.no_grad():
         plain = compiled(x)
         assert len(calls) == 1
+        with uncompiled():
+            compiled(x)
         with uncompiled(), uncompiled():
             compiled(x)
         with steer(model, of("plain", delta), 0.5):
