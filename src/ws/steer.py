@@ -202,14 +202,14 @@ class _Working(NamedTuple):
     u_t: Tensor | None
 
     @classmethod
-    @torch.inference_mode(False)  # a copy that is made while a model is only read serves gradients later
     def of(cls, delta: LinearDelta, reference: Tensor, linear: bool) -> _Working:
         """The change on the device and in the dtype of `reference`, of a linear layer or of another module."""
-        moved = delta.to(reference.device, reference.dtype)
-        if not linear or moved.u is None:
-            return cls(moved, None, None)
-        rest = {name: t for name, t in moved.coordinates().items() if name not in ("u", "v")}
-        return cls(moved.holding(rest) if rest else None, moved.v, moved.u.T.contiguous())
+        with torch.inference_mode(False):  # a copy that is made while a model is only read serves gradients later
+            moved = delta.to(reference.device, reference.dtype)
+            if not linear or moved.u is None:
+                return cls(moved, None, None)
+            rest = {name: t for name, t in moved.coordinates().items() if name not in ("u", "v")}
+            return cls(moved.holding(rest) if rest else None, moved.v, moved.u.T.contiguous())
 
 
 class _Change:
