@@ -231,7 +231,7 @@ def render(rows: Sequence[Row], beyond: Sequence[Row]) -> str:
     parts = [[n for n in names if n not in sizes + families], sizes, families]
     scores = [s for s in ("false_claims", "preference", "true_claims") if any(r["score"] == s for r in rows)]
     titles = [s.replace("_", " ") for s in scores]
-    board = ["selectivity"] if any(r.get("selectivity") for r in rows) else []
+    board = ["selectivity at -1u, +1u"] if any(r.get("selectivity") for r in rows) else []
     header = ["vector", "seeds", *titles, f"{titles[0]}, beyond two arms", *board, "neutral text", "nats at -1u, +1u"]
     lines = [[_line(name, rows, beyond, scores, bool(board)) for name in part] for part in parts if part]
     return "\n\n".join(tabulate(part, header, tablefmt="github", disable_numparse=True) for part in lines)
@@ -249,10 +249,16 @@ def _line(
         str(mine[0]["n_seeds"]),
         *(estimate_text(spans[s], "shift") if s in spans else "" for s in scores),
         "".join(estimate_text(r, "beyond_arms") + ("*" if float(r["p_holm"]) < 0.05 else "") for r in more),
-        *([estimate_text(spans[scores[0]], "selectivity", ".1f") if scores[0] in spans else ""] if has_board else []),
+        *([_selectivity([r for r in mine if r["score"] == scores[0] and r["part"] != "span"])] if has_board else []),
         f"{max(costs):+.3f}" if costs else "",
         nats_text(mine[0]),
     ]
+
+
+def _selectivity(sides: Sequence[Row]) -> str:
+    """At both strengths; `!` where the board cannot be read, and nothing where it was not asked."""
+    texts = [estimate_text(r, "selectivity", ".2f") for r in sorted(sides, key=lambda r: str(r["part"]), reverse=True)]
+    return ", ".join(text or "!" for text in texts) if any(texts) else ""
 
 
 def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) -> None:

@@ -180,7 +180,6 @@ def keep(modules: Mapping[str, Mapping[str, Any]]) -> None:
     from ws.files.runs import library_versions, write_json
 
     known = (read()["modules"] if RESULT.exists() else {}) | modules
-    known = {name: known[name] for name in TESTS if name in known}
     for module in known.values():
         for survivor in module["survivors"]:
             why = why_equivalent(survivor["function"], survivor["change"])
@@ -202,7 +201,7 @@ def table(modules: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the page: killed are also those that ran out of time."""
     head = "| module | mutants | killed | of them out of time | survived | of them equivalent |"
     lines = [head, "|---|---|---|---|---|---|"]
-    for name, m in modules.items():
+    for name, m in ((name, modules[name]) for name in TESTS if name in modules):
         killed = m["killed"] + m["timed_out"]
         cells = [f"`ws.{name}`", m["mutants"], f"{killed} ({killed / m['mutants']:.1%})"]
         lines.append(f"| {' | '.join(map(str, [*cells, m['timed_out'], m['mutants'] - killed, m['equivalent']]))} |")
