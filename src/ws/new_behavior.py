@@ -311,7 +311,7 @@ def _asked(draft: Draft) -> tuple[str, ...]:
 
 
 def _check_words(draft: Draft) -> None:
-    """Sides and answers that are the same but for case or marks, and claims that end a sentence."""
+    """Sides that are the same but for case or marks, and claims that end a sentence."""
     behavior, where = draft.behavior, "[personas]"
     negatives = {plain_words(p): number for number, p in enumerate(behavior.negative, start=1)}
     for number, persona in enumerate(behavior.positive, start=1):
@@ -319,9 +319,6 @@ def _check_words(draft: Draft) -> None:
         if twin is not None and persona not in behavior.negative[number - 1 : number]:  # the parser has named that one
             text = f"positive {number} and negative {twin} are the same persona, {persona!r}"
             draft.error(where, f"{text}; the sides must differ.")
-    test = behavior.claims
-    if test is not None and test.agree and plain_words(test.agree) == plain_words(test.disagree):
-        draft.error("[claims]", f"agree and disagree are the same answer, {test.agree!r}; the score would always be 0.")
     for place, claim in draft.claims:
         if claim.text.rstrip().endswith((".", "!", "?")):
             text = f"The claim {claim.text!r} ends with a mark of its own"

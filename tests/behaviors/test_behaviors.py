@@ -103,7 +103,7 @@ BROKEN = {
     "effect a truth value": ("effect = -1", "effect = true", "effect must be 1 or -1, not True"),
     "effect with a point": ("effect = -1", "effect = 1.0", "effect must be 1 or -1"),
     "one answer twice": ('disagree = "No"', 'disagree = "Yes "', "agree and disagree are the same answer, 'Yes'"),
-    "one answer in two cases": ('disagree = "No"', 'disagree = "yes"', "agree and disagree are the same answer, 'Yes'"),
+    "one answer written otherwise": ('disagree = "No"', 'disagree = "yes."', "agree and disagree are the same answer"),
     "bad split": ('split = "report"', 'split = "reprt"', "Did you mean 'report'"),
     "truth not boolean": ("true = false", 'true = "no"', "true must be true or false"),
     "held-out claim in training": ('"Why?"', '"Is it so that ice is hot?"', "occurs in the question"),

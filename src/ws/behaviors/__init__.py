@@ -510,7 +510,8 @@ def _claim_test(draft: Draft, raw: Mapping[str, Any], model: str | None) -> tupl
         claims=_claims(draft, table.get("items")),
         about=about,
     )
-    if test.agree and test.agree.strip().lower() == test.disagree.strip().lower():
+    agree, disagree = (plain_words(answer) or answer.strip() for answer in (test.agree, test.disagree))
+    if test.agree and agree == disagree:
         draft.refuse(where, f"agree and disagree are the same answer, {test.agree!r}; they must differ.")
     return test, borrowed
 
