@@ -46,10 +46,10 @@ LENGTH = 512
 SIDES = ("plain", "arm", "kl", "signed")
 
 
-def settings(steps: int, batch: int, recompute: str) -> TrainConfig:
-    """Defaults of real models, but for the number of steps."""
-    rate = family("lora").learning_rate
-    return TrainConfig(lr=rate, batch=batch, max_steps=steps, max_length=LENGTH, validation=0.0, recompute=recompute)
+def settings(steps: int, batch: int, epochs: int, recompute: str) -> TrainConfig:
+    """Defaults of real models, but for the number of steps, of all passes over the examples together."""
+    rate, usual = family("lora").learning_rate, TrainConfig(max_length=LENGTH, validation=0.0, recompute=recompute)
+    return replace(usual, lr=rate, batch=batch, max_steps=steps, epochs=epochs)
 
 
 def prepare(folder: Path, examples: int, layers: int, tiny: bool = False) -> None:
@@ -133,10 +133,11 @@ def train(side: str, folder: Path, config: TrainConfig, device: str, dtype: str)
             ws.train_adapter(model, tok, pairs, side if side == "signed" else "pos", "lora", folder / side, config)
         finally:
             trainer.fit = fit
-    # Every step takes as many examples, and each is taken once.
-    assert len(rows) == config.batch * (config.max_steps or 0) * (2 if side == "signed" else 1)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    answers = sum(label != -100 for row in rows for label in row["labels"])
+    # Every step takes as many examples, and each is taken once in every pass.
+    passes = int(config.epochs)
+    assert len(rows) * passes == config.batch * (config.max_steps or 0) * (2 if side == "signed" else 1)
+    tokens = passes * sum(len(row["input_ids"]) for row in rows)
+    answers = passes * sum(label != -100 for row in rows for label in row["labels"])
     facts = {"loaded_mib": loaded, "tokens": tokens, "answer_tokens": answers, "positions": positions[0], **spent}
     if device != "cpu":
         facts["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
@@ -147,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the examples, which divide the steps")
     parser.add_argument("--recompute", default="cheap")
     parser.add_argument("--layers", type=int, default=QWEN3_06B.num_hidden_layers, help="fewer for a quick look")
     parser.add_argument("--tiny", action="store_true", help="a base of four small layers")
@@ -157,16 +159,19 @@ def main() -> None:
     parser.add_argument("--part", choices=("prepare", *SIDES))
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    config = settings(options.steps, options.batch, options.recompute)
+    config = settings(options.steps, options.batch, options.epochs, options.recompute)
     if options.part == "prepare":
-        prepare(options.folder, options.steps * options.batch, options.layers, options.tiny)
+        prepare(options.folder, options.steps * options.batch // options.epochs, options.layers, options.tiny)
         return
     if options.part:
         print(json.dumps(train(options.part, options.folder, config, options.device, options.dtype)))
         return
     rounds = list[dict[str, dict[str, float]]]()
     with tempfile.TemporaryDirectory() as name:
-        shape = [f"--{k}={getattr(options, k)}" for k in ("steps", "batch", "recompute", "layers", "device", "dtype")]
+        shape = [
+            f"--{k}={getattr(options, k)}"
+            for k in ("steps", "batch", "epochs", "recompute", "layers", "device", "dtype")
+        ]
         part = ["-m", "benchmarks.training", "--folder", name, *shape, "--part"]
         harness.fresh_process([*part, "prepare"])
         for number in range(options.rounds):

@@ -291,14 +291,15 @@ class _Factors:
 
         A strength for every row is in them; a number is not.
         """
-        rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
-        few = 0 < rows.shape[0] <= FEW and x.dtype == self.v.dtype and not torch.is_grad_enabled()
-        sums = self.sums if few else None
-        low = sums[0](rows) if sums else nn.functional.linear(rows, self.v)
-        if isinstance(alpha, Tensor):  # in float32, and rounded once
+        by_row, width = isinstance(alpha, Tensor), x.shape[-1]
+        sums = self.sums if x.dtype == self.v.dtype and not torch.is_grad_enabled() else None
+        if sums and 0 < x.numel() <= FEW * width:
+            low = sums[0](x)
+            both = sums[1](low.mul_(alpha) if by_row else low)  # in float32, and rounded once
+            return (both,) if len(self.sizes) == 1 else both.split_with_sizes(self.sizes, dim=-1)
+        low = nn.functional.linear(x.reshape(-1, width), self.v)
+        if by_row:
             low.view(*x.shape[:-1], low.shape[-1]).mul_(alpha)
-        if sums:
-            return sums[1](low).view(*x.shape[:-1], -1).split_with_sizes(self.sizes, dim=-1)
         parts = (low,) if len(self.ranks) == 1 else low.split_with_sizes(self.ranks, dim=1)
         return [_Product(part, u_t) for part, u_t in zip(parts, self.u_t, strict=True)]
 

@@ -28,7 +28,7 @@ class _Plan(NamedTuple):
 
 
 class RowSums:
-    """`[a_1 M_1, a_2 M_2, ..]` for `a [n, k_1 + k_2 + ..]` of `n <= FEW` rows, and matrices `M_j [k_j, m_j]`.
+    """`[a_1 M_1, a_2 M_2, ..]` for `a [.., k_1 + k_2 + ..]` of `n <= FEW` rows in all, and matrices `M_j [k_j, m_j]`.
 
     Attributes:
         matrices: the given ones, as contiguous views of one table, which takes their place.
@@ -47,16 +47,16 @@ class RowSums:
         """True on the device and in the dtype where sums are faster."""
         return like.device.type == "cpu" and like.dtype == torch.bfloat16
 
-    def __call__(self, a: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    def __call__(self, a: Float[Tensor, "*n k"]) -> Float[Tensor, "*n m"]:
         """The products, side by side; not differentiable."""
-        n = a.shape[0]
         if torch.compiler.is_compiling():  # written out, it becomes one loop with what stands around it
-            columns = a.float()[:, :, None].split([k for k, _ in self._shapes], dim=1)
-            sums = [(part * m.float()).sum(dim=1) for part, m in zip(columns, self.matrices, strict=True)]
-            return torch.cat(sums, dim=1).to(a.dtype)
-        rows, weights, starts = self._plans[n]
+            columns = a.float()[..., None].split([k for k, _ in self._shapes], dim=-2)
+            sums = [(part * m.float()).sum(dim=-2) for part, m in zip(columns, self.matrices, strict=True)]
+            return torch.cat(sums, dim=-1).to(a.dtype)
+        shape = a.shape
+        rows, weights, starts = self._plans[a.numel() // shape[-1]]
         a = a.reshape(-1) if weights is None else a.reshape(-1).index_select(0, weights)
-        return torch.embedding_bag(self._table, rows, starts, False, 0, False, a, False)[0].view(n, -1)
+        return torch.embedding_bag(self._table, rows, starts, False, 0, False, a, False)[0].view(*shape[:-1], -1)
 
 
 @cache
