@@ -11,7 +11,7 @@ from ws.analysis.compare_tables import NULLS
 from ws.console import words_of
 from ws.eval.suite import evaluations
 from ws.files.public import public_name
-from ws.options.make import SIGNED, SIGNS, ReplicateConfig, TrainConfig
+from ws.options.make import SIGNED, ReplicateConfig, TrainConfig
 from ws.report.data import Contents, Gap, Result
 from ws.report.scores import ACTS, CLAIMS, CONFOUNDS, DILEMMAS, evaluation_at
 
@@ -95,9 +95,7 @@ def _untrained(contents: Contents) -> list[Gap]:
 
 def _settings(run: Result) -> list[str]:
     """The words that a vector is trained with as this run's was: a null of other settings is none of it."""
-    recorded: dict[str, Any] = next(
-        (run.stages[name].get("config", {}) for name in (*SIGNS, SIGNED) if name in run.stages), {}
-    )
+    recorded = run.training.get("config", {})
     usual = ReplicateConfig.preset(run.base, run.adapter.removesuffix(f"-{SIGNED}"))
     names = {field.name for field in fields(TrainConfig)} & recorded.keys()
     settings: Any = {name: tuple(v) if isinstance(v := recorded[name], list) else v for name in names}
