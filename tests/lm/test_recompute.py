@@ -43,14 +43,14 @@ def test_a_signed_adapter_of_every_family_comes_out_bit_for_bit(fresh_tiny, fami
     assert first == second
 
 
-def work(model, what: str, terms: int, layers: str = "1:") -> tuple[int, int, list[int]]:
+def work(model, what: str, terms: int) -> tuple[int, int, list[int]]:
     """Floating point operations of products forward and backward, and how often each layer was computed."""
     calls = [0] * len(model.model.layers)
 
     def count(module, args, output, layer):
         calls[layer] += 1
 
-    peft_model = get_peft_model(model, peft_config(model, AdapterSpec("lora", rank=4, layers=layers)))
+    peft_model = get_peft_model(model, peft_config(model, AdapterSpec("lora", rank=4, layers="1")))
     inputs = torch.arange(24).reshape(2, 12)
     with pytest.MonkeyPatch.context() as patch, recompute.recomputed(model, what):
         patch.setattr(recompute, "TERMS", terms)
@@ -74,15 +74,6 @@ def test_cheap_repeats_no_large_product_and_layers_without_gradients_are_left_al
     assert counts["cheap", 1] == (forward, backward, [1] + [2] * (len(calls) - 1))
     assert backward < counts["cheap", 16][1] < counts["all", 1][1]
     assert counts["all", 1][2] == counts["cheap", 1][2]
-
-
-def test_layers_behind_the_last_adapter_keep_their_input_alone():
-    counts = {what: work(ws.load_model("tiny-random", device="cpu")[0], what, 1, "1") for what in ("none", "cheap")}
-    whole = work(ws.load_model("tiny-random", device="cpu")[0], "all", 1, "1")
-    (_, backward, calls), (_, dropped, again) = counts["none"], counts["cheap"]
-    assert calls == [1] * len(calls)
-    assert again == [1] + [2] * (len(calls) - 1)
-    assert backward < dropped < whole[1], "the products of the layers behind are repeated, of the adapter's none"
 
 
 def test_the_model_is_handed_back_as_it_came(fresh_tiny, tmp_path):

@@ -1,10 +1,8 @@
 """Training with less memory: what the forward pass of a layer made is dropped, and made again for the gradients.
 
-torch's activation checkpointing, with three things of its own. Layers before the first adapter are left alone, as no
-gradient goes there. Of layers behind the last one nothing but the input is kept, whatever is asked for: they learn
-nothing, and half of the memory is worth the time of computing a few of them twice (`just bench training`). And a layer
-is computed again with the parameters that it was computed with, which signed training puts in place of the model's own
-for the length of one forward pass.
+torch's activation checkpointing, with two things of its own. Layers before the first adapter are left alone, as no
+gradient goes there. And a layer is computed again with the parameters that it was computed with, which signed training
+puts in place of the model's own for the length of one forward pass.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ def recomputed(model: PreTrainedModel, what: str) -> Iterator[None]:
 
     Args:
         model: with an adapter on its layers.
-        what: `none`; `cheap`, all but the results of large products and of attention up to the last adapter, as far as
-            which `all` but a layer's input is dropped.
+        what: `none`; `cheap`, all but the results of large products and of attention; `all` but a layer's input.
 
     Raises:
         WsError: the model has no layers that could be computed again.
@@ -49,14 +46,13 @@ def recomputed(model: PreTrainedModel, what: str) -> Iterator[None]:
             f"A {kind} has no layers that can be computed again; leave out --recompute, or halve --micro-batch."
         )
     learned = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    first, last = (learned.index(True), len(learned) - learned[::-1].index(True)) if any(learned) else (0, 0)
-    cheap = partial(create_selective_checkpoint_contexts, _policy)
+    first = learned.index(True) if any(learned) else 0
+    contexts = partial(create_selective_checkpoint_contexts, _policy) if what == "cheap" else noop_context_fn
     before, config = [dict(vars(layer)) for layer in layers], model.config.get_text_config()
     cache = getattr(config, "use_cache", False)
     try:
         config.use_cache = False  # a layer that is computed again would add its keys and values once more
-        for number, layer in enumerate(layers[first:], start=first):
-            contexts = cheap if what == "cheap" and number < last else noop_context_fn
+        for layer in layers[first:]:
             holders = [m for m in layer.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
             layer._gradient_checkpointing_func = partial(_checkpoint, holders, contexts)
             layer.gradient_checkpointing = True
