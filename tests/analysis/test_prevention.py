@@ -439,7 +439,9 @@ def test_what_a_model_can_do_has_floors_in_its_own_units():
     assert "*" in prevention.render(rows).split("\n\n")[0]
 
 
-def test_the_documented_table_is_that_of_the_benchmark():
+@pytest.mark.parametrize("model", ["pocket", "smollm2"])
+def test_the_documented_tables_are_those_of_the_benchmark(model):
     docs = Path(__file__).parents[2] / "docs"
-    table = prevention.render(typed(read_csv(docs / "results" / "prevention_pocket.csv")), "github").split("\n\n")[0]
+    rows = typed(read_csv(docs / "results" / f"prevention_{model}.csv"))
+    table = prevention.render(rows, "github").split("\n\n")[0]
     assert table in (docs / "prevention.md").read_text()
