@@ -46,7 +46,7 @@ LENGTH = 512
 SIDES = ("plain", "arm", "kl", "signed")
 
 
-def settings(steps: int, batch: int, epochs: int, recompute: str) -> TrainConfig:
+def settings(steps: int, batch: int, recompute: str, epochs: int = 1) -> TrainConfig:
     """Defaults of real models, but for the number of steps, of all passes over the examples together."""
     rate, usual = family("lora").learning_rate, TrainConfig(max_length=LENGTH, validation=0.0, recompute=recompute)
     return replace(usual, lr=rate, batch=batch, max_steps=steps, epochs=epochs)
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("prepare", *SIDES))
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    config = settings(options.steps, options.batch, options.epochs, options.recompute)
+    config = settings(options.steps, options.batch, options.recompute, options.epochs)
     if options.part == "prepare":
         prepare(options.folder, options.steps * options.batch // options.epochs, options.layers, options.tiny)
         return
