@@ -48,8 +48,10 @@ SIDES = ("plain", "arm", "kl", "signed")
 
 def settings(steps: int, batch: int, recompute: str, epochs: int = 1) -> TrainConfig:
     """Defaults of real models, but for the number of steps, of all passes over the examples together."""
-    rate, usual = family("lora").learning_rate, TrainConfig(max_length=LENGTH, validation=0.0, recompute=recompute)
-    return replace(usual, lr=rate, batch=batch, max_steps=steps, epochs=epochs)
+    rate = family("lora").learning_rate
+    return TrainConfig(
+        lr=rate, batch=batch, max_steps=steps, epochs=epochs, max_length=LENGTH, validation=0.0, recompute=recompute
+    )
 
 
 def prepare(folder: Path, examples: int, layers: int, tiny: bool = False) -> None:
@@ -148,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=1, help="passes over the examples, which divide the steps")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the examples, a divisor of the steps")
     parser.add_argument("--recompute", default="cheap")
     parser.add_argument("--layers", type=int, default=QWEN3_06B.num_hidden_layers, help="fewer for a quick look")
     parser.add_argument("--tiny", action="store_true", help="a base of four small layers")
