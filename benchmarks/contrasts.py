@@ -142,9 +142,9 @@ class Bench:
         return [self.pairs[i] for i in sorted(best)]
 
     def can(self, way: Way) -> bool:
-        """Whether there are as many pairs, and personas where they matter."""
+        """Whether there are as many pairs, and answers of personas where they matter."""
         few = isinstance(way.pairs, int) and way.pairs > len(self.pairs)
-        return not few and (way.pairs != "acted" or bool(self.behavior.positive))
+        return not few and (way.pairs != "acted" or not self.behavior.pairs)
 
     def beside(self, seed: int) -> tuple[str, ...]:
         """What stands beside two arms of LoRA."""

@@ -95,3 +95,13 @@ def test_a_model_without_such_layers_is_refused(fresh_tiny, tmp_path, monkeypatc
         train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", replace(settings("lora"), recompute="all"))
     with pytest.raises(ws.WsError, match="'most'"):
         train_adapter(*fresh_tiny, PAIRS, "pos", "lora", tmp_path / "pos", replace(settings("lora"), recompute="most"))
+
+
+def test_what_was_dropped_goes_back_to_the_system(monkeypatch):
+    """Before each of the three layers with a gradient on the way there, and before the first on the way back."""
+    returned = list[int]()
+    monkeypatch.setattr(recompute, "_TRIM", returned.append)
+    work(ws.load_model("tiny-random", device="cpu")[0], "none", 1)
+    assert returned == []
+    work(ws.load_model("tiny-random", device="cpu")[0], "cheap", 1)
+    assert returned == [0] * 4
