@@ -428,6 +428,18 @@ def test_random_vectors_are_asked_for_what_there_is(out, tmp_path, capsys):
         assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize("behavior", ["honesty", "tone"], ids=["claims", "preferences"])
+def test_the_behaviours_own_items_on_a_board_are_of_the_split_that_is_asked_for(behavior, out):
+    """A choice that is made on `dev` may not have seen what is reported, by way of selectivity either."""
+
+    def own(split: str) -> set[str]:
+        options = replace(quick_options(out), behavior=behavior, board="pocket", split=split)
+        context = EvalContext.of_base(options.eval_options("lora", 0), *ws.load_model("pocket", device="cpu"))
+        return set(_Bench(options, context, None).board.parts[1].texts)
+
+    assert own("dev") and own("report") and not own("dev") & own("report")
+
+
 def test_a_board_has_the_behaviours_targets_and_loses_what_the_steered_model_does_not_answer(out, monkeypatch):
     model, tok = ws.load_model("pocket", device="cpu")
     context = EvalContext.of_base(EvalOptions(behavior="honesty", out=out), model, tok)

@@ -108,7 +108,8 @@ class _Bench:
         if self.options.board is None:
             return None
         # `traits` are those of `statements`, and none of the board's.
-        return open_board(self.context, shared_with(ProfileOptions, self.options, interventions=(WEIGHT,), traits=()))
+        options = shared_with(ProfileOptions, self.options, interventions=(WEIGHT,), traits=())
+        return open_board(self.context, options, self.options.split)
 
     def on_board(self, chosen: Intervention, alphas: Mapping[int, float]) -> dict[str, dict[int, np.ndarray]]:
         """The standardised changes of every trait's items by trait and sign."""

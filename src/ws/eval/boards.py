@@ -153,8 +153,8 @@ class Board:
         return {trait: part.evaluation.brief for part in self.parts for trait in part.traits}
 
 
-def open_board(context: EvalContext, options: ProfileOptions) -> Board:
-    """The board that the options name, with its targets, for one run.
+def open_board(context: EvalContext, options: ProfileOptions, split: str = "report") -> Board:
+    """The board that the options name, with its targets, for one run; of the behaviour's own items those of a split.
 
     Raises:
         WsError: no such board or folder, a trait that it has not, or items that cannot be had.
@@ -164,7 +164,7 @@ def open_board(context: EvalContext, options: ProfileOptions) -> Board:
     targets = targets or tuple(t for t in context.behavior.traits if t in board.traits)
     if targets:
         return replace(board, targets=targets)
-    own = _of_behavior(context)  # no trait of the board is what the vector is for
+    own = _of_behavior(context, split)  # no trait of the board is what the vector is for
     return Board(board.name, (*board.parts, own), {**board.groups, own.traits[0]: OWN_GROUP}, own.traits[:1])
 
 
@@ -232,14 +232,14 @@ def _moral(context: EvalContext, revision: str | None) -> Part:
     return Part(evaluation, evaluation.scores[0], traits, texts)
 
 
-def _of_behavior(context: EvalContext) -> Part:
+def _of_behavior(context: EvalContext, split: str) -> Part:
     """The behaviour's own held-out items, as one trait: its preference, or its false claims."""
     behavior = context.behavior
     own = replace(context, options=replace(context.options, dataset=None, limit=None, prompts=None))
     if behavior.preferences:
-        preferences = Preferences.of_run(own)
+        preferences = Preferences.of_behavior(own, behavior, split)
         texts = tuple(dict.fromkeys(plain_question(p.question) for p in preferences.items))
         return Part(preferences, preferences.scores[0], (behavior.name,) * len(texts), texts)
-    claims = Sycophancy.of_run(own)
+    claims = Sycophancy.of_behavior(own, behavior, split)
     false = tuple(c.text for c in claims.items if not c.is_true)
     return Part(claims, claims.scores[0], (behavior.name,) * len(false), false)
