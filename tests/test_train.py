@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import ws
 from conftest import reworded
@@ -28,6 +29,8 @@ from ws.lm.models import chat_format, encode, fingerprint, render_prompt
 from ws.lm.trainer import _Alternating, _Collator, _laid_out, last_whole_checkpoint
 from ws.options.make import SIGNED, TrainConfig, train_preset
 from ws.train import (
+    USUAL,
+    Conditions,
     _adapted,
     _as_base,
     _isolated_rng,
@@ -265,6 +268,7 @@ def train_and_cut(monkeypatch, folder, train):
 def test_a_killed_training_continues_to_the_same_bits(fresh_tiny, tmp_path, monkeypatch, family, sign, keep, kl):
     model, tok = fresh_tiny
     config = replace(train_preset("tiny-random", family), max_steps=10, batch=4, micro_batch=2, keep=keep, kl=kl)
+    config = replace(config, layers="1:3") if kl else config  # with a trunk
     facts = train_and_cut(monkeypatch, tmp_path, lambda to: train_adapter(model, tok, PAIRS, sign, family, to, config))
     work = tmp_path / ".cut.work"
     newest = max(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
@@ -353,6 +357,52 @@ def test_a_step_with_the_penalty_is_that_of_a_plain_loop_with_a_second_model(fre
     assert facts["train_losses"] == pytest.approx(losses, abs=2e-5)
     for name, tensor in load_file(tmp_path / "pos" / "adapter_model.safetensors").items():
         assert (tensor - wanted[name]).norm() < 1e-3 * wanted[name].norm()
+
+
+def steps_through(model, block: int) -> list[int]:
+    """A number for every time that the block computes in a step, that is with gradients."""
+    module, steps = model.model.layers[block], list[int]()
+    original = module.forward
+
+    def counted(*args, **kwargs):
+        steps.extend([1] * torch.is_grad_enabled())
+        return original(*args, **kwargs)
+
+    vars(module)["forward"] = counted
+    return steps
+
+
+WHY = ["usual", "margin", "dropout", "no room", "first block learns", "no penalty", "callback"]
+
+
+@pytest.mark.parametrize("why", WHY)
+def test_steps_go_on_from_what_the_base_s_trunk_gave(fresh_tiny, tmp_path, monkeypatch, why):
+    """Of four blocks the second and third learn, so the first gives what it gave when the base read the examples."""
+    (model, tok), name = fresh_tiny, "likelihood" if why != "margin" else "margin"
+    pairs = [replace(p, pos=p.pos + " Not blue." * (i % 4)) for i, p in enumerate(PAIRS)]
+    config = replace(QUICK, batch=10, micro_batch=5, max_steps=3, kl=0.5, lr=1e-2, objective=name, layers="1:3")
+    config = replace(config, kl=0.0) if why == "no penalty" else config
+    config = replace(config, layers="0:2") if why == "first block learns" else config
+    if why == "no room":
+        monkeypatch.setattr("ws.lm.trainer._Trainer.room", 0)
+    if why == "dropout":
+        model.model.layers[0].self_attn.attention_dropout = 0.2
+    steps = [steps_through(model, block) for block in (0, 1)]
+    torch.manual_seed(0)
+    under = Conditions(callback=TrainerCallback()) if why == "callback" else USUAL
+    facts = train_adapter(model, tok, pairs, "pos", "lora", tmp_path / "pos", config, under=under)
+    passes = len(steps[1])
+    assert passes >= 3
+    assert len(steps[0]) == (0 if why in ("usual", "margin") else passes)
+    if why == "dropout":
+        return
+    monkeypatch.setattr("ws.lm.trainer.frozen_blocks", lambda model: [])
+    again = train_adapter(model, tok, pairs, "pos", "lora", tmp_path / "again", config)
+    assert len(steps[0]) == (passes if why in ("usual", "margin") else 2 * passes)
+    for key in ("train_losses", "validation_losses"):
+        assert facts[key] == pytest.approx(again[key], abs=1e-5)
+    first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("pos", "again"))
+    assert all((t - second[k]).norm() <= 1e-3 * t.norm() for k, t in first.items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -34,6 +35,7 @@ from ws.files.runs import sha256_file, write_json
 from ws.files.writing import flush
 from ws.lm.loss import Head, head_of, margin_loss, predicting, response_loss
 from ws.lm.models import require_gradients
+from ws.lm.trunk import BUDGET, frozen_blocks, giving, goes_on, outputs_of
 
 _ALWAYS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
@@ -50,6 +52,7 @@ Opposite = Callable[[], dict[str, Tensor]]  # the parameters at -c by name, with
 _AT = "opposite"  # of a row and a batch in signed training: whether it is learned at -c
 _PAIR = "pair"  # of a row with the margin as objective: the preferred answer's example, then the other's
 _BASE = "base"  # of a row and a batch: the base's final hidden states where the responses are predicted, if needed
+_TRUNK = "trunk"  # of a row and a batch: what the blocks below the first that learns give for each example, if kept
 SEAL = "sealed.json"
 
 
@@ -105,7 +108,7 @@ def fit(
         callbacks=[_StopOnNaN(), _Progress(), *filter(None, [callback])],
     )
     trainer.opposite, trainer.beta = opposite, beta
-    trainer.choose_loss(model, kl, as_base)
+    trainer.choose_loss(model, kl, as_base, callback is None)
     trainer.remove_callback(PrinterCallback)
     if arguments.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise WsError("This model averages its loss over each batch by itself; it can only be trained on one process.")
@@ -186,6 +189,17 @@ def _n_tokens(row: Mapping[str, Any]) -> int:
     return sum(len(example["input_ids"]) for example in _examples(row))
 
 
+def _alike(indices: Iterable[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Groups of at most `size`, from the shortest on, in which none is more than a quarter longer than the first."""
+    groups = list[list[int]]()
+    for i in sorted(indices, key=lambda i: lengths[i]):
+        if groups and len(groups[-1]) < size and 4 * lengths[i] <= 5 * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 class _Alternating(Sampler[int]):
     """An order of the rows of signed training in which every micro-batch is of one side.
 
@@ -257,6 +271,9 @@ class _Collator:
         }
         if _AT in features[0]:
             batch[_AT] = torch.tensor(features[0][_AT])
+        trunk = [hidden for f in features for hidden in f.get(_TRUNK, ())]
+        if len(trunk) == len(rows):
+            batch[_TRUNK] = pad_sequence(trunk, batch_first=True)
         states = [f[_BASE] for f in features if _BASE in f]  # fillers have none
         return batch | {_BASE: torch.cat(states)} if states else batch
 
@@ -282,6 +299,8 @@ class _Trainer(Trainer):
     plain = False  # the model's loss is the sum of cross-entropies over the number of tokens, and nothing else
     kl = 0.0
     beta = 0.0
+    trunk: Sequence[torch.nn.Module] = ()  # the blocks below the first that learns, if steps go on from what they gave
+    room = BUDGET  # bytes for that
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
         """The Trainer asks only after a step whether it is done; what is gone on from its end has no epoch left."""
@@ -333,18 +352,23 @@ class _Trainer(Trainer):
 
         Where the model's loss is the plain one, logits are made of response tokens only (`ws.lm.loss`).
         """
-        tokens = num_items_in_batch if model.training else None
-        inputs = dict(inputs)
+        hidden = inputs.get(_TRUNK)
+        with nullcontext() if hidden is None else giving(self.trunk, hidden):
+            loss = self.loss_of(model, inputs, num_items_in_batch if model.training else None)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def loss_of(self, model: torch.nn.Module, inputs: dict[str, Any], tokens: Any) -> Any:
+        """The loss of a batch; `tokens` are those of the step, in training."""
+        inputs = {k: v for k, v in inputs.items() if k != _TRUNK}
         at = int(inputs.pop(_AT, 0))  # a batch of nothing but fillers has no side
         base = inputs.pop(_BASE, None)
         if self.beta:
-            mean = self.margin(model, inputs, base, tokens)
-            return (mean, {"loss": mean}) if return_outputs else mean
+            return self.margin(model, inputs, base, tokens)
         if self.opposite is not None and tokens is not None:
             tokens = 2 * self.tokens[at]
         run = self.at_opposite(model) if at else model
         if self.head is None or not (self.plain or self.kl):
-            return super().compute_loss(run, inputs, return_outputs, tokens)
+            return super().compute_loss(run, inputs, num_items_in_batch=tokens)
         mask, learned = predicting(inputs["labels"])
         loss: Any = 0.0
         if self.plain:
@@ -356,8 +380,7 @@ class _Trainer(Trainer):
         with self.accelerator.autocast():
             total = response_loss(self.head, hidden[mask.to(hidden.device)], learned, base, self.kl, self.plain).sum()
         share = self.accelerator.num_processes / tokens if tokens is not None else 1 / mask.sum()
-        loss = loss + total * share
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return loss + total * share
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any
@@ -403,8 +426,13 @@ class _Trainer(Trainer):
             per_pair, per_token = (self.accelerator.num_processes / n for n in (self.pairs, tokens))
         return margins.sum() * per_pair + sum(penalties) * per_token / len(runs)
 
-    def choose_loss(self, model: PeftModel, kl: float, as_base: Callable[[], AbstractContextManager[Any]]) -> None:
-        """See how the loss can be had from the model; for a penalty, keep what the base makes of the examples."""
+    def choose_loss(
+        self, model: PeftModel, kl: float, as_base: Callable[[], AbstractContextManager[Any]], steady: bool
+    ) -> None:
+        """See how the loss can be had from the model; for a penalty, keep what the base makes of the examples.
+
+        `steady`: no callback makes it another model in every step, so that its trunk's part can be kept, too.
+        """
         causal = model.get_base_model()
         (first, *_) = _examples(self.train_dataset[0])
         self.head, self.plain = head_of(causal, first["input_ids"][:8], self.model_accepts_loss_kwargs)
@@ -415,7 +443,12 @@ class _Trainer(Trainer):
             raise WsError(f"The logits of a {type(causal).__name__} cannot be had as {flag} needs them; leave it out.")
         self.kl = kl
         if kl or self.opposite is None:
+            # Several processes would have to send each other what it gives.
+            trunk = frozen_blocks(causal) if steady and self.args.world_size == 1 else []
+            tokens = torch.tensor([first["input_ids"][:8]], device=model.device)
             with as_base():
+                if trunk and goes_on(causal, trunk, partial(self.head.run_body, model, {"input_ids": tokens})):
+                    self.trunk = trunk
                 self.keep_base(self.args.max_steps * self.args.gradient_accumulation_steps)
 
     @torch.no_grad()
@@ -428,23 +461,33 @@ class _Trainer(Trainer):
         In groups of like lengths that do not depend on how far a training has come, so that one that goes on has the
         same bits; every process does its share of them.
         """
-        assert self.head is not None
         model, first = self.accelerator.unwrap_model(self.model).eval(), self.get_train_dataloader().batch_sampler
         seen = set(gather_object([i for batch in islice(first, micro_batches) for i in batch]))
         for data in (self.train_dataset, self.eval_dataset or _Features([], 0)):
             some = [i for i in range(len(data)) if i in seen or data is not self.train_dataset]
-            some.sort(key=lambda i: _n_tokens(data[i]))
-            size, pace = 4 * self.args.eval_batch_size, self.args.world_size  # no gradient, so more fit than in a step
-            states: list[tuple[int, Tensor]] = []
-            for start in range(self.args.process_index * size, len(some), pace * size):
-                group = some[start : start + size]
-                batch = self._prepare_inputs(self.data_collator([data[i] for i in group]))
-                mask, _ = predicting(batch["labels"])
-                hidden = self.head.run_body(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
-                kept = hidden[mask.to(hidden.device)].cpu().split(mask.view(len(group), -1).sum(1).tolist())
-                states += zip(group, kept, strict=True)
-            made = dict(gather_object(states))
-            data.rows = [{**row, _BASE: made[i]} if i in made else row for i, row in enumerate(data.rows)]
+            # No gradient, so more fit than in a step.
+            groups = _alike(some, [_n_tokens(row) for row in data.rows], 4 * self.args.eval_batch_size)
+            kept: list[tuple[int, dict[str, Any]]] = []
+            for group in groups[self.args.process_index :: self.args.world_size]:
+                kept += zip(group, self.read_base(model, [data.rows[i] for i in group]), strict=True)
+            made = dict(gather_object(kept))
+            data.rows = [row | made.get(i, {}) for i, row in enumerate(data.rows)]
+
+    def read_base(self, model: torch.nn.Module, rows: Rows) -> Iterator[dict[str, Any]]:
+        """What is kept of each of a group of examples; what the trunk gives only while there is room."""
+        assert self.head is not None
+        batch = self._prepare_inputs(self.data_collator(rows))
+        mask, _ = predicting(batch["labels"])
+        with outputs_of(self.trunk) as outputs:
+            hidden = self.head.run_body(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
+        per_row, lengths = len(mask) // len(rows), batch["attention_mask"].sum(1).tolist()
+        counts = mask.view(len(rows), -1).sum(1).tolist()
+        states = hidden[mask.to(hidden.device)].cpu().split(counts)
+        trunk = [h[:n].cpu() for h, n in zip(outputs[0], lengths, strict=True)] if outputs else []
+        self.room -= outputs[0].nbytes if outputs else 0
+        for i, state in enumerate(states):
+            kept = {_TRUNK: trunk[i * per_row : (i + 1) * per_row]} if self.room >= 0 else {}
+            yield {_BASE: state, **kept}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         tokens = super()._get_num_items_in_batch(batch_samples, device)

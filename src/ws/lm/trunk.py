@@ -4,12 +4,15 @@ Several strengths are asked the same prompts, so inside `shared_trunk` a batch's
 first read, and every other strength goes on from there. Which block is the first is seen on the model itself, by its
 hooks. The blocks above compute what they would have computed, from the very same numbers: on the first batch both ways
 are compared, bit for bit, and a model that hands more than one tensor from block to block is read as always.
+
+In training the trunk lies below the first block that learns, and what it makes of an example is the base's in every
+step: where the base has read the examples anyway, steps go on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -97,25 +100,69 @@ class _Trunk:
 
     def _read(self, key: bytes, inputs: dict[str, Any]) -> Tensor:
         """Read a batch from its start, and keep what the trunk gave."""
-        outputs = list[Any]()
-        handle = self.blocks[self.depth - 1].register_forward_hook(lambda *given: outputs.append(given[-1]))
-        try:
+        with outputs_of(self.blocks[: self.depth]) as outputs:
             logits = _logits(self.model, inputs)
-        finally:
-            handle.remove()
-        if len(outputs) == 1 and isinstance(outputs[0], Tensor):
-            size = outputs[0].numel() * outputs[0].element_size()
-            if self.size + size <= BUDGET:
-                self.kept[key] = outputs[0].clone()
-                self.size += size
+        if len(outputs) == 1 and isinstance(outputs[0], Tensor) and self.size + outputs[0].nbytes <= BUDGET:
+            self.kept[key] = outputs[0].clone()
+            self.size += outputs[0].nbytes
         return logits
 
     def _from(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Let the blocks of the trunk give what they gave, and the others compute."""
-        with ExitStack() as stack:
-            for block in self.blocks[: self.depth]:
-                stack.enter_context(_giving(block, hidden))
+        with giving(self.blocks[: self.depth], hidden):
             return _logits(self.model, inputs)
+
+
+def frozen_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks before the first one that learns; none where anything else learns, which might lie before them."""
+    try:
+        blocks = decoder_blocks(model)
+    except WsError:
+        return []
+    learned = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+    if sum(map(len, learned)) < sum(p.requires_grad for p in model.parameters()):
+        return []
+    return blocks[: next((i for i, some in enumerate(learned) if some), 0)]
+
+
+@torch.no_grad()
+def goes_on(model: PreTrainedModel, trunk: Sequence[nn.Module], read: Callable[[], Tensor]) -> bool:
+    """Whether training gives the same from what the trunk gave: nothing is dropped at random, nothing else handed on.
+
+    `read` makes a forward pass over a few tokens, of the model without what it learns.
+    """
+    training = model.training
+    try:
+        model.eval()
+        with outputs_of(trunk) as outputs:
+            read()
+        model.train()
+        whole = read()
+        with giving(trunk, *outputs):
+            return torch.equal(read(), whole)
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def outputs_of(trunk: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Inside, what the last block of a trunk gives is put on the list; without a block nothing is."""
+    outputs = list[Any]()
+    handles = [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in trunk[-1:]]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def giving(trunk: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
+    """Inside, the blocks of a trunk give this, and the others compute."""
+    with ExitStack() as stack:
+        for block in trunk:
+            stack.enter_context(_giving(block, hidden))
+        yield
 
 
 @contextmanager
