@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 # Bytes of float32 logits that are held at once, [tokens, vocabulary]; their gradient takes a few times as much.
-_BUDGET = 2**26
+_BUDGET = 2**27
 _LIKE = 1e-5  # relative difference between our loss and the model's own, when they are the same sum in another order
 
 
