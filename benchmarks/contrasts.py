@@ -256,9 +256,9 @@ def _line(
 
 
 def _selectivity(sides: Sequence[Row]) -> str:
-    """At both strengths; `!` where the board cannot be read, and nothing where it was not asked."""
+    """At both strengths; `!` where the board cannot be read."""
     texts = [estimate_text(r, "selectivity", ".2f") for r in sorted(sides, key=lambda r: str(r["part"]), reverse=True)]
-    return ", ".join(text or "!" for text in texts) if any(texts) else ""
+    return ", ".join(text or "!" for text in texts)
 
 
 def measure(model: str, ways: Sequence[str], seeds: Sequence[int], out: Path) -> None:
