@@ -101,8 +101,8 @@ def test_other_vectors_with_other_first_blocks_are_told_apart(model):
     assert all_equal(shared, [*alone, *alone])
 
 
-def test_a_model_whose_blocks_hand_on_more_than_they_give_is_read_as_always(model):
-    """The second block reads something that the first has left beside its output."""
+def hand_on_more(model) -> None:
+    """Let the second block read something that the first has left beside its output."""
     first, second = decoder_blocks(model)[:2]
     left, one, two = {}, first.forward, second.forward
 
@@ -114,6 +114,10 @@ def test_a_model_whose_blocks_hand_on_more_than_they_give_is_read_as_always(mode
         return two(hidden, *args, **kwargs) + left.pop("it", 0.0)
 
     vars(first)["forward"], vars(second)["forward"] = leave, take
+
+
+def test_a_model_whose_blocks_hand_on_more_than_they_give_is_read_as_always(model):
+    hand_on_more(model)
     vector = vector_of(model, "1:2")
     assert all_equal(read(model, vector), read(model, vector, shared=False))
     assert trunk._EQUAL[model] == {1: False}
@@ -138,3 +142,36 @@ def test_nothing_is_kept_when_the_block_has_ended(model):
     read(model, vector_of(model, "1:2"))
     assert model not in trunk._ACTIVE
     assert not any("forward" in vars(block) for block in decoder_blocks(model))
+
+
+# ---- in training ----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_before_the_first_that_learns_are_frozen_where_nothing_else_learns(model):
+    blocks = decoder_blocks(model)
+    model.requires_grad_(False)
+    assert trunk.frozen_blocks(model) == []
+    blocks[1].mlp.requires_grad_(True)
+    assert trunk.frozen_blocks(model) == blocks[:1]
+    blocks[0].mlp.up_proj.requires_grad_(True)
+    assert trunk.frozen_blocks(model) == []
+    blocks[0].requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    assert trunk.frozen_blocks(model) == [], "the embeddings lie before all of them"
+
+
+@pytest.mark.parametrize("what", ["plain", "dropout", "a tuple", "more"])
+def test_steps_go_on_from_a_trunk_only_where_that_gives_the_same(model, what):
+    first, second = decoder_blocks(model)[:2]
+    if what == "dropout":
+        first.self_attn.attention_dropout = 0.3
+    if what == "more":
+        hand_on_more(model)
+    if what == "a tuple":
+        one, two = first.forward, second.forward
+        vars(first)["forward"] = lambda *args, **kwargs: (one(*args, **kwargs),)
+        vars(second)["forward"] = lambda hidden, *args, **kwargs: two(hidden[0], *args, **kwargs)
+    model.eval()
+    found = trunk.goes_on(model, [first], lambda: model(tokens()[:, :9], use_cache=False).logits)
+    assert found == (what == "plain")
+    assert not model.training

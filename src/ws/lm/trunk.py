@@ -119,8 +119,8 @@ def frozen_blocks(model: PreTrainedModel) -> list[nn.Module]:
         blocks = decoder_blocks(model)
     except WsError:
         return []
-    learned = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-    if sum(map(len, learned)) < sum(p.requires_grad for p in model.parameters()):
+    learned = [{p for p in block.parameters() if p.requires_grad} for block in blocks]
+    if {p for p in model.parameters() if p.requires_grad} - set().union(*learned):
         return []
     return blocks[: next((i for i, some in enumerate(learned) if some), 0)]
 
@@ -138,7 +138,9 @@ def goes_on(model: PreTrainedModel, trunk: Sequence[nn.Module], read: Callable[[
             read()
         model.train()
         whole = read()
-        with giving(trunk, *outputs):
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+            return False
+        with giving(trunk, outputs[0]):
             return torch.equal(read(), whole)
     finally:
         model.train(training)
