@@ -124,28 +124,6 @@ def test_the_penalty_is_that_of_a_second_model(name, monkeypatch):
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
 
 
-@pytest.mark.parametrize("name", [n for n in HEADED if n != "mixture"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_behind_tokens_needs_no_mask_where_none_depends_on_later_ones(name, dtype):
-    model, masks = build(name).to(dtype), []
-    body = model.get_decoder()
-    body.register_forward_pre_hook(lambda m, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
-    head, _ = head_of(model, IDS[0].tolist(), sums=True)
-    hidden = head.run_body(model, BATCH)
-    assert masks[-1] is None
-    wanted = Head(model).run_body(model, BATCH)
-    assert masks[-1] is not None
-    kept = MASK.bool()
-    assert (hidden - wanted)[kept].norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * wanted[kept].norm()
-
-
-def test_a_model_that_looks_ahead_is_given_the_mask():
-    model = build("tied")
-    model.model.layers[0].register_forward_hook(lambda m, args, out: out + out.mean(dim=1, keepdim=True))
-    head, _ = head_of(model, IDS[0].tolist(), sums=True)
-    assert head.looks_back is False
-
-
 def test_a_loss_of_the_models_own_is_told_from_the_plain_one():
     ids = IDS[0].tolist()
     mixture = build("mixture", output_router_logits=True, router_aux_loss_coef=0.001)
