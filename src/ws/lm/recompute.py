@@ -27,7 +27,7 @@ Held = list[tuple[nn.Module, dict[str, Any]]]  # modules, each with its paramete
 # A product over fewer terms, such as LoRA's second one, takes less time to repeat than its result takes memory.
 TERMS = 256
 _TRIM: Any = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None)
-_EVERY = 4  # layers on the way back, where more comes and goes, and zeroing new pages takes a tenth of the time
+_EVERY = 4  # layers on the way back, where more comes and goes, and new pages have to be zeroed
 _FACTOR = {ops.aten.mm.default: 0, ops.aten.addmm.default: 1, ops.aten.bmm.default: 0}  # which argument has the terms
 
 

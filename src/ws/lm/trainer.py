@@ -352,14 +352,14 @@ class _Trainer(Trainer):
 
         Where the model's loss is the plain one, logits are made of response tokens only (`ws.lm.loss`).
         """
-        hidden = inputs.get(_TRUNK)
+        inputs = dict(inputs)
+        hidden = inputs.pop(_TRUNK, None)
         with nullcontext() if hidden is None else giving(self.trunk, hidden):
             loss = self.loss_of(model, inputs, num_items_in_batch if model.training else None)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def loss_of(self, model: torch.nn.Module, inputs: dict[str, Any], tokens: Any) -> Any:
-        """The loss of a batch; `tokens` are those of the step, in training."""
-        inputs = {k: v for k, v in inputs.items() if k != _TRUNK}
+        """The loss of a batch, whose own keys are taken off it; `tokens` are those of the step, in training."""
         at = int(inputs.pop(_AT, 0))  # a batch of nothing but fillers has no side
         base = inputs.pop(_BASE, None)
         if self.beta:
@@ -483,11 +483,12 @@ class _Trainer(Trainer):
         per_row, lengths = len(mask) // len(rows), batch["attention_mask"].sum(1).tolist()
         counts = mask.view(len(rows), -1).sum(1).tolist()
         states = hidden[mask.to(hidden.device)].cpu().split(counts)
-        trunk = [h[:n].cpu() for h, n in zip(outputs[0], lengths, strict=True)] if outputs else []
-        self.room -= outputs[0].nbytes if outputs else 0
+        trunk: list[Tensor] = []
+        if outputs and outputs[0].nbytes <= self.room:
+            self.room -= outputs[0].nbytes
+            trunk = [h[:n].cpu() for h, n in zip(outputs[0], lengths, strict=True)]
         for i, state in enumerate(states):
-            kept = {_TRUNK: trunk[i * per_row : (i + 1) * per_row]} if self.room >= 0 else {}
-            yield {_BASE: state, **kept}
+            yield {_BASE: state, _TRUNK: trunk[i * per_row : (i + 1) * per_row]}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         tokens = super()._get_num_items_in_batch(batch_samples, device)

@@ -102,7 +102,7 @@ class _Trunk:
         """Read a batch from its start, and keep what the trunk gave."""
         with outputs_of(self.blocks[: self.depth]) as outputs:
             logits = _logits(self.model, inputs)
-        if len(outputs) == 1 and isinstance(outputs[0], Tensor) and self.size + outputs[0].nbytes <= BUDGET:
+        if len(outputs) == 1 and self.size + outputs[0].nbytes <= BUDGET:
             self.kept[key] = outputs[0].clone()
             self.size += outputs[0].nbytes
         return logits
@@ -136,10 +136,10 @@ def goes_on(model: PreTrainedModel, trunk: Sequence[nn.Module], read: Callable[[
         model.eval()
         with outputs_of(trunk) as outputs:
             read()
+        if len(outputs) != 1:
+            return False
         model.train()
         whole = read()
-        if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
-            return False
         with giving(trunk, outputs[0]):
             return torch.equal(read(), whole)
     finally:
@@ -147,10 +147,15 @@ def goes_on(model: PreTrainedModel, trunk: Sequence[nn.Module], read: Callable[[
 
 
 @contextmanager
-def outputs_of(trunk: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Inside, what the last block of a trunk gives is put on the list; without a block nothing is."""
-    outputs = list[Any]()
-    handles = [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in trunk[-1:]]
+def outputs_of(trunk: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, every tensor that the last block of a trunk gives is put on the list; without a block nothing is."""
+    outputs = list[Tensor]()
+
+    def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in trunk[-1:]]
     try:
         yield outputs
     finally:
