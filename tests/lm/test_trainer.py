@@ -71,6 +71,29 @@ def test_less_is_padded_and_the_steps_are_the_same(fresh_tiny, sign, tmp_path, m
 
 
 @pytest.mark.parametrize("sign", ["pos", SIGNED])
+@pytest.mark.parametrize("objective", ["likelihood", "margin"])
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_rows_of_unlike_lengths_take_passes_of_their_own(fresh_tiny, sign, objective, kl, tmp_path, monkeypatch):
+    """Three of a micro-batch's five at least are unlike, and a side's last one is filled up with no example."""
+    model, tok = fresh_tiny
+    config = settings(batch=5, micro_batch=5, objective=objective, kl=kl, layers="1:3", lr=1e-2)
+    block, read, losses = model.model.layers[1], dict.fromkeys(("split", "whole"), 0), list[list[float]]()
+    for name in read:
+        monkeypatch.setattr(trainer, "_PASS", 0 if name == "split" else 10_000)
+
+        def count(block, args, kwargs, name=name):
+            read[name] += args[0].shape[:2].numel() * torch.is_grad_enabled()
+
+        hook = block.register_forward_pre_hook(count, with_kwargs=True)
+        losses.append(train_adapter(model, tok, PAIRS, sign, "lora", tmp_path / name, config)["train_losses"])
+        hook.remove()
+    assert read["split"] < 0.8 * read["whole"]
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in read)
+    assert all((t - second[k]).norm() <= 1e-3 * t.norm() for k, t in first.items())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("sign", ["pos", SIGNED])
 def test_every_answer_that_is_held_out_counts_alike(fresh_tiny, sign, tmp_path):
     """What fills up a batch of signed training is no answer; here the last batch has one that is held out."""
     model, tok = fresh_tiny

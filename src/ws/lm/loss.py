@@ -12,7 +12,8 @@ or, with the margin between the two answers of a pair as its objective, the pref
 
 The body runs once over the whole batch. The head, and whatever else the model does to its logits, runs over a part of
 the response tokens at a time, and the gradient of `h` is taken at once: of a vocabulary of 150,000 no more than one
-part's logits exist at any time. The base's logits are made again from its hidden states, which are kept.
+part's logits exist at any time. In the logits that of the first equation is `(1 + w) p - onehot(y_t) - w p_base`. The
+base's logits are made again from its hidden states, which are kept.
 """
 
 from __future__ import annotations
@@ -127,43 +128,52 @@ def response_loss(
 ) -> Float[Tensor, "n"]:
     """Both terms of the module's first equation at every token, added up; without `likelihood` the second alone."""
 
-    def of_part(rows: slice, states: Tensor) -> Tensor:
-        logp = head.logits(states).float().log_softmax(dim=-1)
-        total = torch.zeros(len(logp), device=logp.device)
-        if likelihood:
-            total = total + functional.nll_loss(logp, tokens[rows].to(logp.device), reduction="none")
+    def of_part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Both terms, added up, and their gradient in the logits: `p` less 1 at the token, and `w (p - p_base)`."""
+        logp = logits.log_softmax(dim=-1)
+        values, weight, before = torch.zeros(len(logp), device=logp.device), float(likelihood), None
         if base is not None and kl:
-            with torch.no_grad():
-                before = head.logits(base[rows].to(states.device)).float().log_softmax(dim=-1)
-            total = total + kl * functional.kl_div(logp, before, reduction="none", log_target=True).sum(1)
-        return total.to(states.device)
+            gaps = head.logits(base[rows].to(hidden.device)).float().log_softmax(dim=-1)
+            before = gaps.exp()
+            values, weight = kl * gaps.sub_(logp).mul_(before).sum(dim=1), weight + kl
+        own = tokens[rows].to(logp.device)[:, None]
+        if likelihood:
+            values = values - logp.gather(1, own)[:, 0]
+        gradient = logp.exp_().mul_(weight)
+        if before is not None:
+            gradient.sub_(before, alpha=kl)
+        return values, gradient.scatter_add_(1, own, torch.full_like(own, -likelihood, dtype=gradient.dtype))
 
     vocabulary = int(head.model.config.get_text_config().vocab_size)
-    return _InParts.apply(hidden, of_part, max(1, _BUDGET // (4 * vocabulary)))
+    return _InParts.apply(hidden, head, of_part, max(1, _BUDGET // (4 * vocabulary)))
 
 
 class _InParts(torch.autograd.Function):
     """A number for every row, part by part; the gradient of a part is taken before the next one is computed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, of_part: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, of_part: Callable[[slice, Tensor], tuple[Tensor, Tensor]], size: int
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         values, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
+            part = hidden[rows].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
-                part = hidden[rows].detach().requires_grad_(wanted)
-                value = of_part(rows, part)
-                gradients += torch.autograd.grad(value.sum(), part) if wanted else ()
-            values.append(value.detach())
+                logits = head.logits(part)
+            value, gradient = of_part(rows, logits.detach().float())
+            if wanted:
+                gradients += torch.autograd.grad(logits, part, gradient.to(logits.dtype))
+            values.append(value.to(hidden.device))
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return (gradients * upstream[0][:, None]).to(gradients.dtype), None, None
+        return (gradients * upstream[0][:, None]).to(gradients.dtype), None, None, None
 
 
 def margin_loss(

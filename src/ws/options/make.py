@@ -176,7 +176,7 @@ class TrainConfig:
         weight_decay: of AdamW.
         warmup: steps, never more than a tenth of all steps.
         batch: examples per optimiser step, all processes together.
-        micro_batch: examples per forward pass of a process; times the number of processes it must divide `batch`.
+        micro_batch: examples per pass of a process, at most; times the number of processes it must divide `batch`.
         epochs: passes over the training examples.
         max_steps: optimiser steps; overrides `epochs`, except that a preset's give way to `epochs` that are asked for.
         max_length: tokens of an example; a pair with a longer one is left out of both arms, never cut.
