@@ -356,27 +356,24 @@ class _Trainer(Trainer):
 
     @cached_property
     def slack(self) -> float:
-        """Tokens that an example is rather filled up with than given a pass of its own."""
+        """Tokens that an example is rather filled up with than given a pass of its own; on a GPU, however many."""
         return _PASS if self.args.use_cpu else math.inf
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's, with a pass for every group of like lengths, whose losses add up to the batch's."""
-        step = super().training_step
-        losses = [step(model, part, num_items_in_batch) for part in self.parts(inputs, num_items_in_batch is not None)]
+        step, adds_up = super().training_step, num_items_in_batch is not None and bool(self.plain or self.beta)
+        # On several processes one would wait for the others in every pass.
+        apart = adds_up and math.isfinite(self.slack) and self.args.world_size == 1
+        losses = [step(model, part, num_items_in_batch) for part in (self.parts(inputs) if apart else [inputs])]
         return torch.stack(losses).sum()
 
-    def parts(self, inputs: dict[str, Any], sums: bool) -> list[dict[str, Any]]:
-        """The batch in groups of like lengths, without examples that nothing is learned from.
-
-        Whole where losses do not add up, and on several processes, which would have to wait for each other in each.
-        """
-        counts, width = inputs["labels"].ne(-100).sum(1), 2 if self.beta else 1
+    def parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch in groups of like lengths, without the examples that nothing is learned from."""
+        width = 2 if self.beta else 1  # rows of an example
         lengths = inputs["attention_mask"].sum(1).view(-1, width).amax(1).tolist()
-        learned = [i for i, n in enumerate(counts.view(-1, width).sum(1).tolist()) if n]
-        if not learned or not sums or not (self.plain or self.beta) or self.args.world_size > 1:
-            return [inputs]
+        learned = inputs["labels"].ne(-100).view(len(lengths), -1).any(1).nonzero()[:, 0].tolist()
         groups = _alike(learned, lengths, len(lengths), self.slack)
-        return [_rows(inputs, [width * i + j for i in group for j in range(width)]) for group in groups]
+        return [_rows(inputs, [width * i + j for i in group for j in range(width)]) for group in groups] or [inputs]
 
     def compute_loss(
         self,
