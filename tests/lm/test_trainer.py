@@ -74,7 +74,7 @@ def test_less_is_padded_and_the_steps_are_the_same(fresh_tiny, sign, tmp_path, m
 @pytest.mark.parametrize("objective", ["likelihood", "margin"])
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 def test_rows_of_unlike_lengths_take_passes_of_their_own(fresh_tiny, sign, objective, kl, tmp_path, monkeypatch):
-    """Three of a micro-batch's five at least are unlike, and a side's last one is filled up with no example."""
+    """Hardly two lengths are the same, and the last micro-batch of a side is filled up with what is no example."""
     model, tok = fresh_tiny
     config = settings(batch=5, micro_batch=5, objective=objective, kl=kl, layers="1:3", lr=1e-2)
     block, read, losses = model.model.layers[1], dict.fromkeys(("split", "whole"), 0), list[list[float]]()

@@ -137,12 +137,14 @@ def response_loss(
             before = gaps.exp()
             values, weight = kl * gaps.sub_(logp).mul_(before).sum(dim=1), weight + kl
         own = tokens[rows].to(logp.device)[:, None]
-        if likelihood:
-            values = values - logp.gather(1, own)[:, 0]
+        said = logp.gather(1, own)
         gradient = logp.exp_().mul_(weight)
         if before is not None:
             gradient.sub_(before, alpha=kl)
-        return values, gradient.scatter_add_(1, own, torch.full_like(own, -likelihood, dtype=gradient.dtype))
+        if likelihood:
+            values = values - said[:, 0]
+            gradient.scatter_add_(1, own, -torch.ones_like(said))
+        return values, gradient
 
     vocabulary = int(head.model.config.get_text_config().vocab_size)
     return _InParts.apply(hidden, head, of_part, max(1, _BUDGET // (4 * vocabulary)))
