@@ -54,7 +54,7 @@ _BY_TOKEN = ("input_ids", "attention_mask", "labels")  # of a batch
 _PAIR = "pair"  # of a row with the margin as objective: the preferred answer's example, then the other's
 _BASE = "base"  # of a row and a batch: the base's final hidden states where the responses are predicted, if needed
 _TRUNK = "trunk"  # of a row and a batch: what the blocks below the first that learns give for each example, if kept
-_PASS = 32  # positions that a CPU computes in about the time that it takes to read the weights once more
+_PASS = 32.0  # positions that a CPU computes in about the time that it takes to read the weights once more
 SEAL = "sealed.json"
 
 
