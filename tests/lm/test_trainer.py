@@ -82,10 +82,10 @@ def test_rows_of_unlike_lengths_take_passes_of_their_own(fresh_tiny, sign, objec
     for name in read:
         monkeypatch.setattr(trainer, "_PASS", 0.0 if name == "split" else math.inf)
 
-        def count(block, args, kwargs, name=name):
+        def count(block, args, name=name):
             read[name] += args[0].shape[:2].numel() * torch.is_grad_enabled()
 
-        hook = block.register_forward_pre_hook(count, with_kwargs=True)
+        hook = block.register_forward_pre_hook(count)
         losses.append(train_adapter(model, tok, PAIRS, sign, "lora", tmp_path / name, config)["train_losses"])
         hook.remove()
     assert read["split"] < 0.8 * read["whole"]

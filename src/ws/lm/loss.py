@@ -128,8 +128,8 @@ def response_loss(
 ) -> Float[Tensor, "n"]:
     """Both terms of the module's first equation at every token, added up; without `likelihood` the second alone."""
 
-    def of_part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms, added up, and their gradient in the logits: `p` less 1 at the token, and `w (p - p_base)`."""
+    def of_part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both terms, added up, and their gradient in the logits, if `hidden` has one."""
         logp = logits.log_softmax(dim=-1)
         values, weight, before = torch.zeros(len(logp), device=logp.device), float(likelihood), None
         if base is not None and kl:
@@ -137,13 +137,15 @@ def response_loss(
             before = gaps.exp()
             values, weight = kl * gaps.sub_(logp).mul_(before).sum(dim=1), weight + kl
         own = tokens[rows].to(logp.device)[:, None]
-        said = logp.gather(1, own)
+        if likelihood:
+            values = values - logp.gather(1, own)[:, 0]
+        if not hidden.requires_grad:
+            return values, None
         gradient = logp.exp_().mul_(weight)
         if before is not None:
             gradient.sub_(before, alpha=kl)
         if likelihood:
-            values = values - said[:, 0]
-            gradient.scatter_add_(1, own, -torch.ones_like(said))
+            gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
         return values, gradient
 
     vocabulary = int(head.model.config.get_text_config().vocab_size)
@@ -155,7 +157,11 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, of_part: Callable[[slice, Tensor], tuple[Tensor, Tensor]], size: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        of_part: Callable[[slice, Tensor], tuple[Tensor, Tensor | None]],
+        size: int,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         values, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
@@ -165,7 +171,7 @@ class _InParts(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 logits = head.logits(part)
             value, gradient = of_part(rows, logits.detach().float())
-            if wanted:
+            if gradient is not None:
                 gradients += torch.autograd.grad(logits, part, gradient.to(logits.dtype))
             values.append(value.to(hidden.device))
         if wanted:

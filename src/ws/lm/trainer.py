@@ -50,7 +50,6 @@ _ALWAYS: dict[str, Any] = {
 Rows = Sequence[Mapping[str, Any]]  # the `input_ids` and `labels` of examples; or of two each, see `_PAIR`
 Opposite = Callable[[], dict[str, Tensor]]  # the parameters at -c by name, with gradients to those at +c
 _AT = "opposite"  # of a row and a batch in signed training: whether it is learned at -c
-_BY_TOKEN = ("input_ids", "attention_mask", "labels")  # of a batch
 _PAIR = "pair"  # of a row with the margin as objective: the preferred answer's example, then the other's
 _BASE = "base"  # of a row and a batch: the base's final hidden states where the responses are predicted, if needed
 _TRUNK = "trunk"  # of a row and a batch: what the blocks below the first that learns give for each example, if kept
@@ -283,7 +282,8 @@ class _Collator:
 def _rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     """Some rows of a batch, filled up no further than they need."""
     longest = int(batch["attention_mask"][rows].sum(1).max())
-    some = {name: batch[name][rows, :longest] for name in (*_BY_TOKEN, _TRUNK) if name in batch}
+    by_token = batch.keys() & {"input_ids", "attention_mask", "labels", _TRUNK}
+    some = {name: batch[name][rows, :longest] for name in by_token}
     if _BASE in batch:
         states = batch[_BASE].split(predicting(batch["labels"])[0].sum(1).tolist())
         some[_BASE] = torch.cat([states[i] for i in rows])
@@ -360,7 +360,7 @@ class _Trainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's, with a pass for every group of like lengths, whose losses add up to the batch's."""
-        step, adds_up = super().training_step, num_items_in_batch is not None and bool(self.plain or self.beta)
+        step, adds_up = super().training_step, num_items_in_batch is not None and (self.plain or self.beta)
         # On several processes one would wait for the others in every pass.
         apart = adds_up and math.isfinite(self.slack) and self.args.world_size == 1
         losses = [step(model, part, num_items_in_batch) for part in (self.parts(inputs) if apart else [inputs])]
