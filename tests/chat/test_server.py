@@ -154,15 +154,14 @@ def test_offsets_count_the_characters_of_the_text_and_not_of_its_start(engine, m
 def test_offsets_pass_over_special_tokens_of_an_answer_and_not_over_those_of_an_echo(engine, monkeypatch):
     """An answer is shown without them, a prompt with them."""
     tok, written = engine.tok, []
-    (special,) = encode(tok, tok.eos_token)
+    (special,), (ordinary, *_) = encode(tok, tok.eos_token), encode(tok, " is")
     asked = {"model": "pocket", "prompt": f"Ice{tok.eos_token} is", "echo": True, "logprobs": 0, "max_tokens": 8}
-    pick = ws.chat.batching.pick
 
-    def odd(*given):
-        written.append(special if len(written) == 2 else pick(*given))
+    def pick(*_):
+        written.append(special if len(written) == 2 else ordinary)
         return written[-1]
 
-    monkeypatch.setattr("ws.chat.batching.pick", odd)
+    monkeypatch.setattr("ws.chat.batching.pick", pick)
     monkeypatch.setattr(engine.scheduler, "_ends", frozenset())
     (choice,) = ask(create_app(engine, ServeOptions()), COMPLETIONS, json=asked).json()["choices"]
     read = choice["logprobs"]
