@@ -589,6 +589,10 @@ def test_a_bias_that_is_not_there_and_packed_weights_cannot_be_written():
     model.layers[0].up.weight = nn.Parameter(torch.ones(INNER, WIDTH, dtype=torch.int8), requires_grad=False)
     with pytest.raises(WsError, match=r"layers\.0\.up is quantised"):
         vector().written(model)
+    scaled = LinearDelta(INNER, WIDTH, g=torch.ones(INNER))
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(WsError, match="needs its plain weight"):
+            scaled.dense(torch.ones(INNER, WIDTH).to(codes))
 
 
 def test_offloaded_weights_are_not_written():

@@ -303,6 +303,27 @@ def test_pissa_of_peft_alone_begins_where_pefts_svd_does(dtype, tmp_path, capsys
             assert (base(tokens()).logits - wanted(tokens()).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("rank", [16, 24, 40])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_has_the_scale_of_its_rank_where_a_module_has_fewer_directions(rank, rslora, qwen3, tmp_path):
+    """PEFT cuts the factors to the smaller side of the module, and not `r` in `alpha / r`."""
+    places = {"k_proj": 16, "q_proj": 32}
+    steered = trained_by_peft(qwen3, tmp_path / "a", r=rank, target_modules=list(places), use_rslora=rslora, lr=1e-3)
+    config = LoraConfig(r=rank, target_modules=list(places), init_lora_weights="pissa", use_rslora=rslora)
+    begun = get_peft_model(copy.deepcopy(qwen3), config).state_dict().items()
+    first = {n.replace(".default.", "."): t.contiguous() for n, t in begun if ".lora_" in n}
+    save_file(first, tmp_path / "a" / PISSA_INIT_FILE)
+    vector = ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
+    ranks = {n.split(".")[-3]: t.shape[0] for n, t in first.items() if "lora_A" in n}
+    assert ranks == {name: min(rank, size) for name, size in places.items()}
+    with torch.no_grad():
+        plain, wanted = qwen3(tokens()).logits, steered(tokens()).logits
+    assert (steered_logits(qwen3, vector) - wanted).norm() < 1e-3 * (wanted - plain).norm()
+    edit(tmp_path / "a", r=12)
+    with pytest.raises(ws.WsError, match="says rank 12 for .*_proj and its tensors have rank"):
+        ws.SteeringVector.from_adapter(tmp_path / "a", qwen3)
+
+
 def test_pissa_of_peft_alone_is_refused_where_its_start_is_lost(tmp_path):
     base = build_model("qwen3")
     build_adapter(base, "pissa", tmp_path / "a", seed=3, size=NEAR)

@@ -172,6 +172,24 @@ def test_seeds_are_drawn_anew_for_every_chunk_of_resamples():
     assert means.var() == pytest.approx(values.var() / 3, rel=0.1)
 
 
+def test_sets_of_items_share_the_drawn_seeds_and_nothing_else():
+    rng = np.random.default_rng(21)
+    of_seeds = np.repeat(np.array([0.0, 1.0, 3.0])[None, :, None], 30, axis=2)
+    assert np.array_equal(*(resampled_means(of_seeds, 500, 0, items) for items in (0, 1)))
+    of_items = np.repeat(rng.normal(size=(1, 1, 30)), 3, axis=1)
+    one, again, other = (resampled_means(of_items, 2000, 0, items)[0] for items in (0, 0, 1))
+    assert np.array_equal(one, again)
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
+    assert np.corrcoef(*(resampled_means(of_items, 2000, 0)[0] for _ in range(2)))[0, 1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 2 / 3, 0.7])
+def test_rounding_puts_no_end_of_an_interval_beside_the_mean(value):
+    for n in range(2, 61):
+        for e in (estimate_over_seeds(np.full((3, n), value)), group_difference(np.full(n, value), np.full(3, -value))):
+            assert e.ci_lo <= e.mean <= e.ci_hi
+
+
 def test_holm_by_hand():
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([0.5])) == pytest.approx([0.5])

@@ -96,6 +96,11 @@ class ModuleTensors:
         """The base weight in float32, for families whose coordinates depend on it."""
         if self.base is None:
             raise WsError(f"The change of {self.name} depends on the base weight: pass the base model.")
+        if is_packed(self.base):
+            raise WsError(
+                f"The change of {self.name} depends on the base weight, which is quantised here: load the base without "
+                "--dtype 4bit or 8bit."
+            )
         return weight_of(self.base).float().cpu()
 
 
@@ -333,10 +338,17 @@ def _is_plain(config: LoraConfig) -> bool:
     return init is None or isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal")
 
 
-def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)` for rank-stabilised LoRA (arXiv 2312.03732), with per-module patterns."""
-    alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
+def _lora_scale(config: LoraConfig, name: str) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` for rank-stabilised LoRA (arXiv 2312.03732), with per-module patterns.
+
+    The rank is the config's, as in PEFT: PiSSA's factors have no more directions than the module, and keep its scale.
+    """
+    alpha, rank = _by_pattern(config.alpha_pattern, name, config.lora_alpha), _stated_rank(config, name)
     return alpha / rank**0.5 if config.use_rslora else alpha / rank
+
+
+def _stated_rank(config: LoraConfig | DeloraConfig, name: str) -> int:
+    return _by_pattern(config.rank_pattern, name, config.r)
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -345,9 +357,9 @@ def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
-def _check_rank(config: LoraConfig | DeloraConfig, name: str, rank: int) -> None:
-    stated = _by_pattern(config.rank_pattern, name, config.r)
-    if rank != stated:
+def _check_rank(config: LoraConfig | DeloraConfig, name: str, rank: int, most: int | None = None) -> None:
+    stated = _stated_rank(config, name)
+    if rank != stated and not (rank == most and stated > most):
         raise WsError(f"The config says rank {stated} for {name} and its tensors have rank {rank}: a mixed-up folder?")
 
 
@@ -355,7 +367,7 @@ def _lora_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
     """`U V = s B A` (Hu et al. 2021, arXiv 2106.09685)."""
     a, b = m.trained["lora_A.weight"], m.trained["lora_B.weight"]
     _check_rank(config, m.name, a.shape[0])
-    return LinearDelta(*m.size, u=_lora_scale(config, m.name, a.shape[0]) * b, v=a)
+    return LinearDelta(*m.size, u=_lora_scale(config, m.name) * b, v=a)
 
 
 # ---- PiSSA: the base is moved to W - s B0 A0 before training ------------------------------------------------------
@@ -371,7 +383,8 @@ def _pissa_delta(config: LoraConfig, m: ModuleTensors) -> LinearDelta:
     a, b, a0, b0 = (t[k] for t in (m.trained, m.initial) for k in _FACTORS)
     if (a.shape, b.shape) != (a0.shape, b0.shape):
         raise WsError(f"The initial factors of {m.name} in {PISSA_INIT_FILE} are not of the adapter's rank.")
-    scale = _lora_scale(config, m.name, a.shape[0])
+    _check_rank(config, m.name, a.shape[0], most=min(m.size))
+    scale = _lora_scale(config, m.name)
     return LinearDelta(*m.size, u=scale * b, v=a - a0) + LinearDelta(*m.size, u=scale * (b - b0), v=a0)
 
 
@@ -398,7 +411,7 @@ def _repeated_start(
             f"The PiSSA adapter {folder} holds no initial factors, and they cannot be taken from packed weights: load "
             f"the base with the dtype that it was trained in, or {_GIVE_FACTORS}."
         )
-    _check_rank(config, m.name, m.trained[_FACTORS[0]].shape[0])
+    _check_rank(config, m.name, m.trained[_FACTORS[0]].shape[0], most=min(m.size))
     started = start_again(m.name, m.base, m.weight(), config)
     a0, b0 = (getattr(started, n.split(".")[0])["default"].weight.detach().cpu() for n in _FACTORS)
     a, b = (m.trained[n] for n in _FACTORS)

@@ -305,7 +305,9 @@ class LinearDelta:
         return sum(parts[1:], parts[0]) if parts else None
 
     def _require_plain(self, weight: Tensor) -> None:
-        if tuple(weight.shape) != (self.d_out, self.d_in) or not weight.is_floating_point():
+        # One byte is a code (FP8) whose scale lies elsewhere.
+        is_plain = weight.is_floating_point() and weight.itemsize > 1
+        if tuple(weight.shape) != (self.d_out, self.d_in) or not is_plain:
             raise WsError(
                 f"The change of a {self._shape} layer needs its plain weight, not {str(weight.dtype)[6:]} of "
                 f"{tuple(weight.shape)}; load the model unquantised."

@@ -28,7 +28,7 @@ from ws import console
 from ws.behaviors import load_behavior
 from ws.console import progress
 from ws.delta import COORDINATES, LinearDelta, approximation_errors
-from ws.errors import DamagedError, WsError, require_strength, shortened
+from ws.errors import DamagedError, WsError, choose, require_strength, shortened
 from ws.files.places import place_below
 from ws.files.public import public
 from ws.files.reading import convert, kept, read_json
@@ -377,12 +377,17 @@ class SteeringVector:
     # ---- parts --------------------------------------------------------------------------------------------------
 
     def select(self, layers: str | Sequence[int] | None = None, modules: Sequence[str] | None = None) -> SteeringVector:
-        """Only the given decoder layers and module kinds (`q_proj`, ...); `WsError` when nothing is left.
+        """Only the given decoder layers and module kinds (`q_proj`, ...).
 
         Fractions such as `0.3:0.8` are of the base's depth, which `from_adapter` records; a vector that does not know
         it counts from the deepest layer it changes.
+
+        Raises:
+            WsError: a kind that the vector lacks, or nothing is left.
         """
         wanted = None if layers is None else set(parse_layers(layers, self.depth))
+        for kind in modules or ():
+            choose("module kind of the vector", kind, sorted({n.rsplit(".", 1)[-1] for n in self.deltas}))
         deltas = {
             name: delta
             for name, delta in self.deltas.items()

@@ -92,18 +92,24 @@ def _with_interval(value: float, ends: Sequence[float], spec: str) -> str:
 
 
 def resampled_means(
-    values: Float[np.ndarray, "quantities seeds items"], n_boot: int, seed: int
+    values: Float[np.ndarray, "quantities seeds items"], n_boot: int, seed: int, items: int | None = None
 ) -> Float[np.ndarray, "quantities n_boot"]:
     """Means of every quantity over `n_boot` resamples of seeds and items, as they are; memory stays bounded.
 
     Seeds are drawn first and then items. Items are crossed with seeds, not nested in them (every seed is asked the same
     items), so one draw of items serves all drawn seeds. With one seed this is the ordinary bootstrap.
+
+    Args:
+        items: the number of a set of items; calls with one `seed` and other sets draw the same seeds and, independently
+            of each other, items. Without it items are drawn on with the generator of `seed`.
     """
     rng = np.random.default_rng(seed)
     quantities, n_seeds, n = values.shape
     weights = np.ones((n_boot, 1))
     if n_seeds > 1:
         weights = _counts(rng, n_boot, n_seeds)
+    if items is not None:
+        rng = np.random.default_rng([seed, items])
     flat, step = values.reshape(-1, n).T, max(1, _CHUNK // n)
     parts = []
     for start in range(0, n_boot, step):
@@ -185,10 +191,10 @@ def estimate_over_seeds(
     With one seed the interval knows nothing about seeds and is `estimate_mean`'s.
     """
     values = _checked(values, 2)
-    low, high = _interval(resampled_means(widened(values, level)[None], n_boot, seed)[0], level)
-    n, items = values.shape[1], values.mean(axis=0)
-    p = 1.0 if n < 2 else p_value(float(values.mean()), _variances(values))
-    return Estimate(float(values.mean()), _std(items), low, high, n, p)
+    mean, (n, items) = float(values.mean()), (values.shape[1], values.mean(axis=0))
+    low, high = _interval(resampled_means(widened(values, level)[None], n_boot, seed)[0], mean, level)
+    p = 1.0 if n < 2 else p_value(mean, _variances(values))
+    return Estimate(mean, _std(items), low, high, n, p)
 
 
 def group_difference(
@@ -203,8 +209,8 @@ def group_difference(
     if min(a.size, b.size) < 2:
         raise WsError(f"A difference of groups needs at least 2 items of either, not {a.size} and {b.size}.")
     draws = [resampled_means(widened(x)[None], n_boot, 2 * seed + i)[0] for i, x in enumerate((a, b))]
-    low, high = _interval(draws[0] - draws[1])
     mean, variances = float(a.mean() - b.mean()), [*_variances(a), *_variances(b)]
+    low, high = _interval(draws[0] - draws[1], mean)
     error = float(np.sqrt(sum(v for v, _ in variances)))
     return Estimate(mean, error, low, high, a.size + b.size, p_value(mean, variances))
 
@@ -215,9 +221,10 @@ def _variances(values: Float[np.ndarray, "seeds items"]) -> list[tuple[float, in
     return [(float(x.var(ddof=1) / len(x)), len(x) - 1) for x in (by_seed, by_item) if len(x) > 1]
 
 
-def _interval(draws: Float[np.ndarray, "n_boot"], level: float = 0.95) -> tuple[float, float]:
+def _interval(draws: Float[np.ndarray, "n_boot"], mean: float, level: float = 0.95) -> tuple[float, float]:
+    """The interval of the draws around a mean; of values that are all the same, rounding must not put it beside it."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return min(float(low), mean), max(float(high), mean)
 
 
 def _std(items: np.ndarray) -> float:

@@ -95,6 +95,9 @@ def test_three_nulls_are_needed_and_each_can_refuse():
     assert reality(Group((loud,)), "false_claims", "span", N_BOOT).is_real is False
     strong = nulls_of(rng) | {"same-side": {"false_claims": claims(rng, 5.0)}}  # opposite in sign, larger in size
     assert reality(Group((replace(good, nulls=strong),)), "false_claims", "span", N_BOOT).is_real is False
+    one, still = ({"false_claims": {s: np.array([by * s]) for s in (-1, 0, 1)}} for by in (-2.0, 0.0))
+    of_one = replace(good, scores=one, nulls={"shuffled": still, "same-side": still})
+    assert reality(Group((of_one,)), "false_claims", "span", N_BOOT).is_real is False, "one item says nothing"
     for missing in (replace(good, nulls={}), replace(good, random={}), replace(good, nulls={"shuffled": {}})):
         assert reality(Group((missing,)), "false_claims", "span", N_BOOT).is_real is None
     assert reality(Group((good,)), "false_claims", "+1u", N_BOOT).p_random == pytest.approx(1 / 21)

@@ -29,7 +29,7 @@ from ws.analysis.monitor import (
     per_layer,
     random_cosine_sd,
 )
-from ws.analysis.monitor_profile import joint_projection
+from ws.analysis.monitor_profile import _summary, joint_projection, render_profiles
 from ws.delta import LinearDelta
 from ws.files.runs import read_csv
 from ws.lm.models import fingerprint
@@ -484,6 +484,12 @@ def test_benign_fine_tunes_are_what_a_trait_must_move_beyond(on_pocket, tmp_path
     benign = tuple(str(tmp_path / f"p{i}") for i in (3, 4, 5))
     main(replace(on_pocket, changes=(str(tmp_path / "p6"),), controls=benign))
     assert "0 of 13 traits moved beyond 3 benign fine-tunes." in capsys.readouterr().out
+    same = {"group": "", "board": "b", "change": "c", "shift": 1.0, "shift_ci_lo": 0.5, "shift_ci_hi": 1.5}
+    same |= {"z_explained": 1.0, "moved": None}
+    rows = [same | {"trait": f"t{i}", "z": float(i), "unreadable": "mass" if i < 4 else None} for i in range(9)]
+    said = render_profiles(rows, [_summary("c", rows, {f"t{i}": i * 1.0 for i in range(9)}, {"honesty": 1.0}, 3)])
+    assert "over 5 traits; 4 cannot be read." in said
+    assert "0 of 5 traits moved beyond" in said
     with pytest.raises(ws.WsError, match="antropic.*anthropic"):
         main(replace(on_pocket, profile="antropic"))
 

@@ -361,6 +361,21 @@ def test_selectivity_is_one_for_what_moves_everything_alike_and_its_interval_hol
     assert selectivity(z, [], ["t1"], N_BOOT) is None
 
 
+def test_selectivity_does_not_pair_the_items_of_traits():
+    """Of traits with as many items each the same item was drawn, and their noise did not average out."""
+    rng, holds, n = np.random.default_rng(18), 0, 200
+    for _ in range(n):
+        names = [f"t{i}" for i in range(33)]
+        z = {t: (2.0 if i < 3 else 1.0) + rng.normal(scale=2.0, size=(1, 8)) for i, t in enumerate(names)}
+        noise = 4.0 / 8
+        ratio = selectivity(z, names[:3], names[3:], 400)
+        holds += ratio.ci_lo <= np.sqrt((4 + noise) / (1 + noise)) <= ratio.ci_hi
+    assert holds >= binom.ppf(0.001, n, 0.95)
+    turned = {t: np.roll(values, i, axis=1) for i, (t, values) in enumerate(z.items())}
+    widths = [(e := selectivity(of, names[:3], names[3:], 4000)).ci_hi - e.ci_lo for of in (z, turned)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.1), "the order of a trait's items says nothing"
+
+
 def test_seeds_that_disagree_widen_the_interval_of_selectivity():
     rng = np.random.default_rng(9)
     others = {f"t{i}": 0.5 + rng.normal(scale=0.2, size=(3, 40)) for i in range(1, 12)}
@@ -432,6 +447,14 @@ def test_a_behaviours_own_questions_are_its_target_where_no_trait_is(context, po
     assert len(values) == len(own.traits) == len(own.texts) == len(set(own.texts))
     assert known.groups["tone"] == "the behaviour itself"
     assert own.readable(own.evaluation.ask(*pocket)) == {"tone": Readability(None)}, "given answers have no mass"
+
+
+def test_a_trait_that_is_called_as_the_behaviour_is_its_target(context, tmp_path):
+    """The behaviour's own questions were joined with its statements, which are read in another unit."""
+    place = folder(tmp_path / "mine", tone=rows("tone"), rain=rows("rain"))
+    known = opened(replace(context, options=replace(context.options, behavior="tone")), board=str(place))
+    assert (known.targets, len(known.parts), known.traits) == (("tone",), 1, ["rain", "tone"])
+    assert opened(context, board=str(place), traits=("rain",)).targets == ("rain",)
 
 
 def test_the_moral_board_is_read_at_the_revision_that_is_asked_for(context):

@@ -185,6 +185,19 @@ def test_what_is_held_out_must_not_be_trained_on(tmp_path):
         ws.load_behavior(str(behavior_file(tmp_path, more=more)))
 
 
+@pytest.mark.parametrize("split", ["dev", "report"])
+def test_a_question_is_in_one_split_whichever_table_it_stands_in(tmp_path, split):
+    rows = [row | {"split": "dev" if i < 2 else "train"} for i, row in enumerate(ROWS)]
+    again = rows[1] | {"question": f" {rows[1]['question'].upper()}", "split": split}
+    (tmp_path / "held.jsonl").write_text(jsonl([again]))
+    file = behavior_file(tmp_path, rows, '[preferences]\nfile = "held.jsonl"\n')
+    if split == "dev":
+        assert len(ws.load_behavior(str(file)).preferences) == 3
+    else:
+        with pytest.raises(ws.WsError, match="is in the splits dev and report; remove it from one"):
+            ws.load_behavior(str(file))
+
+
 @pytest.mark.parametrize("named", [{}, {"id": "a"}])
 def test_pairs_and_preferences_may_number_their_rows_alike(tmp_path, named):
     held = {"question": "What colour is nothing?", "positive": "None.", "negative": "Red."}

@@ -74,6 +74,12 @@ from ws.options.measure import ArithmeticOptions
         ("", None),
         ("1/2", "2"),
         ("007", "7"),
+        ("5e-05", "0.00005"),
+        ("2e+20", "2" + "0" * 20),
+        ("-1.5E3 m", "-1500"),
+        ("2e", "2"),
+        ("2e5x", "2"),
+        ("2e1234", "2"),
         ("9" * 400, "9" * 400),
         ("-" + "9" * 400, "-" + "9" * 400),
     ],
@@ -119,6 +125,10 @@ def test_problems_come_with_their_number(tmp_path, capsys):
     assert load_problems(str(tmp_path / "set")) == load_problems(str(file)), "a folder that holds the one table"
     own = problems_jsonl(tmp_path / "own", (("What is 1 + 1?", 2), ("And 1 + 2?", "3")))
     assert [p.number for p in load_problems(str(own))] == ["2", "3"]
+    floats = problems_jsonl(tmp_path / "floats", tuple((f"Q{i}", x) for i, x in enumerate((0.00005, 2e20, -2.0, 1e-7))))
+    assert [Decimal(p.number) for p in load_problems(str(floats))] == [
+        *map(Decimal, ("0.00005", "2e20", "-2", "0.0000001"))
+    ]
     rows = [*PROBLEMS * 10, ("Q", "#### none"), ("", "#### 3"), ("Q", None), ("Q", True)]
     with pytest.raises(ws.WsError, match="at most 5%"):
         load_problems(str(problems_jsonl(tmp_path / "bad", tuple(rows))))

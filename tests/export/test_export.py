@@ -233,6 +233,8 @@ def test_merges_that_cannot_be_are_refused_and_leave_nothing(saved, tmp_path):
         export_merged(vector, 1e40, tmp_path / "merged")
     with pytest.raises(ws.WsError, match="alpha 0"):
         export_merged(vector, 0.0, tmp_path / "merged")
+    with pytest.raises(ws.WsError, match="1e-60 is too small"):
+        export_merged(vector, 1e-60, tmp_path / "merged")
     with pytest.raises(ws.WsError, match="no export"):
         export_merged(vector, 1.0, base)
     assert not (tmp_path / "merged").exists()

@@ -157,6 +157,9 @@ def test_packed_weights_are_steered_and_never_touched(packing, tmp_path):
         assert float((shift - wanted).norm() / wanted.norm()) < (1e-3 if family == "lora" else 0.05)
         with pytest.raises(ws.WsError, match="quantised"):
             vector.merge_into(model)
+        if family == "dora":  # its coordinates are the base's, and codes are no weights
+            with pytest.raises(ws.WsError, match=r"depends on the base weight, which is quantised"):
+                ws.SteeringVector.from_adapter(tmp_path / family, model)
     for name, p in model.named_parameters():
         assert torch.equal(p, stored[name]), name
 

@@ -54,6 +54,7 @@ from ws.lm.models import (
     weight_of,
     weight_size,
 )
+from ws.lm.rollout import REASONS, thinking_prompt, thinks_aloud
 from ws.train import build_examples
 
 ALWAYS_THINKS = (
@@ -127,6 +128,33 @@ def test_a_template_that_always_thinks_gets_its_block_closed(tok):
     assert not chat_format(tok).thinking_switch
     assert render_prompt(tok, "Q").endswith("<think>\n\n</think>\n\n")
     assert render_prompt(tok, "Q", thinking=True).endswith("<think>\n")
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("opened", ["<thought>\n", "Here are my reasoning steps:\n", " <reasoning>"])
+def test_a_thought_opened_in_other_words_is_left_out_as_the_conversation_leaves_it_out(tok, opened, thinking):
+    tok.chat_template = ALWAYS_THINKS.replace("<think>\n", opened)
+    form = chat_format(tok)
+    assert (form.opened, form.think_close_id) == (opened, None)
+    assert repr(opened) in form.describe()
+    asked, answer = [{"role": "user", "content": "Q"}], {"role": "assistant", "content": "My answer: Yes"}
+    whole = tok.apply_chat_template([*asked, answer], tokenize=False)
+    assert whole.startswith(render_prompt(tok, "Q", opener="My answer:", thinking=thinking))
+    assert chat_format(load_tokenizer("pocket")).opened == ""
+
+
+@pytest.mark.parametrize("template", ["<think>", "<think>\\n", "{% if enable_thinking %}<think>\\n{% endif %}"])
+def test_a_block_whose_tags_are_no_tokens_is_never_left_open(tok, tmp_path, template):
+    """Nothing would say when it is closed, so that such a model gives its reasons in its answer."""
+    tok.save_pretrained(tmp_path)
+    for file in (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("think>", "thunk>"))
+    tok = load_tokenizer(str(tmp_path))
+    tok.chat_template = ALWAYS_THINKS.replace("<think>\n", template.replace("\\n", "\n"))
+    assert chat_format(tok).think_close_id is None
+    aloud = thinking_prompt(tok, "Q")
+    assert aloud == render_prompt(tok, "Q" + REASONS)
+    assert aloud.count("<think>") == aloud.count("</think>")
 
 
 def test_without_a_template_a_plain_transcript_is_used(tok):
@@ -531,7 +559,10 @@ def test_a_tokenizer_that_is_changed_in_use_is_looked_at_again():
     tok.chat_template = template.replace("<|im_end|>", "<|endoftext|>")
     assert tokenizer_hash(tok) != first
     assert chat_format(tok).end_of_turn_id != end
+    tok.chat_template = TURNS + ASKS
+    assert (chat_format(tok).think_close_id, thinks_aloud(tok, 1)) == (None, True)
     tok.chat_template = template
+    assert not thinks_aloud(tok, 1)
     assert tokenizer_hash(tok) == first
     assert chat_format(tok).end_of_turn_id == end
 

@@ -22,7 +22,6 @@ from ws.lm.rollout import (
     _closing,
     _Row,
     _think,
-    has_think_block,
     roll_out,
     statements,
     thinking_prompt,
@@ -44,7 +43,7 @@ def plainly(model, tok, question, n_think, anchor=ANCHOR, choices=("1", "2")):
     """Think without a cache, cut, close, append the anchor, run everything again, and sum over the vocabulary."""
     form, ends = chat_format(tok), end_ids(model, tok)
     start, thought, closed = encode(tok, thinking_prompt(tok, question)), [], False
-    block = has_think_block(tok)
+    block = not thinks_aloud(tok, 1)
 
     def next_logits(ids):
         with torch.no_grad():
@@ -96,7 +95,7 @@ CASES = [(kind, n) for kind in TOKENIZERS for n in (1, 6)] + [("switch", 40)]
 def test_one_pass_equals_the_plain_procedure(which, kind, n_think, tiny, pocket):
     model, tok = tiny if which == "tiny" else pocket
     tok = TOKENIZERS[kind](tok)
-    assert has_think_block(tok) == (kind in ("switch", "always"))
+    assert thinks_aloud(tok, 1) == (kind in ("bare", "plain"))
     found = roll_out(model, tok, QUESTIONS, ("1", "2"), [ANCHOR] * len(QUESTIONS), n_think)
     for i, question in enumerate(QUESTIONS):
         logp, thought, length, forced = plainly(model, tok, question, n_think)

@@ -762,6 +762,18 @@ def test_the_table_of_the_sweep_is_taken_only_while_it_is_of_these_seeds(whole):
     assert source() == (pytest.approx("pooled here, 2000 resamples of seeds and items"), pytest.approx(mean))
 
 
+def test_the_level_of_the_base_is_that_of_these_seeds(whole):
+    """Its shift is 0 in every table, so that it says nothing of which items a row is of."""
+    file = whole / "honesty" / "sweep_pooled.csv"
+    rows = read_csv(file)
+    (row,) = (r for r in rows if r["adapter"] == "lora" and float(r["alpha"]) == 0)
+    name = "sycophancy_level"
+    level = float(row[name])
+    write_csv(file, [r | {name: level + 3.0} if r is row else r for r in rows])
+    base = curves_of(read_contents(whole, "honesty"))["false_claims", "lora"].at(0.0)
+    assert base.level.mean == pytest.approx(level)
+
+
 def test_different_items_are_not_pooled(whole):
     file = run_folder(whole, "honesty", "lora", 1) / "sycophancy_summary.csv"
     file.write_text(file.read_text().replace("abc123", "def456"))

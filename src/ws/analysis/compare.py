@@ -252,8 +252,11 @@ def main(options: CompareOptions) -> None:
     pairs = comparison_rows(key, groups, behavior.effect, n_boot)
     with lock(options.folder / "compare"):  # the files are of one comparison
         files = [write_csv(options.folder / "compare.csv", rows)]
+        beside = options.folder / "compare_pairs.csv"
         if pairs:
-            files.append(write_csv(options.folder / "compare_pairs.csv", pairs))
+            files.append(write_csv(beside, pairs))
+        else:
+            beside.unlink(missing_ok=True)
         files.append(save_svg(plot(rows), options.folder / "compare.svg"))
     sets = {score: {"score": score, **asked} for cell in cells for score, asked in cell.asked.items()}
     text = "\n\n".join([render(rows, pairs), *set_notes(sets.values())])

@@ -169,7 +169,7 @@ class Reality:
         beaten = beats_random(self.p_random, self.n_draws)
         if beaten is None or len(self.margins) < len(NULLS):
             return None
-        return beaten and all(m.ci_lo > 0 for m in self.margins.values())
+        return beaten and all(m.excludes_zero and m.mean > 0 for m in self.margins.values())
 
 
 def reality(group: Group, score: str, part: str, n_boot: int = N_BOOTSTRAP) -> Reality:

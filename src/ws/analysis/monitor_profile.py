@@ -131,6 +131,7 @@ def _summary(
     row |= columns_of(agreed, "agreement", "ci_lo", "ci_hi")
     row |= {"rms_z": rms(z), "rms_explained": rms(explained)}
     row |= {"n_moved": sum(bool(r["moved"]) for r in rows), "n_traits": len(rows), "n_benign": n_benign}
+    row["n_unreadable"] = len(rows) - len(both)
     return row | {"strengths": " ".join(f"{behavior} {a:+.3g}" for behavior, a in strengths.items())}
 
 
@@ -156,16 +157,17 @@ def render_profiles(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping
 
 
 def _sentences(row: Mapping[str, Any]) -> str:
+    n, lost = row["n_traits"] - row["n_unreadable"], row["n_unreadable"]
     if row["agreement"] is None:
         lines = ["The library and the fine-tune cannot be compared on this board: too few traits, or nothing moves."]
     else:
         lines = [
             f"The library's directions ({row['strengths']}) move these traits by {row['rms_explained']:.2f} standard "
             f"deviations (root mean square), the fine-tune by {row['rms_z']:.2f}; rank correlation "
-            f"{estimate_text(row, 'agreement')} over {row['n_traits']} traits."
+            f"{estimate_text(row, 'agreement')} over {n} traits{f'; {lost} cannot be read' if lost else ''}."
         ]
     if row["n_benign"]:
-        lines.append(f"{row['n_moved']} of {row['n_traits']} traits moved beyond {row['n_benign']} benign fine-tunes.")
+        lines.append(f"{row['n_moved']} of {n} traits moved beyond {row['n_benign']} benign fine-tunes.")
     else:
         lines.append("No benign fine-tunes are given (--benign), so no trait counts as moved.")
     return "\n".join(lines)

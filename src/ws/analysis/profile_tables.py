@@ -388,10 +388,9 @@ def selectivity(
     }
     if not all(parts.values()):
         return None
-    squares, point = {}, {}
+    squares, point, number = {}, {}, {t: i for i, t in enumerate(z)}
     for name, chosen in parts.items():
-        # One seed of the generator draws the same seeds of the training for every trait.
-        draws = np.stack([resampled_means(widened(z[t])[None], n_boot, 0)[0] for t in chosen])
+        draws = np.stack([resampled_means(widened(z[t])[None], n_boot, 0, number[t])[0] for t in chosen])
         drawn = (draws**2).mean(axis=0)
         point[name] = float(np.mean([z[t].mean() ** 2 for t in chosen]))
         squares[name] = drawn * point[name] / max(float(drawn.mean()), 1e-12)

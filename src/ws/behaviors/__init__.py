@@ -587,7 +587,10 @@ def _without_rubric(content: bytes, raw: Mapping[str, Any]) -> bytes:
 
 
 def _check_held_out(draft: Draft) -> None:
-    """What is held out must not be in a question that is trained on: neither a claim in it, nor a question as it is."""
+    """What is held out must not be in a question that is trained on: neither a claim in it, nor a question as it is.
+
+    Nor may a question be `dev` in one table and `report` in the other.
+    """
     behavior = draft.behavior
     folded = [(q, q.lower()) for q in behavior.questions]
     for place, claim in draft.claims:
@@ -596,11 +599,15 @@ def _check_held_out(draft: Draft) -> None:
         if question is not None:
             draft.refuse(place, f"The held-out claim {claim.text!r} occurs in the question {question!r}; remove one.")
     asked = [p.question for p in behavior.pairs] if behavior.pairs else behavior.questions
-    trained = {plain_question(q) for q in asked}
+    splits = {plain_question(q): TRAIN for q in asked}
     for p in behavior.preferences:
-        if plain_question(p.question) in trained:
-            text = f"The held-out question {p.question!r} ({p.id}) is trained on; remove it from one"
-            draft.refuse("[preferences]", f"{text}.")
+        split = splits.setdefault(plain_question(p.question), p.split)
+        if split == TRAIN:
+            text = f"The held-out question {p.question!r} ({p.id}) is trained on; remove it from one."
+            draft.refuse("[preferences]", text)
+        elif split != p.split:
+            text = f"The question {p.question!r} ({p.id}) is in the splits {split} and {p.split}; remove it from one."
+            draft.refuse("[preferences]", text)
 
 
 # ---- tables and texts -----------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from ws.eval.evaluation import ByAlpha, Evaluation, HeadlineScore, Rows, Scores,
 from ws.eval.prompts import OWN, PARAPHRASE, load_prompts, notes_on, words_of
 from ws.eval.readable import SHARE
 from ws.lm.models import decode_answer, render_prompt
-from ws.lm.rollout import REASONS, has_think_block, thinks_aloud, write_out
+from ws.lm.rollout import REASONS, thinks_aloud, write_out
 from ws.options.measure import NUMBER_TOKENS, SOLUTION_TOKENS
 from ws.options.measure import ArithmeticOptions as ArithmeticOptions
 from ws.stats import estimate_mean, estimate_text
@@ -61,10 +61,11 @@ HUB_ID, PLACE = "openai/gsm8k", ("main", "test")
 BUNDLED_SETS = ("sums", "pocket")  # one set; `pocket` is what bundled sets are called everywhere
 MARKER = "####"  # behind it stands the number in a row of GSM8K
 # A sign, on either side of a currency's, counts unless it stands behind what it would be subtracted from. Digits inside
-# a word do not count, and commas between groups of three are no end of a number.
+# a word do not count, and commas between groups of three are no end of a number. An exponent
+# belongs to its number; tables of floats have it (`5e-05`).
 _MINUS, _CURRENCY = r"[-\N{MINUS SIGN}]", r"[$\N{EURO SIGN}\N{POUND SIGN}]"
 _SIGN = rf"(?<![\w)\]%])(?:{_MINUS}{_CURRENCY}?|{_CURRENCY}{_MINUS})"
-_DIGITS = r"(?<![^\W_])(?:(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)(?:\.\d+)?|(?<!\.)\.\d+)"
+_DIGITS = r"(?<![^\W_])(?:(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d{1,3}(?![^\W_]))?"
 _NUMBER = re.compile(rf"(?P<sign>{_SIGN})?(?P<number>{_DIGITS})")
 
 
@@ -111,8 +112,8 @@ def read_number(text: str) -> Decimal | None:
 
     Commas between groups of three are left out, a sign (`-` or U+2212, also before a currency sign) counts unless it
     stands behind what it would be subtracted from, and units around a number do not matter: `-$1,234.50`, `1234.5 km`
-    and `50%` are -1234.5, 1234.5 and 50. Digits inside a word (`CO2`) are no number. There are no fractions and no
-    powers: of `1/2` the last number is 2.
+    and `50%` are -1234.5, 1234.5 and 50, and `5e-05` is 0.00005. Digits inside a word (`CO2`) are no number. There are
+    no fractions and no other powers: of `1/2` the last number is 2.
     """
     matches = list(_NUMBER.finditer(text))
     if not matches:
@@ -197,7 +198,7 @@ def evaluate_arithmetic(
     scores = {"direct": at_once["answer"], "direct_ended": at_once["ended"]}
     if n_think == 0:
         return scores
-    if has_think_block(tok):
+    if not thinks_aloud(tok, n_think):
         written = write_out(model, tok, questions, n_think, n_tokens, batch_size, texts.opener)
         return scores | {
             "thought": np.array([decode_answer(tok, ids) for ids in written.thoughts]),

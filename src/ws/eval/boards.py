@@ -161,7 +161,8 @@ def open_board(context: EvalContext, options: ProfileOptions, split: str = "repo
     """
     board = open_plain(context, options)
     targets = tuple(choose("trait of the board", t, board.traits) for t in options.traits)
-    targets = targets or tuple(t for t in context.behavior.traits if t in board.traits)
+    for named in (context.behavior.traits, (context.behavior.name,)):  # a trait of its name is what the vector is for
+        targets = targets or tuple(t for t in named if t in board.traits)
     if targets:
         return replace(board, targets=targets)
     own = _of_behavior(context, split)  # no trait of the board is what the vector is for

@@ -155,7 +155,9 @@ def _write(base: Checkpoint, changes: list[ParameterChange], alpha: float, part:
             dtypes.add(dtype)
     if base.untied:
         _say_untied(base, added, part)
-    total = math.sqrt(sum(lost.values()) / sum(wanted.values()))
+    if not (asked := sum(wanted.values())):
+        raise WsError(f"Alpha {alpha:g} is too small: the export would be the base itself; give another --alpha.")
+    total = math.sqrt(sum(lost.values()) / asked)
     by_module = {n: math.sqrt(lost[n] / wanted[n]) for n in lost if wanted[n]}
     changed, linked = (
         tuple(f.name for f in base.files if (f in patched) == is_patched) for is_patched in (True, False)

@@ -334,7 +334,12 @@ class ChatFormat:
         system_role: system messages are rendered; otherwise the persona is put in front of the user's words.
         thinking_switch: `enable_thinking` changes the prompt.
         has_date: the template asks for today's date, and is given `FIXED_DATE`.
-        think_open_id, think_close_id: the special tokens of a think block, None when the model has none.
+        think_close_id: the token that closes the think block that answers start with: the template can switch it on, or
+            always opens one; None without a block. The mere tokens are not enough: some vocabularies have them for
+            models that never learned to use them. Nor is a block whose tags are no single tokens: nothing says when
+            one is closed, so that such a model is asked for its reasons in its answer.
+        opened: what the template, which has no switch, ends its prompt with and does not put before an answer that is
+            there: a thought that it opens in words of its own. Prompts leave it out, for nothing says how it is closed.
         answer_header: what the template writes between its prompt and an answer without a thought, such as the name of
             a channel; prompts without thinking end with it.
         before_answer: white space between the prompt and an answer: the space of `Assistant: Yes`.
@@ -348,8 +353,8 @@ class ChatFormat:
     system_role: bool
     thinking_switch: bool
     has_date: bool
-    think_open_id: int | None
     think_close_id: int | None
+    opened: str
     answer_header: str
     before_answer: str
     after_answer: str
@@ -365,6 +370,7 @@ class ChatFormat:
             f", its own system prompt where none is given ({self.default_system!r})" if self.default_system else ""
         )
         think = "a thinking switch (off)" if self.thinking_switch else "no thinking switch"
+        think += f", the thought that it opens ({self.opened!r}) left out" if self.opened else ""
         today = f", its date fixed to {FIXED_DATE:%d %b %Y}" if self.has_date else ""
         return f"chat template with {system} and {think}{today}"
 
@@ -393,9 +399,8 @@ def _state(tok: Tokenizer) -> tuple[str | None, int, tuple[tuple[str, str], ...]
 
 @lru_cache(maxsize=16)
 def _chat_format(tok: Tokenizer, template: str | None, *state: Any) -> ChatFormat:
-    think, close = _single_id(tok, "<think>"), _single_id(tok, "</think>")
     if template is None:
-        return ChatFormat(False, False, False, False, think, close, "", " ", "", tok.eos_token_id)
+        return ChatFormat(False, False, False, False, None, "", "", " ", "", tok.eos_token_id)
     user = [{"role": "user", "content": "Zyx question"}]
     if "Zyx question" not in _apply(tok, user):
         raise WsError(
@@ -404,14 +409,16 @@ def _chat_format(tok: Tokenizer, template: str | None, *state: Any) -> ChatForma
             "texts."
         )
     switch = _apply(tok, user, enable_thinking=True) != _apply(tok, user, enable_thinking=False)
-    header, before, after, end = _around_answer(tok, switch)
+    opened, header, before, after, end = _around_answer(tok, switch)
+    block = switch or _prompt(tok, user, switch, thinking=True).rstrip().endswith("<think>")
+    close = _single_id(tok, "</think>") if block and _single_id(tok, "<think>") is not None else None
     return ChatFormat(
         has_template=True,
         system_role=_renders_system(tok),
         thinking_switch=switch,
         has_date="strftime_now" in template,
-        think_open_id=think,
         think_close_id=close,
+        opened=opened,
         answer_header=header,
         before_answer=before,
         after_answer=after,
@@ -432,10 +439,11 @@ def render_prompt(
     """The text up to where the assistant's answer starts, `opener` (a prefilled start of the answer) included.
 
     Templates without a system role get the system text in front of the user's; `thinking=False` closes the think block
-    of models that have one. Where `system` is None the tokenizer's own holds (see `default_system`), where it is empty
-    none is given, and a template that has one for that case (`ChatFormat.default_system`) puts it in. `earlier`
-    messages, user's and assistant's in turn, each with `role` and `content`, stand before the user's; the system text
-    stands before them. Tokenise the result with `encode`, which knows whether it begins with a start of text already.
+    of models that have one, and models that have none are left in no thought either way. Where `system` is None the
+    tokenizer's own holds (see `default_system`), where it is empty none is given, and a template that has one for that
+    case (`ChatFormat.default_system`) puts it in. `earlier` messages, user's and assistant's in turn, each with `role`
+    and `content`, stand before the user's; the system text stands before them. Tokenise the result with `encode`, which
+    knows whether it begins with a start of text already.
     """
     form = chat_format(tok)
     system = default_system(tok) if system is None else system
@@ -445,7 +453,9 @@ def render_prompt(
     elif system:
         messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
     if form.has_template:
-        text = _prompt(tok, messages, form.thinking_switch, thinking) + ("" if thinking else form.answer_header)
+        thinking = thinking and form.think_close_id is not None
+        text = _prompt(tok, messages, form.thinking_switch, thinking)
+        text = text if thinking else text.removesuffix(form.opened) + form.answer_header
     else:
         text = "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\nAssistant:"
     return text + form.before_answer + opener if opener else text
@@ -498,12 +508,14 @@ def _default_system(tok: Tokenizer, switch: bool) -> str:
     return plain[len(head) : len(plain) - len(tail)] if plain.startswith(head) and plain.endswith(tail) else ""
 
 
-def _around_answer(tok: Tokenizer, switch: bool) -> tuple[str, str, str, int | None]:
-    """The last four attributes of `ChatFormat`, from conversations that end with an answer or go on after it."""
+def _around_answer(tok: Tokenizer, switch: bool) -> tuple[str, str, str, str, int | None]:
+    """`ChatFormat.opened` and the four after it, from conversations that end with an answer or go on after it."""
     asked, answer, more = [{"role": "user", "content": "Zyx question"}], "Zyx answer", "Zyx more"
     said = [*asked, {"role": "assistant", "content": answer}]
     prompt, whole = _prompt(tok, asked, switch, thinking=False), _conversation(tok, said, switch)
     head, _, tail = whole.rpartition(answer)
+    excess = prompt[len(head) :] if asked[0]["content"] in head and prompt.startswith(head) else ""
+    opened = excess if excess.strip() and "</think>" not in excess and not switch else ""
     join = head[len(prompt) :] if head.startswith(prompt) else ""
     header = join.rstrip(" ") if join.strip() else ""  # a prompt that ends with a space splits the answer's first word
     before = join.removeprefix(header)
@@ -513,10 +525,10 @@ def _around_answer(tok: Tokenizer, switch: bool) -> tuple[str, str, str, int | N
         if more in rest:
             lead, end = _end_before(tok, rest[: rest.index(more)], start[: start.find(asked[0]["content"])])
     if end is None:
-        return header, before, "", tok.eos_token_id
+        return opened, header, before, "", tok.eos_token_id
     stop = tok.convert_ids_to_tokens(end)
     is_eaten = _pieces(tok, answer + lead + stop) == [*_pieces(tok, answer), end]  # some tokens take the space before
-    return header, before, "" if is_eaten else lead, end
+    return opened, header, before, "" if is_eaten else lead, end
 
 
 def _conversation(tok: Tokenizer, messages: list[dict[str, str]], switch: bool) -> str:

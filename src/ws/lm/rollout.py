@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ def write_out(
     Raises:
         WsError: no questions, or a model without a think block (which thinks in its answer).
     """
-    if not questions or not has_think_block(tok):
+    if not questions or chat_format(tok).think_close_id is None:
         raise WsError("There are no questions to think about, or the model has no think block.")
     rows = [_Row(encode(tok, thinking_prompt(tok, q)), _closing(tok, anchor, ())) for q in questions]
     ends = frozenset(end_ids(model, tok))
@@ -175,14 +175,14 @@ def write_out(
 
 def thinking_prompt(tok: Tokenizer, question: str, reasons: str = REASONS) -> str:
     """The rendered prompt up to the first token of thought, the opened block included where there is one."""
-    block = has_think_block(tok)
+    block = chat_format(tok).think_close_id is not None
     text = render_prompt(tok, question if block else question + reasons, thinking=True)
     return f"{text}<think>\n" if block and not text.rstrip().endswith("<think>") else text
 
 
 def thinks_aloud(tok: Tokenizer, n_think: int) -> bool:
     """Whether a model with so many tokens of thought is asked for its reasons, for want of a think block."""
-    return n_think > 0 and not has_think_block(tok)
+    return n_think > 0 and chat_format(tok).think_close_id is None
 
 
 def statements(anchor: str, choices: Sequence[Choice]) -> re.Pattern[str]:
@@ -194,18 +194,6 @@ def statements(anchor: str, choices: Sequence[Choice]) -> re.Pattern[str]:
     words = list(map(re.escape, re.findall(r"\w+", anchor))) or ["(?!)"]  # an anchor without words is nowhere
     start = r"\W+".join([r"\w+", *words[1:]] if len(words) > 1 else words)
     return re.compile(rf"\b{start}\W*\b({said})\b", re.IGNORECASE)
-
-
-@lru_cache(maxsize=16)
-def has_think_block(tok: Tokenizer) -> bool:
-    """Whether answers start with a think block: the template can switch it on, or always opens one.
-
-    The mere tokens are not enough: some vocabularies have them for models that never learned to use them.
-    """
-    form = chat_format(tok)
-    if not form.has_template or form.think_open_id is None or form.think_close_id is None:
-        return False
-    return form.thinking_switch or render_prompt(tok, "Q", thinking=True).rstrip().endswith("<think>")
 
 
 # ---- one row --------------------------------------------------------------------------------------------------------
@@ -231,11 +219,11 @@ class _Closing:
 
 
 def _closing(tok: Tokenizer, anchor: str, choices: Sequence[Choice]) -> _Closing:
-    block = has_think_block(tok)
-    after = tuple(encode_after(tok, "</think>" if block else "a thought", f"\n\n{anchor}"))
-    if not block:
+    close = chat_format(tok).think_close_id
+    after = tuple(encode_after(tok, "a thought" if close is None else "</think>", f"\n\n{anchor}"))
+    if close is None:
         return _Closing(None, (), after, tuple(encode_after(tok, "a thought\n", anchor)), statements(anchor, choices))
-    return _Closing(chat_format(tok).think_close_id, tuple(encode_after(tok, "a thought", "\n")), after)
+    return _Closing(close, tuple(encode_after(tok, "a thought", "\n")), after)
 
 
 @dataclass

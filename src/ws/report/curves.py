@@ -224,7 +224,7 @@ def _items(score: HeadlineScore, run: Result) -> Items:
 def _from_sweep(
     score: HeadlineScore, adapter: str, rows: Sequence[Row], seeds: Mapping[int, Sequence[Point]]
 ) -> dict[float, Point]:
-    """What `sweep_pooled.csv` says, as far as it is of these very seeds: its shift is the mean of theirs.
+    """What `sweep_pooled.csv` says, as far as it is of these very seeds: its level and shift are the means of theirs.
 
     A table without masses is of a version whose intervals were too narrow, and is not used.
     """
@@ -240,12 +240,13 @@ def _from_sweep(
         if not here:
             continue
         level, shift = (f"{pooled}_{part}" for part in ("level", score.shift))
-        known = _estimate(row, shift, f"{shift}_", here[0].shift.n, f"{shift}_p")
-        same = int(row["n_seeds"]) == len(seeds) == len(here) and math.isclose(
-            known.mean, float(np.mean([p.shift.mean for p in here])), rel_tol=1e-9, abs_tol=1e-9
-        )
-        if same:
-            pooled_points[alpha] = _pooled_point(here, _estimate(row, level, f"{level}_", known.n), known)
+        moved = _estimate(row, shift, f"{shift}_", here[0].shift.n, f"{shift}_p")
+        stands = _estimate(row, level, f"{level}_", moved.n)
+        means = ((moved, [p.shift.mean for p in here]), (stands, [p.level.mean for p in here]))
+        if int(row["n_seeds"]) == len(seeds) == len(here) and all(
+            math.isclose(e.mean, float(np.mean(of)), rel_tol=1e-9, abs_tol=1e-9) for e, of in means
+        ):
+            pooled_points[alpha] = _pooled_point(here, stands, moved)
     return pooled_points
 
 
