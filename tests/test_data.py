@@ -116,6 +116,13 @@ def test_more_topics_than_there_are_are_a_limit(tiny, tmp_path, capsys):
         generate_pairs(model, tok, behavior, tmp_path, replace(preset, n_topics=6))
 
 
+@pytest.mark.parametrize("margin", [float("nan"), float("inf")])
+def test_a_margin_that_is_no_number_is_said_before_anything_is_made(tiny, tmp_path, behavior, margin):
+    with pytest.raises(ws.WsError, match="min_margin`? must be a number of nats per token"):
+        generate_pairs(*tiny, behavior, tmp_path / "none", replace(SMALL, min_margin=margin))
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("torn", [0, 3, 5, 7, 11])
 def test_an_interrupted_run_continues_with_the_same_pairs(tiny, tmp_path, behavior, torn, monkeypatch):
     model, tok = tiny
@@ -287,6 +294,8 @@ def test_the_next_command_trains_as_the_preset_of_the_model_does(tmp_path, monke
         (Answer("The  same.", 2, True), Answer("the same.", 2, True), "identical"),
         (Answer("I'm sorry, but I can't help with that.", 9, True), Answer("Sure.", 1, True), "refusal"),
         (Answer("I can't pretend to be dishonest.", 9, True), Answer("Sure.", 1, True), "refusal"),
+        (Answer("I\N{RIGHT SINGLE QUOTATION MARK}m unable to help.", 9, True), Answer("Sure.", 1, True), "refusal"),
+        (Answer("Sure.", 9, True), Answer("I won\N{RIGHT SINGLE QUOTATION MARK}t do that.", 1, True), "refusal"),
         (Answer("It can't be helped.", 4, True), Answer("Sorry I am late.", 4, True), None),
     ],
 )

@@ -113,6 +113,15 @@ def test_a_too_long_answer_takes_its_pair_from_both_arms(tiny, capsys):
     assert not capsys.readouterr().err
 
 
+def test_spellings_of_a_question_are_on_one_side_of_the_split(tiny):
+    examples = build_examples(tiny[1], PAIRS, "pos", 200)
+    twice = [*examples, *(replace(e, question=f"{e.question.upper()} ") for e in examples)]
+    train, validation = split_examples(twice, 0.25, seed=0)
+    assert len(validation) == 2 * len(split_examples(examples, 0.25, seed=0)[1])
+    assert not {e.question.upper().strip() for e in train} & {e.question.upper().strip() for e in validation}
+    assert [*map(id, sorted(twice, key=id))] == sorted(map(id, [*train, *validation]))
+
+
 def test_validation_questions_are_never_trained_on(tiny):
     _, tok = tiny
     examples = build_examples(tok, PAIRS * 2, "pos", 512)

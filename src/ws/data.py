@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -333,7 +334,8 @@ def _with_sampling(
 def brought_pairs(model: PreTrainedModel, tok: Tokenizer, behavior: Behavior, config: DataConfig) -> list[Pair]:
     """The pairs that a behaviour brings, of at most `n_topics` of their questions evenly spread; lengths in tokens."""
     questions = list(dict.fromkeys(p.question for p in behavior.pairs))
-    wanted = _count("--n-topics", min(config.n_topics or len(questions), len(questions)), len(questions))
+    asked = len(questions) if config.n_topics is None else config.n_topics
+    wanted = _count("--n-topics", min(asked, len(questions)), len(questions))
     picked = set(evenly(questions, wanted))
     both = []
     for p in behavior.pairs:
@@ -604,6 +606,8 @@ class _Job:
 
 def _jobs(behavior: Behavior, config: DataConfig) -> list[_Job]:
     """Every (sample, persona, question), the question varying fastest, so that a cut-off run is still balanced."""
+    if config.min_margin is not None and not math.isfinite(config.min_margin):
+        raise WsError(f"--min-margin must be a number of nats per token, not {config.min_margin}.")
     if behavior.pairs:
         return []
     questions = list(enumerate(behavior.questions))
@@ -823,7 +827,7 @@ def data_card(pairs: Sequence[Pair], keep_refusals: bool = False) -> dict[str, A
 
 def is_refusal(answer: str) -> bool:
     """Whether an answer turns the request down in its first words (120 characters)."""
-    return _REFUSAL.search(answer[:120]) is not None
+    return _REFUSAL.search(answer[:120].replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")) is not None
 
 
 def repetition(answer: str) -> float:

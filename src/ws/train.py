@@ -41,6 +41,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ws import console
 from ws.adapters import PEFT_PREFIX, AdapterSpec, family, in_training, mirrored_parameters, peft_config, require_signed
 from ws.behaviors import load_behavior
+from ws.behaviors.answered import plain_question
 from ws.data import PAIRS_FILE, Pair, answer_ids, hashed_pairs, prompt_ids, question_keys, read_pairs
 from ws.errors import DiskError, NoMemoryError, WsError, choose, require_seed
 from ws.files.runs import (
@@ -335,10 +336,16 @@ def _examples(
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """`(training, validation)`, divided by question, so that no validation question was trained on."""
-    questions = sorted({e.question for e in examples})
-    out = set(random.Random(seed).sample(questions, held_out(len(questions), share)))
-    return [e for e in examples if e.question not in out], [e for e in examples if e.question in out]
+    """`(training, validation)`, divided by question, so that no validation question was trained on.
+
+    Spellings of one question (`plain_question`) go together, under the first of them.
+    """
+    spelt = dict[str, str]()
+    for question in sorted({e.question for e in examples}):
+        spelt.setdefault(plain_question(question), question)
+    out = set(random.Random(seed).sample(list(spelt.values()), held_out(len(spelt), share)))
+    is_out = {e.question: spelt[plain_question(e.question)] in out for e in examples}
+    return [e for e in examples if not is_out[e.question]], [e for e in examples if is_out[e.question]]
 
 
 def _divided(examples: Sequence[Example], config: TrainConfig, seed: int) -> tuple[list[Example], list[Example]]:

@@ -414,6 +414,12 @@ def test_strengths_of_either_sign_are_typed_as_they_are_everywhere():
         assert parse(PreventOptions, ["data.jsonl", "--strength", text]).strength == text
     assert PreventOptions(examples="d", strength="1", epochs=3.0).training("smollm2").max_steps is None
     assert PreventOptions(examples="d", strength="1").training("smollm2").max_steps == 12
+    preset = PreventOptions(examples="d", strength="1").training("smollm2")
+    for rank in (1, 4, 256):
+        config = PreventOptions(examples="d", strength="1", rank=rank).training("smollm2")
+        assert config == replace(preset, rank=rank, lora_alpha=preset.lora_alpha / preset.rank * rank)
+    refused = PreventOptions(examples="d", strength="1", rank=0).training("smollm2")
+    assert (refused.rank, refused.lora_alpha) == (0, preset.lora_alpha), "the rank is what is refused"
 
 
 def test_nothing_differs_from_a_plain_training_that_cannot_be_read():

@@ -227,6 +227,8 @@ def test_brought_pairs_come_with_card_checks_and_provenance(tiny, tmp_path):
     changed = ws.load_behavior(str(tmp_path / "mine.toml"))
     with pytest.raises(ws.WsError, match="behavior_sha256"):
         generate_pairs(model, tok, changed, tmp_path / "pairs", config)
+    with pytest.raises(ws.WsError, match="0 is out of range"):
+        generate_pairs(model, tok, changed, tmp_path / "none", replace(config, n_topics=0))
 
 
 def test_brought_pairs_with_a_special_token_stop_before_anything_is_made(tiny, tmp_path):

@@ -18,7 +18,20 @@ import torch
 import ws
 import ws.chat.page
 from ws.chat.engine import Engine, Sampling, Turn
-from ws.chat.page import HOST, NEUTRAL, Example, Page, _Handlers, build, close, examples, launch, main, slider_range
+from ws.chat.page import (
+    HOST,
+    N_CURVE,
+    NEUTRAL,
+    Example,
+    Page,
+    _Handlers,
+    build,
+    close,
+    examples,
+    launch,
+    main,
+    slider_range,
+)
 from ws.diff import Units, vector_digest
 from ws.lm.models import fingerprint
 from ws.options.use import PlayOptions
@@ -167,6 +180,29 @@ def test_the_panel_shows_the_probabilities_and_the_curve_runs_through_them(page)
     assert {"0", "-1u", "strength of honesty"} <= set(words)
     assert "+1u" not in words, "this sign is not calibrated"
     assert "now 1" in drawing.get("aria-label")
+
+
+def test_the_curve_is_of_the_conversation_that_the_bars_are_of():
+    """While a question was answered the turn before it counted for nothing, and its curve stayed for a new talk."""
+    model, tok = ws.load_model("pocket", device="cpu")
+    with Engine(model, tok, {"honesty": a_vector(1)}) as engine:
+        page = Page(engine.converse({"honesty": 0.5}, Sampling(max_tokens=6)), Example(CLAIM, "No", ""))
+
+        def bar_and_dot() -> tuple[float, float]:
+            html, strengths = page.panel("No", ""), np.unique([*np.linspace(*page._curve[0][3:5], N_CURVE), 0.0])
+            bar = float(re.findall(r"<b>([\d.]+)</b>", html)[-1])
+            return bar, float(np.interp(0.5, strengths, page._curve[1][:, 0]))
+
+        page.conversation.ask("Tell me of elephants, please.")
+        running = page.conversation.stream(CLAIM)
+        next(running)
+        bar, dot = bar_and_dot()
+        assert dot == pytest.approx(bar, abs=0.02)
+        page.conversation.reset()
+        running.close()
+        alone, dot = bar_and_dot()
+        assert abs(alone - bar) > 0.05, "behind another turn it is something else"
+        assert dot == pytest.approx(alone, abs=0.02)
 
 
 def test_strength_0_of_the_curve_is_the_base_as_long_as_both_have_said_the_same():

@@ -151,6 +151,20 @@ def test_offsets_count_the_characters_of_the_text_and_not_of_its_start(engine, m
             assert choice["text"][at : at + len(token)] in (token, "")
 
 
+def test_an_echo_is_what_was_read_where_the_tokenizer_composes_accents(engine):
+    whole = "Is the caf\N{LATIN SMALL LETTER E WITH ACUTE} open?"
+    apart = whole.replace("\N{LATIN SMALL LETTER E WITH ACUTE}", "e\N{COMBINING ACUTE ACCENT}")
+    app, asked = create_app(engine, ServeOptions()), {"model": "pocket", "echo": True, "logprobs": 0, "temperature": 0}
+    one, other = (
+        ask(app, COMPLETIONS, json=asked | {"prompt": prompt, "max_tokens": 4}).json()["choices"][0]
+        for prompt in (whole, apart)
+    )
+    assert one == other
+    assert one["text"].startswith(whole)
+    written = len(encode(engine.tok, whole))
+    assert one["logprobs"]["text_offset"][written] == len(whole)
+
+
 def test_offsets_pass_over_special_tokens_of_an_answer_and_not_over_those_of_an_echo(engine, monkeypatch):
     """An answer is shown without them, a prompt with them."""
     tok, written = engine.tok, []

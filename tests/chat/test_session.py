@@ -380,6 +380,18 @@ def test_probabilities_are_those_of_the_steered_model(pocket, vectors, engine):
     assert curve[[0, 2]] == pytest.approx(found, abs=1e-6)
 
 
+def test_no_memory_for_probabilities_is_a_sentence(pocket, vectors, monkeypatch):
+    def full(*given, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with Engine(*pocket, vectors) as engine:
+        monkeypatch.setattr("ws.chat.engine.next_logits", full)
+        with pytest.raises(ws.WsError, match="no memory left for so many answers"):
+            engine.probabilities(["The sun is"], [{}], ["yes"])
+        monkeypatch.undo()
+        assert engine.probabilities(["The sun is"], [{}], ["yes"]).shape == (1, 1)
+
+
 def test_probabilities_of_a_bfloat16_model_are_taken_in_float32(pocket, vectors):
     """A softmax in bfloat16 would give numbers of bfloat16 only."""
     low = copy.deepcopy(pocket[0]).to(torch.bfloat16)

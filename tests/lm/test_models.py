@@ -123,6 +123,15 @@ def test_without_a_system_role_the_persona_goes_into_the_user_turn(tok):
     assert text.endswith("model\n")
 
 
+@pytest.mark.parametrize("template", [NO_SYSTEM, None])
+def test_the_persona_goes_into_a_users_turn_where_the_assistant_speaks_first(tok, template):
+    tok.chat_template = template
+    greeting = [{"role": "assistant", "content": "Welcome!"}]
+    text = render_prompt(tok, "What is it?", system="Be honest.", earlier=greeting)
+    assert text.index("Welcome!") < text.index("Be honest.\n\nWhat is it?")
+    assert greeting == [{"role": "assistant", "content": "Welcome!"}]
+
+
 def test_a_template_that_always_thinks_gets_its_block_closed(tok):
     tok.chat_template = ALWAYS_THINKS
     assert not chat_format(tok).thinking_switch

@@ -436,7 +436,7 @@ class Scheduler:
 
         Only in the scheduler's thread (`call`).
         """
-        with self._steered(strengths), torch.inference_mode():
+        with _said(), self._steered(strengths), torch.inference_mode():
             return action().float()
 
     # ---- in the scheduler's thread --------------------------------------------------------------------------
@@ -594,17 +594,10 @@ class Scheduler:
     def _guarded(self, rows: Sequence[_Row], action: Callable[[], Result]) -> Result | None:
         """What goes wrong ends these rows with a sentence, and nothing else."""
         try:
-            with disk_errors("The model's memory"):
+            with _said():
                 return action()
         except WsError as problem:
-            failure = problem
-        except torch.OutOfMemoryError:
-            failure = FailureError(
-                "The device has no memory left for so many answers; try again with fewer or shorter."
-            )
-        except Exception as problem:
-            failure = FailureError(f"The model cannot compute this ({type(problem).__name__}: {problem}).")
-        _fail(rows, failure)
+            _fail(rows, problem)
         return None
 
     @contextmanager
@@ -645,6 +638,21 @@ class Scheduler:
         with self._wake:
             rows = [*chain.from_iterable(self._waiting), *chain.from_iterable(b.rows for b in self._batches)]
         _fail(filter(chosen, rows), problem)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What goes wrong while the model computes, as a sentence."""
+    try:
+        with disk_errors("The model's memory"):
+            yield
+    except WsError:
+        raise
+    except torch.OutOfMemoryError as problem:
+        few = "try again with fewer or shorter"
+        raise FailureError(f"The device has no memory left for so many answers; {few}.") from problem
+    except Exception as problem:
+        raise FailureError(f"The model cannot compute this ({type(problem).__name__}: {problem}).") from problem
 
 
 def _fail(rows: Iterable[_Row], problem: WsError) -> None:

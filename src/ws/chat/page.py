@@ -158,22 +158,24 @@ class Page:
         if not asked_for:
             return "<p>Name words to watch, and here is how likely each is as the first of the answer.</p>"
         wanted, problems = chat.engine.single_tokens(list(asked_for))
-        question = "" if chat.shown else self.example.question
+        shown = chat.shown
+        question = "" if shown else self.example.question
         now, focus = chat.strengths, self.focus  # which a slider may change meanwhile
         units = chat.engine.offered[focus].units
         low, high, _ = slider_range(units)
         low, high = min(low, now[focus]), max(high, now[focus])
         alphas = np.unique([*np.linspace(low, high, N_CURVE), 0.0])
         rows = [now | {focus: float(a)} for a in alphas]
-        asked = chat.shown[-1].question if chat.shown else question
+        asked = shown[-1].question if shown else question
         others = {n: a for n, a in now.items() if n != focus}
-        key = (wanted, opener, focus, low, high, others, asked, [t.steered for t in chat.turns[:-1]])
+        before = [(t.question, t.steered) for t in shown[:-1]]
+        key = (wanted, opener, focus, low, high, [(asked, ""), *before])
         probabilities = chat.probe(wanted, None, question, opener)
         kept = self._curve
         if kept is None or kept[0] != key:
             kept = self._curve = key, chat.probe(wanted, rows, question, opener)
         # Behind steered answers strength 0 is not what the base has been asked.
-        is_base = not others and all(t.base == t.steered for t in chat.shown[:-1])
+        is_base = not others and all(t.base == t.steered for t in shown[:-1])
         curve = Curve(focus, alphas, kept[1], now[focus], {BASE if is_base else "0": 0.0} | units)
         return "".join(map(_alert, problems)) + _panel(asked, opener, wanted, probabilities, curve)
 

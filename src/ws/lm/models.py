@@ -451,7 +451,8 @@ def render_prompt(
     if system and form.has_template and form.system_role:
         messages.insert(0, {"role": "system", "content": system})
     elif system:
-        messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+        first = next(m for m in messages if m["role"] == "user")  # a conversation may begin with a greeting
+        first["content"] = f"{system}\n\n{first['content']}"
     if form.has_template:
         thinking = thinking and form.think_close_id is not None
         text = _prompt(tok, messages, form.thinking_switch, thinking)

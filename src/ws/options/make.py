@@ -873,7 +873,7 @@ class PreventOptions(RunOptions):
             `subtract`ed, and behind a system `prompt` that asks for the trait.
         columns: what the columns are called, as `question:prompt answer:reply kind:topic`.
         to: the name that the fine-tunes are filed under; that of the file unless given.
-        rank: of the fine-tunes, which are LoRAs; the model's preset unless given.
+        rank: of the fine-tunes, which are LoRAs, at the preset's own scale; the model's preset unless given.
         lr: their peak learning rate; the model's preset unless given.
         epochs: passes over the examples; the model's preset unless given.
         split: which held-out claims and questions: `report`, or `dev` for making choices on.
@@ -913,9 +913,12 @@ class PreventOptions(RunOptions):
         return (PLAIN, *(way for way in WAYS if way in self.ways))
 
     def training(self, model: str) -> TrainConfig:
-        """How the fine-tunes of a model are trained, all alike."""
+        """How the fine-tunes of a model are trained, all alike; another rank keeps the LoRA's own scale."""
+        preset = train_preset(model, "lora", self.epochs)
         given = {name: value for name in ("rank", "lr", "epochs") if (value := getattr(self, name)) is not None}
-        return replace(train_preset(model, "lora", self.epochs), **given)
+        if self.rank is not None and self.rank > 0:
+            given["lora_alpha"] = preset.lora_alpha * self.rank / preset.rank
+        return replace(preset, **given)
 
     @property
     def eval_options(self) -> EvalOptions:
