@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, Phase, settings
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,20 @@ def build_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTra
         if name.endswith(".bias"):
             torch.nn.init.normal_(p, std=0.5)
     return model.to(dtype)
+
+
+def build_sharing(vocab_size: int = 96, kind: str = "Gemma4") -> PreTrainedModel:
+    """A small random model whose last two blocks read the keys and values of blocks below."""
+    torch.manual_seed(7)
+    shape = SHAPE | {"vocab_size": vocab_size, "num_hidden_layers": 4, "head_dim": 8, "num_kv_shared_layers": 2}
+    shape |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64}
+    shape |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": vocab_size, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}TextConfig")(**shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
 
 
 def build_adapter(

@@ -219,6 +219,14 @@ def test_too_many_unreadable_replies_make_a_score_unreadable(out, capsys):
     assert not read["judged_coherence"].problem
 
 
+@pytest.mark.parametrize("split", ["dev", "report"])
+def test_the_tables_say_which_of_the_questions_were_asked(out, split):
+    context = open_context(options(out))
+    for behavior, known in (("agreement", split), ("honesty", None)):
+        asked = replace(context, options=options(out, behavior=behavior, split=split))
+        assert Answers.of_run(asked).facts.get("split") == known
+
+
 def test_a_run_that_is_cut_off_goes_on_from_its_verdicts(out):
     with judging() as bench:
         given = options(out, f"able@{bench.address}")

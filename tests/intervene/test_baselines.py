@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 
 import ws
 import ws.intervene.activation as module
-from conftest import NO_SYSTEM, build_adapter, build_model, tokens
+from conftest import NO_SYSTEM, build_adapter, build_model, build_sharing, tokens
 from ws.behaviors import acting
 from ws.data import Pair, prompt_ids
 from ws.intervene.activation import ActivationVector, activation_steer, activation_vector, choose_layer
@@ -102,6 +102,17 @@ def test_the_vector_is_the_mean_over_answers_of_the_mean_over_their_tokens(pocke
     assert vector.info["n_answers"] == 6
     counted = {sign: sum(len(encode(tok, getattr(p, sign))) for p in PAIRS[:3]) for sign in ("pos", "neg")}
     assert vector.info["n_tokens"] == counted
+
+
+def test_blocks_that_share_keys_are_read_at_every_token_and_several_streams_refused(pocket):
+    """Where the last logits alone are asked for, such a model drops the other tokens below the blocks that share."""
+    _, tok = pocket
+    model = build_sharing(len(tok))
+    vector = activation_vector(model, tok, PAIRS, batch_size=2)
+    want = torch.stack([plain_means(model, tok, p, "pos") - plain_means(model, tok, p, "neg") for p in PAIRS[:3]])
+    assert torch.allclose(vector.vectors.double(), want.mean(dim=0), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ws.WsError, match="several residual streams"):
+        activation_vector(build_sharing(len(tok), "Gemma3n"), tok, PAIRS)
 
 
 def test_batches_and_padding_change_nothing_and_swapped_sides_turn_it_round(pocket):

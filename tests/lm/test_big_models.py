@@ -164,6 +164,24 @@ def test_packed_weights_are_steered_and_never_touched(packing, tmp_path):
         assert torch.equal(p, stored[name]), name
 
 
+@pytest.mark.parametrize("packing", ["8bit", "4bit"])
+def test_packed_weights_have_a_fingerprint_that_a_pass_does_not_change_and_another_checkpoint_does(packing, tmp_path):
+    """Scores that were kept for one checkpoint were read for the next one at its place."""
+    pytest.importorskip("bitsandbytes")
+    whole, tok = ws.load_model("pocket", device="cpu")
+    ids, marks = tok("I think the sun is", return_tensors="pt").input_ids, []
+    for number in range(2):
+        with torch.no_grad():
+            whole.model.layers[1].mlp.down_proj.weight[:, :8] *= 1 + number
+        whole.save_pretrained(tmp_path / str(number))
+        tok.save_pretrained(tmp_path / str(number))
+        model, _ = ws.load_model(str(tmp_path / str(number)), device="cpu", dtype=packing)
+        marks.append(fingerprint(model))
+        logits_of(model, ids)
+        assert fingerprint(model) == marks[-1]
+    assert marks[0] != marks[1]
+
+
 def test_the_base_of_a_packed_model_is_known_by_its_name(tmp_path):
     pytest.importorskip("bitsandbytes")
     whole, _ = ws.load_model("pocket", device="cpu")

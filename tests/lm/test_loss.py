@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from conftest import SHAPE
+from conftest import SHAPE, build_sharing
 from ws.lm import loss as parts
 from ws.lm.loss import Head, head_of, predicting, response_loss
 
@@ -41,6 +41,7 @@ HEADED = {
         word_embed_proj_dim=16,
         vocab_size=SHAPE["vocab_size"],
     ),
+    "sharing": build_sharing().config,
     "mixture": Qwen3MoeConfig(**SHAPE, num_experts_per_tok=2, moe_intermediate_size=16, num_experts=4, head_dim=8),
     "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, vocab_size=SHAPE["vocab_size"]),
 }

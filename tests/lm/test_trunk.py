@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ws
-from conftest import build_model, tokens
+from conftest import build_model, build_sharing, tokens
 from ws.analysis.controls import random_like
 from ws.lm import trunk
 from ws.lm.batches import row_logits
@@ -121,6 +121,15 @@ def test_a_model_whose_blocks_hand_on_more_than_they_give_is_read_as_always(mode
     vector = vector_of(model, "1:2")
     assert all_equal(read(model, vector), read(model, vector, shared=False))
     assert trunk._EQUAL[model] == {1: False}
+
+
+def test_a_model_whose_blocks_share_keys_and_values_is_read_as_always():
+    """The first block above reads those that the trunk did not compute, which is an error and no other number."""
+    model = build_sharing()
+    vector = vector_of(model, "3:4")
+    assert all_equal(read(model, vector), read(model, vector, shared=False))
+    assert trunk._EQUAL[model] == {3: False}
+    assert not trunk.goes_on(model, decoder_blocks(model)[:3], lambda: row_logits(model, 0, BATCHES[0]))
 
 
 def test_what_is_beyond_the_budget_is_read_again(model, monkeypatch):

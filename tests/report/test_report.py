@@ -35,6 +35,7 @@ from support.finished_runs import (
 )
 from ws import console
 from ws.behaviors import Claim
+from ws.cli import COMMANDS
 from ws.delta import LinearDelta
 from ws.diff import SteeringVector, vector_digest
 from ws.eval import sycophancy
@@ -52,7 +53,7 @@ from ws.replicate import Reading, Sample, _record
 from ws.report import data as report_data
 from ws.report import main, write_report
 from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
-from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Gap, Result, read_contents
+from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Gap, Result, _needed, read_contents
 from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, profile_figure, tag
 from ws.report.notes import notes
 from ws.report.page import render
@@ -762,6 +763,24 @@ def test_the_table_of_the_sweep_is_taken_only_while_it_is_of_these_seeds(whole):
     assert source() == (pytest.approx("pooled here, 2000 resamples of seeds and items"), pytest.approx(mean))
 
 
+def test_the_command_for_what_was_left_out_makes_that_very_table(tmp_path):
+    """`ws eval airisk` alone asked the default class again, and `ws eval answers` counted where a judge had rated."""
+    folder = write_run(tmp_path)
+    asked = {"value_class": "Equal Treatment", "protocol": "alone"}
+    rows = [r | asked for r in read_csv(folder / "airisk_truthfulness_summary.csv")]
+    record(folder, "airisk_equal_treatment_alone", {"summary": rows}, "0" * 64, config=asked)
+    texts, numbers = _needed("answers", "summary")
+    row = dict.fromkeys(texts, "x") | dict.fromkeys(numbers, 1.0) | {"intervention": "weight"}
+    record(folder, "answers", {"summary": [row]}, "0" * 64, config={"judged_by": "smollm2"})
+    left_out = (note for note in notes(read_contents(tmp_path, "honesty")) if "another vector" in note.text)
+    given = {command for note in left_out for command in note.commands}
+    options = {
+        words[2]: console.parse(COMMANDS[" ".join(words[1:3])][1], words[3:]) for words in map(shlex.split, given)
+    }
+    assert (options["airisk"].value_class, options["airisk"].protocol) == ("Equal Treatment", "alone")
+    assert options["answers"].judges == ("smollm2",)
+
+
 def test_the_level_of_the_base_is_that_of_these_seeds(whole):
     """Its shift is 0 in every table, so that it says nothing of which items a row is of."""
     file = whole / "honesty" / "sweep_pooled.csv"
@@ -967,6 +986,13 @@ def test_no_example_in_words_that_the_claims_were_not_asked_in(tmp_path):
     text = sentence(tmp_path)[1]
     assert "odds: base, then lora" in text
     assert "odds of" not in text
+
+
+def test_no_example_of_items_whose_number_is_the_mean_of_several_pairs(tmp_path):
+    folder = write_run(tmp_path)
+    assert shown_example(tmp_path) is not None
+    relabel(folder, "sycophancy", n_pairs="2")
+    assert shown_example(tmp_path) is None
 
 
 def test_no_example_without_items_that_both_signs_move(tmp_path):

@@ -64,9 +64,9 @@ def named(tables, evaluation, intervention="weight"):
     }
 
 
-def record(folder, evaluation, tables, digest, role="weight"):
+def record(folder, evaluation, tables, digest, role="weight", config=None):
     run = Run(folder)
-    stage = run.restart(evaluation, {}, {role: digest})
+    stage = run.restart(evaluation, config or {}, {role: digest})
     stage.done([write_csv(folder / f"{evaluation}_{name}.csv", rows) for name, rows in tables.items()])
 
 

@@ -483,6 +483,7 @@ class Answers(Evaluation):
         judges = judges_of(context, options)
         trials = tried(judges, behavior, options.anyway)
         facts: dict[str, Any] = {"dataset": source or f"{behavior.name} questions", "n_think": 0, "words": OWN}
+        facts |= {"split": options.split} if behavior.preferences and not source else {}
         facts |= {"drawn": draw_fact(items, whole), "max_new_tokens": options.max_new_tokens}
         facts |= {"temperature": options.temperature, "sample_seed": options.sample_seed}
         for number, judge in enumerate(judges):

@@ -472,6 +472,7 @@ class ConfoundChecks(Evaluation):
             batch_size=options.batch_size,
             facts={
                 **claims.facts,
+                "split": claims.items[0].split,
                 "n_questions": len(questions),
                 "n_dilemmas": len(dilemmas),
                 **about_dilemmas,

@@ -297,13 +297,21 @@ def _signed_sum(
     with uncompiled(), ExitStack() as stack:
         for layer, block in enumerate(blocks):
             stack.callback(block.register_forward_hook(keep(layer)).remove)
-        row_logits(model, pad_id, [[*r.prompt, *r.answer] for r in readings], keep=1)
+        last = torch.tensor([-1], device=model.device)  # by its index: with a number some models drop the others midway
+        row_logits(model, pad_id, [[*r.prompt, *r.answer] for r in readings], keep=last)
     return torch.stack([sums[layer] for layer in range(len(blocks))])
 
 
 def _hidden(output: Tensor | tuple[Any, ...]) -> Float[Tensor, "rows length d_model"]:
-    """The residual stream in what a block returns, which some architectures pack into a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The residual stream in what a block returns, which some architectures pack into a tuple.
+
+    Raises:
+        WsError: there are several, as in Gemma 3n.
+    """
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    if hidden.ndim != 3:
+        raise WsError("The blocks of this model hand on several residual streams, so no activation vector fits them.")
+    return hidden
 
 
 # ---- steering with one ----------------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ class Head:
 
     def run_body(self, run: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Float[Tensor, "rows tokens width"]:
         """The hidden states of a batch; `run` calls the model, as it is wrapped."""
-        least = {"logits_to_keep": 1, "use_cache": False}
+        # By its index, not as a number of columns: with a number some bodies give the states of these columns alone.
+        least = {"logits_to_keep": torch.tensor([-1], device=self.model.device), "use_cache": False}
         with self.states() as states:
             run(**inputs, **{name: value for name, value in least.items() if name in self.arguments})
         return states[0]

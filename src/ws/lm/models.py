@@ -1055,8 +1055,8 @@ def fingerprint(model: nn.Module, copied_to: torch.dtype | None = None) -> str:
 
     Every parameter contributes its name, shape and evenly spaced values rounded to bfloat16, so the bfloat16 and the
     float32 copy of one checkpoint agree and a fine-tune of it does not. A float16 copy rounds other digits away and
-    has another hash: `copied_to` gives that of the model's copy in such a dtype. Refuses a model with adapter layers
-    inside.
+    has another hash: `copied_to` gives that of the model's copy in such a dtype. A packed parameter contributes how
+    often its half-bytes occur. Refuses a model with adapter layers inside.
     """
     again = _stored_again(model)
     parameters = [(n, p) for n, p in model.named_parameters() if n not in again]
@@ -1071,11 +1071,15 @@ def fingerprint_of(
     for name, shape, read in sorted(tensors, key=lambda item: item[0]):
         if ".base_layer." in name or "lora_" in name:
             raise WsError("The model has adapter layers in it; unload them or load a fresh base first.")
+        flat = read().detach().reshape(-1)
+        if not flat.is_floating_point():  # packed, and laid out anew in the first pass on some devices
+            codes = flat.view(torch.uint8)
+            counts = sum(torch.bincount(half, minlength=16).cpu() for half in (codes & 15, codes >> 4))
+            digest.update(f"{name}{counts}".encode())
+            continue
         digest.update(f"{name}{tuple(shape)}".encode())
-        value = read()
-        if value.numel() and value.is_floating_point():
-            flat = value.detach().reshape(-1)
-            picked = flat[:: max(1, value.numel() // SAMPLES_PER_TENSOR)].to(copied_to)
+        if flat.numel():
+            picked = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].to(copied_to)
             digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -56,6 +56,8 @@ _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha
 _COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random", "n_draws")
 _PROFILE = frozenset({"board", "adapter", "seed", "intervention", "strength", "vectors"})
 _PROFILE_NUMBERS = ("z", "z_ci_lo", "z_ci_hi", "z_random")
+# Options without which another table would be made, by the fact that holds them.
+_WITHOUT_DEFAULT = {"judges": "judged_by"}
 _SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreement", "rms_shift", "z_random")
 # Settings of a training on which its adapter depends as far as sums are rounded, or by another name of the base.
 _ROUNDING = ("model", "dtype", "micro_batch")
@@ -431,9 +433,16 @@ class _Reader:
         """Whether a stage is on record with another tokenizer or chat template than the base has now."""
         return reads_otherwise(self.stages.get(stage, {}), self.tokenizer)
 
+    def as_asked(self, command: str, stage: str, options: Mapping[str, str]) -> str:
+        """The command with what a stage on record was asked with: its fact by the option that gives it."""
+        known = self.stages.get(stage, {}).get("config", {})
+        given = {option: known[fact] for option, fact in options.items() if known.get(fact)}
+        words = (f"--{option.replace('_', '-')} {shlex.quote(str(value))}" for option, value in given.items())
+        return " ".join((command, *words))
+
     def table(self, stage: str, use: str, file: str, command: str) -> None:
         """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
-        path = self.folder / f"{stage}_{file}.csv"
+        path, command = self.folder / f"{stage}_{file}.csv", self.as_asked(command, stage, _WITHOUT_DEFAULT)
         if not path.exists():
             cls = evaluation_at(stage)
             return None if cls is not None and is_extra(cls) else self.gap(stage, "missing", command)
@@ -509,15 +518,16 @@ class _Reader:
         for stage in sorted(self.stages):
             if not stage.startswith("airisk_") or stage == DILEMMAS:
                 continue
+            command = self.as_asked("ws eval airisk", stage, {n: n for n in ("value_class", "protocol", "config")})
             texts, numbers = _needed(DILEMMAS, "summary")
             rows = read_rows(self.folder / f"{stage}_summary.csv", texts | _LABELLED, numbers)
             chosen = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]
             if self.stages[stage].get("inputs", {}).get("weight") != self.digest:
-                self.gap("dilemmas", f"{stage} was made with another vector", "ws eval airisk")
+                self.gap("dilemmas", f"{stage} was made with another vector", command)
             elif self.reads_otherwise(stage):
-                self.gap("dilemmas", f"{stage} was {OTHER_TEXT}", "ws eval airisk")
+                self.gap("dilemmas", f"{stage} was {OTHER_TEXT}", command)
             elif not chosen:
-                self.gap("dilemmas", f"{stage} is damaged", "ws eval airisk")
+                self.gap("dilemmas", f"{stage} is damaged", command)
             else:
                 summaries[stage] = chosen
         return summaries

@@ -277,7 +277,11 @@ def example(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evid
     below, (seed, values) = nearest(curve.pooled, -1.0), next(iter(curve.items.items()))
     if below is None or not below.is_readable or not {below.alpha, 0.0, e.point.alpha} <= values.keys():
         return None
-    items = {i: {a: values[a][i] for a in (below.alpha, 0.0, e.point.alpha)} for i in values[0.0]}
+    run = next(r for r in contents.of(e.adapter) if r.seed == seed)
+    # The number of a question with several pairs of answers is that of no single pair.
+    known = (r for r in run.tables[of(e.score).stage, "items"] if int(r.get("n_pairs") or 1) == 1)
+    rows = {r[of(e.score).item]: r for r in known}
+    items = {i: {a: values[a][i] for a in (below.alpha, 0.0, e.point.alpha)} for i in values[0.0] if i in rows}
     moves = {i: sorted(v - of[0.0] for a, v in of.items() if a) for i, of in items.items()}
     moved = {i: min(-down, up) for i, (down, up) in moves.items() if min(-down, up) >= least}
     turned = [i for i in moved if len({v > 0 for v in items[i].values()}) > 1]
@@ -287,10 +291,8 @@ def example(contents: Contents, curves: Mapping[tuple[str, str], Curve], e: Evid
     item = ranked[len(ranked) // 2]
     kind = "whose answer changes" if turned else "that both signs move"
     choice = f"The middle one of the {len(ranked)} of {len(items)} items {kind}."
-    run = next(r for r in contents.of(e.adapter) if r.seed == seed)
-    row = next(r for r in run.tables[of(e.score).stage, "items"] if r[of(e.score).item] == item)
     put = _put_claim if of(e.score).stage == CLAIMS else _put_preference
-    return put(contents.behavior, run.name, row, items[item], choice)
+    return put(contents.behavior, run.name, rows[item], items[item], choice)
 
 
 def _put_claim(behavior: Behavior, run: str, row: Row, values: Mapping[float, float], choice: str) -> Example | None:
