@@ -221,6 +221,17 @@ def test_strength_0_of_the_curve_is_the_base_as_long_as_both_have_said_the_same(
         assert "base" not in marks()
 
 
+def test_the_curve_is_drawn_anew_where_another_slider_has_moved(page):
+    page.turn_dials([0.5, 0.0])
+    page.panel("Yes, No", "")
+    before = page._curve
+    for strengths in ([0.5, 0.75], [0.6, 0.75]):
+        page.turn_dials(strengths)
+    page.panel("Yes, No", "")
+    assert page._curve[0][:5] == before[0][:5], "the first slider is in focus again"
+    assert not np.allclose(page._curve[1], before[1])
+
+
 def test_the_curve_is_of_the_slider_that_moved_last_and_is_not_computed_again_for_its_own_moves(page, monkeypatch):
     page.conversation.ask(QUESTION)
     calls, probabilities = [], page.conversation.engine.probabilities

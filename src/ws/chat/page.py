@@ -169,7 +169,7 @@ class Page:
         asked = shown[-1].question if shown else question
         others = {n: a for n, a in now.items() if n != focus}
         before = [(t.question, t.steered) for t in shown[:-1]]
-        key = (wanted, opener, focus, low, high, [(asked, ""), *before])
+        key = (wanted, opener, focus, low, high, others, [*before, (asked, "")])
         probabilities = chat.probe(wanted, None, question, opener)
         kept = self._curve
         if kept is None or kept[0] != key:

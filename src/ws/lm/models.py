@@ -1074,8 +1074,8 @@ def fingerprint_of(
         flat = read().detach().reshape(-1)
         if not flat.is_floating_point():  # packed, and laid out anew in the first pass on some devices
             codes = flat.view(torch.uint8)
-            counts = sum(torch.bincount(half, minlength=16).cpu() for half in (codes & 15, codes >> 4))
-            digest.update(f"{name}{counts}".encode())
+            counts = torch.bincount(codes & 15, minlength=16) + torch.bincount(codes >> 4, minlength=16)
+            digest.update(f"{name}{counts.tolist()}".encode())
             continue
         digest.update(f"{name}{tuple(shape)}".encode())
         if flat.numel():
