@@ -191,7 +191,7 @@ def estimate_over_seeds(
     With one seed the interval knows nothing about seeds and is `estimate_mean`'s.
     """
     values = _checked(values, 2)
-    mean, (n, items) = float(values.mean()), (values.shape[1], values.mean(axis=0))
+    mean, items, n = float(values.mean()), values.mean(axis=0), values.shape[1]
     low, high = _interval(resampled_means(widened(values, level)[None], n_boot, seed)[0], mean, level)
     p = 1.0 if n < 2 else p_value(mean, _variances(values))
     return Estimate(mean, _std(items), low, high, n, p)

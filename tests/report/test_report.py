@@ -53,7 +53,7 @@ from ws.replicate import Reading, Sample, _record
 from ws.report import data as report_data
 from ws.report import main, write_report
 from ws.report.curves import Divergence, curves_of, divergence_at, foundations_of, simultaneous
-from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Gap, Result, _needed, read_contents
+from ws.report.data import PER_WEIGHT, RELATIVE, Contents, Gap, Result, _as_asked, _needed, read_contents
 from ws.report.figures import Scale, dose_figures, forest_figure, foundation_figures, marker, profile_figure, tag
 from ws.report.notes import notes
 from ws.report.page import render
@@ -779,6 +779,8 @@ def test_the_command_for_what_was_left_out_makes_that_very_table(tmp_path):
     }
     assert (options["airisk"].value_class, options["airisk"].protocol) == ("Equal Treatment", "alone")
     assert options["answers"].judges == ("smollm2",)
+    stages = Run(folder).manifest["stages"]
+    assert _as_asked("ws eval airisk", "airisk_truthfulness", stages) == "ws eval airisk", "the usual table"
 
 
 def test_the_level_of_the_base_is_that_of_these_seeds(whole):

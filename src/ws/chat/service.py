@@ -139,8 +139,8 @@ class Service:
         size = self.engine.model.get_input_embeddings().weight.shape[0]
         for prompt in body.prompts():
             if isinstance(prompt, str):
-                tokens, start = encode_text(tok, prompt), len(encode_text(tok, ""))
-                prompts.append((tokens, self._as_read(tokens, prompt, start)))
+                tokens = encode_text(tok, prompt)
+                prompts.append((tokens, self._as_read(tokens, prompt) if body.echo else prompt))
             elif strange := next((token for token in prompt if not 0 <= token < size), None):
                 raise RequestError(400, f"There is no token {strange}; they go from 0 to {size - 1}.", "prompt")
             else:
@@ -148,9 +148,11 @@ class Service:
         ahead = [self._ahead(*prompt) for prompt in prompts for _ in range(body.n)] if body.echo else ()
         return self._order(body, Completion(ahead), strengths, prompts, noted)
 
-    def _as_read(self, tokens: Sequence[int], text: str, start: int) -> str:
-        """A prompt as its tokens have it behind the first `start`; it is another where a tokenizer composes accents."""
-        return text if self._characters(tokens).endswith(text) else self._characters(tokens[start:])
+    def _as_read(self, tokens: Sequence[int], text: str) -> str:
+        """A prompt as its tokens have it behind their start; it is another where a tokenizer composes accents."""
+        if self._characters(tokens).endswith(text):
+            return text
+        return self._characters(tokens[len(encode_text(self.engine.tok, "")) :])
 
     def _ahead(self, tokens: Sequence[int], text: str) -> int:
         """Characters by which the tokens of a prompt are longer than its text: a start, or a space before a word."""

@@ -248,6 +248,10 @@ class TrainConfig:
             if not any(find_spec(package) for package in packages):
                 raise WsError(f"--report-to {name} needs the package {packages[0]}, which is not installed.")
 
+    def at_rank(self, rank: int) -> TrainConfig:
+        """The same with another rank and LoRA's own scale, `lora_alpha / rank`, as it is."""
+        return replace(self, rank=rank, lora_alpha=self.lora_alpha * rank / self.rank)
+
     def accumulation(self, processes: int) -> int:
         """Forward passes of each process per optimiser step: `batch / (micro_batch * processes)`.
 
@@ -917,7 +921,7 @@ class PreventOptions(RunOptions):
         preset = train_preset(model, "lora", self.epochs)
         given = {name: value for name in ("rank", "lr", "epochs") if (value := getattr(self, name)) is not None}
         if self.rank is not None and self.rank > 0:
-            given["lora_alpha"] = preset.lora_alpha * self.rank / preset.rank
+            preset = preset.at_rank(self.rank)
         return replace(preset, **given)
 
     @property

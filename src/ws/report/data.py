@@ -56,8 +56,6 @@ _COMPARE = frozenset({"intervention", "adapter", "seed", "part", "score", "alpha
 _COMPARE_NUMBERS = ("alpha", "shift", "base", "p_random", "n_draws")
 _PROFILE = frozenset({"board", "adapter", "seed", "intervention", "strength", "vectors"})
 _PROFILE_NUMBERS = ("z", "z_ci_lo", "z_ci_hi", "z_random")
-# Options without which another table would be made, by the fact that holds them.
-_WITHOUT_DEFAULT = {"judges": "judged_by"}
 _SELECTIVITY = ("selectivity", "selectivity_ci_lo", "selectivity_ci_hi", "agreement", "rms_shift", "z_random")
 # Settings of a training on which its adapter depends as far as sums are rounded, or by another name of the base.
 _ROUNDING = ("model", "dtype", "micro_batch")
@@ -376,10 +374,19 @@ def _without(run: Result, stage: str, words: str, usual: str) -> Result:
     files = table_files()
     what, command = (stage, files[stage][0]) if stage in files else ("dilemmas", files[DILEMMAS][0])
     why = f"made with other words ({words}) than most runs of the page ({usual})"
-    gap = Gap.of_run(what, why, command, run.adapter, run.seed)
+    gap = Gap.of_run(what, why, _as_asked(command, stage, run.stages), run.adapter, run.seed)
     tables = {key: rows for key, rows in run.tables.items() if key[0] != stage}
     others = {name: rows for name, rows in run.others.items() if name != stage}
     return replace(run, tables=tables, others=others, gaps=(*run.gaps, gap))
+
+
+def _as_asked(command: str, stage: str, stages: Mapping[str, Any]) -> str:
+    """The command with the options of a stage on record without which it would make another table."""
+    known, options = stages.get(stage, {}).get("config", {}), {"judged_by": "--judges"}
+    if stage.startswith("airisk_") and stage != DILEMMAS:
+        options = {"value_class": "--value-class", "protocol": "--protocol", "config": "--config"}
+    words = (f"{option} {shlex.quote(str(known[fact]))}" for fact, option in options.items() if known.get(fact))
+    return " ".join((command, *words))
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -433,16 +440,9 @@ class _Reader:
         """Whether a stage is on record with another tokenizer or chat template than the base has now."""
         return reads_otherwise(self.stages.get(stage, {}), self.tokenizer)
 
-    def as_asked(self, command: str, stage: str, options: Mapping[str, str]) -> str:
-        """The command with what a stage on record was asked with: its fact by the option that gives it."""
-        known = self.stages.get(stage, {}).get("config", {})
-        given = {option: known[fact] for option, fact in options.items() if known.get(fact)}
-        words = (f"--{option.replace('_', '-')} {shlex.quote(str(value))}" for option, value in given.items())
-        return " ".join((command, *words))
-
     def table(self, stage: str, use: str, file: str, command: str) -> None:
         """The rows of the base and of the vector, when the stage is on record with this very vector and tokenizer."""
-        path, command = self.folder / f"{stage}_{file}.csv", self.as_asked(command, stage, _WITHOUT_DEFAULT)
+        path, command = self.folder / f"{stage}_{file}.csv", _as_asked(command, stage, self.stages)
         if not path.exists():
             cls = evaluation_at(stage)
             return None if cls is not None and is_extra(cls) else self.gap(stage, "missing", command)
@@ -518,7 +518,7 @@ class _Reader:
         for stage in sorted(self.stages):
             if not stage.startswith("airisk_") or stage == DILEMMAS:
                 continue
-            command = self.as_asked("ws eval airisk", stage, {n: n for n in ("value_class", "protocol", "config")})
+            command = _as_asked("ws eval airisk", stage, self.stages)
             texts, numbers = _needed(DILEMMAS, "summary")
             rows = read_rows(self.folder / f"{stage}_summary.csv", texts | _LABELLED, numbers)
             chosen = [r for r in rows or () if r.get("intervention") in (BASE, WEIGHT)]

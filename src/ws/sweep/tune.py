@@ -117,8 +117,7 @@ def settings(options: TuneOptions, point: Point, share: float = 1.0) -> Replicat
     """
     start = options.train
     varied = {name: value for name, value in point.items() if name != "contrast"}
-    if "rank" in varied:
-        varied["lora_alpha"] = start.lora_alpha * varied["rank"] / start.rank
+    start = start.at_rank(varied["rank"]) if "rank" in varied else start
     if start.lr is None and varied.get("lr") == family(options.adapter).learning_rate:
         del varied["lr"]  # as it is on record where nothing was searched
     if share < 1:
